@@ -1,0 +1,186 @@
+"""FrameReplayBuffer holds, transition by transition, what Stable-Baselines3's own ReplayBuffer holds."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+
+from dqn_injection_atari import FrameReplayBuffer
+
+STACK, SIDE = 4, 6
+OBS_SPACE = spaces.Box(0, 255, (STACK, SIDE, SIDE), np.uint8)
+ACTIONS = spaces.Discrete(5)
+
+
+def random_stream(rng, n_envs, length, reset_padding):
+    """What `add` receives from games with life losses (stack kept or restarted), game overs and truncations."""
+
+    def frame():
+        # every sixth frame is black, as games' screens sometimes are
+        return rng.integers(0, 256, (SIDE, SIDE), np.uint8) * np.uint8(rng.random() > 1 / 6)
+
+    def first_obs():
+        first = frame()
+        padding = [np.zeros_like(first)] * (STACK - 1) if reset_padding == "zero" else [first] * (STACK - 1)
+        return np.stack([*padding, first])
+
+    obs = np.stack([first_obs() for _ in range(n_envs)])
+    for _ in range(length):
+        next_obs = np.stack([np.concatenate([o[1:], frame()[None]]) for o in obs])
+        event = rng.choice(
+            ["none", "life lost, stack kept", "life lost, stack restarted", "game over", "truncated"],
+            size=n_envs,
+            p=[0.6, 0.1, 0.1, 0.1, 0.1],
+        )
+        infos = [{"TimeLimit.truncated": True} if e == "truncated" else {} for e in event]
+        yield obs, next_obs, rng.integers(5, size=n_envs), rng.normal(size=n_envs), event != "none", infos
+        restarts = np.isin(event, ["life lost, stack restarted", "game over", "truncated"])
+        obs = np.stack([first_obs() if restart else o for restart, o in zip(restarts, next_obs, strict=True)])
+
+
+def both_buffers(buffer_size, n_envs, **kwargs):
+    ours = FrameReplayBuffer(buffer_size, OBS_SPACE, ACTIONS, "cpu", n_envs=n_envs, **kwargs)
+    return ours, ReplayBuffer(buffer_size, OBS_SPACE, ACTIONS, "cpu", n_envs=n_envs, **kwargs)
+
+
+def assert_same_transitions(ours, theirs):
+    """Every row and environment, gathered through each buffer's own path."""
+    assert (ours.size(), ours.pos, ours.full) == (theirs.size(), theirs.pos, theirs.full)
+    rows, columns = (index.ravel() for index in np.indices((theirs.size(), theirs.n_envs)))
+    got = ours._gather(rows, columns)
+    assert np.array_equal(got.observations.numpy(), theirs.observations[rows, columns])
+    assert np.array_equal(got.next_observations.numpy(), theirs.next_observations[rows, columns])
+    assert np.array_equal(got.actions.numpy(), theirs.actions[rows, columns])
+    assert np.array_equal(got.rewards.numpy()[:, 0], theirs.rewards[rows, columns])
+    assert np.array_equal(got.dones.numpy()[:, 0], (theirs.dones * (1 - theirs.timeouts))[rows, columns])
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+@pytest.mark.parametrize("buffer_size", [3, 24, 51])
+@pytest.mark.parametrize("reset_padding", ["zero", "repeat"])
+def test_equals_sb3_after_every_add_with_ends_of_all_kinds_and_wrap_around(n_envs, buffer_size, reset_padding):
+    for seed in range(3):
+        ours, theirs = both_buffers(buffer_size, n_envs)
+        for transition in random_stream(np.random.default_rng(seed), n_envs, 4 * buffer_size // n_envs + 5, reset_padding):
+            ours.add(*transition)
+            theirs.add(*transition)
+            assert_same_transitions(ours, theirs)
+        assert ours.full
+
+
+@pytest.mark.parametrize("n_envs", [1, 3])
+def test_samples_are_sb3_transitions_drawn_uniformly(n_envs):
+    ours, theirs = both_buffers(30, n_envs)
+    for transition in random_stream(np.random.default_rng(0), n_envs, 40, "zero"):
+        ours.add(*transition)
+        theirs.add(*transition)
+    ours.generator = np.random.default_rng(7)
+    batch = ours.sample(20_000)
+    rewards = theirs.rewards.ravel()  # distinct, so each names its transition
+    which = np.array([np.flatnonzero(rewards == r)[0] for r in batch.rewards.numpy()[:, 0]])
+    flat = (theirs.size() * n_envs, *OBS_SPACE.shape)
+    assert np.array_equal(batch.observations.numpy(), theirs.observations.reshape(flat)[which])
+    assert np.array_equal(batch.next_observations.numpy(), theirs.next_observations.reshape(flat)[which])
+    counts = np.bincount(which, minlength=rewards.size)
+    expected = 20_000 / rewards.size
+    assert ((counts - expected) ** 2 / expected).sum() < rewards.size + 6 * np.sqrt(2 * rewards.size)  # χ², six sigma
+
+
+def test_batches_have_sb3_shapes_and_dtypes():
+    ours, theirs = both_buffers(20, 2)
+    for transition in random_stream(np.random.default_rng(0), 2, 10, "zero"):
+        ours.add(*transition)
+        theirs.add(*transition)
+    for name in ("observations", "actions", "next_observations", "dones", "rewards"):
+        mine, reference = getattr(ours.sample(7), name), getattr(theirs.sample(7), name)
+        assert (mine.shape, mine.dtype) == (reference.shape, reference.dtype), name
+
+
+def test_sampling_uses_its_own_generator_and_leaves_the_global_ones_alone():
+    buffers = [both_buffers(20, 2)[0] for _ in range(2)]
+    for buffer in buffers:
+        buffer.generator = np.random.default_rng(3)
+        for transition in random_stream(np.random.default_rng(0), 2, 10, "zero"):
+            buffer.add(*transition)
+    np.random.seed(0)
+    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    first = [buffers[0].sample(8).rewards for _ in range(3)]
+    np.random.seed(1)
+    assert all(torch.equal(a, buffers[1].sample(8).rewards) for a in first)
+    np.random.seed(0)
+    assert np.array_equal(before[0], np.random.get_state()[1])
+    assert torch.equal(before[1], torch.get_rng_state())
+
+
+def test_a_borrowed_generator_leaves_the_buffers_own_where_it_was():
+    buffer, _ = both_buffers(20, 1)
+    for transition in random_stream(np.random.default_rng(0), 1, 10, "zero"):
+        buffer.add(*transition)
+    before = buffer.generator.bit_generator.state
+    buffer.sample(8, generator=np.random.default_rng(1))
+    assert buffer.generator.bit_generator.state == before
+
+
+def test_timeouts_bootstrap_unless_told_otherwise():
+    obs = np.zeros((1, *OBS_SPACE.shape), np.uint8)
+    for handle, expected in ((True, 0.0), (False, 1.0)):
+        buffer, theirs = both_buffers(4, 1, handle_timeout_termination=handle)
+        for b in (buffer, theirs):
+            b.add(obs, obs, np.array([0]), np.array([0.0]), np.array([True]), [{"TimeLimit.truncated": True}])
+        assert buffer.sample(1).dones.item() == expected == theirs.sample(1).dones.item()
+
+
+def test_each_frame_of_a_game_is_stored_once():
+    rng = np.random.default_rng(0)
+    buffer, _ = both_buffers(320, 1)
+    frames = rng.integers(1, 256, (201, SIDE, SIDE), np.uint8)
+    padded = np.concatenate([np.zeros((3, SIDE, SIDE), np.uint8), frames])
+    for t in range(200):
+        obs, next_obs = padded[None, t : t + 4], padded[None, t + 1 : t + 5]
+        buffer.add(obs, next_obs, np.array([0]), np.array([0.0]), np.array([False]), [{}])
+    assert buffer._used - 1 == 201
+
+
+def test_the_pool_stays_as_large_as_the_transitions_it_serves():
+    buffer, _ = both_buffers(3_200, 1)
+    frame = np.random.default_rng(0).integers(1, 256, (9_601 + 3, SIDE, SIDE), np.uint8)
+    for t in range(9_600):
+        end = t % 100 == 99
+        obs = frame[None, t : t + 4].copy()
+        obs[0, : max(0, 3 - t % 100)] = 0
+        next_obs = np.concatenate([obs[:, 1:], frame[None, t + 4 : t + 5]], axis=1)
+        buffer.add(obs, next_obs, np.array([0]), np.array([0.0]), np.array([end]), [{}])
+    assert buffer._used <= 3_200 + 3_200 // 100 + 10
+    assert len(buffer.frames) == FrameReplayBuffer.pool_size(3_200, 1, STACK)
+
+
+def test_a_million_atari_transitions_fit_in_7_6_gb():
+    space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    for n_envs in (1, 16):
+        assert FrameReplayBuffer.bytes_needed(1_000_000, space, n_envs) <= 7.6e9
+    buffer = FrameReplayBuffer(50_000, space, ACTIONS, "cpu", n_envs=8)
+    held = sum(array.nbytes for array in vars(buffer).values() if isinstance(array, np.ndarray))
+    assert held <= 7.6e9 * 0.05
+    assert held == FrameReplayBuffer.bytes_needed(50_000, space, 8)
+
+
+def test_a_stack_that_does_not_shift_is_refused():
+    rng = np.random.default_rng(0)
+    buffer, _ = both_buffers(8, 1)
+    obs, next_obs = rng.integers(0, 256, (2, 1, *OBS_SPACE.shape), np.uint8)
+    with pytest.raises(ValueError, match="shifted by one frame"):
+        buffer.add(obs, next_obs, np.array([0]), np.array([0.0]), np.array([False]), [{}])
+
+
+def test_reset_forgets_everything():
+    buffer, fresh = (both_buffers(24, 3)[0] for _ in range(2))
+    for transition in random_stream(np.random.default_rng(0), 3, 30, "zero"):
+        buffer.add(*transition)
+    buffer.reset()
+    reference = ReplayBuffer(24, OBS_SPACE, ACTIONS, "cpu", n_envs=3)
+    for transition in random_stream(np.random.default_rng(1), 3, 5, "zero"):
+        for b in (buffer, fresh, reference):
+            b.add(*transition)
+    assert_same_transitions(buffer, reference)
+    assert np.array_equal(buffer.slots, fresh.slots)
