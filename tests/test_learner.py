@@ -1,0 +1,233 @@
+"""The learner: Double DQN's update, acting, target syncs, and what an injection does to the optimizer."""
+
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+
+from dqn_injection_atari import Args, Learner, crossed, exploration_epsilon, td_loss
+
+ACTIONS = 6
+
+
+def make_learner(**kwargs):
+    return Learner(Args(**{"injection_step": (10, 20), "batch_size": 8, "learning_rate": 1e-3, **kwargs}), ACTIONS, "cpu")
+
+
+def random_batch(rng, size=8):
+    stacks = torch.from_numpy(rng.integers(0, 256, (size, 5, 84, 84), dtype=np.uint8))
+    return ReplayBufferSamples(
+        observations=stacks[:, :-1],
+        actions=torch.from_numpy(rng.integers(ACTIONS, size=(size, 1))),
+        next_observations=stacks[:, 1:],
+        dones=torch.from_numpy(rng.integers(2, size=(size, 1)).astype(np.float32)),
+        rewards=torch.from_numpy(rng.normal(size=(size, 1)).astype(np.float32) * 2),
+    )
+
+
+def updates(learner, count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [learner.update(random_batch(rng)) for _ in range(count)]
+
+
+def snapshot(learner):
+    return {name: parameter.detach().clone() for name, parameter in learner.q_network.named_parameters()}
+
+
+def changed(learner, before):
+    return {name for name, parameter in learner.q_network.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def names(learner, *prefixes):
+    return {name for name, _ in learner.q_network.named_parameters() if name.startswith(prefixes)}
+
+
+def moments(learner, module):
+    return [
+        {key: value.clone() for key, value in learner.optimizer.state[parameter].items()} for parameter in module.parameters()
+    ]
+
+
+class Table(torch.nn.Module):
+    """Q-values looked up by the observation's first pixel."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = torch.nn.Parameter(torch.tensor(values, dtype=torch.float64))
+
+    def forward(self, obs):
+        return self.values[obs[:, 0, 0, 0].long()]
+
+
+def test_td_loss_is_double_dqns_huber_loss_written_out_in_numpy():
+    rng = np.random.default_rng(0)
+    online, target = rng.normal(size=(2, 256, ACTIONS)) * 2
+    batch = random_batch(rng, 64)
+    network = Table(online)
+    loss, q_mean = td_loss(network, Table(target), batch, gamma=0.9)
+    loss.backward()
+
+    terms, gradient, taken = [], np.zeros_like(online), []
+    for i in range(64):
+        s, s_next = (int(o[i, 0, 0, 0]) for o in (batch.observations, batch.next_observations))
+        action, reward, done = (x[i].item() for x in (batch.actions, batch.rewards, batch.dones))
+        bootstrap = target[s_next][np.argmax(online[s_next])]
+        error = online[s][action] - (reward + 0.9 * (1 - done) * bootstrap)
+        terms.append(0.5 * error**2 if abs(error) <= 1 else abs(error) - 0.5)
+        gradient[s, action] += np.clip(error, -1, 1) / 64
+        taken.append(online[s][action])
+    assert np.isclose(loss.item(), np.mean(terms))
+    assert np.isclose(q_mean.item(), np.mean(taken))
+    assert np.allclose(network.values.grad.numpy(), gradient)
+    assert max(terms) > 0.5 > min(terms), "both branches of the Huber loss were taken"
+
+
+def test_an_update_is_one_adam_step_on_that_loss():
+    learner, batch = make_learner(), random_batch(np.random.default_rng(0))
+    reference = make_learner()
+    loss, _ = td_loss(reference.q_network, reference.target_network, batch, reference.args.gamma)
+    parameters = [p for p in reference.q_network.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters)
+    losses = learner.update(batch)
+    assert losses["td_loss"].item() == loss.item()
+    trained = [p for p in learner.q_network.parameters() if p.requires_grad]
+    for before, gradient, after in zip(parameters, gradients, trained, strict=True):
+        # bias-corrected first Adam step: m̂ = g, v̂ = g²
+        expected = before - 1e-3 * gradient / (gradient.abs() + 1.5e-4)
+        assert torch.allclose(after, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("injections", [1, 2])
+def test_fifty_updates_after_an_injection_move_only_the_encoder_and_the_newest_head(injections):
+    learner = make_learner()
+    for k in range(injections):
+        updates(learner, 5, seed=k)  # momentum for the heads that are about to be frozen
+        learner.inject()
+    before = snapshot(learner)
+    updates(learner, 50, seed=9)
+    assert changed(learner, before) == names(learner, "encoder", f"theta_prime_1.{injections - 1}")
+
+
+def test_before_the_injection_only_the_encoder_and_theta_move():
+    learner = make_learner()
+    before = snapshot(learner)
+    updates(learner, 5)
+    assert changed(learner, before) == names(learner, "encoder", "theta.")
+
+
+def test_without_freezing_all_three_heads_move():
+    learner = make_learner(freeze_heads=False)
+    updates(learner, 5)
+    learner.inject()
+    before = snapshot(learner)
+    updates(learner, 5)
+    assert changed(learner, before) == names(learner, "encoder", "theta.", "theta_prime_1.0", "theta_prime_2.0")
+
+
+def test_injection_leaves_every_optimizer_moment_alone_and_starts_the_new_head_without_any():
+    learner = make_learner()
+    updates(learner, 5)
+    encoder, theta = moments(learner, learner.q_network.encoder), moments(learner, learner.q_network.theta)
+    learner.inject()
+    for kept, module in ((encoder, learner.q_network.encoder), (theta, learner.q_network.theta)):
+        for before, after in zip(kept, moments(learner, module), strict=True):
+            assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+            assert after["step"].item() == 5 and after["exp_avg"].abs().max() > 0
+    new_head = list(learner.q_network.theta_prime_1[0].parameters())
+    assert all(not learner.optimizer.state.get(parameter) for parameter in new_head)
+    updates(learner, 3)
+    assert all(learner.optimizer.state[parameter]["step"].item() == 3 for parameter in new_head)
+
+
+def test_injection_leaves_q_bitwise_unchanged_and_mirrors_it_in_the_target():
+    learner = make_learner()
+    obs = random_batch(np.random.default_rng(5), 32).observations
+    for k in range(2):
+        updates(learner, 10, seed=k)
+        before = learner.q_network(obs)
+        assert not torch.equal(learner.target_network(obs), before)
+        learner.inject()
+        assert torch.equal(learner.q_network(obs), before)
+        assert torch.equal(learner.target_network(obs), before)
+        online, target = learner.q_network.state_dict(), learner.target_network.state_dict()
+        assert online.keys() == target.keys() and all(torch.equal(online[key], target[key]) for key in online)
+        assert learner.target_network.num_injections == k + 1
+    frozen = {name: p.clone() for name, p in learner.target_network.named_parameters()}
+    updates(learner, 5)
+    assert all(torch.equal(p, frozen[name]) for name, p in learner.target_network.named_parameters())
+    assert not any(p.requires_grad for p in learner.target_network.parameters())
+
+
+def test_the_kth_head_depends_on_seed_and_k_alone():
+    def fresh_heads(seed, updates_before):
+        learner = make_learner(seed=seed)
+        for _ in range(2):
+            updates(learner, updates_before)
+            learner.act(np.zeros((3, 4, 84, 84), np.uint8), 0.5)
+            learner.inject()
+        return [head[0].weight.clone() for head in learner.q_network.theta_prime_2]
+
+    first, same, other = fresh_heads(1, 0), fresh_heads(1, 4), fresh_heads(2, 0)
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("injections", [0, 1])
+@pytest.mark.parametrize("tau", [1.0, 0.25])
+def test_a_sync_moves_the_target_by_tau(tau, injections):
+    learner = make_learner(tau=tau)
+    if injections:
+        learner.inject()
+    old = [p.clone() for p in learner.target_network.parameters()]
+    updates(learner, 5)
+    learner.sync_target()
+    online = list(learner.q_network.parameters())
+    for before, now, p in zip(old, learner.target_network.parameters(), online, strict=True):
+        assert torch.allclose(now, tau * p + (1 - tau) * before, atol=1e-7)
+    if tau == 1:
+        assert all(torch.equal(a, b) for a, b in zip(online, learner.target_network.parameters(), strict=True))
+
+
+def test_acting_is_greedy_at_epsilon_0_uniform_at_1_and_mixed_between():
+    learner = make_learner()
+    obs = np.random.default_rng(0).integers(0, 256, (3000, 4, 84, 84), np.uint8)[:500].repeat(6, axis=0)
+    greedy = torch.cat([learner.q_network(torch.from_numpy(part)) for part in np.split(obs, 6)]).argmax(1).numpy()
+    assert np.array_equal(learner.act(obs[:500], 0.0), greedy[:500])
+    actions = learner.act(obs, 1.0)
+    assert actions.dtype == np.int64 and actions.shape == (3000,)
+    assert np.abs(np.bincount(actions, minlength=ACTIONS) / 3000 - 1 / ACTIONS).max() < 0.04
+    # a random action is the greedy one in a sixth of the cases
+    assert abs((learner.act(obs, 0.3) == greedy).mean() - (0.7 + 0.3 / ACTIONS)) < 0.04
+
+
+def test_acting_takes_the_same_random_numbers_whatever_it_decides():
+    obs = np.zeros((4, 4, 84, 84), np.uint8)
+    learners = [make_learner() for _ in range(3)]
+    for learner, epsilon in zip(learners, (0.0, 0.5, 1.0), strict=True):
+        learner.act(obs, epsilon)
+    assert len({str(learner.rng.bit_generator.state) for learner in learners}) == 1
+
+
+def test_a_seed_fixes_the_networks_and_the_number_of_planned_injections_does_not_move_them():
+    one, same, other = make_learner(seed=1), make_learner(seed=1, injection_step=(5,)), make_learner(seed=2)
+    weights = [learner.q_network.theta[0].weight for learner in (one, same, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(one.q_network.theta[0].weight, one.target_network.theta[0].weight)
+
+
+def test_crossed_counts_each_multiple_once_for_any_stride():
+    for stride in (1, 3, 8, 50):
+        for frequency in (1, 4, 7, 20):
+            steps = range(0, 1000 + stride, stride)
+            total = sum(crossed(previous, previous + stride, frequency) for previous in steps[:-1])
+            assert total == steps[-1] // frequency
+    assert [crossed(3, 4, 4), crossed(4, 5, 4), crossed(0, 12, 4)] == [1, 0, 3]
+
+
+def test_epsilon_falls_linearly_and_stays():
+    args = Args(total_timesteps=1000, start_e=1.0, end_e=0.1, exploration_fraction=0.5)
+    assert exploration_epsilon(args, 0) == 1.0
+    assert exploration_epsilon(args, 250) == pytest.approx(0.55)
+    assert exploration_epsilon(args, 500) == exploration_epsilon(args, 999) == pytest.approx(0.1)
+    assert exploration_epsilon(Args(exploration_fraction=0.0), 0) == pytest.approx(0.01)

@@ -1,0 +1,211 @@
+"""Plasticity injection at the level of the Q-network."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+from dqn_injection_atari import QNetwork
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def observations(batch=16, seed=0):
+    return torch.randint(0, 256, (batch, 4, 84, 84), dtype=torch.uint8, generator=seeded(seed))
+
+
+def heads(q_network):
+    return [q_network.theta, *q_network.theta_prime_1, *q_network.theta_prime_2]
+
+
+def trained(q_network, steps=3):
+    """A few steps of plain SGD on everything trainable, so that no head is at its initial value."""
+    optimizer = torch.optim.SGD(q_network.parameters(), lr=0.1)
+    device = next(q_network.parameters()).device
+    for step in range(steps):
+        optimizer.zero_grad()
+        (q_network(observations(seed=step).to(device)) - 1).square().mean().backward()
+        optimizer.step()
+    return q_network
+
+
+def snapshot(module):
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def equal(before, module):
+    return all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def num_trainable(q_network):
+    return sum(parameter.numel() for parameter in q_network.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("freeze_heads", [True, False])
+def test_q_is_bitwise_equal_across_every_injection(device, freeze_heads):
+    q_network = QNetwork(6, max_injections=3, freeze_heads=freeze_heads).to(device)
+    for k in range(3):
+        trained(q_network)
+        for batch in (1, 7, 64):
+            obs = observations(batch).to(device)
+            before = q_network(obs)
+            injected = QNetwork(6, max_injections=3, freeze_heads=freeze_heads).to(device)
+            injected.load_state_dict(q_network.state_dict())
+            injected.inject(seeded(k))
+            assert torch.equal(injected(obs), before)
+        q_network.inject(seeded(k))
+    assert not torch.equal(trained(q_network)(obs), before)
+
+
+def test_forward_maps_uint8_stacks_to_float32_q_values_and_leaves_them_alone():
+    obs = observations(5)
+    kept = obs.clone()
+    q_values = QNetwork(9)(obs)
+    assert q_values.shape == (5, 9) and q_values.dtype == torch.float32
+    assert torch.equal(obs, kept)
+
+
+def test_the_network_is_the_nature_cnn():
+    q_network = QNetwork(6)
+    shapes = [tuple(p.shape) for p in q_network.encoder.parameters()] + [tuple(p.shape) for p in q_network.theta.parameters()]
+    assert shapes == [(32, 4, 8, 8), (32,), (64, 32, 4, 4), (64,), (64, 64, 3, 3), (64,), (512, 3136), (512,), (6, 512), (6,)]
+    assert q_network.features(observations(2)).shape == (2, 3136)
+    half = QNetwork(6)
+    half.load_state_dict(q_network.state_dict())
+    with torch.no_grad():
+        half.encoder[0].weight.mul_(2)  # pixels reach the first layer in [0, 1]
+        half.encoder[0].bias.mul_(2)
+    pixels = torch.full((1, 4, 84, 84), 255, dtype=torch.uint8)
+    ones = nn.functional.conv2d(torch.ones(1, 4, 84, 84), q_network.encoder[0].weight, q_network.encoder[0].bias, stride=4)
+    assert torch.allclose(q_network.encoder[0](pixels / 255), ones)
+    assert torch.allclose(half.encoder[0](pixels / 255), 2 * ones)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_q_is_the_written_out_sum_and_so_is_the_encoders_gradient(k):
+    q_network = QNetwork(6, max_injections=2)
+    for i in range(k):
+        trained(q_network).inject(seeded(i))
+    trained(q_network)
+    obs, weights = observations(8), torch.randn(8, 6, generator=seeded(3))
+    got = torch.autograd.grad((weights * q_network(obs)).sum(), list(q_network.encoder.parameters()))
+
+    features = q_network.encoder(obs.float() / 255)
+    written_out = q_network.theta(features)
+    for i in range(k):
+        written_out = written_out + q_network.theta_prime_1[i](features) - q_network.theta_prime_2[i](features)
+    expected = torch.autograd.grad((weights * written_out).sum(), list(q_network.encoder.parameters()))
+    theta_alone = torch.autograd.grad(
+        (weights * q_network.theta(q_network.encoder(obs.float() / 255))).sum(), list(q_network.encoder.parameters())
+    )
+    assert torch.allclose(q_network(obs), written_out, atol=1e-6)
+    for mine, reference, old_head_only in zip(got, expected, theta_alone, strict=True):
+        assert torch.allclose(mine, reference, rtol=1e-4, atol=1e-5 * reference.abs().max().item())
+        assert not torch.allclose(mine, old_head_only, rtol=1e-2, atol=1e-3 * reference.abs().max().item())
+
+
+def test_at_the_instant_of_injection_the_new_branches_gradients_to_the_encoder_cancel():
+    q_network = trained(QNetwork(6))
+    obs = observations(8)
+    before = torch.autograd.grad(q_network(obs).sum(), list(q_network.encoder.parameters()))
+    q_network.inject(seeded())
+    after = torch.autograd.grad(q_network(obs).sum(), list(q_network.encoder.parameters()))
+    for a, b in zip(before, after, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+
+
+def test_injection_draws_equal_fresh_heads_and_touches_nothing_else():
+    q_network = trained(QNetwork(6, max_injections=2))
+    others = [q_network.encoder, q_network.theta, q_network.theta_prime_1[1], q_network.theta_prime_2[1]]
+    before = [snapshot(module) for module in others]
+    old_pair = snapshot(q_network.theta_prime_1[0])
+    q_network.inject(seeded())
+    assert q_network.num_injections == 1
+    assert all(equal(saved, module) for saved, module in zip(before, others, strict=True))
+    assert equal(snapshot(q_network.theta_prime_1[0]), q_network.theta_prime_2[0])
+    assert not equal(old_pair, q_network.theta_prime_1[0])
+    addresses = {p.data_ptr() for head in heads(q_network) for p in head.parameters()}
+    assert len(addresses) == 5 * 4, "no two heads share memory"
+
+
+def test_fresh_heads_follow_pytorchs_own_initialisation():
+    q_network = QNetwork(18)
+    q_network.inject(seeded())
+    torch.manual_seed(0)
+    reference = QNetwork(18).theta
+    for fresh, default in zip(q_network.theta_prime_1[0].parameters(), reference.parameters(), strict=True):
+        fan_in = 3136 if fresh.shape[0] == 512 else 512
+        assert fresh.abs().max() <= fan_in**-0.5
+        assert abs(fresh.std() / (fan_in**-0.5 / 3**0.5) - 1) < (0.1 if fresh.numel() > 100 else 0.6)
+        assert default.abs().max() <= fan_in**-0.5
+
+
+def test_heads_are_drawn_from_the_given_generator_and_from_no_other():
+    first, second, other = (QNetwork(6) for _ in range(3))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first.inject(seeded(1))
+    second.inject(seeded(1))
+    other.inject(seeded(2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert equal(snapshot(first.theta_prime_1[0]), second.theta_prime_1[0])
+    assert not equal(snapshot(first.theta_prime_1[0]), other.theta_prime_1[0])
+
+
+def test_without_a_generator_heads_come_from_the_global_one():
+    torch.manual_seed(0)
+    first, second = QNetwork(6), QNetwork(6)
+    first.inject()
+    second.inject()
+    assert not equal(snapshot(first.theta_prime_1[0]), second.theta_prime_1[0])
+
+
+def test_freezing_trains_the_encoder_and_the_newest_head_and_keeps_the_parameter_count():
+    q_network = QNetwork(6, max_injections=2)
+    count = num_trainable(q_network)
+    expected = [[True, False, False, False, False], [False, True, False, False, False], [False, False, True, False, False]]
+    for injections, trainable in enumerate(expected):
+        for head, flag in zip(heads(q_network), trainable, strict=True):
+            assert all(parameter.requires_grad == flag for parameter in head.parameters())
+        assert all(parameter.requires_grad for parameter in q_network.encoder.parameters())
+        assert num_trainable(q_network) == count
+        if injections < 2:
+            q_network.inject(seeded())
+
+
+def test_without_freezing_all_live_heads_train():
+    q_network = QNetwork(6, max_injections=2, freeze_heads=False)
+    q_network.inject(seeded())
+    flags = [all(p.requires_grad for p in head.parameters()) for head in heads(q_network)]
+    assert flags == [True, True, False, True, False]
+
+
+def test_frozen_parameters_have_no_gradient_not_a_zero_one():
+    q_network = trained(QNetwork(6))
+    assert all(p.grad is not None for p in q_network.theta.parameters())
+    q_network.inject(seeded())
+    assert all(p.grad is None for head in (q_network.theta, q_network.theta_prime_2[0]) for p in head.parameters())
+
+
+def test_a_state_dict_carries_the_injections_and_what_they_froze(tmp_path):
+    q_network = trained(QNetwork(6, max_injections=2))
+    q_network.inject(seeded())
+    trained(q_network)
+    torch.save(q_network.state_dict(), tmp_path / "q.pt")
+    loaded = QNetwork(6, max_injections=2)
+    loaded.load_state_dict(torch.load(tmp_path / "q.pt", weights_only=True))
+    assert loaded.num_injections == 1
+    assert torch.equal(loaded(observations()), q_network(observations()))
+    flags = [[p.requires_grad for p in network.parameters()] for network in (q_network, loaded)]
+    assert flags[0] == flags[1]
+
+
+def test_one_injection_too_many_is_refused():
+    q_network = QNetwork(6, max_injections=1)
+    q_network.inject(seeded())
+    with pytest.raises(ValueError, match="max_injections"):
+        q_network.inject(seeded())
