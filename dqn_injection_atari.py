@@ -13,10 +13,12 @@ parameters stay as they were, and θ′₁ learns with the plasticity of a new h
 Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
 """
 
+import contextlib
 import copy
 import importlib.util
 import os
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -244,13 +246,8 @@ def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
 
     def make_env() -> gym.Env:
         # the id's own frame skip and frame limit are undone, because the wrappers below apply them
-        env = gym.make(
-            spec,
-            frameskip=1,
-            max_num_frames_per_episode=None,
-            render_mode=render_mode,
-            disable_env_checker=True,
-        )
+        own = {"frameskip": 1, "max_num_frames_per_episode": None, "render_mode": render_mode}
+        env = gym.make(spec, disable_env_checker=True, **own)
         env = NoopResetEnv(env, noop_max=MAX_NOOPS)
         env = MaxAndSkipEnv(env, skip=FRAME_SKIP)
         env = WarpFrame(env, width=FRAME_SIZE, height=FRAME_SIZE)  # (84, 84, 1)
@@ -430,13 +427,7 @@ class FrameReplayBuffer(ReplayBuffer):
         self.slots[:] = 0
 
     def add(
-        self,
-        obs: np.ndarray,
-        next_obs: np.ndarray,
-        action: np.ndarray,
-        reward: np.ndarray,
-        done: np.ndarray,
-        infos: list[dict[str, Any]],
+        self, obs: np.ndarray, next_obs: np.ndarray, action: np.ndarray, reward: np.ndarray, done: np.ndarray, infos: list[dict]
     ) -> None:
         """Adds one transition per environment: obs, next_obs (n_envs, S, H, W), the others (n_envs,).
 
@@ -485,14 +476,23 @@ class FrameReplayBuffer(ReplayBuffer):
 
         Returns:
             observations, next_observations (B, S, H, W) uint8; actions (B, 1) int64; rewards, dones (B, 1) float32
+
+        Raises:
+            ValueError: `env` was given; what is stored is never normalised.
         """
         generator = self.generator if generator is None else generator
-        return self._gather(generator.integers(self.size(), size=batch_size), generator.integers(self.n_envs, size=batch_size))
+        return self._get_samples(generator.integers(self.size(), size=batch_size), env, generator)
 
-    def _get_samples(self, batch_inds: np.ndarray, env: None = None) -> ReplayBufferSamples:
-        return self._gather(batch_inds, self.generator.integers(self.n_envs, size=len(batch_inds)))
+    def _get_samples(
+        self, batch_inds: np.ndarray, env: None = None, generator: np.random.Generator | None = None
+    ) -> ReplayBufferSamples:
+        if env is not None:
+            raise ValueError("FrameReplayBuffer does not normalise: leave out env")
+        generator = self.generator if generator is None else generator
+        return self.transitions(batch_inds, generator.integers(self.n_envs, size=len(batch_inds)))
 
-    def _gather(self, rows: np.ndarray, columns: np.ndarray) -> ReplayBufferSamples:
+    def transitions(self, rows: np.ndarray, columns: np.ndarray) -> ReplayBufferSamples:
+        """The transitions at these rows of these environments, both (B,) int, in the form that `sample` returns."""
         stacks = torch.from_numpy(self.frames[self.slots[rows, columns]]).to(self.device)  # (B, S + 1, H, W)
         dones = self.dones[rows, columns] * (1 - self.timeouts[rows, columns])
         return ReplayBufferSamples(
@@ -585,33 +585,43 @@ class Learner:
         self.target_network.requires_grad_(False)
 
 
+def open_film(path: Path, width: int, height: int) -> cv2.VideoWriter:
+    """A writer of an mp4 (VP9, which browsers play) with one picture per step, in the game's own time.
+
+    Raises:
+        UsageError: this build of OpenCV has no such encoder.
+    """
+    film = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"vp09"), 60 / FRAME_SKIP, (width, height))
+    if not film.isOpened():
+        raise UsageError("OpenCV cannot write VP9 video here: pip install opencv-python-headless, or leave out --capture-video")
+    return film
+
+
 def evaluate(q_network: QNetwork, args: Args, key: int, video: Path | None = None) -> np.ndarray:
     """Raw scores (eval_episodes,) float64 of whole games, one per parallel environment, so that none is favoured.
 
     Environments and random numbers are its own, from (seed, key): evaluating changes nothing in training.
-    The first game is filmed to `video`, one picture per step.
+    The first game is filmed to `video`.
     """
-    envs = make_envs(replace(args, num_envs=args.eval_episodes), render_mode="rgb_array" if video else None)
     seed = stream_seed(args.seed, Stream.EVALUATION, key)
     rng = np.random.default_rng(seed)
-    obs, _ = envs.reset(seed=seed)
     scores = np.full(args.eval_episodes, np.nan)
-    film = None
-    while np.isnan(scores).any():
-        if video and np.isnan(scores[0]):
-            picture = envs.render()[0]
-            if film is None:
-                video.parent.mkdir(parents=True, exist_ok=True)
-                height, width, _ = picture.shape
-                film = cv2.VideoWriter(str(video), cv2.VideoWriter_fourcc(*"vp09"), 60 / FRAME_SKIP, (width, height))
-            film.write(np.ascontiguousarray(picture[..., ::-1]))
-        obs, _, _, _, infos = envs.step(epsilon_greedy(q_network, obs, args.eval_epsilon, rng))
-        if "episode" in infos:
-            first = infos["_episode"] & np.isnan(scores)
-            scores[first] = infos["episode"]["r"][first]
-    if film is not None:
-        film.release()
-    envs.close()
+    with contextlib.ExitStack() as stack:
+        envs = make_envs(replace(args, num_envs=args.eval_episodes), render_mode="rgb_array" if video else None)
+        stack.callback(envs.close)
+        obs, _ = envs.reset(seed=seed)
+        if video:
+            video.parent.mkdir(parents=True, exist_ok=True)
+            height, width, _ = envs.render()[0].shape
+            film = open_film(video, width, height)
+            stack.callback(film.release)
+        while np.isnan(scores).any():
+            if video and np.isnan(scores[0]):
+                film.write(np.ascontiguousarray(envs.render()[0][..., ::-1]))  # OpenCV's order is BGR
+            obs, _, _, _, infos = envs.step(epsilon_greedy(q_network, obs, args.eval_epsilon, rng))
+            if "episode" in infos:
+                first = infos["_episode"] & np.isnan(scores)
+                scores[first] = infos["episode"]["r"][first]
     return scores
 
 
@@ -624,7 +634,7 @@ def load_agent(path: str, device: torch.device | str) -> tuple[QNetwork, Args, i
     """The network, arguments and step of a saved agent. Runs no code from the file.
 
     Raises:
-        UsageError: there is no agent of this script in `path`.
+        UsageError: `path` is not an agent that `save_agent` wrote.
     """
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
@@ -632,13 +642,17 @@ def load_agent(path: str, device: torch.device | str) -> tuple[QNetwork, Args, i
         num_actions = len(saved["q_network"]["theta.2.bias"])
         q_network = QNetwork(num_actions, max(1, len(args.injection_step)), args.freeze_heads)
         q_network.load_state_dict(saved["q_network"])
-    except Exception as error:  # torch.load raises whatever a foreign file makes it stumble over
-        raise UsageError(f"cannot load an agent from {path}: {error}".splitlines()[0]) from error
-    return q_network.to(device, memory_format=torch.channels_last), args, saved["step"]
+        step = int(saved["step"])
+    except Exception as error:  # whatever a foreign or damaged file makes the loader stumble over
+        reason = next(iter(str(error).splitlines()), "")
+        raise UsageError(
+            f"{path} cannot be read as an agent ({type(error).__name__}: {reason}): give an agent.pt from --save-model"
+        ) from error
+    return q_network.to(device, memory_format=torch.channels_last), args, step
 
 
 def evaluate_saved(args: Args) -> np.ndarray:
-    """Plays with the agent in `args.evaluate`, prints and returns its scores (eval_episodes,).
+    """Plays with the agent in `args.evaluate`, prints and returns its scores (eval_episodes,) float64.
 
     Raises:
         UsageError: the file holds no agent, or --env-id asks for another game than the agent's.
@@ -657,12 +671,12 @@ def evaluate_saved(args: Args) -> np.ndarray:
 
 
 class RunLog:
-    """TensorBoard, the progress bar, and the means between two points of a curve."""
+    """What a run says: TensorBoard curves, the progress bar, lines on the terminal."""
 
     PLAIN_LINE_SECONDS = 30
 
     def __init__(self, args: Args, folder: Path):
-        self.args = args
+        self.args, self.folder = args, folder
         self.writer = SummaryWriter(str(folder))
         table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
@@ -715,14 +729,21 @@ class RunLog:
         now = time.perf_counter()
         if self.bar.disable and (now - self.last_line > self.PLAIN_LINE_SECONDS or step == total):
             left = tqdm.format_interval((total - step) / recent)
-            print(f"step {step:,} of {total:,}, {recent:,.0f} SPS, {left} left, ε {epsilon:.2f}, return {score}", flush=True)
+            self.say(f"step {step:,} of {total:,}, {recent:,.0f} SPS, {left} left, ε {epsilon:.2f}, return {score}")
             self.last_line = now
+
+    def evaluation(self, scores: np.ndarray, step: int) -> None:
+        """Logs the mean of one evaluation's scores."""
+        self.writer.add_scalar("eval/episodic_return", scores.mean(), step)
+        self.say(f"step {step:,}: mean score of {len(scores)} evaluation games {scores.mean():,.1f}")
 
     def say(self, line: str) -> None:
         """Prints a line without tearing the progress bar."""
         self.bar.write(line)
+        sys.stdout.flush()
 
     def close(self) -> None:
+        """Writes out what TensorBoard still holds in memory."""
         self.bar.close()
         self.writer.close()
 
@@ -743,17 +764,20 @@ def check_resources(args: Args, observation_space: gym.spaces.Box) -> None:
     """Refuses what would end the run later.
 
     Raises:
-        UsageError: the replay does not fit in free memory, or wandb is missing.
+        UsageError: the replay does not fit in free memory, wandb is missing, or video cannot be written.
     """
     needed = FrameReplayBuffer.bytes_needed(args.buffer_size, observation_space, args.num_envs)
     free = psutil.virtual_memory().available
     if needed > free:
         raise UsageError(
             f"a replay of {args.buffer_size:,} steps needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory "
-            f"are free: lower --buffer-size to at most {int(args.buffer_size * free / needed):,}"
+            f"are free: lower --buffer-size to {int(0.9 * args.buffer_size * free / needed)}"
         )
     if args.track and importlib.util.find_spec("wandb") is None:
         raise UsageError("--track needs Weights & Biases, which is not installed: pip install wandb, or leave out --track")
+    if args.capture_video:
+        with tempfile.TemporaryDirectory() as folder:
+            open_film(Path(folder) / "probe.mp4", FRAME_SIZE, FRAME_SIZE).release()
 
 
 def create_run_folder(args: Args) -> Path:
@@ -802,42 +826,20 @@ def inject(learner: Learner, replay: FrameReplayBuffer, log: RunLog, step: int) 
     log.say(f"step {step:,}: plasticity injected, largest change of Q over {len(obs)} observations: {delta}")
 
 
-def train(args: Args) -> Path:
-    """One whole run. Returns its folder, which holds the TensorBoard curves and whatever the flags ask for.
+def start_wandb(args: Args, folder: Path) -> None:
+    """Mirrors to Weights & Biases everything that is written to TensorBoard from now on."""
+    import wandb
+
+    names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
+    wandb.init(**names, config=asdict(args), sync_tensorboard=True, save_code=True)
+
+
+def training_loop(args: Args, envs: VectorEnv, learner: Learner, replay: FrameReplayBuffer, log: RunLog) -> None:
+    """Plays and learns from step 0 to `total_timesteps`.
 
     Raises:
-        UsageError: something in `args` cannot work on this machine; nothing was written.
         FloatingPointError: a loss stopped being finite.
     """
-    device = pick_device(args)
-    envs = make_envs(args)
-    check_resources(args, envs.single_observation_space)
-    folder = create_run_folder(args)
-    if args.track:
-        import wandb
-
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=folder.name,
-            config=asdict(args),
-            sync_tensorboard=True,
-            save_code=True,
-        )
-    learner = Learner(args, int(envs.single_action_space.n), device)
-    replay = FrameReplayBuffer(
-        args.buffer_size,
-        envs.single_observation_space,
-        envs.single_action_space,
-        device,
-        n_envs=args.num_envs,
-        generator=np.random.default_rng(stream_seed(args.seed, Stream.REPLAY)),
-    )
-    log = RunLog(args, folder)
-    log.say(f"{args.env_id} × {args.num_envs} ({args.env_backend}) on {device}, curves in {folder}")
-    if args.learning_starts >= args.total_timesteps:
-        log.say(f"warning: nothing is learned, learning_starts ({args.learning_starts:,}) is not before the run's end")
-
     step = 0
     obs, _ = envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS))
     while step < args.total_timesteps:
@@ -862,14 +864,36 @@ def train(args: Args) -> Path:
         if crossed(previous, step, args.log_frequency) or step == args.total_timesteps:
             log.interval(step, epsilon)
         if args.eval_frequency and crossed(previous, step, args.eval_frequency):
-            video = folder / "videos" / f"step-{step}.mp4" if args.capture_video else None
-            scores = evaluate(learner.q_network, args, step, video)
-            log.writer.add_scalar("eval/episodic_return", scores.mean(), step)
-            log.say(f"step {step:,}: mean score of {len(scores)} evaluation games: {scores.mean():,.1f}")
-    if args.save_model:
-        save_agent(folder / "agent.pt", learner.q_network, args, step)
-    log.close()
-    envs.close()
+            video = log.folder / "videos" / f"step-{step}.mp4" if args.capture_video else None
+            log.evaluation(evaluate(learner.q_network, args, step, video), step)
+
+
+def train(args: Args) -> Path:
+    """One whole run. Returns its folder, which holds the TensorBoard curves and whatever the flags ask for.
+
+    Raises:
+        UsageError: something in `args` cannot work on this machine; nothing was written.
+        FloatingPointError: a loss stopped being finite.
+    """
+    device = pick_device(args)
+    with contextlib.closing(make_envs(args)) as envs:
+        obs_space, action_space = envs.single_observation_space, envs.single_action_space
+        check_resources(args, obs_space)
+        learner = Learner(args, int(action_space.n), device)
+        rng = np.random.default_rng(stream_seed(args.seed, Stream.REPLAY))
+        replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, args.num_envs, generator=rng)
+        folder = create_run_folder(args)
+        if args.track:
+            start_wandb(args, folder)
+        with contextlib.closing(RunLog(args, folder)) as log:
+            log.say(f"{args.env_id} × {args.num_envs} ({args.env_backend}) on {device}, curves in {folder}")
+            if not args.injection_step or not args.apply_injection:
+                log.say("no plasticity injection in this run" + ("" if args.apply_injection else ": baseline arm"))
+            if args.learning_starts >= args.total_timesteps:
+                log.say(f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}")
+            training_loop(args, envs, learner, replay, log)
+            if args.save_model:
+                save_agent(folder / "agent.pt", learner.q_network, args, args.total_timesteps)
     return folder
 
 

@@ -48,7 +48,7 @@ def assert_same_transitions(ours, theirs):
     """Every row and environment, gathered through each buffer's own path."""
     assert (ours.size(), ours.pos, ours.full) == (theirs.size(), theirs.pos, theirs.full)
     rows, columns = (index.ravel() for index in np.indices((theirs.size(), theirs.n_envs)))
-    got = ours._gather(rows, columns)
+    got = ours.transitions(rows, columns)
     assert np.array_equal(got.observations.numpy(), theirs.observations[rows, columns])
     assert np.array_equal(got.next_observations.numpy(), theirs.next_observations[rows, columns])
     assert np.array_equal(got.actions.numpy(), theirs.actions[rows, columns])

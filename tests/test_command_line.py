@@ -1,0 +1,194 @@
+"""The command line: every flag explained, bad input refused in one line, the README's commands valid."""
+
+import ast
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import dqn_injection_atari
+from dqn_injection_atari import Args, UsageError, main, parse_args, train
+
+SCRIPT = Path(dqn_injection_atari.__file__)
+README = SCRIPT.with_name("README.md")
+CLEANRL = """exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity capture_video save_model env_id
+total_timesteps learning_rate num_envs buffer_size gamma tau target_network_frequency batch_size start_e end_e
+exploration_fraction learning_starts train_frequency""".split()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def parse(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["dqn_injection_atari.py", *flags])
+    return parse_args()
+
+
+def test_flags_reach_args(monkeypatch):
+    args = parse(monkeypatch, *"--env-id ALE/Pong-v5 --injection-step 5000000 10000000 --no-apply-injection".split())
+    assert args == Args(env_id="ALE/Pong-v5", injection_step=(5_000_000, 10_000_000), apply_injection=False)
+    args = parse(monkeypatch, *"--injection-step 7 --no-freeze-heads --env-backend ale --no-cuda --tau 0.5".split())
+    assert args == Args(injection_step=(7,), freeze_heads=False, env_backend="ale", cuda=False, tau=0.5)
+    assert parse(monkeypatch) == Args()
+
+
+def test_cleanrls_knobs_keep_their_names():
+    assert set(CLEANRL) <= {field.name for field in fields(Args)}
+
+
+def test_defaults_are_the_default_setting():
+    args = Args()
+    assert (args.learning_rate, args.target_network_frequency, args.train_frequency, args.batch_size) == (1e-4, 8_000, 4, 32)
+    assert (args.buffer_size, args.learning_starts, args.total_timesteps) == (1_000_000, 80_000, 15_000_000)
+    assert (args.start_e, args.end_e, args.exploration_fraction, args.gamma) == (1.0, 0.01, 0.1, 0.99)
+    learner = dqn_injection_atari.Learner(args, 6, "cpu")
+    assert learner.optimizer.defaults["eps"] == 1.5e-4 and learner.optimizer.defaults["lr"] == 1e-4
+
+
+def field_docstrings():
+    """{field: docstring} of Args, read off the source."""
+    body = next(
+        node for node in ast.parse(SCRIPT.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args"
+    ).body
+    return {
+        field.target.id: doc.value.value
+        for field, doc in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
+    }
+
+
+def test_help_explains_every_flag():
+    command, environment = [sys.executable, str(SCRIPT), "--help"], {**os.environ, "COLUMNS": "160"}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    plain = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
+    explanations = field_docstrings()
+    assert list(explanations) == [field.name for field in fields(Args)]
+    for name, explanation in explanations.items():
+        assert f"--{name.replace('_', '-')}" in plain
+        assert " ".join(explanation.split()) in plain, name
+
+
+BAD = {
+    "unknown environment": ("--env-id NoSuchGame-v4", "env_id"),
+    "no Atari environment": ("--env-id CartPole-v1", "not an Atari game"),
+    "no environment to play in": ("--num-envs 0", "num_envs is 0"),
+    "negative length": ("--total-timesteps -5", "total_timesteps is -5"),
+    "empty replay": ("--buffer-size 0", "buffer_size is 0"),
+    "replay smaller than one vector step": ("--buffer-size 4 --num-envs 8", "buffer_size is 4"),
+    "empty batch": ("--batch-size 0", "batch_size is 0"),
+    "target frequency": ("--target-network-frequency 0", "target_network_frequency is 0"),
+    "train frequency": ("--train-frequency 0", "train_frequency is 0"),
+    "log frequency": ("--log-frequency 0", "log_frequency is 0"),
+    "evaluation frequency": ("--eval-frequency -1", "eval_frequency is -1"),
+    "evaluation episodes": ("--eval-episodes 0", "eval_episodes is 0"),
+    "learning starts": ("--learning-starts -1", "learning_starts is -1"),
+    "learning rate": ("--learning-rate 0", "learning_rate is 0"),
+    "learning rate not a number": ("--learning-rate nan", "learning_rate is nan"),
+    "discount": ("--gamma 1.5", "gamma is 1.5"),
+    "tau": ("--tau 0", "tau is 0"),
+    "epsilon": ("--end-e 2", "end_e is 2"),
+    "exploration": ("--exploration-fraction -0.1", "exploration_fraction is -0.1"),
+    "evaluation epsilon": ("--eval-epsilon 1.1", "eval_epsilon is 1.1"),
+    "seed": ("--seed -1", "seed is -1"),
+    "injection at the end": ("--total-timesteps 1000 --injection-step 1000", "within 1 ... 999"),
+    "injection past the end": ("--injection-step 20000000", "injection_step is (20000000,)"),
+    "injection before the start": ("--injection-step 0", "injection_step is (0,)"),
+    "injections not increasing": ("--injection-step 10 10", "increasing"),
+    "replay larger than memory": ("--buffer-size 1000000000", "GB of memory are free"),
+    "wandb missing": ("--track", "pip install wandb"),
+    "video without evaluation": ("--capture-video", "--eval-frequency"),
+    "evaluating nothing": ("--evaluate nowhere.pt", "nowhere.pt"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(monkeypatch, case):
+    flags, message = BAD[case]
+    monkeypatch.setattr(dqn_injection_atari, "training_loop", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(dqn_injection_atari.importlib.util, "find_spec", lambda _: None)  # as where wandb is missing
+    monkeypatch.setattr(sys, "argv", ["", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    error = str(stop.value.code)
+    assert error.startswith("error: ") and message in error and "\n" not in error
+    assert not list(Path().iterdir())
+
+
+def test_the_shell_sees_one_line_and_a_status():
+    run = subprocess.run([sys.executable, str(SCRIPT), "--num-envs", "0"], capture_output=True, text=True, check=False)
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr == "error: num_envs is 0, but must be at least 1: change --num-envs\n"
+
+
+def test_a_replay_that_does_not_fit_names_needed_free_and_what_would_fit(monkeypatch):
+    class Memory:
+        available = 2_000_000_000
+
+    monkeypatch.setattr(dqn_injection_atari.psutil, "virtual_memory", lambda: Memory)
+    with pytest.raises(UsageError, match=r"needs 7\.3 GB and 2\.0 GB of memory are free") as error:
+        train(Args())
+    fits = int(re.search(r"lower --buffer-size to (\d+)$", str(error.value)).group(1))
+    space = dqn_injection_atari.make_envs(Args()).single_observation_space
+    needed = dqn_injection_atari.FrameReplayBuffer.bytes_needed
+    assert 1.7e9 < needed(fits, space) <= 2e9
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused(monkeypatch):
+    Path("runs").write_text("a file is in the way")
+    monkeypatch.setattr(sys, "argv", ["", "--buffer-size", "100"])
+    with pytest.raises(SystemExit, match=r"^error: cannot write the run folder .*runs/Phoenix"):
+        main()
+    assert Path("runs").read_text() == "a file is in the way"
+
+
+@pytest.mark.parametrize("step", [5, [5], (5,), [5, 9]])
+def test_args_takes_one_injection_step_or_several(step):
+    assert Args(injection_step=step).injection_step == ((5,) if step in (5, [5], (5,)) else (5, 9))
+
+
+def test_args_refuses_with_a_value_error():
+    with pytest.raises(ValueError, match="num_envs"):
+        Args(num_envs=0)
+    with pytest.raises(ValueError, match="env_backend"):
+        Args(env_backend="gym")
+
+
+def readme_commands():
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README.read_text(), re.DOTALL)
+    commands = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
+    return [command.split(" #")[0].strip() for line in commands for command in line.split("&&")]
+
+
+def test_every_training_command_of_the_readme_parses(monkeypatch):
+    commands = [c for c in readme_commands() if "dqn_injection_atari.py" in c and "--help" not in c]
+    assert len(commands) >= 5
+    for command in commands:
+        words = shlex.split(command)
+        parse(monkeypatch, *words[words.index("dqn_injection_atari.py") + 1 :])
+
+
+def test_every_file_the_readme_names_exists():
+    text = README.read_text()
+    named = set(re.findall(r"\]\(((?!http|#)[^)]+)\)", text)) | set(re.findall(r'src="((?!http)[^"]+)"', text))
+    assert named and all((README.parent / name).exists() for name in named)
+
+
+def test_the_readme_lists_every_flag_that_changes_behaviour_and_every_curve():
+    text = README.read_text()
+    source = SCRIPT.read_text()
+    tags = set(re.findall(r'"((?:charts|injection|eval)/\w+)"', source)) | {"losses/td_loss", "losses/q_values"}
+    assert len(tags) == 10 and all(f"`{tag}`" in text for tag in tags)
+
+
+def test_what_is_no_flag_is_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(monkeypatch, "--no-such-flag")
+    assert stop.value.code == 2 and "--no-such-flag" in capsys.readouterr().err

@@ -1,0 +1,308 @@
+"""Whole runs: what is counted, logged and written, and what leaves training untouched."""
+
+import importlib.machinery
+import os
+import pty
+import subprocess
+import sys
+import termios
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import dqn_injection_atari
+from dqn_injection_atari import Args, FrameReplayBuffer, Learner, QNetwork, load_agent, train
+
+SCRIPT = Path(dqn_injection_atari.__file__)
+SMALL = Args(
+    total_timesteps=480,
+    buffer_size=300,
+    learning_starts=100,
+    batch_size=4,
+    target_network_frequency=50,
+    log_frequency=60,
+    exploration_fraction=0.5,
+    env_backend="ale",
+)
+
+SMALL_FLAGS = """--total-timesteps 480 --buffer-size 300 --learning-starts 100 --batch-size 4 --log-frequency 60
+--env-backend ale""".split()
+SHORT_GAMES = "BriefPhoenix-v5"
+gym.register(
+    SHORT_GAMES,
+    "ale_py.env:AtariEnv",
+    kwargs={**gym.spec("PhoenixNoFrameskip-v4").kwargs, "max_num_frames_per_episode": 400},
+)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def scalars(folder):
+    """{tag: [(step, value), ...]} of a run's TensorBoard files."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture
+def record():
+    """Runs `train` and returns its calls in order: ("update", loss), ("sync",), ("inject", learner), ("add", actions)."""
+
+    def run(args):
+        calls = []
+
+        def spy(owner, name, entry):
+            original = getattr(owner, name)
+
+            def wrapper(self, *positional):
+                result = original(self, *positional)
+                calls.append(entry(self, result, positional))
+                return result
+
+            patch.setattr(owner, name, wrapper)
+
+        with pytest.MonkeyPatch.context() as patch:
+            spy(Learner, "update", lambda learner, losses, _: ("update", losses["td_loss"].item()))
+            spy(Learner, "sync_target", lambda learner, *_: ("sync",))
+            spy(Learner, "inject", lambda learner, *_: ("inject", learner))
+            spy(FrameReplayBuffer, "add", lambda buffer, _, transition: ("add", transition[2].tolist()))
+            return calls, train(args)
+
+    return run
+
+
+def kinds(calls):
+    return [call[0] for call in calls]
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 7, 16])
+def test_updates_and_syncs_do_not_depend_on_the_number_of_environments(record, num_envs):
+    args = replace(SMALL, num_envs=num_envs, learning_starts=102, target_network_frequency=32, batch_size=1)
+    counts = kinds(record(args)[0])
+    assert counts.count("update") == 480 // 4 - 102 // 4
+    assert counts.count("sync") == 480 // 32 - 102 // 32
+    assert counts.count("add") == -(-480 // num_envs)
+
+
+@pytest.mark.parametrize("num_envs", [1, 8])
+@pytest.mark.parametrize("injection_step", [(1,), (203,), (240, 241), (120, 300), (479,)])
+def test_each_injection_happens_once_at_its_step(record, num_envs, injection_step):
+    calls, folder = record(replace(SMALL, num_envs=num_envs, injection_step=injection_step))
+    steps_at_injection = [kinds(calls)[:i].count("add") * num_envs for i, call in enumerate(calls) if call[0] == "inject"]
+    assert steps_at_injection == [-(-step // num_envs) * num_envs for step in injection_step]
+    curves = scalars(folder)
+    assert [step for step, _ in curves["injection/step"]] == steps_at_injection
+    assert [value for _, value in curves["injection/step"]] == steps_at_injection
+    assert [value for _, value in curves["injection/max_abs_delta_q"]] == [0.0] * len(injection_step)
+
+
+def test_the_logged_change_of_q_is_measured(monkeypatch):
+    original = QNetwork.inject
+
+    def broken(self, generator=None):
+        original(self, generator)
+        torch.nn.init.zeros_(self.theta_prime_2[0][2].bias)
+
+    monkeypatch.setattr(QNetwork, "inject", broken)
+    folder = train(replace(SMALL, injection_step=(200,)))
+    assert scalars(folder)["injection/max_abs_delta_q"][0][1] > 0
+
+
+def test_arms_with_and_without_injection_are_equal_until_it_and_differ_after_it(record):
+    injected, _ = record(replace(SMALL, injection_step=(300,)))
+    baseline, _ = record(replace(SMALL, injection_step=(300,), apply_injection=False))
+    at = kinds(injected).index("inject")
+    assert "inject" not in kinds(baseline)
+    assert injected[:at] == baseline[:at] and kinds(injected[:at]).count("update") == 300 // 4 - 100 // 4
+    after = [call for call in injected[at + 1 :] if call[0] == "update"]
+    assert after != [call for call in baseline[at:] if call[0] == "update"]
+
+
+def test_a_seed_fixes_a_whole_run_and_another_seed_changes_it(record):
+    args = replace(SMALL, injection_step=(200,), num_envs=2)
+    (first, _), (same, _), (other, _) = record(args), record(args), record(replace(args, seed=2))
+    without_learner = [[call for call in calls if call[0] != "inject"] for calls in (first, same, other)]
+    assert without_learner[0] == without_learner[1] != without_learner[2]
+
+
+def test_evaluating_filming_and_saving_change_nothing_in_training(record):
+    args = replace(SMALL, injection_step=(200,), total_timesteps=320, env_backend="sb3")
+    plain, _ = record(args)
+    evaluated, folder = record(
+        replace(args, eval_frequency=150, eval_episodes=2, eval_epsilon=1.0, capture_video=True, save_model=True)
+    )
+    assert [c for c in plain if c[0] != "inject"] == [c for c in evaluated if c[0] != "inject"]
+    curve = scalars(folder)["eval/episodic_return"]
+    assert [step for step, _ in curve] == [150, 300] and all(value >= 0 for _, value in curve)
+
+
+def test_tensorboard_holds_every_promised_curve_and_the_hyperparameters():
+    args = replace(SMALL, total_timesteps=1400, learning_starts=1200, log_frequency=100, injection_step=(1300,))
+    args = replace(args, env_id=SHORT_GAMES, num_envs=2)
+    folder = train(args)
+    assert folder.parent == Path("runs") and folder.is_dir()
+    curves = scalars(folder)
+    assert set(curves) == {
+        *("charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/SPS", "charts/SPS_recent"),
+        *("losses/td_loss", "losses/q_values", "injection/step", "injection/max_abs_delta_q"),
+    }
+    intervals = list(range(100, 1401, 100))
+    for tag in ("charts/epsilon", "charts/SPS", "charts/SPS_recent"):
+        assert [step for step, _ in curves[tag]] == intervals
+    for tag in ("losses/td_loss", "losses/q_values"):
+        assert [step for step, _ in curves[tag]] == [1300, 1400]
+    assert curves["charts/epsilon"][-1][1] == pytest.approx(0.01)
+    assert curves["charts/epsilon"][0][1] == pytest.approx(1 - 0.99 * 98 / 700)
+    texts = EventAccumulator(str(folder)).Reload()
+    hyperparameters = texts.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert f"|env_id|{SHORT_GAMES}|" in hyperparameters and "|injection_step|(1300,)|" in hyperparameters
+
+
+def test_logged_losses_are_means_over_the_interval(record):
+    calls, folder = record(SMALL)
+    losses = [call[1] for call in calls if call[0] == "update"]
+    curve = dict(scalars(folder)["losses/td_loss"])
+    # 120 < updates at 124, 128, ... 180 ≤ 180
+    assert curve[180] == pytest.approx(np.mean(losses[5:20]), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sb3", "ale"])
+def test_logged_returns_are_raw_scores_of_whole_games(record, backend):
+    args = replace(SMALL, env_backend=backend, total_timesteps=8000, learning_starts=8000, num_envs=2, end_e=1.0)
+    calls, folder = record(args)
+    envs = dqn_injection_atari.make_envs(args)
+    envs.reset(seed=dqn_injection_atari.stream_seed(args.seed, dqn_injection_atari.Stream.ENVIRONMENTS))
+    expected, step = [], 0
+    scores = np.zeros(2)
+    base = envs.env.env  # below the statistics and the learner's view: raw scores
+    for _, actions in calls:
+        _, rewards, terminations, truncations, _ = base.step(np.array(actions))
+        step, scores = step + 2, scores + rewards
+        for i in np.flatnonzero(terminations | truncations):
+            expected.append((step, scores[i]))
+            scores[i] = 0
+    assert scalars(folder)["charts/episodic_return"] == expected and len(expected) >= 2
+
+
+def test_video_of_an_evaluation_game_plays(capsys):
+    for backend, size in (("sb3", (160, 210)), ("ale", (336, 336))):
+        args = replace(SMALL, env_backend=backend, total_timesteps=120, eval_frequency=100, eval_episodes=2, capture_video=True)
+        folder = train(replace(args, eval_epsilon=1.0))
+        video = cv2.VideoCapture(str(folder / "videos" / "step-100.mp4"))
+        pictures = []
+        while (read := video.read())[0]:
+            pictures.append(read[1])
+        assert (pictures[0].shape[1], pictures[0].shape[0]) == size
+        assert len(pictures) > 50 and video.get(cv2.CAP_PROP_FPS) == 15
+        assert any(np.abs(a.astype(int) - b).max() > 50 for a, b in zip(pictures, pictures[20:], strict=False))
+
+
+def test_a_saved_agent_loads_with_its_injection_and_plays(monkeypatch, capsys):
+    saved = []
+    original = dqn_injection_atari.save_agent
+    monkeypatch.setattr(
+        dqn_injection_atari, "save_agent", lambda path, network, *rest: (saved.append(network), original(path, network, *rest))
+    )
+    folder = train(replace(SMALL, env_id=SHORT_GAMES, injection_step=(300,), save_model=True))
+    network, args, step = load_agent(folder / "agent.pt", "cpu")
+    obs = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
+    assert torch.equal(network(obs), saved[0](obs)) and network.num_injections == 1
+    assert step == 480 and args.injection_step == (300,)
+
+    def play(*flags):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["", "--evaluate", str(folder / "agent.pt"), "--eval-episodes", "3", *flags])
+        dqn_injection_atari.main()
+        return capsys.readouterr().out
+
+    out = play("--eval-epsilon", "0.5")
+    scores = [float(score) for score in out.splitlines()[1].split()]
+    assert len(scores) == 3 and f"mean {np.mean(scores):.1f}" in out
+    assert out == play("--eval-epsilon", "0.5") != play("--eval-epsilon", "0.5", "--seed", "7")
+    assert sorted(path.name for path in Path("runs").iterdir()) == [folder.name], "playing starts no run"
+    with pytest.raises(SystemExit, match=f"plays {SHORT_GAMES}, not PongNoFrameskip-v4"):
+        play("--env-id", "PongNoFrameskip-v4")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no agent", "other"])
+def test_what_is_no_agent_is_refused_by_name(monkeypatch, content):
+    path = Path("agent.pt")
+    if content == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    elif content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["", "--evaluate", str(path)])
+    with pytest.raises(SystemExit, match=r"^error: agent.pt cannot be read as an agent .*--save-model$"):
+        dqn_injection_atari.main()
+
+
+def test_loading_an_agent_runs_no_code(monkeypatch):
+    class Payload:
+        def __reduce__(self):
+            return (os.mkdir, ("owned",))
+
+    torch.save(Payload(), "agent.pt")
+    monkeypatch.setattr(sys, "argv", ["", "--evaluate", "agent.pt"])
+    with pytest.raises(SystemExit, match="cannot be read as an agent"):
+        dqn_injection_atari.main()
+    assert not Path("owned").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_loss_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", *SMALL_FLAGS, "--learning-rate", "1e30"])
+    with pytest.raises(SystemExit, match=r"^error: td_loss became (nan|inf) between steps 60 and 120"):
+        dqn_injection_atari.main()
+    (folder,) = Path("runs").iterdir()
+    assert "charts/epsilon" in scalars(folder), "the curves so far are on disk"
+
+
+def test_runs_started_in_the_same_second_get_folders_of_their_own(monkeypatch):
+    monkeypatch.setattr(dqn_injection_atari.time, "time", lambda: 1_700_000_000.0)
+    folders = [dqn_injection_atari.create_run_folder(Args(env_id="ALE/Phoenix-v5")) for _ in range(3)]
+    assert len(set(folders)) == 3
+    assert all(folder.parent == Path("runs") and folder.is_dir() for folder in folders)
+
+
+def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere():
+    command = [sys.executable, str(SCRIPT), *SMALL_FLAGS, "--injection-step", "200"]
+    plain = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert plain.stderr == ""
+    assert "step 480 of 480" in plain.stdout and "SPS" in plain.stdout and "left, ε 0.01, return" in plain.stdout
+    assert "step 200: plasticity injected" in plain.stdout and "\r" not in plain.stdout
+
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(child, (24, 120))
+    process = subprocess.Popen(command, stdout=child, stderr=child)
+    os.close(child)
+    output = b""
+    try:
+        while part := os.read(parent, 4096):
+            output += part
+    except OSError:  # the terminal closes with the process
+        pass
+    assert process.wait() == 0
+    text = output.decode()
+    assert "480/480" in text and "\r" in text and "SPS, ε 0.01, return" in text and "step 480 of 480" not in text
+
+
+def test_track_mirrors_tensorboard_to_weights_and_biases(monkeypatch):
+    given = {}
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.init = given.update
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    folder = train(replace(SMALL, track=True, wandb_project_name="p", wandb_entity="e"))
+    assert (given["project"], given["entity"], given["name"]) == ("p", "e", folder.name)
+    assert given["sync_tensorboard"] is True and given["config"]["total_timesteps"] == 480
+    given.clear()
+    train(SMALL)
+    assert not given
