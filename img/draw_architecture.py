@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 TRAINED, FROZEN, ABSENT, INK = "#f4a259", "#8cb3d9", "#ececec", "#222222"
-plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "mathtext.fontset": "dejavusans"})
+plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "mathtext.fontset": "dejavusans"})
 
 
 def box(ax, x, y, width, height, text, colour, ink=INK):
@@ -37,25 +37,25 @@ def network(ax, y, title, heads):
     arrow(ax, (1.45, middle), (2.05, middle))
     ax.text(5.38, middle + 0.15, "3136", ha="center", fontsize=8.5)
     ax.plot([5.0, 5.7], [middle, middle], color=INK, lw=1.2)
-    ax.add_patch(plt.Circle((9.35, middle), 0.26, fc="white", ec=INK, lw=1.1))
-    ax.text(9.35, middle, "Σ", ha="center", va="center", fontsize=12)
+    ax.add_patch(plt.Circle((9.75, middle), 0.26, fc="white", ec=INK, lw=1.1))
+    ax.text(9.75, middle, "Σ", ha="center", va="center", fontsize=12)
     for (label, colour, sign), head_y in zip(heads, (middle + 1.25, middle, middle - 1.25), strict=True):
         live = colour != ABSENT
-        box(ax, 6.1, head_y - 0.45, 2.3, 0.9, label, colour, INK if live else "#9a9a9a")
+        box(ax, 6.1, head_y - 0.45, 2.6, 0.9, label, colour, INK if live else "#9a9a9a")
         style = "-" if live else (0, (3, 3))
         ax.plot([5.7, 5.7], [middle, head_y], color=INK, lw=1.2, ls=style)
         arrow(ax, (5.7, head_y), (6.1, head_y), style)
         if live:
             offset = 0.26 if head_y > middle else -0.26 if head_y < middle else 0
-            target = (9.35, middle + offset) if offset else (9.09, middle)
+            target = (9.75, middle + offset) if offset else (9.49, middle)
             if offset:
-                ax.plot([8.4, 9.35], [head_y, head_y], color=INK, lw=1.2)
-                arrow(ax, (9.35, head_y), target)
+                ax.plot([8.7, 9.75], [head_y, head_y], color=INK, lw=1.2)
+                arrow(ax, (9.75, head_y), target)
             else:
-                arrow(ax, (8.4, head_y), target)
-            ax.text(8.7, head_y + 0.17, sign, ha="center", fontsize=13)
-    arrow(ax, (9.61, middle), (10.2, middle))
-    box(ax, 10.2, middle - 0.4, 1.3, 0.8, "Q(s, ·)", "white")
+                arrow(ax, (8.7, head_y), target)
+            ax.text(9.0, head_y + 0.17, sign, ha="center", fontsize=13)
+    arrow(ax, (10.01, middle), (10.5, middle))
+    box(ax, 10.5, middle - 0.4, 1.3, 0.8, "Q(s, ·)", "white")
 
 
 def main():
@@ -74,7 +74,7 @@ def main():
     network(
         ax,
         0,
-        "after it:  Q = θ(φ) + (θ′₁(φ) − θ′₂(φ)),  with θ′₁ = θ′₂ at the instant of injection",
+        "after it:  Q = θ(φ) + (θ′₁(φ) − θ′₂(φ)),  and θ′₁ = θ′₂ at that instant",
         [
             (f"head θ\n{layers}", FROZEN, "+"),
             (f"fresh head θ′₁\n{layers}", TRAINED, "+"),
@@ -84,11 +84,11 @@ def main():
     for x, colour, text in (
         (0.0, TRAINED, "trained"),
         (1.7, FROZEN, "frozen, still passes gradient to φ"),
-        (6.3, ABSENT, "not evaluated"),
+        (6.6, ABSENT, "not evaluated"),
     ):
         ax.add_patch(FancyBboxPatch((x, -2.5), 0.32, 0.32, boxstyle="round,pad=0,rounding_size=0.06", fc=colour, ec=INK, lw=1))
         ax.text(x + 0.45, -2.34, text, va="center")
-    ax.set(xlim=(-0.15, 11.65), ylim=(-2.7, 7.3), aspect="equal")
+    ax.set(xlim=(-0.15, 11.95), ylim=(-2.7, 7.3), aspect="equal")
     ax.axis("off")
     figure.savefig(Path(__file__).with_name("architecture.png"), dpi=160, bbox_inches="tight", facecolor="white")
 
