@@ -16,6 +16,7 @@ Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator 
 import contextlib
 import copy
 import importlib.util
+import itertools
 import os
 import sys
 import tempfile
@@ -83,9 +84,9 @@ class Args:
     """save the final agent as `agent.pt` in the run's folder, for --evaluate (cleanRL)"""
 
     env_id: str = "PhoenixNoFrameskip-v4"
-    """any Atari id, e.g. PhoenixNoFrameskip-v4 or ALE/Phoenix-v5 (keeps its sticky actions); 4 frames a step in all"""
+    """any Atari id of Gymnasium, e.g. PhoenixNoFrameskip-v4 or ALE/Phoenix-v5 (with its sticky actions); 4 frames a step"""
     env_backend: Literal["sb3", "ale"] = "sb3"
-    """emulation: gymnasium + Stable-Baselines3's Atari wrappers, or ALE's own multi-threaded C++ vectoriser"""
+    """who runs the games: sb3 = gymnasium + Stable-Baselines3's wrappers, ale = ALE's multi-threaded C++ vectoriser"""
     num_envs: int = 1
     """games played in parallel, each adding 1 step per decision; updates per step do not depend on it (cleanRL)"""
     total_timesteps: int = 15_000_000
@@ -94,14 +95,14 @@ class Args:
     injection_step: tuple[int, ...] = ()
     """steps at which plasticity is injected, increasing; none by default (paper: 12_500_000 = 50M frames)"""
     apply_injection: bool = True
-    """--no-apply-injection leaves out the injections and nothing else: the baseline arm of a comparison"""
+    """--no-apply-injection leaves out the injections and nothing else: the baseline arm of a comparison (paper)"""
     freeze_heads: bool = True
     """freeze θ and θ′₂ at injection; --no-freeze-heads trains all three heads (paper, appendix)"""
 
     learning_rate: float = 1e-4
     """Adam's step size; its eps is 1.5e-4 (cleanRL; paper: RMSProp, 2.5e-4)"""
     buffer_size: int = 1_000_000
-    """replay capacity in steps over all environments, about 7.1 kB each (DQN Zoo)"""
+    """replay capacity in steps over all environments, 7.3 kB each (DQN Zoo)"""
     gamma: float = 0.99
     """discount per step (DQN Zoo)"""
     tau: float = 1.0
@@ -122,20 +123,20 @@ class Args:
     """steps per update (DQN Zoo)"""
 
     log_frequency: int = 1_000
-    """steps between points of the losses, speed and ε curves; losses are means over that interval"""
+    """steps between points of the losses, speed and ε curves; losses are means over that interval (cleanRL: 100)"""
     eval_frequency: int = 0
     """steps between evaluations; 0 = none (DQN Zoo: 250_000)"""
     eval_episodes: int = 10
-    """whole games per evaluation, played in parallel"""
+    """whole games per evaluation, played in parallel (cleanRL)"""
     eval_epsilon: float = 0.01
     """ε during evaluation (DQN Zoo double_q)"""
     evaluate: str | None = None
-    """path of a saved `agent.pt`: no training, play --eval-episodes games with it and print the scores. The game and
-    its preprocessing come from the agent; seed, cuda, capture_video and the eval flags from this command line"""
+    """path of an `agent.pt` that --save-model wrote: play --eval-episodes games with it, print the scores, train nothing.
+    Game and backend are the agent's own; seed, cuda, capture_video and the eval flags are this command line's"""
 
     def __post_init__(self) -> None:
         steps = self.injection_step
-        object.__setattr__(self, "injection_step", (steps,) if isinstance(steps, int) else tuple(steps))
+        object.__setattr__(self, "injection_step", (steps,) if isinstance(steps, int | np.integer) else tuple(steps))
         sizes = ("num_envs", "total_timesteps", "buffer_size", "batch_size", "eval_episodes")
         for name in (*sizes, "target_network_frequency", "train_frequency", "log_frequency"):
             self._require(name, lambda value: value >= 1, "at least 1")
@@ -173,7 +174,7 @@ class Stream(IntEnum):
 
 
 def stream_seed(seed: int, stream: Stream, key: int = 0) -> int:
-    """A seed in [0, 2³⁰) for one use: streams, keys and run seeds share no random numbers, however close they lie."""
+    """A seed in [0, 2³⁰) for one use; neighbouring run seeds, streams and keys give unrelated ones."""
     return int(np.random.SeedSequence([seed, stream, key]).generate_state(1)[0]) >> 2
 
 
@@ -232,8 +233,8 @@ class LearnerView(VectorWrapper):
         return tuple(np.repeat(newest[..., None], 3, axis=-1))
 
 
-def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
-    """`args.num_envs` games of `args.env_id` behind a `LearnerView`; a game that ends is replaced in the same step.
+def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None = None) -> VectorEnv:
+    """`num_envs` (default: `args.num_envs`) games behind a `LearnerView`; one that ends is replaced in the same step.
 
     Both backends preprocess as DQN Zoo does: up to 30 no-ops at the start, each action for 4 frames, maximum of the
     last two, grey, 84×84, 4 frames stacked on zeros, a limit on the frames of one game (108,000), no FIRE on reset.
@@ -242,6 +243,7 @@ def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
         UsageError: see `atari_spec`.
     """
     spec = atari_spec(args.env_id)
+    num_envs = args.num_envs if num_envs is None else num_envs
     max_frames = spec.kwargs["max_num_frames_per_episode"]
 
     def make_env() -> gym.Env:
@@ -256,11 +258,11 @@ def make_envs(args: Args, render_mode: str | None = None) -> VectorEnv:
         return TimeLimit(env, max_episode_steps=-(-max_frames // FRAME_SKIP))
 
     if args.env_backend == "sb3":
-        envs = SyncVectorEnv([make_env] * args.num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+        envs = SyncVectorEnv([make_env] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     else:
         envs = AtariVectorEnv(
             game=spec.kwargs["game"],
-            num_envs=args.num_envs,
+            num_envs=num_envs,
             max_num_frames_per_episode=max_frames,
             repeat_action_probability=spec.kwargs["repeat_action_probability"],
             full_action_space=spec.kwargs["full_action_space"],
@@ -362,7 +364,7 @@ class QNetwork(nn.Module):
 
 
 class FrameReplayBuffer(ReplayBuffer):
-    """Stable-Baselines3's replay buffer, holding each frame once: 7.1 GB instead of 56.4 GB for 1M transitions.
+    """Stable-Baselines3's replay buffer, holding each frame once: 7.3 GB instead of 56.4 GB for 1M transitions.
 
     An observation is a stack of S frames that shifts by one each step, so a transition spans S + 1 frames. They lie
     in a pool, and a transition holds their S + 1 slot numbers. A transition whose obs equals the next_obs added before
@@ -375,6 +377,7 @@ class FrameReplayBuffer(ReplayBuffer):
         action_space: Discrete
         device: where samples go
         n_envs: environments per `add`
+        optimize_memory_usage: Stable-Baselines3's way to save memory, refused: it loses the last frames of games
         handle_timeout_termination: sample done = 0 where infos[i]["TimeLimit.truncated"] is set
         generator: source of the sampled indices (Stable-Baselines3 takes NumPy's global one)
     """
@@ -388,13 +391,16 @@ class FrameReplayBuffer(ReplayBuffer):
         action_space: gym.spaces.Discrete,
         device: torch.device | str = "auto",
         n_envs: int = 1,
+        optimize_memory_usage: bool = False,
         handle_timeout_termination: bool = True,
         generator: np.random.Generator | None = None,
     ):
+        if optimize_memory_usage:
+            raise ValueError("FrameReplayBuffer stores each frame once as it is: leave out optimize_memory_usage")
         # not ReplayBuffer's own constructor: it allocates every stack, twice
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.buffer_size = max(buffer_size // n_envs, 1)
-        self.optimize_memory_usage = False
+        self.optimize_memory_usage = optimize_memory_usage
         self.handle_timeout_termination = handle_timeout_termination
         self.generator = np.random.default_rng() if generator is None else generator
         self.stack, *self.frame_shape = self.obs_shape
@@ -471,8 +477,8 @@ class FrameReplayBuffer(ReplayBuffer):
         self.frames[slot] = frame
         return slot
 
-    def sample(self, batch_size: int, env: None = None, generator: np.random.Generator | None = None) -> ReplayBufferSamples:
-        """A uniform batch, with replacement, on `device`, drawn from `generator` (default: the buffer's own).
+    def sample(self, batch_size: int, env: None = None) -> ReplayBufferSamples:
+        """A uniform batch, with replacement, on `device`, drawn from the buffer's own generator.
 
         Returns:
             observations, next_observations (B, S, H, W) uint8; actions (B, 1) int64; rewards, dones (B, 1) float32
@@ -480,16 +486,12 @@ class FrameReplayBuffer(ReplayBuffer):
         Raises:
             ValueError: `env` was given; what is stored is never normalised.
         """
-        generator = self.generator if generator is None else generator
-        return self._get_samples(generator.integers(self.size(), size=batch_size), env, generator)
+        return self._get_samples(self.generator.integers(self.size(), size=batch_size), env)
 
-    def _get_samples(
-        self, batch_inds: np.ndarray, env: None = None, generator: np.random.Generator | None = None
-    ) -> ReplayBufferSamples:
+    def _get_samples(self, batch_inds: np.ndarray, env: None = None) -> ReplayBufferSamples:
         if env is not None:
             raise ValueError("FrameReplayBuffer does not normalise: leave out env")
-        generator = self.generator if generator is None else generator
-        return self.transitions(batch_inds, generator.integers(self.n_envs, size=len(batch_inds)))
+        return self.transitions(batch_inds, self.generator.integers(self.n_envs, size=len(batch_inds)))
 
     def transitions(self, rows: np.ndarray, columns: np.ndarray) -> ReplayBufferSamples:
         """The transitions at these rows of these environments, both (B,) int, in the form that `sample` returns."""
@@ -607,7 +609,7 @@ def evaluate(q_network: QNetwork, args: Args, key: int, video: Path | None = Non
     rng = np.random.default_rng(seed)
     scores = np.full(args.eval_episodes, np.nan)
     with contextlib.ExitStack() as stack:
-        envs = make_envs(replace(args, num_envs=args.eval_episodes), render_mode="rgb_array" if video else None)
+        envs = make_envs(args, args.eval_episodes, render_mode="rgb_array" if video else None)
         stack.callback(envs.close)
         obs, _ = envs.reset(seed=seed)
         if video:
@@ -670,6 +672,13 @@ def evaluate_saved(args: Args) -> np.ndarray:
     return scores
 
 
+def exploration_epsilon(args: Args, step: int) -> float:
+    """ε at `step`: linear from start_e to end_e over the first exploration_fraction of the run, then constant."""
+    duration = args.exploration_fraction * args.total_timesteps
+    progress = min(step / duration, 1.0) if duration else 1.0
+    return args.start_e + progress * (args.end_e - args.start_e)
+
+
 class RunLog:
     """What a run says: TensorBoard curves, the progress bar, lines on the terminal."""
 
@@ -682,8 +691,7 @@ class RunLog:
         self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.bar = tqdm(total=args.total_timesteps, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
         self.returns: deque[float] = deque(maxlen=100)
-        self.sums: dict[str, torch.Tensor] = {}
-        self.updates = 0
+        self._forget_losses()
         self.start = self.interval_start = self.last_line = time.perf_counter()
         self.interval_step = 0
 
@@ -694,43 +702,44 @@ class RunLog:
             self.writer.add_scalar("charts/episodic_return", self.returns[-1], step)
             self.writer.add_scalar("charts/episodic_length", int(infos["episode"]["l"][i]), step)
 
-    def update(self, losses: dict[str, torch.Tensor]) -> None:
-        """Takes note of one update's losses without reading them off the device."""
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in losses.items()}
-        self.updates += 1
+    def _forget_losses(self) -> None:
+        self.update_steps: list[int] = []
+        self.sums: dict[str, torch.Tensor] = {}
+        self.num_finite: torch.Tensor | int = 0
 
-    def interval(self, step: int, epsilon: float) -> None:
+    def update(self, losses: dict[str, torch.Tensor], step: int) -> None:
+        """Takes note of one update's losses without reading them off the device."""
+        self.update_steps.append(step)
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in losses.items()}
+        self.num_finite = self.num_finite + losses["td_loss"].isfinite()
+
+    def interval(self, step: int) -> None:
         """Logs ε, speed and mean losses since the last call.
 
         Raises:
             FloatingPointError: a loss was not finite.
         """
-        now = time.perf_counter()
+        now, epsilon = time.perf_counter(), exploration_epsilon(self.args, step)
         recent = (step - self.interval_step) / (now - self.interval_start)
         self.writer.add_scalar("charts/epsilon", epsilon, step)
         self.writer.add_scalar("charts/SPS", int(step / (now - self.start)), step)
         self.writer.add_scalar("charts/SPS_recent", recent, step)
         for name, total in self.sums.items():
-            mean = float(total) / self.updates
-            self.writer.add_scalar(f"losses/{name}", mean, step)
-            if not np.isfinite(mean):
-                raise FloatingPointError(
-                    f"{name} became {mean} between steps {self.interval_step} and {step}: lower --learning-rate"
-                )
-        self._progress(step, epsilon, recent)
-        self.sums, self.updates = {}, 0
-        self.interval_start, self.interval_step = now, step
-
-    def _progress(self, step: int, epsilon: float, recent: float) -> None:
+            self.writer.add_scalar(f"losses/{name}", float(total) / len(self.update_steps), step)
+        num_finite = int(self.num_finite)
+        if num_finite < len(self.update_steps):
+            # once a loss is not finite, neither are the parameters, nor any later loss
+            raise FloatingPointError(f"td_loss is not finite from step {self.update_steps[num_finite]}: lower --learning-rate")
         total = self.args.total_timesteps
         score = f"{np.mean(self.returns):,.0f}" if self.returns else "-"
         self.bar.set_postfix_str(f"{recent:,.0f} SPS, ε {epsilon:.2f}, return {score}", refresh=False)
         self.bar.update(step - self.bar.n)
-        now = time.perf_counter()
         if self.bar.disable and (now - self.last_line > self.PLAIN_LINE_SECONDS or step == total):
             left = tqdm.format_interval((total - step) / recent)
             self.say(f"step {step:,} of {total:,}, {recent:,.0f} SPS, {left} left, ε {epsilon:.2f}, return {score}")
             self.last_line = now
+        self._forget_losses()
+        self.interval_start, self.interval_step = now, step
 
     def evaluation(self, scores: np.ndarray, step: int) -> None:
         """Logs the mean of one evaluation's scores."""
@@ -773,7 +782,8 @@ def check_resources(args: Args, observation_space: gym.spaces.Box) -> None:
             f"a replay of {args.buffer_size:,} steps needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory "
             f"are free: lower --buffer-size to {int(0.9 * args.buffer_size * free / needed)}"
         )
-    if args.track and importlib.util.find_spec("wandb") is None:
+    wandb = importlib.util.find_spec("wandb")
+    if args.track and (wandb is None or wandb.origin is None):  # a folder named wandb is found, without an origin
         raise UsageError("--track needs Weights & Biases, which is not installed: pip install wandb, or leave out --track")
     if args.capture_video:
         with tempfile.TemporaryDirectory() as folder:
@@ -787,36 +797,21 @@ def create_run_folder(args: Args) -> Path:
         UsageError: it cannot be written.
     """
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
-    for attempt in range(1000):
+    for attempt in itertools.count():
         folder = Path("runs") / (f"{name}-{attempt}" if attempt else name)
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
+        except OSError as error:
             if not folder.is_dir():
-                break
-        except OSError:
-            break
-    raise UsageError(f"cannot write the run folder {folder.absolute()}: start in a folder you may write to")
-
-
-def crossed(previous: int, step: int, frequency: int) -> int:
-    """How many multiples of `frequency` lie in (previous, step]."""
-    return step // frequency - previous // frequency
-
-
-def exploration_epsilon(args: Args, step: int) -> float:
-    """ε at `step`: linear from start_e to end_e over the first exploration_fraction of the run, then constant."""
-    duration = args.exploration_fraction * args.total_timesteps
-    progress = min(step / duration, 1.0) if duration else 1.0
-    return args.start_e + progress * (args.end_e - args.start_e)
+                raise UsageError(f"cannot write run folder {folder.absolute()} ({error.strerror}): start elsewhere") from None
 
 
 def inject(learner: Learner, replay: FrameReplayBuffer, log: RunLog, step: int) -> None:
     """Injects plasticity, measures on replayed observations that Q did not change, and logs both."""
     key = learner.q_network.num_injections
     rng = np.random.default_rng(stream_seed(learner.args.seed, Stream.INJECTION, key))
-    obs = replay.sample(512, generator=rng).observations
+    obs = replay.transitions(rng.integers(replay.size(), size=512), rng.integers(replay.n_envs, size=512)).observations
     with torch.no_grad():
         before = learner.q_network(obs)
         learner.inject()
@@ -834,6 +829,25 @@ def start_wandb(args: Args, folder: Path) -> None:
     wandb.init(**names, config=asdict(args), sync_tensorboard=True, save_code=True)
 
 
+def after_step(step: int, args: Args, learner: Learner, replay: FrameReplayBuffer, log: RunLog) -> None:
+    """All that happens every so many steps or at a certain one, in this order, called once for every single step.
+
+    A vector step of N environments calls it N times, so none of it depends on N.
+    """
+    if step > args.learning_starts:
+        if step % args.train_frequency == 0:
+            log.update(learner.update(replay.sample(args.batch_size)), step)
+        if step % args.target_network_frequency == 0:
+            learner.sync_target()
+    if args.apply_injection and step in args.injection_step:
+        inject(learner, replay, log, step)
+    if step % args.log_frequency == 0 or step == args.total_timesteps:
+        log.interval(step)
+    if args.eval_frequency and step % args.eval_frequency == 0:
+        video = log.folder / "videos" / f"step-{step}.mp4" if args.capture_video else None
+        log.evaluation(evaluate(learner.q_network, args, step, video), step)
+
+
 def training_loop(args: Args, envs: VectorEnv, learner: Learner, replay: FrameReplayBuffer, log: RunLog) -> None:
     """Plays and learns from step 0 to `total_timesteps`.
 
@@ -843,8 +857,7 @@ def training_loop(args: Args, envs: VectorEnv, learner: Learner, replay: FrameRe
     step = 0
     obs, _ = envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS))
     while step < args.total_timesteps:
-        epsilon = exploration_epsilon(args, step)
-        actions = learner.act(obs, epsilon)
+        actions = learner.act(obs, exploration_epsilon(args, step))
         next_obs, rewards, terminations, truncations, infos = envs.step(actions)
         cut = [{"TimeLimit.truncated": bool(truncated)} for truncated in truncations]
         replay.add(obs, infos["final_obs"], actions, rewards, terminations | truncations, cut)
@@ -852,20 +865,8 @@ def training_loop(args: Args, envs: VectorEnv, learner: Learner, replay: FrameRe
         # num_envs need not divide the run's length: what the last vector step plays beyond it is not counted
         previous, step = step, min(step + args.num_envs, args.total_timesteps)
         log.games(infos, step)
-
-        learned, learning = max(previous, args.learning_starts), max(step, args.learning_starts)
-        for _ in range(crossed(learned, learning, args.train_frequency)):
-            log.update(learner.update(replay.sample(args.batch_size)))
-        if crossed(learned, learning, args.target_network_frequency):
-            learner.sync_target()
-        for injection_step in args.injection_step:
-            if args.apply_injection and previous < injection_step <= step:
-                inject(learner, replay, log, step)
-        if crossed(previous, step, args.log_frequency) or step == args.total_timesteps:
-            log.interval(step, epsilon)
-        if args.eval_frequency and crossed(previous, step, args.eval_frequency):
-            video = log.folder / "videos" / f"step-{step}.mp4" if args.capture_video else None
-            log.evaluation(evaluate(learner.q_network, args, step, video), step)
+        for now in range(previous + 1, step + 1):
+            after_step(now, args, learner, replay, log)
 
 
 def train(args: Args) -> Path:
@@ -898,7 +899,7 @@ def train(args: Args) -> Path:
 
 
 def parse_args() -> Args:
-    """The command line as `Args`; with an error in one line where tyro would draw a box around it."""
+    """The command line as `Args`. What `Args` refuses is raised here, since tyro would draw a box around it."""
 
     class Unchecked(Args):
         def __post_init__(self) -> None:
@@ -909,6 +910,8 @@ def parse_args() -> Args:
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # ε on a terminal or in a log that has no Greek
     try:
         args = parse_args()
         if args.evaluate:

@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dqn_injection_atari
@@ -144,14 +145,14 @@ def test_a_replay_that_does_not_fit_names_needed_free_and_what_would_fit(monkeyp
 def test_a_run_folder_that_cannot_be_written_is_refused(monkeypatch):
     Path("runs").write_text("a file is in the way")
     monkeypatch.setattr(sys, "argv", ["", "--buffer-size", "100"])
-    with pytest.raises(SystemExit, match=r"^error: cannot write the run folder .*runs/Phoenix"):
+    with pytest.raises(SystemExit, match=r"^error: cannot write run folder .*runs/Phoenix"):
         main()
     assert Path("runs").read_text() == "a file is in the way"
 
 
-@pytest.mark.parametrize("step", [5, [5], (5,), [5, 9]])
-def test_args_takes_one_injection_step_or_several(step):
-    assert Args(injection_step=step).injection_step == ((5,) if step in (5, [5], (5,)) else (5, 9))
+@pytest.mark.parametrize("given,kept", [(5, (5,)), (np.int64(5), (5,)), ([5], (5,)), ((5, 9), (5, 9)), ((), ())])
+def test_args_takes_one_injection_step_or_several(given, kept):
+    assert Args(injection_step=given).injection_step == kept
 
 
 def test_args_refuses_with_a_value_error():
@@ -181,11 +182,27 @@ def test_every_file_the_readme_names_exists():
     assert named and all((README.parent / name).exists() for name in named)
 
 
-def test_the_readme_lists_every_flag_that_changes_behaviour_and_every_curve():
+def test_the_readme_names_every_curve_and_leaves_no_blank():
     text = README.read_text()
-    source = SCRIPT.read_text()
-    tags = set(re.findall(r'"((?:charts|injection|eval)/\w+)"', source)) | {"losses/td_loss", "losses/q_values"}
+    tags = set(re.findall(r'"((?:charts|injection|eval)/\w+)"', SCRIPT.read_text())) | {"losses/td_loss", "losses/q_values"}
     assert len(tags) == 10 and all(f"`{tag}`" in text for tag in tags)
+    assert not re.search(r"^[A-Z_]+$", text, re.MULTILINE), "a placeholder"
+
+
+def test_the_other_commands_of_the_readme_use_what_is_there():
+    for command in readme_commands():
+        for name in re.findall(r"\S+\.(?:txt|py)\b", command):
+            assert (README.parent / name).exists(), command
+        assert re.match(r"(python3? |\. \.venv/bin/activate|pip install -r |pytest$|tensorboard --logdir runs|#|$)", command), (
+            command
+        )
+
+
+def test_a_folder_named_wandb_does_not_pass_for_the_package(monkeypatch, tmp_path):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UsageError, match="pip install wandb"):
+        train(Args(track=True, buffer_size=100))
 
 
 def test_what_is_no_flag_is_refused(monkeypatch, capsys):

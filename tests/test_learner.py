@@ -5,7 +5,7 @@ import pytest
 import torch
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from dqn_injection_atari import Args, Learner, crossed, exploration_epsilon, td_loss
+from dqn_injection_atari import Args, Learner, exploration_epsilon, td_loss
 
 ACTIONS = 6
 
@@ -214,15 +214,6 @@ def test_a_seed_fixes_the_networks_and_the_number_of_planned_injections_does_not
     weights = [learner.q_network.theta[0].weight for learner in (one, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert torch.equal(one.q_network.theta[0].weight, one.target_network.theta[0].weight)
-
-
-def test_crossed_counts_each_multiple_once_for_any_stride():
-    for stride in (1, 3, 8, 50):
-        for frequency in (1, 4, 7, 20):
-            steps = range(0, 1000 + stride, stride)
-            total = sum(crossed(previous, previous + stride, frequency) for previous in steps[:-1])
-            assert total == steps[-1] // frequency
-    assert [crossed(3, 4, 4), crossed(4, 5, 4), crossed(0, 12, 4)] == [1, 0, 3]
 
 
 def test_epsilon_falls_linearly_and_stays():

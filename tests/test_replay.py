@@ -1,10 +1,15 @@
 """FrameReplayBuffer holds, transition by transition, what Stable-Baselines3's own ReplayBuffer holds."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import FrameStackObservation, ReshapeObservation, TimeLimit
+from stable_baselines3 import DQN
+from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from dqn_injection_atari import FrameReplayBuffer
 
@@ -113,15 +118,6 @@ def test_sampling_uses_its_own_generator_and_leaves_the_global_ones_alone():
     assert torch.equal(before[1], torch.get_rng_state())
 
 
-def test_a_borrowed_generator_leaves_the_buffers_own_where_it_was():
-    buffer, _ = both_buffers(20, 1)
-    for transition in random_stream(np.random.default_rng(0), 1, 10, "zero"):
-        buffer.add(*transition)
-    before = buffer.generator.bit_generator.state
-    buffer.sample(8, generator=np.random.default_rng(1))
-    assert buffer.generator.bit_generator.state == before
-
-
 def test_timeouts_bootstrap_unless_told_otherwise():
     obs = np.zeros((1, *OBS_SPACE.shape), np.uint8)
     for handle, expected in ((True, 0.0), (False, 1.0)):
@@ -171,6 +167,29 @@ def test_a_stack_that_does_not_shift_is_refused():
     obs, next_obs = rng.integers(0, 256, (2, 1, *OBS_SPACE.shape), np.uint8)
     with pytest.raises(ValueError, match="shifted by one frame"):
         buffer.add(obs, next_obs, np.array([0]), np.array([0.0]), np.array([False]), [{}])
+
+
+def test_what_it_does_not_do_is_refused():
+    with pytest.raises(ValueError, match="optimize_memory_usage"):
+        FrameReplayBuffer(8, OBS_SPACE, ACTIONS, "cpu", 1, True)
+    buffer, _ = both_buffers(8, 1)
+    for transition in random_stream(np.random.default_rng(0), 1, 4, "zero"):
+        buffer.add(*transition)
+    with pytest.raises(ValueError, match="normalise"):
+        buffer.sample(2, env=object())
+
+
+def test_sb3s_own_dqn_trains_with_it():
+    def make_env():
+        env = gym.make("PhoenixNoFrameskip-v4", frameskip=1, max_num_frames_per_episode=None)
+        env = ReshapeObservation(AtariWrapper(env), (84, 84))
+        return FrameStackObservation(TimeLimit(env, 60), 4, padding_type="zero")
+
+    envs = DummyVecEnv([make_env] * 2)
+    settings = {"learning_starts": 50, "batch_size": 4, "buffer_size": 300, "device": "cpu", "seed": 0}
+    model = DQN("CnnPolicy", envs, replay_buffer_class=FrameReplayBuffer, **settings).learn(400)
+    assert isinstance(model.replay_buffer, FrameReplayBuffer) and model.replay_buffer.full
+    assert model.replay_buffer.timeouts.sum() > 0
 
 
 def test_reset_forgets_everything():

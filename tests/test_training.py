@@ -1,6 +1,7 @@
 """Whole runs: what is counted, logged and written, and what leaves training untouched."""
 
 import importlib.machinery
+import itertools
 import os
 import pty
 import subprocess
@@ -55,7 +56,7 @@ def scalars(folder):
 
 @pytest.fixture
 def record():
-    """Runs `train` and returns its calls in order: ("update", loss), ("sync",), ("inject", learner), ("add", actions)."""
+    """Runs `train`; returns its folder and its calls in order, each a kind followed by what the tests look at."""
 
     def run(args):
         calls = []
@@ -74,7 +75,7 @@ def record():
             spy(Learner, "update", lambda learner, losses, _: ("update", losses["td_loss"].item()))
             spy(Learner, "sync_target", lambda learner, *_: ("sync",))
             spy(Learner, "inject", lambda learner, *_: ("inject", learner))
-            spy(FrameReplayBuffer, "add", lambda buffer, _, transition: ("add", transition[2].tolist()))
+            spy(FrameReplayBuffer, "add", lambda buffer, _, transition: ("add", transition[2].tolist(), transition, buffer))
             return calls, train(args)
 
     return run
@@ -84,7 +85,12 @@ def kinds(calls):
     return [call[0] for call in calls]
 
 
-@pytest.mark.parametrize("num_envs", [1, 2, 3, 7, 16])
+def course(calls):
+    """What two equal runs share: every action, every loss, every sync, in order."""
+    return [call[:2] for call in calls if call[0] != "inject"]
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 7, 16, 40])
 def test_updates_and_syncs_do_not_depend_on_the_number_of_environments(record, num_envs):
     args = replace(SMALL, num_envs=num_envs, learning_starts=102, target_network_frequency=32, batch_size=1)
     counts = kinds(record(args)[0])
@@ -93,16 +99,52 @@ def test_updates_and_syncs_do_not_depend_on_the_number_of_environments(record, n
     assert counts.count("add") == -(-480 // num_envs)
 
 
+@pytest.mark.parametrize("num_envs", [1, 40])
+def test_updates_and_syncs_keep_their_order(record, num_envs):
+    args = replace(SMALL, num_envs=num_envs, learning_starts=102, target_network_frequency=32, batch_size=1)
+    got = [kind for kind in kinds(record(args)[0]) if kind != "add"]
+    expected = []
+    for step in range(103, 481):
+        expected += ["update"] * (step % 4 == 0) + ["sync"] * (step % 32 == 0)
+    assert got == expected
+
+
+@pytest.mark.parametrize("train_frequency", [1, 5])
+def test_train_frequency_is_the_number_of_steps_per_update(record, train_frequency):
+    calls, _ = record(replace(SMALL, total_timesteps=200, train_frequency=train_frequency))
+    assert kinds(calls).count("update") == 100 // train_frequency
+
+
 @pytest.mark.parametrize("num_envs", [1, 8])
 @pytest.mark.parametrize("injection_step", [(1,), (203,), (240, 241), (120, 300), (479,)])
 def test_each_injection_happens_once_at_its_step(record, num_envs, injection_step):
     calls, folder = record(replace(SMALL, num_envs=num_envs, injection_step=injection_step))
-    steps_at_injection = [kinds(calls)[:i].count("add") * num_envs for i, call in enumerate(calls) if call[0] == "inject"]
-    assert steps_at_injection == [-(-step // num_envs) * num_envs for step in injection_step]
+    at = [i for i, call in enumerate(calls) if call[0] == "inject"]
+    assert [kinds(calls[:i]).count("add") for i in at] == [-(-step // num_envs) for step in injection_step]
+    assert [kinds(calls[:i]).count("update") for i in at] == [max(step, 100) // 4 - 100 // 4 for step in injection_step]
     curves = scalars(folder)
-    assert [step for step, _ in curves["injection/step"]] == steps_at_injection
-    assert [value for _, value in curves["injection/step"]] == steps_at_injection
-    assert [value for _, value in curves["injection/max_abs_delta_q"]] == [0.0] * len(injection_step)
+    assert curves["injection/step"] == [(step, step) for step in injection_step]
+    assert curves["injection/max_abs_delta_q"] == [(step, 0.0) for step in injection_step]
+
+
+@pytest.mark.parametrize("backend", ["sb3", "ale"])
+def test_replay_is_given_what_happened(record, backend):
+    """Lost lives are terminal, truncations bootstrap, and a game's last frame is its own, not the next game's first."""
+    args = replace(SMALL, env_backend=backend, env_id=SHORT_GAMES, num_envs=2, end_e=1.0, learning_starts=480)
+    transitions = [call[2] for call in record(args)[0] if call[0] == "add"]
+    ends = 0
+    for (obs, next_obs, _, rewards, done, infos), (later_obs, *_) in itertools.pairwise(transitions):
+        assert np.array_equal(next_obs[:, :-1], obs[:, 1:]) and set(rewards) <= {-1, 0, 1}
+        for i in range(2):
+            restarted = not later_obs[i, :3].any()
+            if infos[i]["TimeLimit.truncated"]:
+                assert done[i] and restarted
+                ends += 1
+            else:
+                assert restarted <= done[i] and (restarted or np.array_equal(later_obs[i], next_obs[i]))
+    assert ends >= 2
+    dones = np.array([[done[i] and not infos[i]["TimeLimit.truncated"] for i in range(2)] for *_, done, infos in transitions])
+    assert dones.any(), "lives were lost"
 
 
 def test_the_logged_change_of_q_is_measured(monkeypatch):
@@ -122,27 +164,58 @@ def test_arms_with_and_without_injection_are_equal_until_it_and_differ_after_it(
     baseline, _ = record(replace(SMALL, injection_step=(300,), apply_injection=False))
     at = kinds(injected).index("inject")
     assert "inject" not in kinds(baseline)
-    assert injected[:at] == baseline[:at] and kinds(injected[:at]).count("update") == 300 // 4 - 100 // 4
-    after = [call for call in injected[at + 1 :] if call[0] == "update"]
-    assert after != [call for call in baseline[at:] if call[0] == "update"]
+    assert course(injected[:at]) == course(baseline[:at]) and kinds(injected[:at]).count("update") == 50
+    assert course(injected[at:]) != course(baseline[at:])
+    # and the arms go on sharing their random numbers
+    replays = [next(call[3] for call in calls if call[0] == "add") for calls in (injected, baseline)]
+    assert replays[0].generator.bit_generator.state == replays[1].generator.bit_generator.state
 
 
 def test_a_seed_fixes_a_whole_run_and_another_seed_changes_it(record):
     args = replace(SMALL, injection_step=(200,), num_envs=2)
-    (first, _), (same, _), (other, _) = record(args), record(args), record(replace(args, seed=2))
-    without_learner = [[call for call in calls if call[0] != "inject"] for calls in (first, same, other)]
-    assert without_learner[0] == without_learner[1] != without_learner[2]
+    first, same, other = (course(record(replace(args, seed=seed))[0]) for seed in (1, 1, 2))
+    assert first == same != other
 
 
 def test_evaluating_filming_and_saving_change_nothing_in_training(record):
-    args = replace(SMALL, injection_step=(200,), total_timesteps=320, env_backend="sb3")
+    args = replace(SMALL, injection_step=(200,), total_timesteps=320, env_backend="sb3", env_id=SHORT_GAMES)
     plain, _ = record(args)
     evaluated, folder = record(
-        replace(args, eval_frequency=150, eval_episodes=2, eval_epsilon=1.0, capture_video=True, save_model=True)
+        replace(args, eval_frequency=150, eval_episodes=2, eval_epsilon=0.5, capture_video=True, save_model=True)
     )
-    assert [c for c in plain if c[0] != "inject"] == [c for c in evaluated if c[0] != "inject"]
+    assert course(plain) == course(evaluated)
     curve = scalars(folder)["eval/episodic_return"]
     assert [step for step, _ in curve] == [150, 300] and all(value >= 0 for _, value in curve)
+
+
+def test_more_evaluation_games_than_the_replay_holds_are_no_error():
+    folder = train(replace(SMALL, env_id=SHORT_GAMES, buffer_size=4, eval_frequency=400, eval_episodes=6))
+    assert len(scalars(folder)["eval/episodic_return"]) == 1
+
+
+def test_an_evaluation_logs_the_mean_of_whole_games(record, capsys):
+    scores = []
+    original = dqn_injection_atari.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dqn_injection_atari, "evaluate", lambda *args: scores.append(original(*args)) or scores[-1])
+        folder = train(replace(SMALL, env_id=SHORT_GAMES, eval_frequency=400, eval_episodes=5, eval_epsilon=1.0))
+    assert len(scores[0]) == 5 and len(set(scores[0])) > 1 and not (scores[0] % 20).any()  # Phoenix counts in twenties
+    assert scalars(folder)["eval/episodic_return"] == [(400, pytest.approx(scores[0].mean()))]
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_determinism_is_a_choice(deterministic):
+    dqn_injection_atari.pick_device(Args(torch_deterministic=deterministic))
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert torch.backends.cudnn.benchmark != deterministic
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_the_gpu_is_used_where_there_is_one_and_it_is_wanted(monkeypatch, cuda):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dqn_injection_atari.pick_device(Args(cuda=cuda)).type == ("cuda" if cuda else "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dqn_injection_atari.pick_device(Args(cuda=cuda)).type == "cpu"
 
 
 def test_tensorboard_holds_every_promised_curve_and_the_hyperparameters():
@@ -161,7 +234,7 @@ def test_tensorboard_holds_every_promised_curve_and_the_hyperparameters():
     for tag in ("losses/td_loss", "losses/q_values"):
         assert [step for step, _ in curves[tag]] == [1300, 1400]
     assert curves["charts/epsilon"][-1][1] == pytest.approx(0.01)
-    assert curves["charts/epsilon"][0][1] == pytest.approx(1 - 0.99 * 98 / 700)
+    assert curves["charts/epsilon"][0][1] == pytest.approx(1 - 0.99 * 100 / 700)
     texts = EventAccumulator(str(folder)).Reload()
     hyperparameters = texts.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
     assert f"|env_id|{SHORT_GAMES}|" in hyperparameters and "|injection_step|(1300,)|" in hyperparameters
@@ -184,7 +257,7 @@ def test_logged_returns_are_raw_scores_of_whole_games(record, backend):
     expected, step = [], 0
     scores = np.zeros(2)
     base = envs.env.env  # below the statistics and the learner's view: raw scores
-    for _, actions in calls:
+    for _, actions, *_ in calls:
         _, rewards, terminations, truncations, _ = base.step(np.array(actions))
         step, scores = step + 2, scores + rewards
         for i in np.flatnonzero(terminations | truncations):
@@ -259,7 +332,7 @@ def test_loading_an_agent_runs_no_code(monkeypatch):
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_loss_named(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", *SMALL_FLAGS, "--learning-rate", "1e30"])
-    with pytest.raises(SystemExit, match=r"^error: td_loss became (nan|inf) between steps 60 and 120"):
+    with pytest.raises(SystemExit, match=r"^error: td_loss is not finite from step 1[0-9]{2}: lower"):
         dqn_injection_atari.main()
     (folder,) = Path("runs").iterdir()
     assert "charts/epsilon" in scalars(folder), "the curves so far are on disk"
@@ -297,7 +370,7 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_elsewhere():
 def test_track_mirrors_tensorboard_to_weights_and_biases(monkeypatch):
     given = {}
     wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="somewhere")
     wandb.init = given.update
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     folder = train(replace(SMALL, track=True, wandb_project_name="p", wandb_entity="e"))
