@@ -182,7 +182,7 @@ def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """The registration of an Atari id.
 
     Raises:
-        UsageError: the id is unknown, not an Atari game, or has continuous actions.
+        UsageError: the id is unknown, not an Atari game, or has continuous actions or observations other than the screen.
     """
     try:
         spec = gym.spec(env_id)
@@ -192,6 +192,8 @@ def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
         raise UsageError(f"env_id {env_id!r} is not an Atari game: try PhoenixNoFrameskip-v4")
     if spec.kwargs.get("continuous", False):
         raise UsageError(f"env_id {env_id!r} has continuous actions, DQN needs discrete ones: register it without them")
+    if spec.kwargs.get("obs_type", "rgb") != "rgb":
+        raise UsageError(f"env_id {env_id!r} shows {spec.kwargs['obs_type']}, not the screen: register it without obs_type")
     return spec
 
 
@@ -240,11 +242,11 @@ def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None =
     last two, grey, 84×84, 4 frames stacked on zeros, a limit on the frames of one game (108,000), no FIRE on reset.
 
     Raises:
-        UsageError: see `atari_spec`.
+        UsageError: see `atari_spec`; or the id asks for a game mode or difficulty, which ALE's vectoriser cannot set.
     """
     spec = atari_spec(args.env_id)
     num_envs = args.num_envs if num_envs is None else num_envs
-    max_frames = spec.kwargs["max_num_frames_per_episode"]
+    max_frames = spec.kwargs.get("max_num_frames_per_episode") or 108_000
 
     def make_env() -> gym.Env:
         # the id's own frame skip and frame limit are undone, because the wrappers below apply them
@@ -260,12 +262,16 @@ def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None =
     if args.env_backend == "sb3":
         envs = SyncVectorEnv([make_env] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     else:
+        if spec.kwargs.get("mode") is not None or spec.kwargs.get("difficulty") is not None:
+            raise UsageError(
+                f"env_id {args.env_id!r} sets a mode or difficulty, which ALE's vectoriser cannot: --env-backend sb3"
+            )
         envs = AtariVectorEnv(
             game=spec.kwargs["game"],
             num_envs=num_envs,
             max_num_frames_per_episode=max_frames,
-            repeat_action_probability=spec.kwargs["repeat_action_probability"],
-            full_action_space=spec.kwargs["full_action_space"],
+            repeat_action_probability=spec.kwargs.get("repeat_action_probability", 0.25),
+            full_action_space=spec.kwargs.get("full_action_space", False),
             frameskip=FRAME_SKIP,
             noop_max=MAX_NOOPS + 1,  # draws from 0 ... noop_max − 1
             use_fire_reset=False,
@@ -575,7 +581,7 @@ class Learner:
             torch._foreach_lerp_(target, online, self.args.tau)
 
     def inject(self) -> None:
-        """Injects plasticity into the online network and mirrors it in the target network (paper, section 4).
+        """Injects plasticity into the online network and mirrors it in the target network.
 
         The k-th θ′ depends on (seed, k) alone. The optimizer is left as it is: the encoder keeps its moments, and the
         new head, which has had no gradient yet, starts without any.

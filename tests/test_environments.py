@@ -191,6 +191,24 @@ def test_continuous_actions_are_refused(backend):
         make_envs(Args(env_id=env_id, env_backend=backend))
 
 
+def test_what_a_backend_cannot_do_is_refused_not_ignored():
+    hard = variant("HardFreeway-v5", "ALE/Freeway-v5", difficulty=1)
+    make_envs(Args(env_id=hard, env_backend="sb3"))
+    with pytest.raises(UsageError, match="--env-backend sb3"):
+        make_envs(Args(env_id=hard, env_backend="ale"))
+    with pytest.raises(UsageError, match="not the screen"):
+        make_envs(Args(env_id=variant("RamPhoenix-v5", "ALE/Phoenix-v5", obs_type="ram")))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_id_registered_with_nothing_but_a_game_plays(backend):
+    if "BarePhoenix-v5" not in gym.registry:
+        gym.register("BarePhoenix-v5", "ale_py.env:AtariEnv", kwargs={"game": "phoenix"})
+    envs = make_envs(Args(env_id="BarePhoenix-v5", env_backend=backend))
+    envs.reset(seed=0)
+    assert envs.step(np.array([0]))[0].shape == (1, 4, 84, 84)
+
+
 def test_neighbouring_seeds_share_no_environment_seeds():
     used = [stream_seed(seed, 3) + i for seed in range(200) for i in range(16)]
     assert len(set(used)) == len(used)

@@ -331,11 +331,23 @@ def test_loading_an_agent_runs_no_code(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_loss_named(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["", *SMALL_FLAGS, "--learning-rate", "1e30"])
-    with pytest.raises(SystemExit, match=r"^error: td_loss is not finite from step 1[0-9]{2}: lower"):
-        dqn_injection_atari.main()
+    original, losses = Learner.update, []
+
+    def update(self, batch):
+        losses.append(original(self, batch))
+        return {**losses[-1], "td_loss": torch.tensor(float("inf"))} if len(losses) > 7 else losses[-1]
+
+    monkeypatch.setattr(Learner, "update", update)
+    with pytest.raises(FloatingPointError, match=r"^td_loss is not finite from step 132: lower --learning-rate$"):
+        train(SMALL)  # updates at 104, 108, ... 128 are the seven good ones
     (folder,) = Path("runs").iterdir()
     assert "charts/epsilon" in scalars(folder), "the curves so far are on disk"
+
+
+def test_a_diverging_run_ends_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["", *SMALL_FLAGS, "--learning-rate", "1e30"])
+    with pytest.raises(SystemExit, match=r"^error: td_loss is not finite from step 1[0-9]{2}: lower --learning-rate$"):
+        dqn_injection_atari.main()
 
 
 def test_runs_started_in_the_same_second_get_folders_of_their_own(monkeypatch):
