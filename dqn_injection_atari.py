@@ -131,8 +131,8 @@ class Args:
     eval_epsilon: float = 0.01
     """ε during evaluation (DQN Zoo double_q)"""
     evaluate: str | None = None
-    """path of an `agent.pt` that --save-model wrote: play --eval-episodes games with it, print the scores, train nothing.
-    Game and backend are the agent's own; seed, cuda, capture_video and the eval flags are this command line's"""
+    """train nothing, but play --eval-episodes games with the agent that --save-model left in this run's folder and print
+    the scores. Game and backend are the agent's own; seed, cuda, capture_video and the eval flags this command line's"""
 
     def __post_init__(self) -> None:
         steps = self.injection_step
@@ -638,7 +638,7 @@ def save_agent(path: Path, q_network: QNetwork, args: Args, step: int) -> None:
     torch.save({"q_network": q_network.state_dict(), "args": asdict(args), "step": step}, path)
 
 
-def load_agent(path: str, device: torch.device | str) -> tuple[QNetwork, Args, int]:
+def load_agent(path: Path, device: torch.device | str) -> tuple[QNetwork, Args, int]:
     """The network, arguments and step of a saved agent. Runs no code from the file.
 
     Raises:
@@ -665,12 +665,14 @@ def evaluate_saved(args: Args) -> np.ndarray:
     Raises:
         UsageError: the file holds no agent, or --env-id asks for another game than the agent's.
     """
-    q_network, trained, step = load_agent(args.evaluate, pick_device(args))
+    path = Path(args.evaluate)
+    path = path / "agent.pt" if path.is_dir() else path
+    q_network, trained, step = load_agent(path, pick_device(args))
     if args.env_id not in (trained.env_id, Args.env_id):
-        raise UsageError(f"the agent in {args.evaluate} plays {trained.env_id}, not {args.env_id}: leave out --env-id")
+        raise UsageError(f"the agent in {path} plays {trained.env_id}, not {args.env_id}: leave out --env-id")
     own = ("seed", "cuda", "capture_video", "eval_episodes", "eval_epsilon", "evaluate")
     settings = replace(trained, **{name: getattr(args, name) for name in own})
-    video = Path(args.evaluate).parent / "videos" / f"evaluate-seed-{args.seed}.mp4" if args.capture_video else None
+    video = path.parent / "videos" / f"evaluate-seed-{args.seed}.mp4" if args.capture_video else None
     scores = evaluate(q_network, settings, step, video)
     print(f"{trained.env_id}, agent at step {step:,}, ε {settings.eval_epsilon:g}: scores of {len(scores)} games")
     print(" ".join(f"{score:g}" for score in scores))
@@ -901,6 +903,7 @@ def train(args: Args) -> Path:
             training_loop(args, envs, learner, replay, log)
             if args.save_model:
                 save_agent(folder / "agent.pt", learner.q_network, args, args.total_timesteps)
+                log.say(f"agent saved, play with it: python {Path(__file__).name} --evaluate {folder}")
     return folder
 
 

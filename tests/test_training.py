@@ -300,7 +300,7 @@ def test_a_saved_agent_loads_with_its_injection_and_plays(monkeypatch, capsys):
     out = play("--eval-epsilon", "0.5")
     scores = [float(score) for score in out.splitlines()[1].split()]
     assert len(scores) == 3 and f"mean {np.mean(scores):.1f}" in out
-    assert out == play("--eval-epsilon", "0.5") != play("--eval-epsilon", "0.5", "--seed", "7")
+    assert out == play("--eval-epsilon", "0.5", "--evaluate", str(folder)) != play("--eval-epsilon", "0.5", "--seed", "7")
     assert sorted(path.name for path in Path("runs").iterdir()) == [folder.name], "playing starts no run"
     with pytest.raises(SystemExit, match=f"plays {SHORT_GAMES}, not PongNoFrameskip-v4"):
         play("--env-id", "PongNoFrameskip-v4")
