@@ -138,7 +138,7 @@ class Args:
         steps = self.injection_step
         object.__setattr__(self, "injection_step", (steps,) if isinstance(steps, int | np.integer) else tuple(steps))
         sizes = ("num_envs", "total_timesteps", "buffer_size", "batch_size", "eval_episodes")
-        for name in (*sizes, "target_network_frequency", "train_frequency", "log_frequency"):
+        for name in (*sizes, "target_network_frequency", "train_frequency"):
             self._require(name, lambda value: value >= 1, "at least 1")
         for name in ("seed", "learning_starts", "eval_frequency"):
             self._require(name, lambda value: value >= 0, "0 or more")
@@ -147,13 +147,14 @@ class Args:
         self._require("learning_rate", lambda value: 0 < value < float("inf"), "positive and finite")
         self._require("tau", lambda value: 0 < value <= 1, "above 0 and at most 1")
         self._require("env_backend", lambda value: value in ("sb3", "ale"), "sb3 or ale")
-        self._require("buffer_size", lambda value: value >= self.num_envs, f"at least num_envs ({self.num_envs})")
+        for name in ("buffer_size", "log_frequency"):
+            self._require(name, lambda value: value >= self.num_envs, f"at least num_envs ({self.num_envs})")
         self._require(
             "injection_step",
             lambda steps: all(a < b for a, b in zip((0, *steps), (*steps, self.total_timesteps), strict=True)),
             f"increasing and within 1 ... {self.total_timesteps - 1}, before the run's end at --total-timesteps",
         )
-        if self.capture_video and not (self.eval_frequency or self.evaluate):
+        if self.capture_video and self.eval_frequency == 0 and self.evaluate is None:
             raise UsageError("capture_video films evaluation games and there are none: give --eval-frequency")
 
     def _require(self, name: str, holds: Callable[[Any], bool], rule: str) -> None:
@@ -231,7 +232,8 @@ class LearnerView(VectorWrapper):
         """One RGB picture per game: the screen, or the agent's newest frame where ALE's vectoriser has no renderer."""
         if not isinstance(self.unwrapped, AtariVectorEnv):
             return self.env.render()
-        newest = self.obs[:, -1].repeat(STACK, axis=1).repeat(STACK, axis=2)
+        zoom = 4
+        newest = self.obs[:, -1].repeat(zoom, axis=1).repeat(zoom, axis=2)
         return tuple(np.repeat(newest[..., None], 3, axis=-1))
 
 
@@ -777,6 +779,27 @@ def pick_device(args: Args) -> torch.device:
     return device
 
 
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes this process may still take: the machine's, or its control group's where that is less (Slurm, Docker)."""
+    versions = {  # limit, usage, and what of the usage is file cache that the kernel gives back
+        "": ("memory.max", "memory.current", "file"),
+        "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    }
+    free = psutil.virtual_memory().available
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controller, name = line.split(":", 2)
+        if controller in versions:
+            limit, usage, cache = versions[controller]
+            group = root / "sys/fs/cgroup" / controller / name.lstrip("/")
+            for folder in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, or "max": no limit
+                    statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                    used = int((folder / usage).read_text()) - int(statistics[cache])
+                    free = min(free, int((folder / limit).read_text()) - used)
+    return free
+
+
 def check_resources(args: Args, observation_space: gym.spaces.Box) -> None:
     """Refuses what would end the run later.
 
@@ -784,7 +807,7 @@ def check_resources(args: Args, observation_space: gym.spaces.Box) -> None:
         UsageError: the replay does not fit in free memory, wandb is missing, or video cannot be written.
     """
     needed = FrameReplayBuffer.bytes_needed(args.buffer_size, observation_space, args.num_envs)
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if needed > free:
         raise UsageError(
             f"a replay of {args.buffer_size:,} steps needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory "
@@ -923,7 +946,7 @@ def main() -> None:
         stream.reconfigure(errors="replace")  # ε on a terminal or in a log that has no Greek
     try:
         args = parse_args()
-        if args.evaluate:
+        if args.evaluate is not None:
             evaluate_saved(args)
         else:
             train(args)

@@ -88,6 +88,7 @@ BAD = {
     "target frequency": ("--target-network-frequency 0", "target_network_frequency is 0"),
     "train frequency": ("--train-frequency 0", "train_frequency is 0"),
     "log frequency": ("--log-frequency 0", "log_frequency is 0"),
+    "log frequency below one vector step": ("--log-frequency 4 --num-envs 8", "log_frequency is 4"),
     "evaluation frequency": ("--eval-frequency -1", "eval_frequency is -1"),
     "evaluation episodes": ("--eval-episodes 0", "eval_episodes is 0"),
     "learning starts": ("--learning-starts -1", "learning_starts is -1"),
@@ -104,9 +105,10 @@ BAD = {
     "injection before the start": ("--injection-step 0", "injection_step is (0,)"),
     "injections not increasing": ("--injection-step 10 10", "increasing"),
     "replay larger than memory": ("--buffer-size 1000000000", "GB of memory are free"),
-    "wandb missing": ("--track", "pip install wandb"),
+    "wandb missing": ("--track --buffer-size 100", "pip install wandb"),
     "video without evaluation": ("--capture-video", "--eval-frequency"),
     "evaluating nothing": ("--evaluate nowhere.pt", "nowhere.pt"),
+    "evaluating an unset shell variable": ("--evaluate=", "agent.pt"),
 }
 
 
@@ -130,16 +132,37 @@ def test_the_shell_sees_one_line_and_a_status():
 
 
 def test_a_replay_that_does_not_fit_names_needed_free_and_what_would_fit(monkeypatch):
-    class Memory:
-        available = 2_000_000_000
-
-    monkeypatch.setattr(dqn_injection_atari.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(dqn_injection_atari, "free_memory", lambda: 2_000_000_000)
     with pytest.raises(UsageError, match=r"needs 7\.3 GB and 2\.0 GB of memory are free") as error:
         train(Args())
     fits = int(re.search(r"lower --buffer-size to (\d+)$", str(error.value)).group(1))
     space = dqn_injection_atari.make_envs(Args()).single_observation_space
     needed = dqn_injection_atari.FrameReplayBuffer.bytes_needed
     assert 1.7e9 < needed(fits, space) <= 2e9
+
+
+@pytest.mark.parametrize(
+    "line,folder,limit,usage,cache",
+    [
+        ("0::/job/step", "job/step", "memory.max", "memory.current", "file"),
+        ("0::/job/step", "job", "memory.max", "memory.current", "file"),
+        ("0::/../outside", "", "memory.max", "memory.current", "file"),
+        ("4:memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    ],
+)
+def test_free_memory_is_the_control_groups_where_that_is_less(tmp_path, line, folder, limit, usage, cache):
+    machine = dqn_injection_atari.free_memory(tmp_path / "no control groups")
+    assert machine > 2e8
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/job\n{line}\n")
+    group = tmp_path / "sys/fs/cgroup" / folder
+    group.mkdir(parents=True)
+    (group / limit).write_text("150000000\n")
+    (group / usage).write_text("80000000\n")
+    (group / "memory.stat").write_text(f"anon 50000000\n{cache} 30000000\n")
+    assert dqn_injection_atari.free_memory(tmp_path) == 100_000_000
+    (group / limit).write_text("max\n")
+    assert dqn_injection_atari.free_memory(tmp_path) > 2e8
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(monkeypatch):

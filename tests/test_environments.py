@@ -61,6 +61,7 @@ def test_backends_agree_on_rewards_ends_and_raw_returns(env_id, num_envs):
             assert np.array_equal(mine, theirs), name
             assert mine.dtype == theirs.dtype, name
         assert np.abs(sb3[0].astype(int) - ale[0]).mean() < 2, "a few grey levels in places"
+        assert np.abs(sb3[4]["final_obs"].astype(int) - ale[4]["final_obs"]).mean() < 2
         over = sb3[4].get("_episode", np.zeros(num_envs, bool))
         assert np.array_equal(over, ale[4].get("_episode", np.zeros(num_envs, bool)))
         if over.any():
@@ -105,6 +106,8 @@ def test_stacks_shift_by_one_survive_life_losses_and_restart_on_zeros_after_game
         assert np.array_equal(infos["final_obs"][:, :3], obs[:, 1:])
         assert np.array_equal(infos["final_obs"][~over], next_obs[~over])
         assert not next_obs[over, :3].any()
+        for i in np.flatnonzero(over):
+            assert not np.array_equal(infos["final_obs"][i, 3], next_obs[i, 3]), "the last frame is its own game's"
         games, lives_lost = games + over.sum(), lives_lost + (terminations & ~over).sum()
         obs = next_obs
     assert games >= 2 and lives_lost >= 8

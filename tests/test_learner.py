@@ -82,10 +82,11 @@ def test_td_loss_is_double_dqns_huber_loss_written_out_in_numpy():
     assert max(terms) > 0.5 > min(terms), "both branches of the Huber loss were taken"
 
 
-def test_an_update_is_one_adam_step_on_that_loss():
-    learner, batch = make_learner(), random_batch(np.random.default_rng(0))
+@pytest.mark.parametrize("gamma", [0.99, 0.5])
+def test_an_update_is_one_adam_step_on_that_loss(gamma):
+    learner, batch = make_learner(gamma=gamma), random_batch(np.random.default_rng(0))
     reference = make_learner()
-    loss, _ = td_loss(reference.q_network, reference.target_network, batch, reference.args.gamma)
+    loss, _ = td_loss(reference.q_network, reference.target_network, batch, gamma)
     parameters = [p for p in reference.q_network.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, parameters)
     losses = learner.update(batch)
@@ -115,13 +116,17 @@ def test_before_the_injection_only_the_encoder_and_theta_move():
     assert changed(learner, before) == names(learner, "encoder", "theta.")
 
 
-def test_without_freezing_all_three_heads_move():
+def test_without_freezing_all_live_heads_move():
     learner = make_learner(freeze_heads=False)
     updates(learner, 5)
     learner.inject()
     before = snapshot(learner)
     updates(learner, 5)
     assert changed(learner, before) == names(learner, "encoder", "theta.", "theta_prime_1.0", "theta_prime_2.0")
+    learner.inject()
+    before = snapshot(learner)
+    updates(learner, 5)
+    assert changed(learner, before) == names(learner, "")
 
 
 def test_injection_leaves_every_optimizer_moment_alone_and_starts_the_new_head_without_any():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import termios
 import types
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_injection_atari
-from dqn_injection_atari import Args, FrameReplayBuffer, Learner, QNetwork, load_agent, train
+from dqn_injection_atari import Args, FrameReplayBuffer, Learner, QNetwork, exploration_epsilon, load_agent, train
 
 SCRIPT = Path(dqn_injection_atari.__file__)
 SMALL = Args(
@@ -71,11 +72,19 @@ def record():
 
             patch.setattr(owner, name, wrapper)
 
+        def checksum(learner):
+            return sum(parameter.detach().double().sum().item() for parameter in learner.q_network.parameters())
+
+        def everything(transition):
+            return [zlib.crc32(np.ascontiguousarray(array).tobytes()) for array in transition[:5]]
+
         with pytest.MonkeyPatch.context() as patch:
-            spy(Learner, "update", lambda learner, losses, _: ("update", losses["td_loss"].item()))
+            spy(Learner, "act", lambda learner, _, given: ("act", given[1]))
+            spy(Learner, "update", lambda learner, losses, _: ("update", (losses["td_loss"].item(), checksum(learner))))
             spy(Learner, "sync_target", lambda learner, *_: ("sync",))
             spy(Learner, "inject", lambda learner, *_: ("inject", learner))
-            spy(FrameReplayBuffer, "add", lambda buffer, _, transition: ("add", transition[2].tolist(), transition, buffer))
+            spy(FrameReplayBuffer, "sample", lambda _, batch, __: ("sample", len(batch.rewards)))
+            spy(FrameReplayBuffer, "add", lambda buffer, _, given: ("add", everything(given), given, buffer))
             return calls, train(args)
 
     return run
@@ -86,7 +95,7 @@ def kinds(calls):
 
 
 def course(calls):
-    """What two equal runs share: every action, every loss, every sync, in order."""
+    """What two equal runs share: every transition, every loss, the parameters after every update, every sync, in order."""
     return [call[:2] for call in calls if call[0] != "inject"]
 
 
@@ -102,7 +111,7 @@ def test_updates_and_syncs_do_not_depend_on_the_number_of_environments(record, n
 @pytest.mark.parametrize("num_envs", [1, 40])
 def test_updates_and_syncs_keep_their_order(record, num_envs):
     args = replace(SMALL, num_envs=num_envs, learning_starts=102, target_network_frequency=32, batch_size=1)
-    got = [kind for kind in kinds(record(args)[0]) if kind != "add"]
+    got = [kind for kind in kinds(record(args)[0]) if kind in ("update", "sync")]
     expected = []
     for step in range(103, 481):
         expected += ["update"] * (step % 4 == 0) + ["sync"] * (step % 32 == 0)
@@ -113,6 +122,17 @@ def test_updates_and_syncs_keep_their_order(record, num_envs):
 def test_train_frequency_is_the_number_of_steps_per_update(record, train_frequency):
     calls, _ = record(replace(SMALL, total_timesteps=200, train_frequency=train_frequency))
     assert kinds(calls).count("update") == 100 // train_frequency
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_the_run_acts_learns_and_remembers_as_its_arguments_say(record, num_envs):
+    args = replace(SMALL, num_envs=num_envs, batch_size=5, exp_name="named", total_timesteps=240)
+    calls, folder = record(args)
+    epsilons = [call[1] for call in calls if call[0] == "act"]
+    assert epsilons == [exploration_epsilon(args, step) for step in range(0, 240, num_envs)]
+    assert {call[1] for call in calls if call[0] == "sample"} == {5}
+    assert next(call[3] for call in calls if call[0] == "add").buffer_size == 300 // num_envs
+    assert folder.name.startswith("PhoenixNoFrameskip-v4__named__1__")
 
 
 @pytest.mark.parametrize("num_envs", [1, 8])
@@ -139,6 +159,7 @@ def test_replay_is_given_what_happened(record, backend):
             restarted = not later_obs[i, :3].any()
             if infos[i]["TimeLimit.truncated"]:
                 assert done[i] and restarted
+                assert not np.array_equal(next_obs[i, -1], later_obs[i, -1])
                 ends += 1
             else:
                 assert restarted <= done[i] and (restarted or np.array_equal(later_obs[i], next_obs[i]))
@@ -203,7 +224,22 @@ def test_an_evaluation_logs_the_mean_of_whole_games(record, capsys):
     assert scalars(folder)["eval/episodic_return"] == [(400, pytest.approx(scores[0].mean()))]
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
+def test_evaluation_plays_the_given_network_at_the_given_epsilon(monkeypatch):
+    network = QNetwork(8)
+    torch.nn.init.zeros_(network.theta[2].weight)
+    network.theta[2].bias.data = torch.arange(8.0) % 6  # action 5 is the greedy one
+    played = []
+    original = dqn_injection_atari.LearnerView.step
+    monkeypatch.setattr(
+        dqn_injection_atari.LearnerView, "step", lambda self, actions: played.extend(actions) or original(self, actions)
+    )
+    for epsilon, greedy_share in ((0.0, 1.0), (0.4, 0.65), (1.0, 0.125)):
+        played.clear()
+        dqn_injection_atari.evaluate(network, Args(env_id=SHORT_GAMES, eval_episodes=6, eval_epsilon=epsilon), 0)
+        assert np.mean(np.array(played) == 5) == pytest.approx(greedy_share, abs=0.06 if epsilon else 0)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])  # True, the default, last
 def test_determinism_is_a_choice(deterministic):
     dqn_injection_atari.pick_device(Args(torch_deterministic=deterministic))
     assert torch.are_deterministic_algorithms_enabled() == deterministic
@@ -242,7 +278,7 @@ def test_tensorboard_holds_every_promised_curve_and_the_hyperparameters():
 
 def test_logged_losses_are_means_over_the_interval(record):
     calls, folder = record(SMALL)
-    losses = [call[1] for call in calls if call[0] == "update"]
+    losses = [call[1][0] for call in calls if call[0] == "update"]
     curve = dict(scalars(folder)["losses/td_loss"])
     # 120 < updates at 124, 128, ... 180 ≤ 180
     assert curve[180] == pytest.approx(np.mean(losses[5:20]), rel=1e-5)
@@ -257,8 +293,8 @@ def test_logged_returns_are_raw_scores_of_whole_games(record, backend):
     expected, step = [], 0
     scores = np.zeros(2)
     base = envs.env.env  # below the statistics and the learner's view: raw scores
-    for _, actions, *_ in calls:
-        _, rewards, terminations, truncations, _ = base.step(np.array(actions))
+    for _, _, (_, _, actions, *_), _ in (call for call in calls if call[0] == "add"):
+        _, rewards, terminations, truncations, _ = base.step(actions)
         step, scores = step + 2, scores + rewards
         for i in np.flatnonzero(terminations | truncations):
             expected.append((step, scores[i]))
@@ -383,10 +419,11 @@ def test_track_mirrors_tensorboard_to_weights_and_biases(monkeypatch):
     given = {}
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="somewhere")
-    wandb.init = given.update
+    wandb.init = lambda **kwargs: given.update(kwargs, files=list(Path("runs", kwargs["name"]).iterdir()))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     folder = train(replace(SMALL, track=True, wandb_project_name="p", wandb_entity="e"))
     assert (given["project"], given["entity"], given["name"]) == ("p", "e", folder.name)
+    assert given["files"] == [], "it starts before TensorBoard does, or it would miss the beginning"
     assert given["sync_tensorboard"] is True and given["config"]["total_timesteps"] == 480
     given.clear()
     train(SMALL)
