@@ -751,8 +751,9 @@ class RunLog:
         self._forget_losses()
         self.interval_start, self.interval_step = now, step
 
-    def evaluation(self, scores: np.ndarray, step: int) -> None:
-        """Logs the mean of one evaluation's scores."""
+    def evaluation(self, scores: np.ndarray, step: int, seconds: float) -> None:
+        """Logs the mean of one evaluation's scores; what it took is left out of the recent speed and the time left."""
+        self.interval_start += seconds
         self.writer.add_scalar("eval/episodic_return", scores.mean(), step)
         self.say(f"step {step:,}: mean score of {len(scores)} evaluation games {scores.mean():,.1f}")
 
@@ -876,7 +877,9 @@ def after_step(step: int, args: Args, learner: Learner, replay: FrameReplayBuffe
         log.interval(step)
     if args.eval_frequency and step % args.eval_frequency == 0:
         video = log.folder / "videos" / f"step-{step}.mp4" if args.capture_video else None
-        log.evaluation(evaluate(learner.q_network, args, step, video), step)
+        start = time.perf_counter()
+        scores = evaluate(learner.q_network, args, step, video)
+        log.evaluation(scores, step, time.perf_counter() - start)
 
 
 def training_loop(args: Args, envs: VectorEnv, learner: Learner, replay: FrameReplayBuffer, log: RunLog) -> None:

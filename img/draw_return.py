@@ -35,7 +35,7 @@ def main():
     for i, step in enumerate(injections):
         ax.axvline(step, color="#e08a1e", lw=1.5, ls="--", label=None if i else "plasticity injection")
     ax.set(xlabel="step (1 step = 4 frames)", ylabel="return of a whole game, raw score", ylim=(0, np.quantile(returns, 0.998)))
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
     ax.margins(x=0.01)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8.5, loc="upper left")

@@ -214,7 +214,7 @@ def test_the_readme_names_every_curve_and_leaves_no_blank():
 
 def test_the_other_commands_of_the_readme_use_what_is_there():
     for command in readme_commands():
-        for name in re.findall(r"\S+\.(?:txt|py)\b", command):
+        for name in re.findall(r"\S+\.(?:txt|py|png)\b", command):
             assert (README.parent / name).exists(), command
         assert re.match(r"(python3? |\. \.venv/bin/activate|pip install -r |pytest$|tensorboard --logdir runs|#|$)", command), (
             command

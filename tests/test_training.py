@@ -7,6 +7,7 @@ import pty
 import subprocess
 import sys
 import termios
+import time
 import types
 import zlib
 from dataclasses import replace
@@ -222,6 +223,17 @@ def test_an_evaluation_logs_the_mean_of_whole_games(record, capsys):
         folder = train(replace(SMALL, env_id=SHORT_GAMES, eval_frequency=400, eval_episodes=5, eval_epsilon=1.0))
     assert len(scores[0]) == 5 and len(set(scores[0])) > 1 and not (scores[0] % 20).any()  # Phoenix counts in twenties
     assert scalars(folder)["eval/episodic_return"] == [(400, pytest.approx(scores[0].mean()))]
+
+
+def test_the_recent_speed_leaves_evaluations_out(monkeypatch):
+    def evaluate(*_):
+        time.sleep(3)
+        return np.zeros(2)
+
+    monkeypatch.setattr(dqn_injection_atari, "evaluate", evaluate)
+    curves = scalars(train(replace(SMALL, learning_starts=480, log_frequency=240, eval_frequency=300)))
+    recent, overall = dict(curves["charts/SPS_recent"])[480], dict(curves["charts/SPS"])[480]
+    assert overall < 480 / 3 < recent
 
 
 def test_evaluation_plays_the_given_network_at_the_given_epsilon(monkeypatch):
