@@ -169,6 +169,7 @@ def test_the_kth_head_depends_on_seed_and_k_alone():
         for _ in range(2):
             updates(learner, updates_before)
             learner.act(np.zeros((3, 4, 84, 84), np.uint8), 0.5)
+            torch.rand(updates_before + 1)
             learner.inject()
         return [head[0].weight.clone() for head in learner.q_network.theta_prime_2]
 

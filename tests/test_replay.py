@@ -34,13 +34,14 @@ def random_stream(rng, n_envs, length, reset_padding):
     for _ in range(length):
         next_obs = np.stack([np.concatenate([o[1:], frame()[None]]) for o in obs])
         event = rng.choice(
-            ["none", "life lost, stack kept", "life lost, stack restarted", "game over", "truncated"],
+            ["none", "life lost, stack kept", "life lost, stack restarted", "game over", "truncated", "reset unannounced"],
             size=n_envs,
-            p=[0.6, 0.1, 0.1, 0.1, 0.1],
+            p=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1],
         )
+        done = ~np.isin(event, ["none", "reset unannounced"])
         infos = [{"TimeLimit.truncated": True} if e == "truncated" else {} for e in event]
-        yield obs, next_obs, rng.integers(5, size=n_envs), rng.normal(size=n_envs), event != "none", infos
-        restarts = np.isin(event, ["life lost, stack restarted", "game over", "truncated"])
+        yield obs, next_obs, rng.integers(5, size=n_envs), rng.normal(size=n_envs), done, infos
+        restarts = ~np.isin(event, ["none", "life lost, stack kept"])
         obs = np.stack([first_obs() if restart else o for restart, o in zip(restarts, next_obs, strict=True)])
 
 
@@ -194,11 +195,12 @@ def test_sb3s_own_dqn_trains_with_it():
 
 def test_reset_forgets_everything():
     buffer, fresh = (both_buffers(24, 3)[0] for _ in range(2))
-    for transition in random_stream(np.random.default_rng(0), 3, 30, "zero"):
+    reference = ReplayBuffer(24, OBS_SPACE, ACTIONS, "cpu", n_envs=3)
+    stream = list(random_stream(np.random.default_rng(0), 3, 45, "zero"))
+    for transition in stream[:40]:
         buffer.add(*transition)
     buffer.reset()
-    reference = ReplayBuffer(24, OBS_SPACE, ACTIONS, "cpu", n_envs=3)
-    for transition in random_stream(np.random.default_rng(1), 3, 5, "zero"):
+    for transition in stream[40:]:
         for b in (buffer, fresh, reference):
             b.add(*transition)
     assert_same_transitions(buffer, reference)
