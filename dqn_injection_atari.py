@@ -317,7 +317,7 @@ class QNetwork(nn.Module):
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         """φ: uint8 (B, 4, 84, 84) → float32 (B, 3136)."""
-        return self.encoder(obs.to(torch.float32, memory_format=torch.channels_last, copy=True).div_(255))
+        return self.encoder(obs.to(torch.float32, copy=True).div_(255))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         """Q-values: uint8 (B, 4, 84, 84) → float32 (B, num_actions)."""
