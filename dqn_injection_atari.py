@@ -371,6 +371,12 @@ class QNetwork(nn.Module):
         self._set_trainable()
 
 
+def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> QNetwork:
+    """The network of a run, with room for its injections, or for one where none is planned."""
+    q_network = QNetwork(num_actions, max(1, len(args.injection_step)), args.freeze_heads)
+    return q_network.to(device, memory_format=torch.channels_last)
+
+
 class FrameReplayBuffer(ReplayBuffer):
     """Stable-Baselines3's replay buffer, holding each frame once: 7.3 GB instead of 56.4 GB for 1M transitions.
 
@@ -554,8 +560,7 @@ class Learner:
     def __init__(self, args: Args, num_actions: int, device: torch.device | str):
         self.args = args
         torch.manual_seed(stream_seed(args.seed, Stream.NETWORK))
-        network = QNetwork(num_actions, max(1, len(args.injection_step)), args.freeze_heads)
-        self.q_network = network.to(device, memory_format=torch.channels_last)
+        self.q_network = make_q_network(args, num_actions, device)
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
         # every head is in the optimizer from the start; it passes over parameters without a gradient
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), lr=args.learning_rate, eps=1.5e-4, fused=True)
@@ -649,8 +654,7 @@ def load_agent(path: Path, device: torch.device | str) -> tuple[QNetwork, Args, 
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         args = Args(**saved["args"])
-        num_actions = len(saved["q_network"]["theta.2.bias"])
-        q_network = QNetwork(num_actions, max(1, len(args.injection_step)), args.freeze_heads)
+        q_network = make_q_network(args, len(saved["q_network"]["theta.2.bias"]), device)
         q_network.load_state_dict(saved["q_network"])
         step = int(saved["step"])
     except Exception as error:  # whatever a foreign or damaged file makes the loader stumble over
@@ -658,7 +662,7 @@ def load_agent(path: Path, device: torch.device | str) -> tuple[QNetwork, Args, 
         raise UsageError(
             f"{path} cannot be read as an agent ({type(error).__name__}: {reason}): give an agent.pt from --save-model"
         ) from error
-    return q_network.to(device, memory_format=torch.channels_last), args, step
+    return q_network, args, step
 
 
 def evaluate_saved(args: Args) -> np.ndarray:
