@@ -8,6 +8,8 @@ parameters stay as they were, and θ′₁ learns with the plasticity of a new h
 
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000     # train, inject, log
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000 --no-apply-injection  # baseline
+    python dqn_injection_atari.py --resume runs/FOLDER                                         # go on, bit for bit
+    python dqn_injection_atari.py --fork runs/FOLDER/checkpoint-5000000 --no-apply-injection   # another arm from there
     tensorboard --logdir runs                                                                  # read the curves
 
 Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
@@ -15,14 +17,24 @@ Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator 
 
 import contextlib
 import copy
+import fcntl
+import hashlib
 import importlib.util
+import io
 import itertools
+import json
 import os
+import platform
+import secrets
+import shutil
+import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum
 from pathlib import Path
@@ -33,10 +45,12 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import psutil
+import stable_baselines3
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+import zstandard
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.wrappers import FrameStackObservation, ReshapeObservation, TimeLimit
@@ -44,7 +58,9 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv, NoopResetEnv, WarpFrame
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
 gym.register_envs(ale_py)
@@ -130,6 +146,16 @@ class Args:
     """whole games per evaluation, played in parallel (cleanRL)"""
     eval_epsilon: float = 0.01
     """ε during evaluation (DQN Zoo double_q)"""
+
+    checkpoint_frequency: int = 1_000_000
+    """steps between checkpoints, which are also written at injection steps and at the end; 0 = only on SIGTERM, SIGINT or
+    SIGUSR1. At every multiple new games begin, resumed or not, so it is part of the experiment (DQN Zoo)"""
+    resume: str | None = None
+    """go on with the run in this folder from its newest good checkpoint, as if it had never stopped; takes no other flag"""
+    fork: str | None = None
+    """start a new run from this checkpoint, in its arguments but for those given. Only these may differ: exp_name, cuda,
+    track, wandb_project_name, wandb_entity, capture_video, save_model, total_timesteps, exploration_fraction,
+    injection_step, apply_injection, freeze_heads, eval_frequency, eval_episodes, eval_epsilon"""
     evaluate: str | None = None
     """train nothing, but play --eval-episodes games with the agent that --save-model left in this run's folder and print
     the scores. Game and backend are the agent's own; seed, cuda, capture_video and the eval flags this command line's"""
@@ -140,7 +166,7 @@ class Args:
         sizes = ("num_envs", "total_timesteps", "buffer_size", "batch_size", "eval_episodes")
         for name in (*sizes, "target_network_frequency", "train_frequency"):
             self._require(name, lambda value: value >= 1, "at least 1")
-        for name in ("seed", "learning_starts", "eval_frequency"):
+        for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency"):
             self._require(name, lambda value: value >= 0, "0 or more")
         for name in ("gamma", "start_e", "end_e", "exploration_fraction", "eval_epsilon"):
             self._require(name, lambda value: 0 <= value <= 1, "between 0 and 1")
@@ -156,6 +182,8 @@ class Args:
         )
         if self.capture_video and self.eval_frequency == 0 and self.evaluate is None:
             raise UsageError("capture_video films evaluation games and there are none: give --eval-frequency")
+        if sum(value is not None for value in (self.resume, self.fork, self.evaluate)) > 1:
+            raise UsageError("resume, fork and evaluate exclude each other: give one of --resume, --fork and --evaluate")
 
     def _require(self, name: str, holds: Callable[[Any], bool], rule: str) -> None:
         value = getattr(self, name)
@@ -208,14 +236,28 @@ class LearnerView(VectorWrapper):
         truncations (N,) bool: the game was cut at its frame limit
         infos: "final_obs" (N, 4, 84, 84) uint8, the true successor, also where obs shows the next game;
             where "_episode" is set, infos["episode"]["r"] is the whole game's raw score, ["l"] its length in steps
+
+    Not every emulator's state can be copied, but each repeats itself: the seed of the last reset and the actions since
+    are the state that `state_dict` returns, and `load_state_dict` plays them again.
     """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         self.obs, infos = self.env.reset(seed=seed, options=options)
         self.lives = infos["lives"]
+        self.seed, self.actions = seed, bytearray()
         return self.obs, infos
 
+    def state_dict(self) -> dict[str, Any]:
+        actions = np.frombuffer(self.actions, np.uint8).reshape(-1, self.num_envs)
+        return {"seed": self.seed, "actions": torch.from_numpy(actions.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reset(seed=state["seed"])
+        for actions in state["actions"].numpy():
+            self.step(actions.astype(np.int64))
+
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        self.actions += np.asarray(actions, np.uint8).tobytes()
         self.obs, scores, terminations, truncations, infos = self.env.step(actions)
         ended = terminations | truncations
         # where a game ended, "lives" is already the next game's
@@ -446,6 +488,29 @@ class FrameReplayBuffer(ReplayBuffer):
         self._last_next_obs: np.ndarray | None = None
         self.slots[:] = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The small part of the state; the large one is in `arrays`."""
+        return {
+            "pos": self.pos,
+            "full": self.full,
+            "pool": len(self.frames),
+            "used": self._used,
+            "free": torch.tensor(self._free, dtype=torch.int32),
+            "last_next_obs": None if self._last_next_obs is None else torch.from_numpy(self._last_next_obs),
+            "generator": self.generator.bit_generator.state,
+        }
+
+    def arrays(self) -> list[np.ndarray]:
+        """The frames in use and every transition's row, as contiguous views; filled after `load_state_dict`, they restore."""
+        return [self.frames[: self._used], self.slots, self.actions, self.rewards, self.dones, self.timeouts]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if len(self.frames) != state["pool"]:
+            self.frames = np.zeros((state["pool"], *self.frame_shape), self.frames.dtype)
+        self.pos, self.full, self._used, self._free = state["pos"], state["full"], state["used"], state["free"].tolist()
+        self._last_next_obs = None if state["last_next_obs"] is None else state["last_next_obs"].numpy()
+        self.generator.bit_generator.state = state["generator"]
+
     def add(
         self, obs: np.ndarray, next_obs: np.ndarray, action: np.ndarray, reward: np.ndarray, done: np.ndarray, infos: list[dict]
     ) -> None:
@@ -599,6 +664,29 @@ class Learner:
         self.target_network.load_state_dict(self.q_network.state_dict())
         self.target_network.requires_grad_(False)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Both networks with their numbers of live heads, the optimizer's moments by parameter name, the stream's state."""
+        names = [name for name, _ in self.q_network.named_parameters()]
+        return {
+            "q_network": self.q_network.state_dict(),
+            "target_network": self.target_network.state_dict(),
+            "optimizer": {names[i]: moments for i, moments in self.optimizer.state_dict()["state"].items()},
+            "rng": self.rng.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up a saved state, also one with more or fewer pairs of heads that were not injected yet: those are zero."""
+        for network, saved in ((self.q_network, state["q_network"]), (self.target_network, state["target_network"])):
+            pairs = {n: torch.zeros_like(value) for n, value in network.state_dict().items() if n.startswith("theta_prime_")}
+            saved = {n: value for n, value in saved.items() if n in pairs or not n.startswith("theta_prime_")}
+            network.load_state_dict(pairs | saved)
+        self.target_network.requires_grad_(False)
+        moments, optimizer = state["optimizer"], self.optimizer.state_dict()
+        names = [name for name, _ in self.q_network.named_parameters()]
+        optimizer["state"] = {i: moments[name] for i, name in enumerate(names) if name in moments}
+        self.optimizer.load_state_dict(optimizer)
+        self.rng.bit_generator.state = state["rng"]
+
 
 def open_film(path: Path, width: int, height: int) -> cv2.VideoWriter:
     """A writer of an mp4 (VP9, which browsers play) with one picture per step, in the game's own time.
@@ -612,11 +700,13 @@ def open_film(path: Path, width: int, height: int) -> cv2.VideoWriter:
     return film
 
 
-def evaluate(q_network: QNetwork, args: Args, key: int, video: Path | None = None) -> np.ndarray:
+def evaluate(
+    q_network: QNetwork, args: Args, key: int, video: Path | None = None, stop: Callable[[], bool] = lambda: False
+) -> np.ndarray:
     """Raw scores (eval_episodes,) float64 of whole games, one per parallel environment, so that none is favoured.
 
     Environments and random numbers are its own, from (seed, key): evaluating changes nothing in training.
-    The first game is filmed to `video`.
+    The first game is filmed to `video`. Once `stop` returns True, games that are not over are left at NaN.
     """
     seed = stream_seed(args.seed, Stream.EVALUATION, key)
     rng = np.random.default_rng(seed)
@@ -630,7 +720,7 @@ def evaluate(q_network: QNetwork, args: Args, key: int, video: Path | None = Non
             height, width, _ = envs.render()[0].shape
             film = open_film(video, width, height)
             stack.callback(film.release)
-        while np.isnan(scores).any():
+        while np.isnan(scores).any() and not stop():
             if video and np.isnan(scores[0]):
                 film.write(np.ascontiguousarray(envs.render()[0][..., ::-1]))  # OpenCV's order is BGR
             obs, _, _, _, infos = envs.step(epsilon_greedy(q_network, obs, args.eval_epsilon, rng))
@@ -693,21 +783,103 @@ def exploration_epsilon(args: Args, step: int) -> float:
     return args.start_e + progress * (args.end_e - args.start_e)
 
 
+class EventFile:
+    """A TensorBoard event file that can be taken up again, and that a full disk does not break.
+
+    All its events are in memory as well (60 bytes a point), so that a checkpoint can hold them, and what could not be
+    written is written at the next `flush`.
+
+    Args:
+        folder: where the file goes
+        events: how it begins: the events of an earlier part of the run. It then replaces the folder's other event files
+    """
+
+    def __init__(self, folder: Path, events: bytes = b""):
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.path, self.written = folder / name, 0
+        self.memory = io.BytesIO()
+        self.records = RecordWriter(self.memory)
+        if events:
+            self.memory.write(events)
+            older = set(folder.glob("events.out.tfevents.*")) - {self.path}
+            self.path.unlink(missing_ok=True)
+            self.flush()
+            for path in older:
+                path.unlink()
+        else:
+            # the second record makes a TensorBoard that is open on this folder forget what it has read before
+            self._add(file_version="brain.Event:2")
+            self._add(session_log=SessionLog(status=SessionLog.START), step=0)
+
+    def _add(self, **event: Any) -> None:
+        self.records.write(Event(wall_time=time.time(), **event).SerializeToString())
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self._add(summary=summary.scalar(tag, value), step=step)
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        self._add(summary=summary.text(tag, text), step=step)
+
+    def flush(self) -> None:
+        """Appends to the file what is not in it yet.
+
+        Raises:
+            OSError: it cannot be written; the next call tries again.
+        """
+        with open(self.path, "ab") as file:
+            self.written = min(self.written, file.tell())  # less than before where someone deleted the file
+            file.truncate(self.written)  # what an earlier attempt wrote in part
+            file.write(self.memory.getbuffer()[self.written :])
+        self.written = self.memory.tell()
+
+
 class RunLog:
-    """What a run says: TensorBoard curves, the progress bar, lines on the terminal."""
+    """What a run says: TensorBoard curves, the progress bar, lines on the terminal.
+
+    Args:
+        args: of the run
+        folder: of the run
+        events, step: the curves so far and their length, of a run that goes on
+    """
 
     PLAIN_LINE_SECONDS = 30
+    FLUSH_SECONDS = 10
 
-    def __init__(self, args: Args, folder: Path):
+    def __init__(self, args: Args, folder: Path, events: bytes = b"", step: int = 0):
         self.args, self.folder = args, folder
-        self.writer = SummaryWriter(str(folder))
-        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        self.bar = tqdm(total=args.total_timesteps, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self.writer = EventFile(folder, events)
+        silent = not sys.stderr.isatty()
+        self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", dynamic_ncols=True, disable=silent)
         self.returns: deque[float] = deque(maxlen=100)
         self._forget_losses()
-        self.start = self.interval_start = self.last_line = time.perf_counter()
+        self.start = self.interval_start = self.last_line = self.last_flush = time.perf_counter()
         self.interval_step = 0
+        self.disk_full = False
+
+    def state_dict(self) -> dict[str, Any]:
+        now = time.perf_counter()
+        return {
+            "returns": list(self.returns),
+            "update_steps": self.update_steps,
+            "sums": self.sums,
+            "num_finite": self.num_finite,
+            "interval_step": self.interval_step,
+            "interval_seconds": now - self.interval_start,
+            "seconds": now - self.start,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.returns.extend(state["returns"])
+        self.update_steps = state["update_steps"]
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.num_finite = torch.as_tensor(state["num_finite"], device=device)
+        self.interval_step = state["interval_step"]
+        now = time.perf_counter()
+        self.start, self.interval_start = now - state["seconds"], now - state["interval_seconds"]
+
+    def hyperparameters(self, step: int) -> None:
+        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(self.args).items())
+        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
 
     def games(self, infos: dict[str, Any], step: int) -> None:
         """Logs the games that ended at `step`."""
@@ -752,24 +924,44 @@ class RunLog:
             left = tqdm.format_interval((total - step) / recent)
             self.say(f"step {step:,} of {total:,}, {recent:,.0f} SPS, {left} left, ε {epsilon:.2f}, return {score}")
             self.last_line = now
+        if now - self.last_flush > self.FLUSH_SECONDS:
+            self.flush()
         self._forget_losses()
         self.interval_start, self.interval_step = now, step
 
-    def evaluation(self, scores: np.ndarray, step: int, seconds: float) -> None:
-        """Logs the mean of one evaluation's scores; what it took is left out of the recent speed and the time left."""
-        self.interval_start += seconds
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves what happens in this block out of the recent speed and the time left."""
+        start = time.perf_counter()
+        yield
+        self.interval_start += time.perf_counter() - start
+
+    def evaluation(self, scores: np.ndarray, step: int) -> None:
+        """Logs the mean of one evaluation's scores."""
         self.writer.add_scalar("eval/episodic_return", scores.mean(), step)
         self.say(f"step {step:,}: mean score of {len(scores)} evaluation games {scores.mean():,.1f}")
 
+    def flush(self) -> None:
+        """Writes the curves to the disk. A full one is reported once; the points are kept until it has room again."""
+        self.last_flush = time.perf_counter()
+        try:
+            self.writer.flush()
+            self.disk_full = False
+        except OSError as error:
+            if not self.disk_full:
+                self.say(f"warning: the curves cannot be written for now ({error}): make room, training goes on")
+            self.disk_full = True
+
     def say(self, line: str) -> None:
         """Prints a line without tearing the progress bar."""
-        self.bar.write(line)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a log on a full disk, or a closed pipe, is no reason to stop training
+            self.bar.write(line)
+            sys.stdout.flush()
 
     def close(self) -> None:
-        """Writes out what TensorBoard still holds in memory."""
+        """Writes out the curves."""
         self.bar.close()
-        self.writer.close()
+        self.flush()
 
 
 def pick_device(args: Args) -> torch.device:
@@ -829,6 +1021,8 @@ def check_resources(args: Args, observation_space: gym.spaces.Box) -> None:
 def create_run_folder(args: Args) -> Path:
     """A new folder under `runs`, of this run alone, also when another starts in the same second.
 
+    Its `run.json` holds the arguments, and a number that tells this run's checkpoints from another's.
+
     Raises:
         UsageError: it cannot be written.
     """
@@ -837,16 +1031,304 @@ def create_run_folder(args: Args) -> Path:
         folder = Path("runs") / (f"{name}-{attempt}" if attempt else name)
         try:
             folder.mkdir(parents=True)
+            (folder / "run.json").write_text(json.dumps({"run": secrets.token_hex(8), "args": asdict(args)}, indent=1) + "\n")
             return folder
         except OSError as error:
             if not folder.is_dir():
                 raise UsageError(f"cannot write run folder {folder.absolute()} ({error.strerror}): start elsewhere") from None
 
 
-def inject(learner: Learner, replay: FrameReplayBuffer, log: RunLog, step: int) -> None:
+@dataclass
+class Run:
+    """A run in progress: everything that a checkpoint holds, and where it goes."""
+
+    args: Args
+    folder: Path
+    id: str  # drawn when the run began
+    envs: LearnerView
+    learner: Learner
+    replay: FrameReplayBuffer
+    log: RunLog
+    step: int = 0  # steps learned from
+    played: int = 0  # steps played: with several environments up to num_envs − 1 more
+    saved: int | None = None  # step of the newest checkpoint
+
+    STATEFUL = ("envs", "learner", "replay", "log")
+
+
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_FILES = ("manifest.json", "state.pt", "replay.zst", "events")
+CHECKSUMS = "SHA256SUMS"  # of those files, to be checked with `sha256sum -c` as well
+
+
+def software(device: torch.device) -> dict[str, str]:
+    """What the numbers of a run depend on besides its arguments."""
+    modules = {"torch": torch, "numpy": np, "gymnasium": gym, "ale-py": ale_py, "stable-baselines3": stable_baselines3}
+    versions = {name: module.__version__ for name, module in (*modules.items(), ("opencv", cv2))}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), **versions, "device": name}
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """{step: path} of the checkpoints in a run's folder, good or not, newest first."""
+    steps = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    return dict(sorted(((int(step), path) for step, path in steps.items() if step.isdigit()), reverse=True))
+
+
+def flush_to_disk(path: Path) -> None:
+    """Has the operating system write a file, or a folder's list of names, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksums(checkpoint: Path) -> str:
+    """One line a file, in the form that `sha256sum` writes and checks."""
+    lines = []
+    for name in CHECKPOINT_FILES:
+        with open(checkpoint / name, "rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)
+
+
+def chunks(array: np.ndarray) -> Iterator[memoryview]:
+    """A contiguous array's memory in pieces of 16 MB."""
+    memory = memoryview(array).cast("B")
+    yield from (memory[start : start + 2**24] for start in range(0, len(memory), 2**24))
+
+
+def save_checkpoint(run: Run) -> Path:
+    """Writes `checkpoint-{step}` into the run's folder, then removes older ones but for those at injection steps.
+
+    It is written under another name, flushed to disk and renamed, so that a checkpoint is whole or not there.
+
+    Raises:
+        OSError: it cannot be written; all that was there before still is.
+    """
+    final = run.folder / f"checkpoint-{run.step}"
+    manifest = {"format": CHECKPOINT_FORMAT, "run": run.id, "step": run.step, "played": run.played}
+    manifest |= {"args": asdict(run.args), "software": software(run.replay.device)}
+    state = io.BytesIO()
+    torch.save({name: getattr(run, name).state_dict() for name in Run.STATEFUL}, state)
+    for leftover in run.folder.glob(".checkpoint-*"):
+        shutil.rmtree(leftover)
+    partial = run.folder / f".{final.name}.partial"
+    partial.mkdir()
+    try:
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (partial / "state.pt").write_bytes(state.getbuffer())
+        (partial / "events").write_bytes(run.log.writer.memory.getbuffer())
+        compressor = zstandard.ZstdCompressor(level=1, threads=torch.get_num_threads())
+        with open(partial / "replay.zst", "wb") as file, compressor.stream_writer(file) as stream:
+            for chunk in itertools.chain.from_iterable(map(chunks, run.replay.arrays())):
+                stream.write(chunk)
+        (partial / CHECKSUMS).write_text(checksums(partial))
+        for path in (*partial.iterdir(), partial):
+            flush_to_disk(path)
+        if final.exists():  # a damaged one, or the run would have gone on from it
+            final.rename(run.folder / f".{final.name}.damaged")
+        partial.rename(final)
+        flush_to_disk(run.folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for step, old in list_checkpoints(run.folder).items():
+        if step not in (run.step, *run.args.injection_step):
+            with contextlib.suppress(OSError):  # the new one is safe: what cannot be removed now goes the next time
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+    return final
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint, in memory but for its replay."""
+
+    path: Path
+    run: str
+    step: int
+    played: int
+    args: Args
+    software: dict[str, str]
+    state: dict[str, Any]
+
+    def restore(self, run: Run) -> None:
+        """Brings everything but the log's event file into the state it was saved in."""
+        run.step, run.played = self.step, self.played
+        run.learner.load_state_dict(self.state["learner"])
+        run.replay.load_state_dict(self.state["replay"])
+        with open(self.path / "replay.zst", "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+            for chunk in itertools.chain.from_iterable(map(chunks, run.replay.arrays())):
+                while chunk:
+                    if not (count := stream.readinto(chunk)):
+                        raise UsageError(f"{self.path} holds too short a replay: go on from another checkpoint")
+                    chunk = chunk[count:]
+        run.envs.load_state_dict(self.state["envs"])
+        run.log.load_state_dict(self.state["log"], run.replay.device)
+
+    def differences(self, device: torch.device) -> str:
+        """What is not as it was when the checkpoint was written, in words."""
+        now = software(device)
+        return ", ".join(f"{name} was {old}, is {now[name]}" for name, old in self.software.items() if now[name] != old)
+
+
+def read_args(path: Path) -> tuple[Args, dict[str, Any]]:
+    """The arguments in a manifest, and all that is in it.
+
+    Raises:
+        UsageError: it is not one, or its arguments are not this script's.
+    """
+    try:
+        manifest = json.loads(path.read_text())
+        return Args(**manifest["args"]), manifest
+    except Exception as error:  # whatever a foreign or damaged file makes the reader stumble over
+        raise UsageError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): give a run's folder to --resume, a checkpoint to --fork"
+        ) from error
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint after checking every byte of it. Runs no code from it.
+
+    Raises:
+        UsageError: it is truncated, damaged, incomplete, or no checkpoint of this script; the message says which.
+    """
+    try:
+        recorded, found = (path / CHECKSUMS).read_bytes(), checksums(path).encode()
+        if recorded != found:
+            damaged = [line.split()[1].decode() for line in found.splitlines() if line not in recorded.splitlines()]
+            raise ValueError(f"{' and '.join(damaged) or CHECKSUMS} is damaged, the checksum is another")
+        args, manifest = read_args(path / "manifest.json")
+        if manifest["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"its format is {manifest['format']}, this script reads {CHECKPOINT_FORMAT}")
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        numbers = {name: manifest[name] for name in ("run", "step", "played", "software")}
+    except Exception as error:  # whatever a foreign or damaged file makes the reader stumble over
+        reason = str(error).partition(". ")[0].partition("\n")[0]
+        raise UsageError(f"{path} is no good checkpoint ({type(error).__name__}: {reason})") from error
+    return Checkpoint(path, args=args, state=state, **numbers)
+
+
+FORKABLE = """exp_name cuda track wandb_project_name wandb_entity capture_video save_model total_timesteps exploration_fraction
+injection_step apply_injection freeze_heads eval_frequency eval_episodes eval_epsilon""".split()
+
+
+def changed_flags(args: Args, saved: Args) -> list[str]:
+    """Names of the arguments that are not as in `saved`, where a run comes from left out."""
+    names = (field.name for field in fields(Args) if field.name not in ("resume", "fork"))
+    return [name for name in names if getattr(args, name) != getattr(saved, name)]
+
+
+def check_fork(args: Args, saved: Args, path: Path, step: int) -> None:
+    """Refuses a fork that no single run in its arguments could have come to, so that its curves mean what they say.
+
+    Raises:
+        UsageError: see above; the message lists what may differ, or says what about it cannot.
+    """
+    if refused := [name for name in changed_flags(args, saved) if name not in FORKABLE]:
+        values = ", ".join(f"{name} is {getattr(args, name)}, there {getattr(saved, name)}" for name in refused)
+        raise UsageError(f"not as in checkpoint {path}: {values}; a fork may differ in {', '.join(FORKABLE)} only")
+    past, saved_past = (tuple(k for k in a.injection_step if k < step and a.apply_injection) for a in (args, saved))
+    if past != saved_past:
+        raise UsageError(
+            f"checkpoint {path} lies after injections at {saved_past or 'no step'}, but the arguments say {past or 'none'} "
+            f"before step {step}: give an --injection-step of {step} or later, or an earlier checkpoint"
+        )
+    if past and args.freeze_heads != saved.freeze_heads:
+        raise UsageError(f"checkpoint {path} lies after an injection: for another --freeze-heads give an earlier checkpoint")
+    if step >= args.total_timesteps:
+        raise UsageError(f"checkpoint {path} lies at step {step}: give a --total-timesteps above it")
+    if exploration_epsilon(args, step) != exploration_epsilon(saved, step):
+        raise UsageError(
+            f"ε would jump at step {step}: give --exploration-fraction "
+            f"{saved.exploration_fraction * saved.total_timesteps / args.total_timesteps:.6g} with this --total-timesteps"
+        )
+
+
+def newest_good_checkpoint(folder: Path) -> Checkpoint:
+    """The newest checkpoint of the run in `folder`; one that is damaged or another run's is named and passed over.
+
+    Raises:
+        UsageError: there is none.
+    """
+    args, manifest = read_args(folder / "run.json")
+    paths = list_checkpoints(folder)
+    for step, path in paths.items():
+        try:
+            checkpoint = load_checkpoint(path)
+            if checkpoint.run != manifest["run"] or changed_flags(checkpoint.args, args):
+                raise UsageError(f"{path} belongs to another run")
+            if checkpoint.step != step:
+                raise UsageError(f"{path} holds step {checkpoint.step}, it was renamed")
+            return checkpoint
+        except UsageError as error:
+            print(f"warning: {error}: falling back to an older one", flush=True)
+    found = "all of its checkpoints are damaged" if paths else "it holds no checkpoint"
+    raise UsageError(f"the run in {folder} cannot go on, {found}: start it again without --resume")
+
+
+def start_wandb(args: Args, folder: Path) -> None:
+    """Mirrors to Weights & Biases everything that is written to TensorBoard from now on."""
+    import wandb
+
+    names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
+    wandb.init(**names, config=asdict(args), sync_tensorboard=True, save_code=True)
+    SummaryWriter(str(folder)).close()  # wandb takes note of where such a writer writes
+
+
+class Signals:
+    """Signals as requests to the training loop, for the time of a `with` block.
+
+    SIGTERM and SIGINT ask it to stop, a second one ends the process with 128 + its number; SIGUSR1, which Slurm can send
+    ahead of a time limit, asks for a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.stop: signal.Signals | None = None
+        self.checkpoint = False
+
+    def __enter__(self) -> "Signals":
+        wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
+        self.previous = {number: signal.signal(number, self._note) for number in wanted if in_main}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        if number == signal.SIGUSR1:
+            self.checkpoint = True
+        elif self.stop is None:
+            self.stop = signal.Signals(number)
+        else:
+            sys.exit(128 + number)
+
+
+def lock(folder: Path) -> int:
+    """A descriptor that keeps other processes from running in `folder` until it is closed, or this process ends.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(f"another process is running {folder}: wait for it, or stop it first") from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
+
+
+def inject(run: Run) -> None:
     """Injects plasticity, measures on replayed observations that Q did not change, and logs both."""
+    learner, replay, log, step = run.learner, run.replay, run.log, run.step
     key = learner.q_network.num_injections
-    rng = np.random.default_rng(stream_seed(learner.args.seed, Stream.INJECTION, key))
+    rng = np.random.default_rng(stream_seed(run.args.seed, Stream.INJECTION, key))
     obs = replay.transitions(rng.integers(replay.size(), size=512), rng.integers(replay.n_envs, size=512)).observations
     with torch.no_grad():
         before = learner.q_network(obs)
@@ -857,94 +1339,166 @@ def inject(learner: Learner, replay: FrameReplayBuffer, log: RunLog, step: int) 
     log.say(f"step {step:,}: plasticity injected, largest change of Q over {len(obs)} observations: {delta}")
 
 
-def start_wandb(args: Args, folder: Path) -> None:
-    """Mirrors to Weights & Biases everything that is written to TensorBoard from now on."""
-    import wandb
+def play(run: Run) -> None:
+    """One decision in every environment, from observation to replay."""
+    args, obs = run.args, run.envs.obs
+    actions = run.learner.act(obs, exploration_epsilon(args, run.played))
+    _, rewards, terminations, truncations, infos = run.envs.step(actions)
+    cut = [{"TimeLimit.truncated": bool(truncated)} for truncated in truncations]
+    run.replay.add(obs, infos["final_obs"], actions, rewards, terminations | truncations, cut)
+    # num_envs need not divide the run's length: what the last vector step plays beyond it is not counted
+    run.played = min(run.played + args.num_envs, args.total_timesteps)
+    run.log.games(infos, run.played)
 
-    names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": folder.name}
-    wandb.init(**names, config=asdict(args), sync_tensorboard=True, save_code=True)
 
-
-def after_step(step: int, args: Args, learner: Learner, replay: FrameReplayBuffer, log: RunLog) -> None:
-    """All that happens every so many steps or at a certain one, in this order, called once for every single step.
-
-    A vector step of N environments calls it N times, so none of it depends on N.
-    """
+def after_step(run: Run) -> None:
+    """What is learned and logged at `run.step`. Called for every single step, so none of it depends on num_envs."""
+    args, learner, step = run.args, run.learner, run.step
     if step > args.learning_starts:
         if step % args.train_frequency == 0:
-            log.update(learner.update(replay.sample(args.batch_size)), step)
+            run.log.update(learner.update(run.replay.sample(args.batch_size)), step)
         if step % args.target_network_frequency == 0:
             learner.sync_target()
-    if args.apply_injection and step in args.injection_step:
-        inject(learner, replay, log, step)
     if step % args.log_frequency == 0 or step == args.total_timesteps:
-        log.interval(step)
-    if args.eval_frequency and step % args.eval_frequency == 0:
-        video = log.folder / "videos" / f"step-{step}.mp4" if args.capture_video else None
-        start = time.perf_counter()
-        scores = evaluate(learner.q_network, args, step, video)
-        log.evaluation(scores, step, time.perf_counter() - start)
+        run.log.interval(step)
 
 
-def training_loop(args: Args, envs: VectorEnv, learner: Learner, replay: FrameReplayBuffer, log: RunLog) -> None:
-    """Plays and learns from step 0 to `total_timesteps`.
+def attempt_checkpoint(run: Run, signals: Signals) -> None:
+    """Writes a checkpoint and says so; where it cannot, says that instead and leaves the run as it is.
+
+    Raises:
+        OSError: it cannot be written, and the run was asked to stop.
+    """
+    if signals.stop is not None:
+        run.log.say(f"step {run.step:,}: {signals.stop.name}, writing a checkpoint; once more ends the run without it")
+    start = time.perf_counter()
+    try:
+        with run.log.pause():
+            path = save_checkpoint(run)
+    except OSError as error:
+        kept = f"checkpoint-{run.saved} is still good" if run.saved is not None else "there is none yet"
+        run.log.say(f"warning: no checkpoint at step {run.step:,} ({error}): make room; {kept}")
+        if signals.stop is not None:
+            raise
+    else:
+        run.saved = run.step
+        size = sum(file.stat().st_size for file in path.iterdir())
+        run.log.say(f"step {run.step:,}: {path.name}, {size / 1e6:,.0f} MB in {time.perf_counter() - start:.1f} s")
+    run.log.flush()
+
+
+def training_loop(run: Run, signals: Signals) -> bool:
+    """Plays and learns from `run.step` to `total_timesteps`, or until a signal. Returns whether the run is complete.
 
     Raises:
         FloatingPointError: a loss stopped being finite.
+        OSError: the run was asked to stop and its checkpoint cannot be written.
     """
-    step = 0
-    obs, _ = envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS))
-    while step < args.total_timesteps:
-        actions = learner.act(obs, exploration_epsilon(args, step))
-        next_obs, rewards, terminations, truncations, infos = envs.step(actions)
-        cut = [{"TimeLimit.truncated": bool(truncated)} for truncated in truncations]
-        replay.add(obs, infos["final_obs"], actions, rewards, terminations | truncations, cut)
-        obs = next_obs
-        # num_envs need not divide the run's length: what the last vector step plays beyond it is not counted
-        previous, step = step, min(step + args.num_envs, args.total_timesteps)
-        log.games(infos, step)
-        for now in range(previous + 1, step + 1):
-            after_step(now, args, learner, replay, log)
+    args, log, first = run.args, run.log, run.step
+    while True:
+        step = run.step
+        boundary = args.checkpoint_frequency > 0 and step % args.checkpoint_frequency == 0
+        if step == 0 or boundary:
+            # no emulator state can be saved, so games begin anew here, whether the run goes on or was resumed. The games
+            # that this cuts bootstrap from their last frames, since no `done` was stored
+            run.envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS, step))
+        due = args.checkpoint_frequency > 0 and (boundary or step in (first, *args.injection_step, args.total_timesteps))
+        if (due or signals.checkpoint or signals.stop) and run.saved != step:
+            attempt_checkpoint(run, signals)
+        signals.checkpoint = False
+        if signals.stop:
+            return False
+        if args.eval_frequency and step and step % args.eval_frequency == 0:
+            video = log.folder / "videos" / f"step-{step}.mp4" if args.capture_video else None
+            with log.pause():
+                scores = evaluate(run.learner.q_network, args, step, video, lambda: signals.stop is not None)
+            if np.isnan(scores).any():
+                continue  # it will be repeated after --resume
+            log.evaluation(scores, step)
+        if args.apply_injection and step in args.injection_step:
+            inject(run)
+        if step == args.total_timesteps:
+            return True
+        if step == run.played:
+            play(run)
+        run.step += 1
+        after_step(run)
 
 
 def train(args: Args) -> Path:
-    """One whole run. Returns its folder, which holds the TensorBoard curves and whatever the flags ask for.
+    """One whole run, or what is left of it. Returns its folder: TensorBoard curves, checkpoints, what the flags ask for.
 
     Raises:
         UsageError: something in `args` cannot work on this machine; nothing was written.
         FloatingPointError: a loss stopped being finite.
+        OSError: nothing can be written where the run should go.
     """
+    origin = resumed = None
+    if args.resume is not None:
+        origin = newest_good_checkpoint(Path(args.resume))
+        if args != Args(resume=args.resume) and (changed := changed_flags(args, origin.args)):
+            raise UsageError(f"--resume goes on as the run was, {', '.join(changed)} cannot change: leave out, or use --fork")
+        resumed, args = Path(args.resume), origin.args
+    elif args.fork is not None:
+        origin = load_checkpoint(Path(args.fork))
+        check_fork(args, origin.args, origin.path, origin.step)
     device = pick_device(args)
-    with contextlib.closing(make_envs(args)) as envs:
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        envs = stack.enter_context(contextlib.closing(make_envs(args)))
         obs_space, action_space = envs.single_observation_space, envs.single_action_space
         check_resources(args, obs_space)
         learner = Learner(args, int(action_space.n), device)
         rng = np.random.default_rng(stream_seed(args.seed, Stream.REPLAY))
         replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, args.num_envs, generator=rng)
-        folder = create_run_folder(args)
+        folder = resumed or create_run_folder(args)
+        stack.callback(os.close, lock(folder))
         if args.track:
             start_wandb(args, folder)
-        with contextlib.closing(RunLog(args, folder)) as log:
-            log.say(f"{args.env_id} × {args.num_envs} ({args.env_backend}) on {device}, curves in {folder}")
-            if not args.injection_step or not args.apply_injection:
-                log.say("no plasticity injection in this run" + ("" if args.apply_injection else ": baseline arm"))
-            if args.learning_starts >= args.total_timesteps:
-                log.say(f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}")
-            training_loop(args, envs, learner, replay, log)
-            if args.save_model:
-                save_agent(folder / "agent.pt", learner.q_network, args, args.total_timesteps)
-                log.say(f"agent saved, play with it: python {Path(__file__).name} --evaluate {folder}")
+        curves = () if origin is None else ((origin.path / "events").read_bytes(), origin.step)
+        log = stack.enter_context(contextlib.closing(RunLog(args, folder, *curves)))
+        _, identity = read_args(folder / "run.json")
+        run = Run(args, folder, identity["run"], envs, learner, replay, log)
+        log.say(f"{args.env_id} × {args.num_envs} ({args.env_backend}) on {device}, curves in {folder}")
+        if origin is not None:
+            log.say(f"{'resumed' if resumed else 'forked'} at step {origin.step:,} from {origin.path}")
+            if differences := origin.differences(device):
+                log.say(f"warning: bits may differ from an uninterrupted run, because {differences}")
+            origin.restore(run)
+            del origin  # and with it a copy of every parameter
+        if resumed:
+            run.saved = run.step
+        else:
+            log.hyperparameters(run.step)
+        if not args.injection_step or not args.apply_injection:
+            log.say("no plasticity injection in this run" + ("" if args.apply_injection else ": baseline arm"))
+        if args.learning_starts >= args.total_timesteps:
+            log.say(f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}")
+        script = Path(__file__).name
+        if not training_loop(run, signals):
+            log.say(f"stopped at step {run.step:,} of {args.total_timesteps:,}, go on with: python {script} --resume {folder}")
+        elif args.save_model:
+            save_agent(folder / "agent.pt", learner.q_network, args, args.total_timesteps)
+            log.say(f"agent saved, play with it: python {script} --evaluate {folder}")
     return folder
 
 
 def parse_args() -> Args:
-    """The command line as `Args`. What `Args` refuses is raised here, since tyro would draw a box around it."""
+    """The command line as `Args`; with --resume or --fork, flags that are not given are as in that run.
+
+    What `Args` refuses is raised here, since tyro would draw a box around it.
+    """
 
     class Unchecked(Args):
         def __post_init__(self) -> None:
             pass
 
     given = tyro.cli(Unchecked, description=__doc__)
+    if given.resume is not None or given.fork is not None:
+        Args(resume=given.resume, fork=given.fork, evaluate=given.evaluate)  # one of them
+        path = Path(given.resume, "run.json") if given.resume is not None else Path(given.fork, "manifest.json")
+        origin = replace(read_args(path)[0], resume=given.resume, fork=given.fork)
+        given = tyro.cli(Unchecked, description=__doc__, default=Unchecked(**asdict(origin)))
     return Args(**{field.name: getattr(given, field.name) for field in fields(Args)})
 
 
@@ -957,8 +1511,10 @@ def main() -> None:
             evaluate_saved(args)
         else:
             train(args)
-    except (UsageError, FloatingPointError) as error:
+    except (UsageError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,18 @@
+import gymnasium as gym
 import pytest
 import torch
+
+import dqn_injection_atari  # noqa: F401, it registers the games
+
+
+def variant(env_id, of, **kwargs):
+    """Registers an Atari game that differs from `of` in some keyword arguments; returns its id."""
+    if env_id not in gym.registry:
+        gym.register(env_id, "ale_py.env:AtariEnv", kwargs={**gym.spec(of).kwargs, **kwargs})
+    return env_id
+
+
+SHORT_GAMES = variant("BriefPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames_per_episode=400)
 
 
 def pytest_collection_modifyitems(items):

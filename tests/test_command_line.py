@@ -2,12 +2,13 @@
 
 import ast
 import itertools
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,11 @@ BAD = {
     "replay larger than memory": ("--buffer-size 1000000000", "GB of memory are free"),
     "wandb missing": ("--track --buffer-size 100", "pip install wandb"),
     "video without evaluation": ("--capture-video", "--eval-frequency"),
+    "checkpoint frequency": ("--checkpoint-frequency -1", "checkpoint_frequency is -1"),
+    "resuming nothing": ("--resume nowhere", "nowhere/run.json cannot be read"),
+    "forking nothing": ("--fork nowhere", "nowhere/manifest.json cannot be read"),
+    "resuming and forking": ("--resume a --fork b", "give one of --resume, --fork and --evaluate"),
+    "resuming and evaluating": ("--resume a --evaluate b", "give one of --resume, --fork and --evaluate"),
     "evaluating nothing": ("--evaluate nowhere.pt", "nowhere.pt"),
     "evaluating an unset shell variable": ("--evaluate=", "agent.pt"),
 }
@@ -194,6 +200,10 @@ def readme_commands():
 def test_every_training_command_of_the_readme_parses(monkeypatch):
     commands = [c for c in readme_commands() if "dqn_injection_atari.py" in c and "--help" not in c]
     assert len(commands) >= 5
+    origin = json.dumps({"args": asdict(Args())})
+    for name in ("run.json", "checkpoint-5000000/manifest.json"):
+        Path("runs/FOLDER", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("runs/FOLDER", name).write_text(origin)
     for command in commands:
         words = shlex.split(command)
         parse(monkeypatch, *words[words.index("dqn_injection_atari.py") + 1 :])

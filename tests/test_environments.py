@@ -3,19 +3,13 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+from conftest import SHORT_GAMES, variant
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.atari_wrappers import NoopResetEnv
 
 from dqn_injection_atari import Args, UsageError, make_envs, stream_seed
 
 BACKENDS = ("sb3", "ale")
-
-
-def variant(env_id, of, **kwargs):
-    """Registers an Atari game that differs from `of` in some keyword arguments; returns its id."""
-    if env_id not in gym.registry:
-        gym.register(env_id, "ale_py.env:AtariEnv", kwargs={**gym.spec(of).kwargs, **kwargs})
-    return env_id
 
 
 def noop_wrapper(env):
@@ -215,3 +209,30 @@ def test_an_id_registered_with_nothing_but_a_game_plays(backend):
 def test_neighbouring_seeds_share_no_environment_seeds():
     used = [stream_seed(seed, 3) + i for seed in range(200) for i in range(16)]
     assert len(set(used)) == len(used)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("env_id", [SHORT_GAMES, "ALE/Breakout-v5"])
+def test_games_come_back_from_their_state_and_go_on_the_same(backend, env_id):
+    args = Args(env_id=env_id, env_backend=backend, num_envs=3)
+    rng = np.random.default_rng(0)
+    first, second = make_envs(args), make_envs(args)
+    first.reset(seed=3)
+    for _ in range(50):
+        first.step(rng.integers(4, size=3))
+    first.reset(seed=11)  # environments that have played and new ones begin alike
+    for _ in range(230):
+        first.step(rng.integers(4, size=3))
+    second.load_state_dict(first.state_dict())
+    assert np.array_equal(first.obs, second.obs) and np.array_equal(first.lives, second.lives)
+    ends = 0
+    for _ in range(230):
+        actions = rng.integers(4, size=3)
+        mine, theirs = first.step(actions), second.step(actions)
+        assert all(np.array_equal(a, b) for a, b in zip(mine[:4], theirs[:4], strict=True))
+        assert np.array_equal(mine[4]["final_obs"], theirs[4]["final_obs"])
+        assert ("episode" in mine[4]) == ("episode" in theirs[4])
+        if "episode" in mine[4]:
+            ends += mine[4]["_episode"].sum()
+            assert all(np.array_equal(mine[4]["episode"][key], theirs[4]["episode"][key]) for key in "rl")
+    assert ends or env_id != SHORT_GAMES

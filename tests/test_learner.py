@@ -1,10 +1,13 @@
 """The learner: Double DQN's update, acting, target syncs, and what an injection does to the optimizer."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
+from benchmarks.kill_test import differences, flat
 from dqn_injection_atari import Args, Learner, exploration_epsilon, td_loss
 
 ACTIONS = 6
@@ -228,3 +231,40 @@ def test_epsilon_falls_linearly_and_stays():
     assert exploration_epsilon(args, 250) == pytest.approx(0.55)
     assert exploration_epsilon(args, 500) == exploration_epsilon(args, 999) == pytest.approx(0.1)
     assert exploration_epsilon(Args(exploration_fraction=0.0), 0) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("injections", [0, 1, 2])
+@pytest.mark.parametrize("freeze_heads", [True, False])
+def test_a_learner_comes_back_from_its_state_and_goes_on_the_same(injections, freeze_heads):
+    first, second = (make_learner(freeze_heads=freeze_heads, seed=seed) for seed in (1, 9))
+    updates(first, 1)
+    for _ in range(injections):
+        first.inject()
+        updates(first, 2)
+    first.act(np.zeros((3, 4, 84, 84), np.uint8), 0.5)
+    second.load_state_dict(first.state_dict())
+    assert [float(losses["td_loss"]) for losses in updates(first, 3, seed=5)] == [
+        float(losses["td_loss"]) for losses in updates(second, 3, seed=5)
+    ]
+    assert differences(flat(first.state_dict()), flat(second.state_dict())) == []
+    for learner in (first, second):
+        learner.sync_target()
+    assert differences(flat(first.state_dict()), flat(second.state_dict())) == []
+    for name, parameter in second.q_network.named_parameters():
+        assert parameter.requires_grad == first.q_network.get_parameter(name).requires_grad, name
+    assert not any(parameter.requires_grad for parameter in second.target_network.parameters())
+    assert np.array_equal(first.rng.random(4), second.rng.random(4))
+
+
+@pytest.mark.parametrize("planned", [(), (10,), (10, 20, 30)])
+def test_a_learner_takes_up_a_state_with_another_number_of_heads_to_come(planned):
+    first, second = make_learner(), make_learner(injection_step=planned, seed=9)
+    updates(first, 2)
+    second.load_state_dict(first.state_dict())
+    for learner in (first, second):
+        learner.inject()
+        updates(learner, 2)
+    ours, theirs = flat(first.state_dict()), flat(second.state_dict())
+    shared = set(ours) & set(theirs)
+    assert differences({n: ours[n] for n in shared}, {n: theirs[n] for n in shared}) == []
+    assert all(re.search(r"theta_prime_[12]\.[12]\.", name) for name in set(ours) ^ set(theirs))

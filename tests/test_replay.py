@@ -205,3 +205,23 @@ def test_reset_forgets_everything():
             b.add(*transition)
     assert_same_transitions(buffer, reference)
     assert np.array_equal(buffer.slots, fresh.slots)
+
+
+@pytest.mark.parametrize("length", [0, 5, 40, 400])
+def test_it_comes_back_from_its_state_and_goes_on_the_same(length):
+    stream = list(random_stream(np.random.default_rng(0), 3, length + 30, "zero"))
+    first, second = both_buffers(60, 3)[0], both_buffers(60, 3)[0]
+    for transition in stream[:length]:
+        first.add(*transition)
+    if length:
+        first.sample(5)
+    second.load_state_dict(first.state_dict())
+    for mine, theirs in zip(second.arrays(), first.arrays(), strict=True):
+        mine[:] = theirs
+    for transition in stream[length:]:
+        first.add(*transition)
+        second.add(*transition)
+        assert all(torch.equal(a, b) for a, b in zip(first.sample(6), second.sample(6), strict=True))
+    assert (first._free, first._used, first.pos, first.full) == (second._free, second._used, second.pos, second.full)
+    assert all(np.array_equal(a, b) for a, b in zip(first.arrays(), second.arrays(), strict=True))
+    assert np.array_equal(first.frames, second.frames) and (length < 400 or len(first.frames) > 60 + 30)

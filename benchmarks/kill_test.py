@@ -1,0 +1,188 @@
+"""Kills small real runs (SIGKILL) again and again, resumes them, and compares the end with a run that nobody touched.
+
+    python benchmarks/kill_test.py --kills 36
+
+A run is killed at a random moment, while it writes a checkpoint, or right around its injection, then resumed and killed
+again. At the end every parameter, optimizer moment, replay array, generator and logged scalar is compared bit by bit.
+Exits with 1 where anything differs.
+"""
+
+import itertools
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+import zstandard
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+SCRIPT = Path(__file__).resolve().parent.parent / "dqn_injection_atari.py"
+INJECTION = 802
+FLAGS = f"""--no-cuda --num-envs 4 --total-timesteps 1600 --buffer-size 600 --learning-starts 200 --batch-size 8
+--target-network-frequency 100 --log-frequency 50 --checkpoint-frequency 200 --injection-step {INJECTION}""".split()
+WALL_CLOCK = ("charts/SPS", "charts/SPS_recent")  # the only scalars that may differ
+MOMENTS = ("anywhere", "writing", "injection")
+
+
+def read_events(path: Path) -> list[tuple[str, int, float]]:
+    """All scalars of one event file as they stand in it: (tag, step, value), wall-clock ones left out."""
+    return [
+        (value.tag, event.step, value.simple_value)
+        for event in LegacyEventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.HasField("simple_value") and value.tag not in WALL_CLOCK
+    ]
+
+
+def flat(tree: Any, name: str = "") -> dict[str, Any]:
+    """{path: leaf} of nested dicts."""
+    if not isinstance(tree, dict):
+        return {name: tree}
+    return {path: leaf for key, value in tree.items() for path, leaf in flat(value, f"{name}/{key}").items()}
+
+
+def content(run_folder: Path, checkpoint: str) -> dict[str, Any]:
+    """Everything that must be equal, by name: a checkpoint but for its wall-clock times, and the run folder's curves."""
+    folder = run_folder / checkpoint
+    state = torch.load(folder / "state.pt", weights_only=True)
+    del state["log"]["seconds"], state["log"]["interval_seconds"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    with zstandard.open(folder / "replay.zst") as stream:
+        replay = stream.read()
+    event_files = sorted(run_folder.glob("events.out.tfevents.*"))
+    return {
+        **flat(state),
+        **{name: manifest[name] for name in ("step", "played", "software")},
+        "replay": replay,
+        "curves in the checkpoint": read_events(folder / "events"),
+        "curves in the run folder": list(itertools.chain.from_iterable(map(read_events, event_files))),
+    }
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Names of what is not the same in both, bit by bit."""
+
+    def bits(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.dtype, value.shape, value.stride(), value.contiguous().numpy().tobytes()
+
+    missing = object()
+    return [name for name in {**a, **b} if bits(a.get(name, missing)) != bits(b.get(name, missing))]
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(SCRIPT), *flags], cwd=folder, stdout=subprocess.PIPE, text=True)
+
+
+def run_folder(folder: Path) -> Path:
+    return next((folder / "runs").iterdir())
+
+
+def finish(folder: Path, *flags: str) -> float:
+    """Runs to the end; returns how long that took after the first line of output, in seconds."""
+    process = start(folder, *flags)
+    process.stdout.readline()
+    begun = time.perf_counter()
+    output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the run ended with {process.returncode}: {output}")
+    return time.perf_counter() - begun
+
+
+def kill_one(folder: Path, flags: list[str], moment: str, seconds: float, rng: random.Random) -> str | None:
+    """Starts (or resumes) the run and kills it; returns where it was then, None where it had ended by itself."""
+    process = start(folder, *flags)
+    process.stdout.readline()
+    run = run_folder(folder)
+    seen = {path.name for path in run.glob("checkpoint-*")}
+    delay = rng.uniform(0, seconds if moment == "anywhere" else 0.15)
+
+    def come() -> bool:
+        if moment == "writing":
+            return any(run.glob(".checkpoint-*.partial"))
+        if moment == "injection" and f"checkpoint-{INJECTION}" not in seen:
+            return (run / f"checkpoint-{INJECTION}").exists()
+        return True
+
+    while process.poll() is None and not come():
+        time.sleep(0.001)
+    time.sleep(delay)
+    ended = process.poll() is not None
+    process.send_signal(signal.SIGKILL)
+    output = process.communicate()[0]
+    if ended:
+        return None
+    if any(run.glob(".checkpoint-*.partial")):
+        return "while writing a checkpoint"
+    steps = [int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")]
+    if "plasticity injected" in output:
+        return "after the injection, in the same process"
+    return "before the injection" if max(steps, default=0) < INJECTION else "at or after the injection"
+
+
+def kill_and_compare(backend: str, moments: list[str], rng: random.Random) -> tuple[Counter, list[str]]:
+    """One run that is killed at all of `moments`, against one that is not. Returns where it was hit and what differs."""
+    where: Counter = Counter()
+    with tempfile.TemporaryDirectory() as name:
+        whole, killed = Path(name, "whole"), Path(name, "killed")
+        whole.mkdir(), killed.mkdir()
+        flags = [*FLAGS, "--env-backend", backend]
+        seconds = finish(whole, *flags)
+        for moment in moments:
+            place = kill_one(killed, flags, moment, seconds / 2, rng)
+            where[place or "(had ended)"] += 1
+            if any(run_folder(killed).glob("checkpoint-*")):
+                flags = ["--resume", str(run_folder(killed))]
+            else:
+                where["of these, before the first checkpoint"] += 1
+                for leftover in (killed / "runs").iterdir():
+                    leftover.rename(Path(name, f"never begun {time.time_ns()}"))
+        finish(killed, *flags)
+        last = "checkpoint-1600"
+        different = differences(content(run_folder(whole), last), content(run_folder(killed), last))
+    return where, different
+
+
+@dataclass
+class Settings:
+    kills: int = 36
+    """kills in all, half of them on each backend"""
+    kills_per_run: int = 3
+    """kills that one run survives, one of each kind in turn"""
+    seed: int = 0
+    """of the random moments"""
+
+
+def main(settings: Settings) -> None:
+    rng = random.Random(settings.seed)
+    total: Counter = Counter()
+    failures = 0
+    for backend in ("sb3", "ale"):
+        moments = itertools.cycle(MOMENTS)
+        hits = 0
+        while hits < settings.kills / 2:
+            where, different = kill_and_compare(backend, [next(moments) for _ in range(settings.kills_per_run)], rng)
+            hits += settings.kills_per_run - where["(had ended)"]
+            failures += bool(different)
+            total += Counter({f"{backend}: {place}": count for place, count in where.items()})
+            print(f"{backend}: {dict(where)}; different: {different or 'nothing'}", flush=True)
+    print()
+    for place, count in sorted(total.items()):
+        print(f"{count:4d}  {place}")
+    killed = sum(count for place, count in total.items() if "(had ended)" not in place and "of these" not in place)
+    print(f"{killed} kills, {failures} runs that differ from their uninterrupted twins")
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
