@@ -33,6 +33,7 @@ SMALL = Args(
     log_frequency=60,
     exploration_fraction=0.5,
     env_backend="ale",
+    checkpoint_frequency=0,
 )
 
 SMALL_FLAGS = """--total-timesteps 480 --buffer-size 300 --learning-starts 100 --batch-size 4 --log-frequency 60
