@@ -23,6 +23,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import secrets
@@ -237,8 +238,8 @@ class LearnerView(VectorWrapper):
         infos: "final_obs" (N, 4, 84, 84) uint8, the true successor, also where obs shows the next game;
             where "_episode" is set, infos["episode"]["r"] is the whole game's raw score, ["l"] its length in steps
 
-    Not every emulator's state can be copied, but each repeats itself: the seed of the last reset and the actions since
-    are the state that `state_dict` returns, and `load_state_dict` plays them again.
+    ALE's vectoriser cannot be saved, but games repeat themselves: `state_dict` is the seed of the last reset and the
+    actions since, and `load_state_dict` plays them again.
     """
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
@@ -683,7 +684,7 @@ class Learner:
         self.target_network.requires_grad_(False)
         moments, optimizer = state["optimizer"], self.optimizer.state_dict()
         names = [name for name, _ in self.q_network.named_parameters()]
-        optimizer["state"] = {i: moments[name] for i, name in enumerate(names) if name in moments}
+        optimizer["state"] = {i: copy.deepcopy(moments[name]) for i, name in enumerate(names) if name in moments}
         self.optimizer.load_state_dict(optimizer)
         self.rng.bit_generator.state = state["rng"]
 
@@ -1239,10 +1240,11 @@ def check_fork(args: Args, saved: Args, path: Path, step: int) -> None:
         raise UsageError(f"checkpoint {path} lies after an injection: for another --freeze-heads give an earlier checkpoint")
     if step >= args.total_timesteps:
         raise UsageError(f"checkpoint {path} lies at step {step}: give a --total-timesteps above it")
-    if exploration_epsilon(args, step) != exploration_epsilon(saved, step):
+    duration, saved_duration = (a.exploration_fraction * a.total_timesteps for a in (args, saved))
+    if not math.isclose(duration, saved_duration):
         raise UsageError(
-            f"ε would jump at step {step}: give --exploration-fraction "
-            f"{saved.exploration_fraction * saved.total_timesteps / args.total_timesteps:.6g} with this --total-timesteps"
+            f"ε would fall over {duration:,.0f} steps, but before checkpoint {path} over {saved_duration:,.0f}: give "
+            f"--exploration-fraction {saved_duration / args.total_timesteps} with this --total-timesteps"
         )
 
 
@@ -1264,8 +1266,8 @@ def newest_good_checkpoint(folder: Path) -> Checkpoint:
             return checkpoint
         except UsageError as error:
             print(f"warning: {error}: falling back to an older one", flush=True)
-    found = "all of its checkpoints are damaged" if paths else "it holds no checkpoint"
-    raise UsageError(f"the run in {folder} cannot go on, {found}: start it again without --resume")
+    found = "no good checkpoint" if paths else "no checkpoint"
+    raise UsageError(f"{folder} holds {found} to go on from: start the run again without --resume")
 
 
 def start_wandb(args: Args, folder: Path) -> None:
@@ -1399,8 +1401,8 @@ def training_loop(run: Run, signals: Signals) -> bool:
         step = run.step
         boundary = args.checkpoint_frequency > 0 and step % args.checkpoint_frequency == 0
         if step == 0 or boundary:
-            # no emulator state can be saved, so games begin anew here, whether the run goes on or was resumed. The games
-            # that this cuts bootstrap from their last frames, since no `done` was stored
+            # ALE's vectoriser cannot be saved, so games begin anew here, whether the run was resumed or not. Those that
+            # this cuts bootstrap from their last frames, since no `done` was stored
             run.envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS, step))
         due = args.checkpoint_frequency > 0 and (boundary or step in (first, *args.injection_step, args.total_timesteps))
         if (due or signals.checkpoint or signals.stop) and run.saved != step:

@@ -336,7 +336,7 @@ REFUSED_FORKS = {
     "an injection moved into the past": ({"injection_step": (130, 202)}, "say (130, 202) before step 240"),
     "freezing after the fact": ({"freeze_heads": False}, "for another --freeze-heads give an earlier checkpoint"),
     "an end that has passed": ({"total_timesteps": 230}, "give a --total-timesteps above it"),
-    "ε that would jump": ({"exploration_fraction": 0.9}, "give --exploration-fraction 0.0666667 with this --total-timesteps"),
+    "another ε schedule": ({"exploration_fraction": 0.1}, "over 24: give --exploration-fraction 0.06666666666666667"),
 }
 
 
@@ -660,7 +660,7 @@ def test_resume_falls_back_to_the_older_good_checkpoint_says_so_and_ends_the_sam
         newest.rename("aside")
         older.rename(newest)
         Path("aside").rename(older)
-        with pytest.raises(UsageError, match="all of its checkpoints are damaged: start it again"):
+        with pytest.raises(UsageError, match="holds no good checkpoint to go on from: start the run again"):
             train(replace(SMALL, resume=str(two_checkpoints)))
         out = capsys.readouterr().out
         assert "checkpoint-360 holds step 202, it was renamed" in out and "checkpoint-202 holds step 360" in out
@@ -751,7 +751,7 @@ def test_too_short_a_replay_is_an_error_and_not_an_endless_read(two_checkpoints)
 def test_a_run_without_checkpoints_cannot_be_resumed(two_checkpoints):
     for path in two_checkpoints.glob("checkpoint-*"):
         shutil.rmtree(path)
-    with pytest.raises(UsageError, match="it holds no checkpoint: start it again without --resume"):
+    with pytest.raises(UsageError, match="runs/damaged holds no checkpoint to go on from: start the run again without"):
         train(replace(SMALL, resume=str(two_checkpoints)))
 
 

@@ -258,8 +258,9 @@ def test_a_learner_comes_back_from_its_state_and_goes_on_the_same(injections, fr
 
 @pytest.mark.parametrize("planned", [(), (10,), (10, 20, 30)])
 def test_a_learner_takes_up_a_state_with_another_number_of_heads_to_come(planned):
-    first, second = make_learner(), make_learner(injection_step=planned, seed=9)
+    first, second = make_learner(), make_learner(injection_step=planned)
     updates(first, 2)
+    updates(second, 1, seed=3)
     second.load_state_dict(first.state_dict())
     for learner in (first, second):
         learner.inject()
