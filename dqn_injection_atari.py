@@ -17,6 +17,7 @@ Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator 
 
 import contextlib
 import copy
+import errno
 import fcntl
 import hashlib
 import importlib.util
@@ -27,6 +28,7 @@ import math
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -163,11 +165,12 @@ class Args:
 
     def __post_init__(self) -> None:
         steps = self.injection_step
-        object.__setattr__(self, "injection_step", (steps,) if isinstance(steps, int | np.integer) else tuple(steps))
+        steps = (steps,) if isinstance(steps, int | np.integer) else steps
+        object.__setattr__(self, "injection_step", tuple(int(step) for step in steps))
         sizes = ("num_envs", "total_timesteps", "buffer_size", "batch_size", "eval_episodes")
         for name in (*sizes, "target_network_frequency", "train_frequency"):
             self._require(name, lambda value: value >= 1, "at least 1")
-        for name in ("seed", "learning_starts", "eval_frequency", "checkpoint_frequency"):
+        for name in ("seed", "learning_starts", "eval_frequency"):
             self._require(name, lambda value: value >= 0, "0 or more")
         for name in ("gamma", "start_e", "end_e", "exploration_fraction", "eval_epsilon"):
             self._require(name, lambda value: 0 <= value <= 1, "between 0 and 1")
@@ -176,6 +179,8 @@ class Args:
         self._require("env_backend", lambda value: value in ("sb3", "ale"), "sb3 or ale")
         for name in ("buffer_size", "log_frequency"):
             self._require(name, lambda value: value >= self.num_envs, f"at least num_envs ({self.num_envs})")
+        enough = f"0 or at least num_envs ({self.num_envs})"
+        self._require("checkpoint_frequency", lambda value: value == 0 or value >= self.num_envs, enough)
         self._require(
             "injection_step",
             lambda steps: all(a < b for a, b in zip((0, *steps), (*steps, self.total_timesteps), strict=True)),
@@ -733,7 +738,19 @@ def evaluate(
 
 def save_agent(path: Path, q_network: QNetwork, args: Args, step: int) -> None:
     """Writes what `load_agent` reads: the online network and the arguments it was trained with."""
-    torch.save({"q_network": q_network.state_dict(), "args": asdict(args), "step": step}, path)
+    saved = io.BytesIO()  # writing to `path` itself, PyTorch would turn a full disk into a RuntimeError
+    torch.save({"q_network": q_network.state_dict(), "args": asdict(args), "step": step}, saved)
+    path.write_bytes(saved.getbuffer())
+
+
+@contextlib.contextmanager
+def reading(path: Path, kind: str, fix: str) -> Iterator[None]:
+    """Turns all that a foreign or damaged file makes its reader stumble over into a UsageError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise UsageError(f"{path} cannot be read as {kind} ({type(error).__name__}: {reason}): {fix}") from error
 
 
 def load_agent(path: Path, device: torch.device | str) -> tuple[QNetwork, Args, int]:
@@ -742,17 +759,12 @@ def load_agent(path: Path, device: torch.device | str) -> tuple[QNetwork, Args, 
     Raises:
         UsageError: `path` is not an agent that `save_agent` wrote.
     """
-    try:
+    with reading(path, "an agent", "give an agent.pt from --save-model"):
         saved = torch.load(path, map_location=device, weights_only=True)
         args = Args(**saved["args"])
         q_network = make_q_network(args, len(saved["q_network"]["theta.2.bias"]), device)
         q_network.load_state_dict(saved["q_network"])
         step = int(saved["step"])
-    except Exception as error:  # whatever a foreign or damaged file makes the loader stumble over
-        reason = next(iter(str(error).splitlines()), "")
-        raise UsageError(
-            f"{path} cannot be read as an agent ({type(error).__name__}: {reason}): give an agent.pt from --save-model"
-        ) from error
     return q_network, args, step
 
 
@@ -768,7 +780,7 @@ def evaluate_saved(args: Args) -> np.ndarray:
     if args.env_id not in (trained.env_id, Args.env_id):
         raise UsageError(f"the agent in {path} plays {trained.env_id}, not {args.env_id}: leave out --env-id")
     own = ("seed", "cuda", "capture_video", "eval_episodes", "eval_epsilon", "evaluate")
-    settings = replace(trained, **{name: getattr(args, name) for name in own})
+    settings = replace(trained, fork=None, **{name: getattr(args, name) for name in own})
     video = path.parent / "videos" / f"evaluate-seed-{args.seed}.mp4" if args.capture_video else None
     scores = evaluate(q_network, settings, step, video)
     print(f"{trained.env_id}, agent at step {step:,}, ε {settings.eval_epsilon:g}: scores of {len(scores)} games")
@@ -796,7 +808,8 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, events: bytes = b""):
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        # sorts after the file of a SummaryWriter, which --track leaves here: readers go from one to the next
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.1"
         self.path, self.written = folder / name, 0
         self.memory = io.BytesIO()
         self.records = RecordWriter(self.memory)
@@ -861,7 +874,8 @@ class RunLog:
         now = time.perf_counter()
         return {
             "returns": list(self.returns),
-            "update_steps": self.update_steps,
+            "first_update": self.first_update,
+            "num_updates": self.num_updates,
             "sums": self.sums,
             "num_finite": self.num_finite,
             "interval_step": self.interval_step,
@@ -871,7 +885,7 @@ class RunLog:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.returns.extend(state["returns"])
-        self.update_steps = state["update_steps"]
+        self.first_update, self.num_updates = state["first_update"], state["num_updates"]
         self.sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.num_finite = torch.as_tensor(state["num_finite"], device=device)
         self.interval_step = state["interval_step"]
@@ -890,15 +904,29 @@ class RunLog:
             self.writer.add_scalar("charts/episodic_length", int(infos["episode"]["l"][i]), step)
 
     def _forget_losses(self) -> None:
-        self.update_steps: list[int] = []
+        self.first_update, self.num_updates = 0, 0
         self.sums: dict[str, torch.Tensor] = {}
         self.num_finite: torch.Tensor | int = 0
 
     def update(self, losses: dict[str, torch.Tensor], step: int) -> None:
         """Takes note of one update's losses without reading them off the device."""
-        self.update_steps.append(step)
+        if self.num_updates == 0:
+            self.first_update = step
+        self.num_updates += 1
         self.sums = {name: self.sums.get(name, 0) + value for name, value in losses.items()}
         self.num_finite = self.num_finite + losses["td_loss"].isfinite()
+
+    def check_finite(self) -> None:
+        """Reads from the device whether the losses since the last interval were finite.
+
+        Raises:
+            FloatingPointError: one was not.
+        """
+        num_finite = int(self.num_finite)
+        if num_finite < self.num_updates:
+            # once a loss is not finite, neither are the parameters, nor any later loss
+            step = self.first_update + num_finite * self.args.train_frequency
+            raise FloatingPointError(f"td_loss is not finite from step {step}: lower --learning-rate")
 
     def interval(self, step: int) -> None:
         """Logs ε, speed and mean losses since the last call.
@@ -912,11 +940,8 @@ class RunLog:
         self.writer.add_scalar("charts/SPS", int(step / (now - self.start)), step)
         self.writer.add_scalar("charts/SPS_recent", recent, step)
         for name, total in self.sums.items():
-            self.writer.add_scalar(f"losses/{name}", float(total) / len(self.update_steps), step)
-        num_finite = int(self.num_finite)
-        if num_finite < len(self.update_steps):
-            # once a loss is not finite, neither are the parameters, nor any later loss
-            raise FloatingPointError(f"td_loss is not finite from step {self.update_steps[num_finite]}: lower --learning-rate")
+            self.writer.add_scalar(f"losses/{name}", float(total) / self.num_updates, step)
+        self.check_finite()
         total = self.args.total_timesteps
         score = f"{np.mean(self.returns):,.0f}" if self.returns else "-"
         self.bar.set_postfix_str(f"{recent:,.0f} SPS, ε {epsilon:.2f}, return {score}", refresh=False)
@@ -1019,33 +1044,62 @@ def check_resources(args: Args, observation_space: gym.spaces.Box) -> None:
             open_film(Path(folder) / "probe.mp4", FRAME_SIZE, FRAME_SIZE).release()
 
 
-def create_run_folder(args: Args) -> Path:
+def flush_to_disk(path: Path) -> None:
+    """Has the operating system write a file, or a folder's list of names, to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def create_run_folder(args: Args, run_id: str) -> Path:
     """A new folder under `runs`, of this run alone, also when another starts in the same second.
 
-    Its `run.json` holds the arguments, and a number that tells this run's checkpoints from another's.
+    Its `run.json` holds the arguments, and the number that tells this run's checkpoints from another's.
 
     Raises:
         UsageError: it cannot be written.
     """
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
-    for attempt in itertools.count():
-        folder = Path("runs") / (f"{name}-{attempt}" if attempt else name)
-        try:
-            folder.mkdir(parents=True)
-            (folder / "run.json").write_text(json.dumps({"run": secrets.token_hex(8), "args": asdict(args)}, indent=1) + "\n")
-            return folder
-        except OSError as error:
-            if not folder.is_dir():
-                raise UsageError(f"cannot write run folder {folder.absolute()} ({error.strerror}): start elsewhere") from None
+    try:
+        for attempt in itertools.count():
+            folder = Path("runs") / (f"{name}-{attempt}" if attempt else name)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                break
+        (folder / "run.json").write_text(json.dumps({"run": run_id, "args": asdict(args)}, indent=1) + "\n")
+        flush_to_disk(folder / "run.json")
+    except OSError as error:
+        raise UsageError(f"cannot write run folder {folder.absolute()} ({error.strerror}): start elsewhere") from None
+    return folder
+
+
+def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, FrameReplayBuffer]:
+    """The environments, the learner and the replay of a new run.
+
+    Raises:
+        UsageError: see `make_envs` and `check_resources`.
+    """
+    envs = make_envs(args)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    check_resources(args, obs_space)
+    learner = Learner(args, int(action_space.n), device)
+    rng = np.random.default_rng(stream_seed(args.seed, Stream.REPLAY))
+    replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, args.num_envs, generator=rng)
+    return envs, learner, replay
 
 
 @dataclass
 class Run:
-    """A run in progress: everything that a checkpoint holds, and where it goes."""
+    """A run in progress."""
 
     args: Args
-    folder: Path
     id: str  # drawn when the run began
+    folder: Path
     envs: LearnerView
     learner: Learner
     replay: FrameReplayBuffer
@@ -1054,35 +1108,29 @@ class Run:
     played: int = 0  # steps played: with several environments up to num_envs − 1 more
     saved: int | None = None  # step of the newest checkpoint
 
-    STATEFUL = ("envs", "learner", "replay", "log")
-
 
 CHECKPOINT_FORMAT = 1
 CHECKPOINT_FILES = ("manifest.json", "state.pt", "replay.zst", "events")
 CHECKSUMS = "SHA256SUMS"  # of those files, to be checked with `sha256sum -c` as well
 
 
-def software(device: torch.device) -> dict[str, str]:
-    """What the numbers of a run depend on besides its arguments."""
+def circumstances(device: torch.device) -> dict[str, str]:
+    """What the bits of a run depend on besides its arguments."""
     modules = {"torch": torch, "numpy": np, "gymnasium": gym, "ale-py": ale_py, "stable-baselines3": stable_baselines3}
     versions = {name: module.__version__ for name, module in (*modules.items(), ("opencv", cv2))}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"python": platform.python_version(), **versions, "device": name}
+    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return {
+        "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        "python": platform.python_version(),
+        **versions,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+    }
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:
     """{step: path} of the checkpoints in a run's folder, good or not, newest first."""
     steps = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
     return dict(sorted(((int(step), path) for step, path in steps.items() if step.isdigit()), reverse=True))
-
-
-def flush_to_disk(path: Path) -> None:
-    """Has the operating system write a file, or a folder's list of names, to the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checksums(checkpoint: Path) -> str:
@@ -1106,13 +1154,14 @@ def save_checkpoint(run: Run) -> Path:
     It is written under another name, flushed to disk and renamed, so that a checkpoint is whole or not there.
 
     Raises:
-        OSError: it cannot be written; all that was there before still is.
+        OSError, MemoryError, zstandard.ZstdError: it cannot be written; all that was there before still is.
     """
     final = run.folder / f"checkpoint-{run.step}"
     manifest = {"format": CHECKPOINT_FORMAT, "run": run.id, "step": run.step, "played": run.played}
-    manifest |= {"args": asdict(run.args), "software": software(run.replay.device)}
+    manifest |= {"args": asdict(run.args), "circumstances": circumstances(run.replay.device)}
     state = io.BytesIO()
-    torch.save({name: getattr(run, name).state_dict() for name in Run.STATEFUL}, state)
+    parts = {"envs": run.envs, "learner": run.learner, "replay": run.replay, "log": run.log}
+    torch.save({name: part.state_dict() for name, part in parts.items()}, state)
     for leftover in run.folder.glob(".checkpoint-*"):
         shutil.rmtree(leftover)
     partial = run.folder / f".{final.name}.partial"
@@ -1132,11 +1181,11 @@ def save_checkpoint(run: Run) -> Path:
             final.rename(run.folder / f".{final.name}.damaged")
         partial.rename(final)
         flush_to_disk(run.folder)
-    except OSError:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     for step, old in list_checkpoints(run.folder).items():
-        if step not in (run.step, *run.args.injection_step):
+        if step < run.step and step not in run.args.injection_step:
             with contextlib.suppress(OSError):  # the new one is safe: what cannot be removed now goes the next time
                 shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
     return final
@@ -1144,49 +1193,49 @@ def save_checkpoint(run: Run) -> Path:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint, in memory but for its replay."""
+    """A verified checkpoint, in memory but for its replay and curves."""
 
     path: Path
-    run: str
-    step: int
-    played: int
     args: Args
-    software: dict[str, str]
+    manifest: dict[str, Any]
     state: dict[str, Any]
 
-    def restore(self, run: Run) -> None:
-        """Brings everything but the log's event file into the state it was saved in."""
-        run.step, run.played = self.step, self.played
-        run.learner.load_state_dict(self.state["learner"])
-        run.replay.load_state_dict(self.state["replay"])
-        with open(self.path / "replay.zst", "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-            for chunk in itertools.chain.from_iterable(map(chunks, run.replay.arrays())):
-                while chunk:
-                    if not (count := stream.readinto(chunk)):
-                        raise UsageError(f"{self.path} holds too short a replay: go on from another checkpoint")
-                    chunk = chunk[count:]
-        run.envs.load_state_dict(self.state["envs"])
-        run.log.load_state_dict(self.state["log"], run.replay.device)
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    def restore(self, envs: LearnerView, learner: Learner, replay: FrameReplayBuffer) -> None:
+        """Brings the parts of a new run into the state they were saved in.
+
+        Raises:
+            UsageError: the checkpoint does not fit them: another version of this script wrote it.
+        """
+        with reading(self.path, "this run's checkpoint", "take another"):
+            learner.load_state_dict(self.state["learner"])
+            replay.load_state_dict(self.state["replay"])
+            with open(self.path / "replay.zst", "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+                for chunk in itertools.chain.from_iterable(map(chunks, replay.arrays())):
+                    while chunk:
+                        if not (count := stream.readinto(chunk)):
+                            raise EOFError("its replay is too short")
+                        chunk = chunk[count:]
+            envs.load_state_dict(self.state["envs"])
 
     def differences(self, device: torch.device) -> str:
-        """What is not as it was when the checkpoint was written, in words."""
-        now = software(device)
-        return ", ".join(f"{name} was {old}, is {now[name]}" for name, old in self.software.items() if now[name] != old)
+        """Which circumstances are not as they were when it was written, in words."""
+        then, now = self.manifest["circumstances"], circumstances(device)
+        return ", ".join(f"{name} was {then.get(name)} and is {now[name]}" for name in now if now[name] != then.get(name))
 
 
 def read_args(path: Path) -> tuple[Args, dict[str, Any]]:
-    """The arguments in a manifest, and all that is in it.
+    """The arguments in a `run.json` or `manifest.json`, and all that is in it.
 
     Raises:
         UsageError: it is not one, or its arguments are not this script's.
     """
-    try:
-        manifest = json.loads(path.read_text())
-        return Args(**manifest["args"]), manifest
-    except Exception as error:  # whatever a foreign or damaged file makes the reader stumble over
-        raise UsageError(
-            f"{path} cannot be read ({type(error).__name__}: {error}): give a run's folder to --resume, a checkpoint to --fork"
-        ) from error
+    with reading(path, "a run's arguments", "give a run's folder to --resume, one of its checkpoints to --fork"):
+        content = json.loads(path.read_text())
+        return Args(**content["args"]), content
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -1195,7 +1244,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UsageError: it is truncated, damaged, incomplete, or no checkpoint of this script; the message says which.
     """
-    try:
+    with reading(path, "a checkpoint", "take another"):
         recorded, found = (path / CHECKSUMS).read_bytes(), checksums(path).encode()
         if recorded != found:
             damaged = [line.split()[1].decode() for line in found.splitlines() if line not in recorded.splitlines()]
@@ -1204,11 +1253,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if manifest["format"] != CHECKPOINT_FORMAT:
             raise ValueError(f"its format is {manifest['format']}, this script reads {CHECKPOINT_FORMAT}")
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        numbers = {name: manifest[name] for name in ("run", "step", "played", "software")}
-    except Exception as error:  # whatever a foreign or damaged file makes the reader stumble over
-        reason = str(error).partition(". ")[0].partition("\n")[0]
-        raise UsageError(f"{path} is no good checkpoint ({type(error).__name__}: {reason})") from error
-    return Checkpoint(path, args=args, state=state, **numbers)
+        return Checkpoint(path, args, manifest, state)
 
 
 FORKABLE = """exp_name cuda track wandb_project_name wandb_entity capture_video save_model total_timesteps exploration_fraction
@@ -1221,12 +1266,13 @@ def changed_flags(args: Args, saved: Args) -> list[str]:
     return [name for name in names if getattr(args, name) != getattr(saved, name)]
 
 
-def check_fork(args: Args, saved: Args, path: Path, step: int) -> None:
+def check_fork(args: Args, origin: Checkpoint) -> None:
     """Refuses a fork that no single run in its arguments could have come to, so that its curves mean what they say.
 
     Raises:
         UsageError: see above; the message lists what may differ, or says what about it cannot.
     """
+    saved, path, step, played = origin.args, origin.path, origin.step, origin.manifest["played"]
     if refused := [name for name in changed_flags(args, saved) if name not in FORKABLE]:
         values = ", ".join(f"{name} is {getattr(args, name)}, there {getattr(saved, name)}" for name in refused)
         raise UsageError(f"not as in checkpoint {path}: {values}; a fork may differ in {', '.join(FORKABLE)} only")
@@ -1238,8 +1284,13 @@ def check_fork(args: Args, saved: Args, path: Path, step: int) -> None:
         )
     if past and args.freeze_heads != saved.freeze_heads:
         raise UsageError(f"checkpoint {path} lies after an injection: for another --freeze-heads give an earlier checkpoint")
-    if step >= args.total_timesteps:
-        raise UsageError(f"checkpoint {path} lies at step {step}: give a --total-timesteps above it")
+    if args.total_timesteps < max(step + 1, played):
+        raise UsageError(f"checkpoint {path} lies at step {step}: give a --total-timesteps of {max(step + 1, played)} or more")
+    if step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency):
+        raise UsageError(
+            f"checkpoint {path} ends a run whose length is no multiple of num_envs and log_frequency, so no longer run "
+            "passes through it: give an earlier checkpoint"
+        )
     duration, saved_duration = (a.exploration_fraction * a.total_timesteps for a in (args, saved))
     if not math.isclose(duration, saved_duration):
         raise UsageError(
@@ -1248,24 +1299,34 @@ def check_fork(args: Args, saved: Args, path: Path, step: int) -> None:
         )
 
 
+def check_resume(args: Args, saved: Args) -> None:
+    """Refuses to resume with other arguments than the run's own.
+
+    Raises:
+        UsageError: see above.
+    """
+    if changed := changed_flags(args, saved):
+        raise UsageError(f"--resume goes on as the run was, {', '.join(changed)} cannot change: leave out, or use --fork")
+
+
 def newest_good_checkpoint(folder: Path) -> Checkpoint:
     """The newest checkpoint of the run in `folder`; one that is damaged or another run's is named and passed over.
 
     Raises:
         UsageError: there is none.
     """
-    args, manifest = read_args(folder / "run.json")
+    _, identity = read_args(folder / "run.json")
     paths = list_checkpoints(folder)
     for step, path in paths.items():
         try:
             checkpoint = load_checkpoint(path)
-            if checkpoint.run != manifest["run"] or changed_flags(checkpoint.args, args):
+            if checkpoint.manifest["run"] != identity["run"]:
                 raise UsageError(f"{path} belongs to another run")
             if checkpoint.step != step:
                 raise UsageError(f"{path} holds step {checkpoint.step}, it was renamed")
             return checkpoint
         except UsageError as error:
-            print(f"warning: {error}: falling back to an older one", flush=True)
+            print(f"warning: {error}; falling back to an older one", flush=True)
     found = "no good checkpoint" if paths else "no checkpoint"
     raise UsageError(f"{folder} holds {found} to go on from: start the run again without --resume")
 
@@ -1309,21 +1370,21 @@ class Signals:
             sys.exit(128 + number)
 
 
-def lock(folder: Path) -> int:
-    """A descriptor that keeps other processes from running in `folder` until it is closed, or this process ends.
+def lock(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Keeps other processes from running in `folder` until the stack unwinds, or this process ends in any other way.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds it, or there is no such folder.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    with reading(folder, "a run's folder", "give one to --resume"):
+        descriptor = os.open(folder, os.O_RDONLY)
+    stack.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
         raise UsageError(f"another process is running {folder}: wait for it, or stop it first") from None
     except OSError:  # a file system without locks
         pass
-    return descriptor
 
 
 def inject(run: Run) -> None:
@@ -1348,9 +1409,8 @@ def play(run: Run) -> None:
     _, rewards, terminations, truncations, infos = run.envs.step(actions)
     cut = [{"TimeLimit.truncated": bool(truncated)} for truncated in truncations]
     run.replay.add(obs, infos["final_obs"], actions, rewards, terminations | truncations, cut)
-    # num_envs need not divide the run's length: what the last vector step plays beyond it is not counted
-    run.played = min(run.played + args.num_envs, args.total_timesteps)
-    run.log.games(infos, run.played)
+    run.played += args.num_envs
+    run.log.games(infos, min(run.played, args.total_timesteps))  # num_envs need not divide the run's length
 
 
 def after_step(run: Run) -> None:
@@ -1369,15 +1429,17 @@ def attempt_checkpoint(run: Run, signals: Signals) -> None:
     """Writes a checkpoint and says so; where it cannot, says that instead and leaves the run as it is.
 
     Raises:
-        OSError: it cannot be written, and the run was asked to stop.
+        FloatingPointError: a loss was not finite, so the checkpoint before is worth more.
+        OSError, MemoryError, zstandard.ZstdError: it cannot be written, and the run was asked to stop.
     """
+    run.log.check_finite()
     if signals.stop is not None:
         run.log.say(f"step {run.step:,}: {signals.stop.name}, writing a checkpoint; once more ends the run without it")
     start = time.perf_counter()
     try:
         with run.log.pause():
             path = save_checkpoint(run)
-    except OSError as error:
+    except (OSError, MemoryError, zstandard.ZstdError) as error:
         kept = f"checkpoint-{run.saved} is still good" if run.saved is not None else "there is none yet"
         run.log.say(f"warning: no checkpoint at step {run.step:,} ({error}): make room; {kept}")
         if signals.stop is not None:
@@ -1387,6 +1449,22 @@ def attempt_checkpoint(run: Run, signals: Signals) -> None:
         size = sum(file.stat().st_size for file in path.iterdir())
         run.log.say(f"step {run.step:,}: {path.name}, {size / 1e6:,.0f} MB in {time.perf_counter() - start:.1f} s")
     run.log.flush()
+
+
+def attempt_evaluation(run: Run, signals: Signals) -> np.ndarray:
+    """Scores of `evaluate`; some are NaN where a signal that needs an answer cut it short."""
+
+    def stop() -> bool:
+        return signals.stop is not None or (signals.checkpoint and run.saved != run.step)
+
+    game = run.learner.q_network, run.args, run.step
+    with run.log.pause():
+        if run.args.capture_video:
+            try:
+                return evaluate(*game, run.folder / "videos" / f"step-{run.step}.mp4", stop)
+            except (UsageError, OSError) as error:
+                run.log.say(f"warning: no video at step {run.step:,} ({error})")
+        return evaluate(*game, None, stop)
 
 
 def training_loop(run: Run, signals: Signals) -> bool:
@@ -1405,17 +1483,16 @@ def training_loop(run: Run, signals: Signals) -> bool:
             # this cuts bootstrap from their last frames, since no `done` was stored
             run.envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS, step))
         due = args.checkpoint_frequency > 0 and (boundary or step in (first, *args.injection_step, args.total_timesteps))
-        if (due or signals.checkpoint or signals.stop) and run.saved != step:
+        if signals.checkpoint:
+            signals.checkpoint, due = False, True
+        if (due or signals.stop) and run.saved != step:
             attempt_checkpoint(run, signals)
-        signals.checkpoint = False
         if signals.stop:
             return False
         if args.eval_frequency and step and step % args.eval_frequency == 0:
-            video = log.folder / "videos" / f"step-{step}.mp4" if args.capture_video else None
-            with log.pause():
-                scores = evaluate(run.learner.q_network, args, step, video, lambda: signals.stop is not None)
+            scores = attempt_evaluation(run, signals)
             if np.isnan(scores).any():
-                continue  # it will be repeated after --resume
+                continue  # to the checkpoint that a signal asked for; the evaluation is repeated after it, or after --resume
             log.evaluation(scores, step)
         if args.apply_injection and step in args.injection_step:
             inject(run)
@@ -1436,52 +1513,61 @@ def train(args: Args) -> Path:
         OSError: nothing can be written where the run should go.
     """
     origin = resumed = None
-    if args.resume is not None:
-        origin = newest_good_checkpoint(Path(args.resume))
-        if args != Args(resume=args.resume) and (changed := changed_flags(args, origin.args)):
-            raise UsageError(f"--resume goes on as the run was, {', '.join(changed)} cannot change: leave out, or use --fork")
-        resumed, args = Path(args.resume), origin.args
-    elif args.fork is not None:
-        origin = load_checkpoint(Path(args.fork))
-        check_fork(args, origin.args, origin.path, origin.step)
-    device = pick_device(args)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
-        envs = stack.enter_context(contextlib.closing(make_envs(args)))
-        obs_space, action_space = envs.single_observation_space, envs.single_action_space
-        check_resources(args, obs_space)
-        learner = Learner(args, int(action_space.n), device)
-        rng = np.random.default_rng(stream_seed(args.seed, Stream.REPLAY))
-        replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, args.num_envs, generator=rng)
-        folder = resumed or create_run_folder(args)
-        stack.callback(os.close, lock(folder))
+        if args.resume is not None:
+            resumed = Path(args.resume)
+            lock(resumed, stack)
+            origin = newest_good_checkpoint(resumed)
+            if args != Args(resume=args.resume):
+                check_resume(args, origin.args)
+            args = origin.args
+        elif args.fork is not None:
+            origin = load_checkpoint(Path(args.fork))
+            check_fork(args, origin)
+        device = pick_device(args)
+        envs, learner, replay = make_parts(args, device)
+        stack.callback(envs.close)
+        events, step, played, run_id = b"", 0, 0, secrets.token_hex(8)
+        if origin is not None:
+            if (count := len(origin.state["envs"]["actions"])) > 10_000:
+                print(f"playing {count:,} decisions again, since the last multiple of --checkpoint-frequency", flush=True)
+            origin.restore(envs, learner, replay)
+            events, step, played = (origin.path / "events").read_bytes(), origin.step, origin.manifest["played"]
+        if resumed is None:
+            folder = create_run_folder(args, run_id)
+            lock(folder, stack)
+        else:
+            folder, run_id = resumed, origin.manifest["run"]
         if args.track:
             start_wandb(args, folder)
-        curves = () if origin is None else ((origin.path / "events").read_bytes(), origin.step)
-        log = stack.enter_context(contextlib.closing(RunLog(args, folder, *curves)))
-        _, identity = read_args(folder / "run.json")
-        run = Run(args, folder, identity["run"], envs, learner, replay, log)
+        log = stack.enter_context(contextlib.closing(RunLog(args, folder, events, step)))
         log.say(f"{args.env_id} × {args.num_envs} ({args.env_backend}) on {device}, curves in {folder}")
+        if resumed is None:
+            log.hyperparameters(step)
         if origin is not None:
-            log.say(f"{'resumed' if resumed else 'forked'} at step {origin.step:,} from {origin.path}")
+            log.load_state_dict(origin.state["log"], device)
+            log.say(f"{'resumed' if resumed else 'forked'} at step {step:,} from {origin.path}")
             if differences := origin.differences(device):
                 log.say(f"warning: bits may differ from an uninterrupted run, because {differences}")
-            origin.restore(run)
-            del origin  # and with it a copy of every parameter
-        if resumed:
-            run.saved = run.step
-        else:
-            log.hyperparameters(run.step)
+        run = Run(args, run_id, folder, envs, learner, replay, log, step, played, step if resumed else None)
+        del origin, events  # and with them a copy of every parameter
         if not args.injection_step or not args.apply_injection:
             log.say("no plasticity injection in this run" + ("" if args.apply_injection else ": baseline arm"))
         if args.learning_starts >= args.total_timesteps:
             log.say(f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}")
-        script = Path(__file__).name
+        command = f"python {os.path.relpath(__file__)}"
         if not training_loop(run, signals):
-            log.say(f"stopped at step {run.step:,} of {args.total_timesteps:,}, go on with: python {script} --resume {folder}")
-        elif args.save_model:
+            done = f"stopped at step {run.step:,} of {args.total_timesteps:,}"
+            log.say(f"{done}, go on with: {command} --resume {shlex.quote(str(folder))}")
+            return folder
+        if args.save_model:
             save_agent(folder / "agent.pt", learner.q_network, args, args.total_timesteps)
-            log.say(f"agent saved, play with it: python {script} --evaluate {folder}")
+            log.say(f"agent saved, play with it: {command} --evaluate {shlex.quote(str(folder))}")
+        if args.checkpoint_frequency and run.saved != run.step:
+            raise OSError(
+                f"{folder} is complete but for its last checkpoint, which could not be written: make room, --resume it"
+            )
     return folder
 
 
@@ -1501,6 +1587,9 @@ def parse_args() -> Args:
         path = Path(given.resume, "run.json") if given.resume is not None else Path(given.fork, "manifest.json")
         origin = replace(read_args(path)[0], resume=given.resume, fork=given.fork)
         given = tyro.cli(Unchecked, description=__doc__, default=Unchecked(**asdict(origin)))
+        if given.resume is not None:
+            check_resume(given, origin)
+            return Args(resume=given.resume)
     return Args(**{field.name: getattr(given, field.name) for field in fields(Args)})
 
 

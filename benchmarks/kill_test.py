@@ -1,15 +1,16 @@
 """Kills small real runs (SIGKILL) again and again, resumes them, and compares the end with a run that nobody touched.
 
-    python benchmarks/kill_test.py --kills 36
+    python benchmarks/kill_test.py --kills 40
 
-A run is killed at a random moment, while it writes a checkpoint, or right around its injection, then resumed and killed
-again. At the end every parameter, optimizer moment, replay array, generator and logged scalar is compared bit by bit.
+A run is killed at a random moment, while it writes a checkpoint, right around its injection, or while it resumes, then
+resumed and killed again. At the end every parameter, optimizer moment, replay array, generator and logged scalar is compared bit by bit.
 Exits with 1 where anything differs.
 """
 
 import itertools
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ INJECTION = 802
 FLAGS = f"""--no-cuda --num-envs 4 --total-timesteps 1600 --buffer-size 600 --learning-starts 200 --batch-size 8
 --target-network-frequency 100 --log-frequency 50 --checkpoint-frequency 200 --injection-step {INJECTION}""".split()
 WALL_CLOCK = ("charts/SPS", "charts/SPS_recent")  # the only scalars that may differ
-MOMENTS = ("anywhere", "writing", "injection")
+MOMENTS = ("anywhere", "writing", "injection", "resuming")
 
 
 def read_events(path: Path) -> list[tuple[str, int, float]]:
@@ -61,7 +62,7 @@ def content(run_folder: Path, checkpoint: str) -> dict[str, Any]:
     event_files = sorted(run_folder.glob("events.out.tfevents.*"))
     return {
         **flat(state),
-        **{name: manifest[name] for name in ("step", "played", "software")},
+        **{name: manifest[name] for name in ("step", "played", "circumstances")},
         "replay": replay,
         "curves in the checkpoint": read_events(folder / "events"),
         "curves in the run folder": list(itertools.chain.from_iterable(map(read_events, event_files))),
@@ -101,13 +102,21 @@ def finish(folder: Path, *flags: str) -> float:
 
 def kill_one(folder: Path, flags: list[str], moment: str, seconds: float, rng: random.Random) -> str | None:
     """Starts (or resumes) the run and kills it; returns where it was then, None where it had ended by itself."""
+    resuming = moment == "resuming" and (folder / "runs").exists()
+    if (folder / "runs").exists():
+        for leftover in run_folder(folder).glob(".checkpoint-*"):
+            shutil.rmtree(leftover)  # or the kill before would count for this one
+        curves = set(run_folder(folder).glob("events*"))
     process = start(folder, *flags)
-    process.stdout.readline()
+    if not resuming:
+        process.stdout.readline()
     run = run_folder(folder)
     seen = {path.name for path in run.glob("checkpoint-*")}
-    delay = rng.uniform(0, seconds if moment == "anywhere" else 0.15)
+    delay = rng.uniform(0, {"anywhere": seconds, "resuming": 0.01}.get(moment, 0.15))
 
     def come() -> bool:
+        if resuming:
+            return set(run.glob("events*")) != curves
         if moment == "writing":
             return any(run.glob(".checkpoint-*.partial"))
         if moment == "injection" and f"checkpoint-{INJECTION}" not in seen:
@@ -122,6 +131,8 @@ def kill_one(folder: Path, flags: list[str], moment: str, seconds: float, rng: r
     output = process.communicate()[0]
     if ended:
         return None
+    if resuming:
+        return "while resuming"
     if any(run.glob(".checkpoint-*.partial")):
         return "while writing a checkpoint"
     steps = [int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")]
@@ -155,9 +166,9 @@ def kill_and_compare(backend: str, moments: list[str], rng: random.Random) -> tu
 
 @dataclass
 class Settings:
-    kills: int = 36
+    kills: int = 40
     """kills in all, half of them on each backend"""
-    kills_per_run: int = 3
+    kills_per_run: int = 4
     """kills that one run survives, one of each kind in turn"""
     seed: int = 0
     """of the random moments"""

@@ -6,13 +6,14 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dqn_injection_atari as script
 from benchmarks.kill_test import MOMENTS, content, differences, kill_and_compare, read_events
-from dqn_injection_atari import Args, UsageError, load_checkpoint, train
+from dqn_injection_atari import Args, Learner, UsageError, load_checkpoint, train
 
 SMALL = Args(
     env_id=variant("TinyPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames_per_episode=120),  # games of 30 steps
@@ -174,6 +175,19 @@ def test_every_scalar_is_there_once_after_a_resume(uninterrupted):
     assert len(list(folder.glob("events*"))) == 1
 
 
+def test_a_tensorboard_that_is_open_during_a_resume_shows_the_run_as_it_went_on():
+    folder = train_until(290, SMALL)
+    (events,) = folder.glob("events*")
+    view = EventAccumulator(str(folder)).Reload()  # as in a browser, with points that the resumed run writes again
+    shown = len(view.Scalars("charts/epsilon"))
+    train(replace(SMALL, resume=str(folder)))
+    assert not events.exists() or shown == 0
+    view.Reload()
+    points = [(event.step, event.value) for event in view.Scalars("charts/epsilon")]
+    fresh = EventAccumulator(str(folder)).Reload().Scalars("charts/epsilon")
+    assert points == [(event.step, event.value) for event in fresh] and len(points) == 6
+
+
 def test_speed_over_all_counts_the_time_before_the_resume(monkeypatch):
     folder = train_until(290, SMALL)
     state = load_checkpoint(folder / "checkpoint-240").state
@@ -201,21 +215,25 @@ def test_resume_takes_no_other_arguments(uninterrupted):
 
 def test_a_run_that_goes_on_elsewhere_is_not_resumed(uninterrupted):
     folder = Path(shutil.copytree(uninterrupted(SMALL), "runs/busy"))
-    held = script.lock(folder)
-    with pytest.raises(UsageError, match="another process is running runs/busy"):
-        train(replace(SMALL, resume=str(folder)))
-    os.close(held)
+    with contextlib.ExitStack() as elsewhere:
+        script.lock(folder, elsewhere)
+        with pytest.raises(UsageError, match="another process is running runs/busy"):
+            train(replace(SMALL, resume=str(folder)))
     train(replace(SMALL, resume=str(folder)))
 
 
 def test_other_software_is_named(uninterrupted, capsys, monkeypatch):
     folder = Path(shutil.copytree(uninterrupted(SMALL), "runs/older"))
+    version = torch.__version__
     monkeypatch.setattr(script.torch, "__version__", "9.9.9")
     train(replace(SMALL, resume=str(folder)))
-    assert f"warning: bits may differ from an uninterrupted run, because torch was {torch.__version__}" not in (
-        out := capsys.readouterr().out
-    )
-    assert "because torch was 2" in out and "is 9.9.9" in out
+    expected = f"warning: bits may differ from an uninterrupted run, because torch was {version} and is 9.9.9\n"
+    assert expected in capsys.readouterr().out
+
+
+def test_nothing_is_said_of_software_that_is_the_same(uninterrupted, capsys):
+    train(replace(SMALL, resume=str(shutil.copytree(uninterrupted(SMALL), "runs/same"))))
+    assert "warning" not in capsys.readouterr().out
 
 
 # what is kept
@@ -335,7 +353,7 @@ REFUSED_FORKS = {
     "an injection undone": ({"apply_injection": False}, "lies after injections at (202,), but the arguments say none before"),
     "an injection moved into the past": ({"injection_step": (130, 202)}, "say (130, 202) before step 240"),
     "freezing after the fact": ({"freeze_heads": False}, "for another --freeze-heads give an earlier checkpoint"),
-    "an end that has passed": ({"total_timesteps": 230}, "give a --total-timesteps above it"),
+    "an end that has passed": ({"total_timesteps": 230}, "give a --total-timesteps of 241 or more"),
     "another ε schedule": ({"exploration_fraction": 0.1}, "over 24: give --exploration-fraction 0.06666666666666667"),
 }
 
@@ -356,6 +374,29 @@ def test_a_longer_run_forked_from_a_finished_one_equals_it(uninterrupted):
     assert_same_end(fork(uninterrupted(short) / "checkpoint-240", longer), uninterrupted(longer))
 
 
+@pytest.mark.parametrize("changes", [{"num_envs": 7}, {"log_frequency": 100}])
+def test_a_finished_run_that_no_longer_run_passes_through_is_not_forked(changes):
+    short = replace(SMALL, total_timesteps=240, **changes)
+    folder = train(short)
+    with pytest.raises(UsageError, match="no multiple of num_envs and log_frequency"):
+        fork(folder / "checkpoint-240", short, total_timesteps=480, exploration_fraction=0.05)
+
+
+def test_the_agent_of_a_forked_run_plays(uninterrupted, monkeypatch, capsys):
+    folder = fork(uninterrupted(SMALL) / "checkpoint-202", SMALL, injection_step=(210,), save_model=True)
+    monkeypatch.setattr(sys, "argv", ["", "--evaluate", str(folder), "--eval-episodes", "2"])
+    script.main()
+    assert "scores of 2 games" in capsys.readouterr().out
+
+
+def test_help_and_readme_list_what_a_fork_may_differ_in():
+    source = Path(script.__file__).read_text()
+    listed = re.search(r"Only these may differ: ([^\"]+)\"", source).group(1)
+    assert re.split(r",\s+", listed) == script.FORKABLE
+    readme = Path(script.__file__).with_name("README.md").read_text()
+    assert re.findall(r"`(\w+)`", readme[readme.index("Only these may differ") :])[: len(script.FORKABLE)] == script.FORKABLE
+
+
 def test_on_the_command_line_a_fork_takes_over_what_is_not_given(monkeypatch):
     args = replace(SMALL, env_id="PhoenixNoFrameskip-v4", apply_injection=False, total_timesteps=240, buffer_size=100)
     folder = train(args)
@@ -372,6 +413,12 @@ def test_on_the_command_line_a_fork_takes_over_what_is_not_given(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", "--resume", str(folder), "--num-envs", "1"])
     with pytest.raises(SystemExit, match=r"^error: --resume goes on as the run was, num_envs cannot change"):
         script.main()
+    # a flag at its default value, against a run that differs from the defaults in nothing else
+    Path("runs/other").mkdir()
+    (Path("runs/other/run.json")).write_text(json.dumps({"run": "", "args": asdict(Args(seed=5))}))
+    monkeypatch.setattr(sys, "argv", ["", "--resume", "runs/other", "--seed", "1"])
+    with pytest.raises(SystemExit, match=r"^error: --resume goes on as the run was, seed cannot change"):
+        script.main()
 
 
 # signals
@@ -384,7 +431,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on_exactly(u
     folder = train_until(step, SMALL, send(number))
     out = capsys.readouterr().out
     assert number.name in out and names(folder)[-1] == f"checkpoint-{step}"
-    assert f"stopped at step {step} of 360, go on with: python dqn_injection_atari.py --resume {folder}\n" in out
+    assert f"stopped at step {step} of 360, go on with: python {os.path.relpath(script.__file__)} --resume {folder}\n" in out
     assert not (folder / "agent.pt").exists()
     train(replace(SMALL, resume=str(folder)))
     assert_same_end(folder, uninterrupted(SMALL))
@@ -439,6 +486,23 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(uninterrupte
     assert_same_end(folder, uninterrupted(args))
 
 
+def test_sigusr1_during_an_evaluation_is_answered_at_once_and_the_evaluation_repeated(uninterrupted):
+    args = replace(SMALL, eval_frequency=160, eval_episodes=2)
+    original, calls = script.evaluate, []
+
+    def evaluate(*given):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        calls.append((given[2], *map(int, [p.name[11:] for p in Path("runs").glob("*/checkpoint-160")])))
+        return original(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "evaluate", evaluate)
+        folder = train(args)
+    assert calls == [(160,), (160, 160), (320,)]
+    assert_same_end(folder, uninterrupted(args))
+
+
 def test_signal_handlers_are_put_back_and_threads_do_without():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     results = []
@@ -450,7 +514,7 @@ def test_signal_handlers_are_put_back_and_threads_do_without():
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
 
 
-@pytest.mark.parametrize("numbers,status", [(["SIGTERM"], 0), (["SIGTERM"] * 2, 143), (["SIGINT"] * 2, 130)])
+@pytest.mark.parametrize("numbers,status", [(["SIGTERM"], 0), (["SIGINT"], 0), (["SIGTERM"] * 2, 143), (["SIGINT"] * 2, 130)])
 def test_exit_status_after_one_signal_and_after_two(numbers, status):
     slow = "s.save_checkpoint = lambda run: (print('saving', flush=True), time.sleep(60))" if len(numbers) == 2 else ""
     code = f"import time, dqn_injection_atari as s\n{slow}\ns.main()"
@@ -471,7 +535,7 @@ def test_exit_status_after_one_signal_and_after_two(numbers, status):
     out, err = process.communicate(timeout=60)
     assert process.returncode == status and err == ""
     if status == 0:
-        assert "go on with: python dqn_injection_atari.py --resume runs/" in out
+        assert "dqn_injection_atari.py --resume runs/" in out
 
 
 # failed writes
@@ -556,6 +620,51 @@ def test_an_event_file_survives_a_full_disk_and_its_own_removal(tmp_path):
     assert list(tmp_path.iterdir()) == [again.path] and read_events(again.path) == [*expected, ("a", 41, 7.0)]
 
 
+@pytest.mark.parametrize("start", [True, False])
+def test_a_disk_that_is_full_at_the_start_or_the_end_is_one_line(monkeypatch, start):
+    flags = "--env-backend ale --buffer-size 250 --total-timesteps 120 --learning-starts 100 --save-model".split()
+    monkeypatch.setattr(sys, "argv", ["", *flags])
+    with contextlib.ExitStack() as disk:
+        if start:
+            disk.enter_context(full_disk(100))
+        else:
+            original = script.save_agent
+            monkeypatch.setattr(script, "save_agent", lambda *given: (original(*given), disk.close()))
+            at_step(monkeypatch, 119, lambda: disk.enter_context(full_disk(20_000_000)))
+        with pytest.raises(SystemExit) as stop:
+            script.main()
+    message = str(stop.value.code)
+    if start:
+        assert message.startswith("error: cannot write run folder ") and "File too large" in message
+    else:
+        (folder,) = Path("runs").iterdir()
+        assert message.endswith("is complete but for its last checkpoint, which could not be written: make room, --resume it")
+        assert names(folder) == ["checkpoint-0"] and (folder / "agent.pt").exists()
+        train(Args(resume=str(folder)))
+        assert names(folder) == ["checkpoint-120"]
+
+
+def test_a_video_that_cannot_be_written_does_not_end_the_run(monkeypatch, capsys):
+    args = replace(SMALL, eval_frequency=160, eval_episodes=1, capture_video=True, total_timesteps=230)
+    at_step(monkeypatch, 100, lambda: Path("runs", os.listdir("runs")[0], "videos").write_text("in the way"))
+    folder = train(args)
+    assert "warning: no video at step 160" in capsys.readouterr().out
+    assert [point for point in read_events(next(folder.glob("events*"))) if point[0] == "eval/episodic_return"]
+
+
+def test_parameters_that_are_not_finite_never_replace_a_good_checkpoint(monkeypatch):
+    original = Learner.update
+
+    def update(self, batch):
+        losses = original(self, batch)
+        return {**losses, "td_loss": losses["td_loss"] * float("nan")}
+
+    at_step(monkeypatch, 190, lambda: monkeypatch.setattr(Learner, "update", update))
+    with pytest.raises(FloatingPointError, match="not finite from step 192"):
+        train(replace(SMALL, log_frequency=300))
+    assert names(next(Path("runs").iterdir())) == ["checkpoint-120"]
+
+
 # damaged files
 
 
@@ -625,12 +734,14 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_reason_whatever_the_damage(
         with pytest.raises(UsageError) as error:
             load_checkpoint(newest)
         message = str(error.value)
-        assert message.startswith(f"{newest} is no good checkpoint (") and "\n" not in message and len(message) < 300, name
+        assert (
+            message.startswith(f"{newest} cannot be read as a checkpoint (") and "\n" not in message and len(message) < 300
+        ), name
         cases += 1
         if cases % 20 == 0:
             capsys.readouterr()
             assert script.newest_good_checkpoint(two_checkpoints).path == older, name
-            assert f"warning: {message}: falling back to an older one\n" == capsys.readouterr().out
+            assert f"warning: {message}; falling back to an older one\n" == capsys.readouterr().out
         undo()
     assert cases >= 200
     assert load_checkpoint(newest).step == 360, "every damage was undone"
@@ -667,9 +778,26 @@ def test_resume_falls_back_to_the_older_good_checkpoint_says_so_and_ends_the_sam
         return
     train(replace(SMALL, resume=str(two_checkpoints)))
     out = capsys.readouterr().out
-    assert f"warning: {newest} is no good checkpoint (" in out and f"resumed at step 202 from {older}" in out
+    assert f"warning: {newest} cannot be read as a checkpoint (" in out and f"resumed at step 202 from {older}" in out
     assert_same_end(two_checkpoints, uninterrupted(SMALL))
     assert not list(two_checkpoints.glob(".*"))
+
+
+def test_checkpoints_that_lie_ahead_survive_a_fallback(uninterrupted, two_checkpoints, monkeypatch):
+    """A newer one may be unreadable for a moment only: it goes when the run has come past it, not before."""
+    with pytest.MonkeyPatch.context() as patch:
+        original = script.load_checkpoint
+
+        def unreadable(path):
+            if path.name == END:
+                raise UsageError("the network is down")
+            return original(path)
+
+        patch.setattr(script, "load_checkpoint", unreadable)
+        train_until(210, replace(SMALL, resume=str(two_checkpoints)), send(signal.SIGTERM))
+    assert names(two_checkpoints) == ["checkpoint-202", "checkpoint-210", "checkpoint-360"]
+    train(replace(SMALL, resume=str(two_checkpoints)))
+    assert_same_end(two_checkpoints, uninterrupted(SMALL))
 
 
 def test_another_runs_checkpoint_is_refused(uninterrupted, two_checkpoints, capsys):
@@ -713,7 +841,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(two_checkpoints, monkeypatch, 
         (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
         seal(path)
     with pytest.raises(
-        UsageError, match=r"given is no good checkpoint \(.+\)$" if content != "other format" else "format is 99"
+        UsageError, match="format is 99" if content == "other format" else r"^given cannot be read as a checkpoint \(.+\)"
     ):
         train(replace(SMALL, fork=str(path)))
     for flag in ("--fork", "--resume"):
@@ -740,12 +868,37 @@ def test_loading_a_checkpoint_runs_no_code(two_checkpoints):
     assert not Path("owned").exists()
 
 
-def test_too_short_a_replay_is_an_error_and_not_an_endless_read(two_checkpoints):
-    replay = two_checkpoints / END / "replay.zst"
-    replay.write_bytes(zstandard.ZstdCompressor().compress(b"too short"))
-    seal(two_checkpoints / END)
-    with pytest.raises(UsageError, match="too short a replay"):
-        train(replace(SMALL, resume=str(two_checkpoints)))
+@pytest.mark.parametrize(
+    "damage", ["replay cut", "replay empty", "replay not zstd", "no learner", "no generator", "shape", "games"]
+)
+def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_before_anything_changes(two_checkpoints, damage):
+    path = two_checkpoints / END
+    state = torch.load(path / "state.pt", weights_only=True)
+    replay = (path / "replay.zst").read_bytes()
+    if damage == "replay cut":
+        replay = replay[: len(replay) // 2]
+    elif damage == "replay empty":
+        replay = zstandard.ZstdCompressor().compress(b"too short")
+    elif damage == "replay not zstd":
+        replay = b"no replay"
+    elif damage == "no learner":
+        del state["learner"]
+    elif damage == "no generator":
+        del state["replay"]["generator"]
+    elif damage == "shape":
+        state["learner"]["q_network"]["encoder.0.weight"] = torch.zeros(3)
+    else:
+        state["envs"]["actions"] = torch.zeros(5, 7, dtype=torch.uint8)
+    (path / "replay.zst").write_bytes(replay)
+    torch.save(state, path / "state.pt")
+    seal(path)
+    before = {file: file.read_bytes() for file in two_checkpoints.rglob("*") if file.is_file()}
+    for given in ({"resume": str(two_checkpoints)}, {"fork": str(path), "total_timesteps": 720, "exploration_fraction": 0.05}):
+        with pytest.raises(UsageError, match=r"cannot be read as this run's checkpoint \(.+\): take another$") as error:
+            train(replace(SMALL, **given))
+        assert "\n" not in str(error.value)
+    assert before == {file: file.read_bytes() for file in two_checkpoints.rglob("*") if file.is_file()}
+    assert [folder.name for folder in Path("runs").iterdir()] == ["damaged"]
 
 
 def test_a_run_without_checkpoints_cannot_be_resumed(two_checkpoints):
@@ -758,8 +911,32 @@ def test_a_run_without_checkpoints_cannot_be_resumed(two_checkpoints):
 # SIGKILL
 
 
+@pytest.mark.parametrize("owner,name,call", [(Path, "unlink", 2), (Path, "rename", 1), (Path, "rename", 2), (os, "fsync", 5)])
+def test_killed_while_files_are_exchanged(uninterrupted, monkeypatch, owner, name, call):
+    """Between writing the resumed curves and removing the old ones; around the renaming of checkpoints."""
+    folder = train_until(130, SMALL)
+    original, calls = getattr(owner, name), []
+
+    def killed(*given, **options):
+        calls.append(given)
+        if len(calls) == call:
+            raise Killed
+        return original(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script.RunLog, "close", lambda log: log.bar.close())
+        patch.setattr(script.shutil, "rmtree", lambda *given, **options: None)  # nor does it tidy up
+        patch.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            train(replace(SMALL, resume=str(folder)))
+    assert len(calls) == call
+    train(replace(SMALL, resume=str(folder)))
+    assert_same_end(folder, uninterrupted(SMALL))
+    assert not list(folder.glob(".*")) and len(list(folder.glob("events*"))) == 1
+
+
 @pytest.mark.parametrize("backend", ["sb3", "ale"])
 def test_a_killed_process_resumed_equals_one_that_nobody_touched(backend):
     """The short form of benchmarks/kill_test.py."""
     where, different = kill_and_compare(backend, list(MOMENTS), random.Random(0))
-    assert different == [] and where["(had ended)"] == 0, where
+    assert different == [] and where.total() - where["(had ended)"] >= 2, where
