@@ -804,7 +804,7 @@ class EventFile:
 
     Args:
         folder: where the file goes
-        events: how it begins: the events of an earlier part of the run. It then replaces the folder's other event files
+        events: how it begins: the events of an earlier part of the run. The folder's other event files are then emptied
     """
 
     def __init__(self, folder: Path, events: bytes = b""):
@@ -819,7 +819,7 @@ class EventFile:
             self.path.unlink(missing_ok=True)
             self.flush()
             for path in older:
-                path.unlink()
+                os.truncate(path, 0)  # were it removed, a TensorBoard that is reading it would never go on to this one
         else:
             # the second record makes a TensorBoard that is open on this folder forget what it has read before
             self._add(file_version="brain.Event:2")
@@ -1184,10 +1184,12 @@ def save_checkpoint(run: Run) -> Path:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for step, old in list_checkpoints(run.folder).items():
-        if step < run.step and step not in run.args.injection_step:
-            with contextlib.suppress(OSError):  # the new one is safe: what cannot be removed now goes the next time
-                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+    with contextlib.suppress(OSError):  # the new one is safe: what cannot be removed now goes the next time
+        for step, old in list_checkpoints(run.folder).items():
+            if step < run.step and step not in run.args.injection_step:
+                old.rename(old.with_name(f".{old.name}.old"))
+        for leftover in run.folder.glob(".checkpoint-*"):
+            shutil.rmtree(leftover)
     return final
 
 

@@ -62,12 +62,8 @@ def peak_memory(figures: dict):
 def make_run(settings: Settings, folder: Path) -> script.Run:
     args = script.Args(env_id=settings.env_id, env_backend="ale", num_envs=settings.num_envs, buffer_size=settings.steps)
     args = replace(args, total_timesteps=settings.steps, end_e=0.05)
-    device = torch.device("cpu")
-    envs = script.make_envs(args)
-    spaces = envs.single_observation_space, envs.single_action_space
-    learner = script.Learner(args, int(spaces[1].n), device)
-    replay = script.FrameReplayBuffer(args.buffer_size, *spaces, device, args.num_envs, generator=np.random.default_rng(0))
-    return script.Run(args, folder, "benchmark", envs, learner, replay, script.RunLog(args, folder))
+    envs, learner, replay = script.make_parts(args, torch.device("cpu"))
+    return script.Run(args, "benchmark", folder, envs, learner, replay, script.RunLog(args, folder))
 
 
 def main(settings: Settings) -> None:
@@ -93,16 +89,13 @@ def main(settings: Settings) -> None:
                 path = script.save_checkpoint(run)
             figures["seconds"] = time.perf_counter() - start
             writes.append(figures)
-        run.envs.state_dict = lambda: {
-            "seed": 0,
-            "actions": torch.zeros(0, settings.num_envs),
-        }  # reading back is timed without playing a million steps again
+        run.envs.reset(seed=0)  # reading is timed as at a multiple of --checkpoint-frequency: no steps to be played again
         path = script.save_checkpoint(run)
         sizes = {file.name: file.stat().st_size / 1e6 for file in path.iterdir()}
 
         copy = make_run(settings, Path(folder))
         start = time.perf_counter()
-        script.load_checkpoint(path).restore(copy)
+        script.load_checkpoint(path).restore(copy.envs, copy.learner, copy.replay)
         read_seconds = time.perf_counter() - start
         pairs = zip(run.replay.arrays(), copy.replay.arrays(), strict=True)
         result = {
@@ -118,6 +111,10 @@ def main(settings: Settings) -> None:
             "settings": {name: str(value) for name, value in vars(settings).items()},
         }
         print(json.dumps(result, indent=1))
+        limits = {"checkpoint_GB": 0.5, "write_seconds": 20, "extra_memory_GB": 1}  # for a million transitions
+        missed = [name for name, limit in limits.items() if result[name] > limit]
+        if missed or not result["bitwise_equal"]:
+            sys.exit(f"not met: {', '.join(missed) or 'bitwise equality'}")
 
 
 if __name__ == "__main__":

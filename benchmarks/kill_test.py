@@ -3,8 +3,8 @@
     python benchmarks/kill_test.py --kills 40
 
 A run is killed at a random moment, while it writes a checkpoint, right around its injection, or while it resumes, then
-resumed and killed again. At the end every parameter, optimizer moment, replay array, generator and logged scalar is compared bit by bit.
-Exits with 1 where anything differs.
+resumed and killed again. At the end every parameter, optimizer moment, replay array, generator and logged scalar is
+compared bit by bit. Exits with 1 where anything differs.
 """
 
 import itertools

@@ -108,9 +108,10 @@ BAD = {
     "replay larger than memory": ("--buffer-size 1000000000", "GB of memory are free"),
     "wandb missing": ("--track --buffer-size 100", "pip install wandb"),
     "video without evaluation": ("--capture-video", "--eval-frequency"),
+    "checkpoints within a vector step": ("--checkpoint-frequency 4 --num-envs 8", "checkpoint_frequency is 4"),
     "checkpoint frequency": ("--checkpoint-frequency -1", "checkpoint_frequency is -1"),
-    "resuming nothing": ("--resume nowhere", "nowhere/run.json cannot be read"),
-    "forking nothing": ("--fork nowhere", "nowhere/manifest.json cannot be read"),
+    "resuming nothing": ("--resume nowhere", "nowhere/run.json cannot be read as"),
+    "forking nothing": ("--fork nowhere", "nowhere/manifest.json cannot be read as"),
     "resuming and forking": ("--resume a --fork b", "give one of --resume, --fork and --evaluate"),
     "resuming and evaluating": ("--resume a --evaluate b", "give one of --resume, --fork and --evaluate"),
     "evaluating nothing": ("--evaluate nowhere.pt", "nowhere.pt"),
@@ -242,3 +243,14 @@ def test_what_is_no_flag_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(monkeypatch, "--no-such-flag")
     assert stop.value.code == 2 and "--no-such-flag" in capsys.readouterr().err
+
+
+def test_interrupting_an_evaluation_of_a_saved_agent_is_no_traceback(monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dqn_injection_atari, "evaluate_saved", interrupted)
+    monkeypatch.setattr(sys, "argv", ["", "--evaluate", "agent.pt"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
