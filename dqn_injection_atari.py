@@ -9,7 +9,7 @@ parameters stay as they were, and θ′₁ learns with the plasticity of a new h
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000     # train, inject, log
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000 --no-apply-injection  # baseline
     python dqn_injection_atari.py --resume runs/FOLDER                                         # go on, bit for bit
-    python dqn_injection_atari.py --fork runs/FOLDER/checkpoint-5000000 --no-apply-injection   # another arm from there
+    python dqn_injection_atari.py --fork runs/FOLDER/checkpoint-5000000 --no-apply-injection   # its baseline, from there
     tensorboard --logdir runs                                                                  # read the curves
 
 Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
@@ -1432,7 +1432,7 @@ def attempt_checkpoint(run: Run, signals: Signals) -> None:
 
     Raises:
         FloatingPointError: a loss was not finite, so the checkpoint before is worth more.
-        OSError, MemoryError, zstandard.ZstdError: it cannot be written, and the run was asked to stop.
+        OSError: it cannot be written, and the run was asked to stop.
     """
     run.log.check_finite()
     if signals.stop is not None:
@@ -1443,9 +1443,9 @@ def attempt_checkpoint(run: Run, signals: Signals) -> None:
             path = save_checkpoint(run)
     except (OSError, MemoryError, zstandard.ZstdError) as error:
         kept = f"checkpoint-{run.saved} is still good" if run.saved is not None else "there is none yet"
-        run.log.say(f"warning: no checkpoint at step {run.step:,} ({error}): make room; {kept}")
         if signals.stop is not None:
-            raise
+            raise OSError(f"stopped at step {run.step:,} without a checkpoint ({error}): {kept}") from error
+        run.log.say(f"warning: no checkpoint at step {run.step:,} ({error}): make room, the run will try again; {kept}")
     else:
         run.saved = run.step
         size = sum(file.stat().st_size for file in path.iterdir())

@@ -13,6 +13,7 @@ def variant(env_id, of, **kwargs):
 
 
 SHORT_GAMES = variant("BriefPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames_per_episode=400)
+TINY_GAMES = variant("TinyPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames_per_episode=120)  # 30 steps
 
 
 def pytest_collection_modifyitems(items):

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT_GAMES
+from conftest import SHORT_GAMES, TINY_GAMES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_injection_atari
@@ -309,6 +309,13 @@ def test_logged_returns_are_raw_scores_of_whole_games(record, backend):
     assert scalars(folder)["charts/episodic_return"] == expected and len(expected) >= 2
 
 
+def test_no_point_lies_beyond_the_end():
+    folder = train(replace(SMALL, env_id=TINY_GAMES, num_envs=7, total_timesteps=205))  # games end in the 30th vector step
+    curves = scalars(folder)
+    assert {step for step, _ in curves["charts/episodic_return"]} == {205}
+    assert max(step for curve in curves.values() for step, _ in curve) == 205
+
+
 def test_video_of_an_evaluation_game_plays(capsys):
     for backend, size in (("sb3", (160, 210)), ("ale", (336, 336))):
         args = replace(SMALL, env_backend=backend, total_timesteps=120, eval_frequency=100, eval_episodes=2, capture_video=True)
@@ -435,6 +442,9 @@ def test_track_mirrors_tensorboard_to_weights_and_biases(monkeypatch):
     events = [file.name for file in given["files"] if "tfevents" in file.name]
     assert events == [], "it starts before TensorBoard does, or it would miss the beginning"
     assert given["sync_tensorboard"] is True and given["config"]["total_timesteps"] == 480
+    # a reader goes on from the file of the SummaryWriter that tells wandb of this folder to the one with the curves
+    assert max(folder.glob("events*")) == max(folder.glob("events*"), key=lambda path: path.stat().st_size)
+    assert len(list(folder.glob("events*"))) == 2
     given.clear()
     train(SMALL)
     assert not given
