@@ -1059,23 +1059,28 @@ def flush_to_disk(path: Path) -> None:
 def create_run_folder(args: Args, run_id: str) -> Path:
     """A new folder under `runs`, of this run alone, also when another starts in the same second.
 
-    Its `run.json` holds the arguments, and the number that tells this run's checkpoints from another's.
+    Its `run.json`, there as soon as the folder is, holds the arguments and the number that tells this run's checkpoints
+    from another's.
 
     Raises:
         UsageError: it cannot be written.
     """
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}".replace("/", "-")
+    folder, draft = Path("runs") / name, Path("runs") / f".{run_id}"
     try:
-        for attempt in itertools.count():
-            folder = Path("runs") / (f"{name}-{attempt}" if attempt else name)
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
-                break
-        (folder / "run.json").write_text(json.dumps({"run": run_id, "args": asdict(args)}, indent=1) + "\n")
-        flush_to_disk(folder / "run.json")
+        draft.mkdir(parents=True)
+        (draft / "run.json").write_text(json.dumps({"run": run_id, "args": asdict(args)}, indent=1) + "\n")
+        flush_to_disk(draft / "run.json")
+        for attempt in itertools.count(1):
+            try:
+                return draft.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                folder = folder.with_name(f"{name}-{attempt}")
     except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
         raise UsageError(f"cannot write run folder {folder.absolute()} ({error.strerror}): start elsewhere") from None
-    return folder
 
 
 def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, FrameReplayBuffer]:
@@ -1311,14 +1316,19 @@ def check_resume(args: Args, saved: Args) -> None:
         raise UsageError(f"--resume goes on as the run was, {', '.join(changed)} cannot change: leave out, or use --fork")
 
 
-def newest_good_checkpoint(folder: Path) -> Checkpoint:
+def newest_good_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of the run in `folder`; one that is damaged or another run's is named and passed over.
 
+    None where the run was killed before its first one, and so before its first step.
+
     Raises:
-        UsageError: there is none.
+        UsageError: there is no good one, and something to lose.
     """
-    _, identity = read_args(folder / "run.json")
+    args, identity = read_args(folder / "run.json")
     paths = list_checkpoints(folder)
+    begun = any(path.stat().st_size for path in folder.glob("events.out.tfevents.*"))
+    if not paths and not begun and args.checkpoint_frequency:
+        return None
     for step, path in paths.items():
         try:
             checkpoint = load_checkpoint(path)
@@ -1520,10 +1530,12 @@ def train(args: Args) -> Path:
         if args.resume is not None:
             resumed = Path(args.resume)
             lock(resumed, stack)
+            saved, identity = read_args(resumed / "run.json")
             origin = newest_good_checkpoint(resumed)
+            saved = saved if origin is None else origin.args  # of the two files, only checkpoints have checksums
             if args != Args(resume=args.resume):
-                check_resume(args, origin.args)
-            args = origin.args
+                check_resume(args, saved)
+            args = saved
         elif args.fork is not None:
             origin = load_checkpoint(Path(args.fork))
             check_fork(args, origin)
@@ -1540,19 +1552,20 @@ def train(args: Args) -> Path:
             folder = create_run_folder(args, run_id)
             lock(folder, stack)
         else:
-            folder, run_id = resumed, origin.manifest["run"]
+            folder, run_id = resumed, identity["run"]
         if args.track:
             start_wandb(args, folder)
         log = stack.enter_context(contextlib.closing(RunLog(args, folder, events, step)))
         log.say(f"{args.env_id} × {args.num_envs} ({args.env_backend}) on {device}, curves in {folder}")
-        if resumed is None:
+        continues = origin is not None and resumed is not None
+        if not continues:
             log.hyperparameters(step)
         if origin is not None:
             log.load_state_dict(origin.state["log"], device)
-            log.say(f"{'resumed' if resumed else 'forked'} at step {step:,} from {origin.path}")
+            log.say(f"{'resumed' if continues else 'forked'} at step {step:,} from {origin.path}")
             if differences := origin.differences(device):
                 log.say(f"warning: bits may differ from an uninterrupted run, because {differences}")
-        run = Run(args, run_id, folder, envs, learner, replay, log, step, played, step if resumed else None)
+        run = Run(args, run_id, folder, envs, learner, replay, log, step, played, step if continues else None)
         del origin, events  # and with them a copy of every parameter
         if not args.injection_step or not args.apply_injection:
             log.say("no plasticity injection in this run" + ("" if args.apply_injection else ": baseline arm"))

@@ -404,7 +404,7 @@ def test_a_diverging_run_ends_in_one_line(monkeypatch):
 
 def test_runs_started_in_the_same_second_get_folders_of_their_own(monkeypatch):
     monkeypatch.setattr(dqn_injection_atari.time, "time", lambda: 1_700_000_000.0)
-    folders = [dqn_injection_atari.create_run_folder(Args(env_id="ALE/Phoenix-v5")) for _ in range(3)]
+    folders = [dqn_injection_atari.create_run_folder(Args(env_id="ALE/Phoenix-v5"), str(k)) for k in range(3)]
     assert len(set(folders)) == 3
     assert all(folder.parent == Path("runs") and folder.is_dir() for folder in folders)
 
