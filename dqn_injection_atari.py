@@ -27,6 +27,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shlex
 import shutil
@@ -73,6 +74,7 @@ FRAME_SKIP = 4  # emulator frames per step
 FRAME_SIZE = 84  # pixels, both sides
 STACK = 4  # frames per observation
 MAX_NOOPS = 30
+SCRIPT_VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # of the code that runs, edits come later
 
 
 class UsageError(ValueError):
@@ -255,12 +257,14 @@ class LearnerView(VectorWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         actions = np.frombuffer(self.actions, np.uint8).reshape(-1, self.num_envs)
-        return {"seed": self.seed, "actions": torch.from_numpy(actions.copy())}
+        return {"seed": self.seed, "actions": torch.from_numpy(actions.copy()), "obs": torch.from_numpy(self.obs.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reset(seed=state["seed"])
         for actions in state["actions"].numpy():
             self.step(actions.astype(np.int64))
+        if not np.array_equal(self.obs, state["obs"].numpy()):
+            raise ValueError("the games do not repeat themselves")
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         self.actions += np.asarray(actions, np.uint8).tobytes()
@@ -1123,9 +1127,12 @@ def circumstances(device: torch.device) -> dict[str, str]:
     """What the bits of a run depend on besides its arguments."""
     modules = {"torch": torch, "numpy": np, "gymnasium": gym, "ale-py": ale_py, "stable-baselines3": stable_baselines3}
     versions = {name: module.__version__ for name, module in (*modules.items(), ("opencv", cv2))}
-    cpu = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    names = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", names.read_text()) if names.exists() else []
+    cpu = (names or [platform.processor()])[0]
+    cpu = f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return {
-        "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        "script": SCRIPT_VERSION,
         "python": platform.python_version(),
         **versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
@@ -1153,6 +1160,12 @@ def chunks(array: np.ndarray) -> Iterator[memoryview]:
     yield from (memory[start : start + 2**24] for start in range(0, len(memory), 2**24))
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what an interrupted `save_checkpoint` left behind, as far as possible."""
+    for leftover in folder.glob(".checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def save_checkpoint(run: Run) -> Path:
     """Writes `checkpoint-{step}` into the run's folder, then removes older ones but for those at injection steps.
 
@@ -1167,8 +1180,7 @@ def save_checkpoint(run: Run) -> Path:
     state = io.BytesIO()
     parts = {"envs": run.envs, "learner": run.learner, "replay": run.replay, "log": run.log}
     torch.save({name: part.state_dict() for name, part in parts.items()}, state)
-    for leftover in run.folder.glob(".checkpoint-*"):
-        shutil.rmtree(leftover)
+    remove_leftovers(run.folder)
     partial = run.folder / f".{final.name}.partial"
     partial.mkdir()
     try:
@@ -1193,8 +1205,7 @@ def save_checkpoint(run: Run) -> Path:
         for step, old in list_checkpoints(run.folder).items():
             if step < run.step and step not in run.args.injection_step:
                 old.rename(old.with_name(f".{old.name}.old"))
-        for leftover in run.folder.glob(".checkpoint-*"):
-            shutil.rmtree(leftover)
+    remove_leftovers(run.folder)
     return final
 
 
@@ -1217,7 +1228,7 @@ class Checkpoint:
         Raises:
             UsageError: the checkpoint does not fit them: another version of this script wrote it.
         """
-        with reading(self.path, "this run's checkpoint", "take another"):
+        with reading(self.path, "this run's checkpoint", "move it away, and go on from another"):
             learner.load_state_dict(self.state["learner"])
             replay.load_state_dict(self.state["replay"])
             with open(self.path / "replay.zst", "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
@@ -1299,7 +1310,7 @@ def check_fork(args: Args, origin: Checkpoint) -> None:
             "passes through it: give an earlier checkpoint"
         )
     duration, saved_duration = (a.exploration_fraction * a.total_timesteps for a in (args, saved))
-    if not math.isclose(duration, saved_duration):
+    if step > 0 and not math.isclose(duration, saved_duration):
         raise UsageError(
             f"ε would fall over {duration:,.0f} steps, but before checkpoint {path} over {saved_duration:,.0f}: give "
             f"--exploration-fraction {saved_duration / args.total_timesteps} with this --total-timesteps"
@@ -1362,6 +1373,7 @@ class Signals:
     def __init__(self) -> None:
         self.stop: signal.Signals | None = None
         self.checkpoint = False
+        self.nothing_to_save = False  # while a checkpoint is loaded: the first signal ends the process then
 
     def __enter__(self) -> "Signals":
         wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -1376,7 +1388,7 @@ class Signals:
     def _note(self, number: int, _: Any) -> None:
         if number == signal.SIGUSR1:
             self.checkpoint = True
-        elif self.stop is None:
+        elif self.stop is None and not self.nothing_to_save:
             self.stop = signal.Signals(number)
         else:
             sys.exit(128 + number)
@@ -1451,6 +1463,7 @@ def attempt_checkpoint(run: Run, signals: Signals) -> None:
     try:
         with run.log.pause():
             path = save_checkpoint(run)
+            size = sum(file.stat().st_size for file in path.iterdir())
     except (OSError, MemoryError, zstandard.ZstdError) as error:
         kept = f"checkpoint-{run.saved} is still good" if run.saved is not None else "there is none yet"
         if signals.stop is not None:
@@ -1458,7 +1471,6 @@ def attempt_checkpoint(run: Run, signals: Signals) -> None:
         run.log.say(f"warning: no checkpoint at step {run.step:,} ({error}): make room, the run will try again; {kept}")
     else:
         run.saved = run.step
-        size = sum(file.stat().st_size for file in path.iterdir())
         run.log.say(f"step {run.step:,}: {path.name}, {size / 1e6:,.0f} MB in {time.perf_counter() - start:.1f} s")
     run.log.flush()
 
@@ -1546,7 +1558,9 @@ def train(args: Args) -> Path:
         if origin is not None:
             if (count := len(origin.state["envs"]["actions"])) > 10_000:
                 print(f"playing {count:,} decisions again, since the last multiple of --checkpoint-frequency", flush=True)
+            signals.nothing_to_save = True
             origin.restore(envs, learner, replay)
+            signals.nothing_to_save = False
             events, step, played = (origin.path / "events").read_bytes(), origin.step, origin.manifest["played"]
         if resumed is None:
             folder = create_run_folder(args, run_id)
@@ -1579,10 +1593,10 @@ def train(args: Args) -> Path:
         if args.save_model:
             save_agent(folder / "agent.pt", learner.q_network, args, args.total_timesteps)
             log.say(f"agent saved, play with it: {command} --evaluate {shlex.quote(str(folder))}")
-        if args.checkpoint_frequency and run.saved != run.step:
-            raise OSError(
-                f"{folder} is complete but for its last checkpoint, which could not be written: make room, --resume it"
-            )
+        log.flush()
+        missing = ["last checkpoint"] * (args.checkpoint_frequency > 0 and run.saved != run.step) + ["curves"] * log.disk_full
+        if missing:
+            raise OSError(f"{folder} is complete but for its {' and '.join(missing)}: make room, and --resume it if you can")
     return folder
 
 

@@ -95,7 +95,7 @@ def finish(folder: Path, *flags: str) -> float:
     process.stdout.readline()
     begun = time.perf_counter()
     output, _ = process.communicate()
-    if process.returncode:
+    if process.returncode or "warning" in output:
         raise RuntimeError(f"the run ended with {process.returncode}: {output}")
     return time.perf_counter() - begun
 
@@ -131,6 +131,8 @@ def kill_one(folder: Path, flags: list[str], moment: str, seconds: float, rng: r
     ended = process.poll() is not None
     process.send_signal(signal.SIGKILL)
     output = process.communicate()[0]
+    if "warning" in output or (ended and process.returncode != 0):
+        raise RuntimeError(f"the run ended with {process.returncode}: {output}")
     if ended:
         return None
     if moment == "resuming":

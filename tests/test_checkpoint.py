@@ -466,6 +466,28 @@ def test_sigusr1_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_been(
     assert_same_end(folder, uninterrupted(SMALL))
 
 
+def test_a_signal_while_the_games_are_played_again_ends_the_process_at_once(monkeypatch):
+    folder = train_until(231, SMALL, send(signal.SIGTERM))
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    original = script.LearnerView.load_state_dict
+    monkeypatch.setattr(
+        script.LearnerView, "load_state_dict", lambda view, state: (send(signal.SIGTERM)(), original(view, state))
+    )
+    with pytest.raises(SystemExit) as stop:
+        train(replace(SMALL, resume=str(folder)))
+    assert stop.value.code == 143 and before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_curves_that_never_reached_the_disk_are_an_error(monkeypatch):
+    at_step(monkeypatch, 200, lambda: monkeypatch.setattr(script.EventFile, "flush", lambda _: fail()))
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="is complete but for its curves: make room"):
+        train(replace(SMALL, checkpoint_frequency=0))
+
+
 def test_without_periodic_checkpoints_a_signal_still_saves_the_run(uninterrupted):
     args = replace(SMALL, checkpoint_frequency=0)
     folder = train_until(231, args, send(signal.SIGTERM))
@@ -647,7 +669,7 @@ def test_a_disk_that_is_full_at_the_start_or_the_end_is_one_line(monkeypatch, st
         assert message.startswith("error: cannot write run folder ") and "File too large" in message
     else:
         (folder,) = Path("runs").iterdir()
-        assert message.endswith("is complete but for its last checkpoint, which could not be written: make room, --resume it")
+        assert message.endswith("is complete but for its last checkpoint: make room, and --resume it if you can")
         assert names(folder) == ["checkpoint-0"] and (folder / "agent.pt").exists()
         train(Args(resume=str(folder)))
         assert names(folder) == ["checkpoint-120"]
@@ -880,7 +902,7 @@ def test_loading_a_checkpoint_runs_no_code(two_checkpoints):
 
 
 @pytest.mark.parametrize(
-    "damage", ["replay cut", "replay empty", "replay not zstd", "no learner", "no generator", "shape", "games"]
+    "damage", ["replay cut", "replay empty", "replay not zstd", "no learner", "no generator", "shape", "games", "seed"]
 )
 def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_before_anything_changes(two_checkpoints, damage):
     path = two_checkpoints / END
@@ -898,14 +920,18 @@ def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_bef
         del state["replay"]["generator"]
     elif damage == "shape":
         state["learner"]["q_network"]["encoder.0.weight"] = torch.zeros(3)
-    else:
+    elif damage == "games":
         state["envs"]["actions"] = torch.zeros(5, 7, dtype=torch.uint8)
+    else:
+        state["envs"]["seed"] += 1
     (path / "replay.zst").write_bytes(replay)
     torch.save(state, path / "state.pt")
     seal(path)
     before = {file: file.read_bytes() for file in two_checkpoints.rglob("*") if file.is_file()}
     for given in ({"resume": str(two_checkpoints)}, {"fork": str(path), "total_timesteps": 720, "exploration_fraction": 0.05}):
-        with pytest.raises(UsageError, match=r"cannot be read as this run's checkpoint \(.+\): take another$") as error:
+        with pytest.raises(
+            UsageError, match=r"cannot be read as this run's checkpoint \(.+\): move it away, and go on from another$"
+        ) as error:
             train(replace(SMALL, **given))
         assert "\n" not in str(error.value)
     assert before == {file: file.read_bytes() for file in two_checkpoints.rglob("*") if file.is_file()}
