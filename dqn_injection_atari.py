@@ -864,7 +864,7 @@ class RunLog:
     FLUSH_SECONDS = 10
 
     def __init__(self, args: Args, folder: Path, events: bytes = b"", step: int = 0):
-        self.args, self.folder = args, folder
+        self.args = args
         self.writer = EventFile(folder, events)
         silent = not sys.stderr.isatty()
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", dynamic_ncols=True, disable=silent)
@@ -1127,10 +1127,10 @@ def circumstances(device: torch.device) -> dict[str, str]:
     """What the bits of a run depend on besides its arguments."""
     modules = {"torch": torch, "numpy": np, "gymnasium": gym, "ale-py": ale_py, "stable-baselines3": stable_baselines3}
     versions = {name: module.__version__ for name, module in (*modules.items(), ("opencv", cv2))}
-    names = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", names.read_text()) if names.exists() else []
-    cpu = (names or [platform.processor()])[0]
-    cpu = f"{cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    model = models[0] if models else platform.processor()
+    cpu = f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return {
         "script": SCRIPT_VERSION,
         "python": platform.python_version(),
@@ -1154,10 +1154,11 @@ def checksums(checkpoint: Path) -> str:
     return "".join(lines)
 
 
-def chunks(array: np.ndarray) -> Iterator[memoryview]:
-    """A contiguous array's memory in pieces of 16 MB."""
-    memory = memoryview(array).cast("B")
-    yield from (memory[start : start + 2**24] for start in range(0, len(memory), 2**24))
+def chunks(arrays: list[np.ndarray]) -> Iterator[memoryview]:
+    """The memory of contiguous arrays, one after the other, in pieces of 16 MB."""
+    for array in arrays:
+        memory = memoryview(array).cast("B")
+        yield from (memory[start : start + 2**24] for start in range(0, len(memory), 2**24))
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -1189,7 +1190,7 @@ def save_checkpoint(run: Run) -> Path:
         (partial / "events").write_bytes(run.log.writer.memory.getbuffer())
         compressor = zstandard.ZstdCompressor(level=1, threads=torch.get_num_threads())
         with open(partial / "replay.zst", "wb") as file, compressor.stream_writer(file) as stream:
-            for chunk in itertools.chain.from_iterable(map(chunks, run.replay.arrays())):
+            for chunk in chunks(run.replay.arrays()):
                 stream.write(chunk)
         (partial / CHECKSUMS).write_text(checksums(partial))
         for path in (*partial.iterdir(), partial):
@@ -1232,7 +1233,7 @@ class Checkpoint:
             learner.load_state_dict(self.state["learner"])
             replay.load_state_dict(self.state["replay"])
             with open(self.path / "replay.zst", "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-                for chunk in itertools.chain.from_iterable(map(chunks, replay.arrays())):
+                for chunk in chunks(replay.arrays()):
                     while chunk:
                         if not (count := stream.readinto(chunk)):
                             raise EOFError("its replay is too short")

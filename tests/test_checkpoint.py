@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from conftest import TINY_GAMES
+from conftest import TINY_GAMES, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_injection_atari as script
@@ -46,11 +46,6 @@ END = "checkpoint-360"
 
 class Killed(BaseException):
     """Stands for SIGKILL within this process: nothing of the script handles it."""
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def at_step(patch, step, action):
@@ -165,14 +160,10 @@ def test_the_comparison_sees_one_changed_bit(uninterrupted):
 
 
 def test_every_scalar_is_there_once_after_a_resume(uninterrupted):
-    def points(folder):
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
     folder = train_until(230, SMALL)
     train_until(290, replace(SMALL, resume=str(folder)))
     train(replace(SMALL, resume=str(folder)))
-    resumed, whole = points(folder), points(uninterrupted(SMALL))
+    resumed, whole = scalars(folder), scalars(uninterrupted(SMALL))
     assert [step for step, _ in resumed["charts/SPS"]] == [60, 120, 180, 240, 300, 360]
     for tag in ("charts/SPS", "charts/SPS_recent"):
         resumed[tag], whole[tag] = ([step for step, _ in curve[tag]] for curve in (resumed, whole))
@@ -498,39 +489,37 @@ def test_without_periodic_checkpoints_a_signal_still_saves_the_run(uninterrupted
     assert_same_end(resumed, whole, "checkpoint-359")
 
 
-def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(uninterrupted):
-    args = replace(SMALL, eval_frequency=160, eval_episodes=2)
+@contextlib.contextmanager
+def signal_in_the_first_evaluation(number):
+    """Yields what is added to with each evaluation: its step, and whether there was a checkpoint of step 160 then."""
     original, calls = script.evaluate, []
 
     def evaluate(*given):
         if not calls:
-            os.kill(os.getpid(), signal.SIGTERM)
-        calls.append(given[2])
+            os.kill(os.getpid(), number)
+        calls.append((given[2], bool(list(Path("runs").glob("*/checkpoint-160")))))
         return original(*given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "evaluate", evaluate)
+        yield calls
+
+
+def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(uninterrupted):
+    args = replace(SMALL, eval_frequency=160, eval_episodes=2)
+    with signal_in_the_first_evaluation(signal.SIGTERM) as calls:
         folder = train(args)
         assert names(folder) == ["checkpoint-160"]
         train(replace(args, resume=str(folder)))
-    assert calls == [160, 160, 320]
+    assert [step for step, _ in calls] == [160, 160, 320]
     assert_same_end(folder, uninterrupted(args))
 
 
 def test_sigusr1_during_an_evaluation_is_answered_at_once_and_the_evaluation_repeated(uninterrupted):
     args = replace(SMALL, eval_frequency=160, eval_episodes=2)
-    original, calls = script.evaluate, []
-
-    def evaluate(*given):
-        if not calls:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        calls.append((given[2], *map(int, [p.name[11:] for p in Path("runs").glob("*/checkpoint-160")])))
-        return original(*given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "evaluate", evaluate)
+    with signal_in_the_first_evaluation(signal.SIGUSR1) as calls:
         folder = train(args)
-    assert calls == [(160,), (160, 160), (320,)]
+    assert calls == [(160, False), (160, True), (320, False)]
     assert_same_end(folder, uninterrupted(args))
 
 

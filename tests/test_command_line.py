@@ -24,11 +24,6 @@ total_timesteps learning_rate num_envs buffer_size gamma tau target_network_freq
 exploration_fraction learning_starts train_frequency""".split()
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def parse(monkeypatch, *flags):
     monkeypatch.setattr(sys, "argv", ["dqn_injection_atari.py", *flags])
     return parse_args()

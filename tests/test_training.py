@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT_GAMES, TINY_GAMES
+from conftest import SHORT_GAMES, TINY_GAMES, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_injection_atari
@@ -38,17 +38,6 @@ SMALL = Args(
 
 SMALL_FLAGS = """--total-timesteps 480 --buffer-size 300 --learning-starts 100 --batch-size 4 --log-frequency 60
 --env-backend ale""".split()
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def scalars(folder):
-    """{tag: [(step, value), ...]} of a run's TensorBoard files."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 @pytest.fixture
