@@ -19,6 +19,7 @@ import contextlib
 import copy
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import io
@@ -69,6 +70,9 @@ from tqdm import tqdm
 
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner per emulator
+# Dead units leave denormal moments, which halve Adam's speed on a CPU. Here, since PyTorch's worker threads take the setting
+# over from the main thread when they start, and not later
+torch.set_flush_denormal(True)
 
 FRAME_SKIP = 4  # emulator frames per step
 FRAME_SIZE = 84  # pixels, both sides
@@ -93,6 +97,17 @@ class Args:
     """choose deterministic GPU kernels, so that a seed fixes the run bit by bit (cleanRL)"""
     cuda: bool = True
     """train on the GPU when there is one; --no-cuda trains on the CPU (cleanRL)"""
+    tf32: bool = True
+    """on a GPU, multiply fp32 numbers with TF32's 10-bit mantissas, about twice as fast; the CPU ignores it"""
+    bf16: bool = False
+    """compute encoder and hidden layers in bfloat16; weights, moments, output layers and targets stay fp32"""
+    overlap: bool = False
+    """let the games play on while the network learns: the newest num_envs transitions enter replay after the updates that
+    fall due among them. Pays where games and network run on different hardware"""
+    cuda_graphs: bool = False
+    """replay acting and learning as captured CUDA graphs; needs a GPU, and has not been run on one yet"""
+    compile: bool = False
+    """compile the loss with torch.compile, which takes minutes at the start and after an injection"""
     track: bool = False
     """mirror TensorBoard to Weights & Biases, which must be installed (cleanRL)"""
     wandb_project_name: str = "plasticity-injection"
@@ -253,9 +268,12 @@ class LearnerView(VectorWrapper):
         self.obs, infos = self.env.reset(seed=seed, options=options)
         self.lives = infos["lives"]
         self.seed, self.actions = seed, bytearray()
+        self.outcome: tuple | None = None
         return self.obs, infos
 
     def state_dict(self) -> dict[str, Any]:
+        if self.actions:
+            self.receive()
         actions = np.frombuffer(self.actions, np.uint8).reshape(-1, self.num_envs)
         return {"seed": self.seed, "actions": torch.from_numpy(actions.copy()), "obs": torch.from_numpy(self.obs.copy())}
 
@@ -267,8 +285,24 @@ class LearnerView(VectorWrapper):
             raise ValueError("the games do not repeat themselves")
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        self.send(actions)
+        return self.receive()
+
+    def send(self, actions: np.ndarray) -> None:
+        """The first half of a step. ALE's vectoriser begins to play, in threads of its own."""
         self.actions += np.asarray(actions, np.uint8).tobytes()
-        self.obs, scores, terminations, truncations, infos = self.env.step(actions)
+        self.decision, self.outcome = (self.obs, actions), None
+        if isinstance(self.unwrapped, AtariVectorEnv):
+            self.unwrapped.send(actions)
+
+    def receive(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """The second half: what `step` returns, again and again until the next `send`."""
+        if self.outcome is None:
+            self.outcome = self._play()
+        return self.outcome
+
+    def _play(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        self.obs, scores, terminations, truncations, infos = self.env.step(self.decision[1])
         ended = terminations | truncations
         # where a game ended, "lives" is already the next game's
         life_lost = ~ended & (infos["lives"] < self.lives)
@@ -287,6 +321,13 @@ class LearnerView(VectorWrapper):
         zoom = 4
         newest = self.obs[:, -1].repeat(zoom, axis=1).repeat(zoom, axis=2)
         return tuple(np.repeat(newest[..., None], 3, axis=-1))
+
+
+class SentAtariVectorEnv(AtariVectorEnv):
+    """ALE's vectoriser, whose `step` is the second half of a step: the actions have gone to `send` before."""
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        return self.recv()
 
 
 def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None = None) -> VectorEnv:
@@ -320,7 +361,7 @@ def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None =
             raise UsageError(
                 f"env_id {args.env_id!r} sets a mode or difficulty, which ALE's vectoriser cannot: --env-backend sb3"
             )
-        envs = AtariVectorEnv(
+        envs = SentAtariVectorEnv(
             game=spec.kwargs["game"],
             num_envs=num_envs,
             max_num_frames_per_episode=max_frames,
@@ -335,6 +376,36 @@ def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None =
     return LearnerView(RecordEpisodeStatistics(envs))
 
 
+class OneDNNLinear(torch.autograd.Function):
+    """x @ weight.T + bias by oneDNN. PyTorch gives fp32 to MKL, which leaves half of an AMD processor's arithmetic unused."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        multiply = torch.ops.mkldnn._linear_pointwise
+        return (
+            multiply(grad, weight.t(), None, "none", [], "") if of_x else None,
+            multiply(grad.t(), x.t(), None, "none", [], "") if of_weight else None,
+            grad.sum(dim=0) if of_bias else None,
+        )
+
+
+class HiddenLayer(nn.Linear):
+    """A linear layer, by the faster of PyTorch's two libraries."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+        if fp32_on_cpu and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling():
+            return OneDNNLinear.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
 class QNetwork(nn.Module):
     """Nature CNN (Mnih et al. 2015) whose head can be injected with plasticity `max_injections` times.
 
@@ -347,7 +418,7 @@ class QNetwork(nn.Module):
         super().__init__()
 
         def head() -> nn.Sequential:
-            return nn.Sequential(nn.Linear(3136, 512), nn.ReLU(inplace=True), nn.Linear(512, num_actions))
+            return nn.Sequential(HiddenLayer(3136, 512), nn.ReLU(inplace=True), nn.Linear(512, num_actions))
 
         self.encoder = nn.Sequential(
             nn.Conv2d(STACK, 32, 8, stride=4),
@@ -368,16 +439,29 @@ class QNetwork(nn.Module):
         self._set_trainable()
 
     def features(self, obs: torch.Tensor) -> torch.Tensor:
-        """φ: uint8 (B, 4, 84, 84) → float32 (B, 3136)."""
-        return self.encoder(obs.to(torch.float32, copy=True).div_(255))
+        """φ: uint8 (B, 4, 84, 84) → (B, 3136), float32 or the encoder's dtype."""
+        obs = obs.contiguous(memory_format=torch.channels_last)
+        return self.encoder(obs.to(self.encoder[0].weight.dtype).div_(255))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         """Q-values: uint8 (B, 4, 84, 84) → float32 (B, num_actions)."""
         features = self.features(obs)
-        q_values = self.theta(features)
+
+        def q(head: nn.Sequential) -> torch.Tensor:
+            hidden, relu, output = head
+            return output(relu(hidden(features)).float())
+
+        q_values = q(self.theta)
         for k in range(self.num_injections):
-            q_values = q_values + (self.theta_prime_1[k](features) - self.theta_prime_2[k](features))
+            q_values = q_values + (q(self.theta_prime_1[k]) - q(self.theta_prime_2[k]))
         return q_values
+
+    def in_bfloat16(self) -> "QNetwork":
+        """A copy that computes in bfloat16 up to the output layers, whose sums stay float32."""
+        network = copy.deepcopy(self)
+        for module in (network.encoder, *(h[0] for h in (network.theta, *network.theta_prime_1, *network.theta_prime_2))):
+            module.to(torch.bfloat16)
+        return network
 
     @torch.no_grad()
     def inject(self, generator: torch.Generator | None = None) -> None:
@@ -429,6 +513,12 @@ def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> 
     return q_network.to(device, memory_format=torch.channels_last)
 
 
+def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`array` on the device. Nothing waits for the copy: PyTorch keeps the pinned memory from other use until it is done."""
+    tensor = torch.as_tensor(array)
+    return tensor if tensor.device == device or device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 class FrameReplayBuffer(ReplayBuffer):
     """Stable-Baselines3's replay buffer, holding each frame once: 7.3 GB instead of 56.4 GB for 1M transitions.
 
@@ -446,6 +536,7 @@ class FrameReplayBuffer(ReplayBuffer):
         optimize_memory_usage: Stable-Baselines3's way to save memory, refused: it loses the last frames of games
         handle_timeout_termination: sample done = 0 where infos[i]["TimeLimit.truncated"] is set
         generator: source of the sampled indices (Stable-Baselines3 takes NumPy's global one)
+        storage: device of the frames; what else makes a transition stays in the CPU's memory, 40 bytes each
     """
 
     SLACK = 32  # one spare slot per so many transitions holds the extra frames of stack starts; the pool grows if need be
@@ -460,6 +551,7 @@ class FrameReplayBuffer(ReplayBuffer):
         optimize_memory_usage: bool = False,
         handle_timeout_termination: bool = True,
         generator: np.random.Generator | None = None,
+        storage: torch.device | str = "cpu",
     ):
         if optimize_memory_usage:
             raise ValueError("FrameReplayBuffer stores each frame once as it is: leave out optimize_memory_usage")
@@ -471,7 +563,8 @@ class FrameReplayBuffer(ReplayBuffer):
         self.generator = np.random.default_rng() if generator is None else generator
         self.stack, *self.frame_shape = self.obs_shape
         rows = (self.buffer_size, n_envs)
-        self.frames = np.zeros((self.pool_size(buffer_size, n_envs, self.stack), *self.frame_shape), observation_space.dtype)
+        self.storage = torch.device(storage)
+        self.frames = self._pool(self.pool_size(buffer_size, n_envs, self.stack))
         self.slots = np.zeros((*rows, self.stack + 1), dtype=np.int32)
         self.actions = np.zeros((*rows, self.action_dim), dtype=action_space.dtype)
         self.rewards = np.zeros(rows, dtype=np.float32)
@@ -489,6 +582,11 @@ class FrameReplayBuffer(ReplayBuffer):
         stack, *frame_shape = observation_space.shape
         frames = cls.pool_size(buffer_size, n_envs, stack) * int(np.prod(frame_shape)) * observation_space.dtype.itemsize
         return frames + buffer_size * (4 * (stack + 1) + 8 + 3 * 4)
+
+    def _pool(self, slots: int) -> torch.Tensor:
+        """Zeros; on the CPU NumPy's, which take memory only as they are filled."""
+        frames = torch.from_numpy(np.zeros((slots, *self.frame_shape), self.observation_space.dtype))
+        return frames if self.storage.type == "cpu" else torch.zeros_like(frames, device=self.storage)
 
     def reset(self) -> None:
         """Forgets every transition."""
@@ -510,13 +608,14 @@ class FrameReplayBuffer(ReplayBuffer):
             "generator": self.generator.bit_generator.state,
         }
 
-    def arrays(self) -> list[np.ndarray]:
+    def tensors(self) -> list[torch.Tensor]:
         """The frames in use and every transition's row, as contiguous views; filled after `load_state_dict`, they restore."""
-        return [self.frames[: self._used], self.slots, self.actions, self.rewards, self.dones, self.timeouts]
+        rows = (self.slots, self.actions, self.rewards, self.dones, self.timeouts)
+        return [self.frames[: self._used], *map(torch.from_numpy, rows)]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(self.frames) != state["pool"]:
-            self.frames = np.zeros((state["pool"], *self.frame_shape), self.frames.dtype)
+            self.frames = self._pool(state["pool"])
         self.pos, self.full, self._used, self._free = state["pos"], state["full"], state["used"], state["free"].tolist()
         self._last_next_obs = None if state["last_next_obs"] is None else state["last_next_obs"].numpy()
         self.generator.bit_generator.state = state["generator"]
@@ -532,12 +631,16 @@ class FrameReplayBuffer(ReplayBuffer):
         if not np.array_equal(next_obs[:, :-1], obs[:, 1:]):
             raise ValueError("next_obs must be obs shifted by one frame, also at a game's end: pass final_obs there")
         slots = np.empty((self.n_envs, self.stack + 1), dtype=np.int32)
+        new: dict[int, np.ndarray] = {}
         for i in range(self.n_envs):
             if self._last_next_obs is not None and np.array_equal(obs[i], self._last_next_obs[i]):
                 slots[i, :-1] = self.slots[self.pos - 1, i, 1:]
             else:
-                slots[i, :-1] = [self._store(frame) for frame in obs[i]]
-            slots[i, -1] = self._store(next_obs[i, -1])
+                slots[i, :-1] = [self._slot(frame, new) for frame in obs[i]]
+            slots[i, -1] = self._slot(next_obs[i, -1], new)
+        if new:
+            numbers = upload(np.array(list(new)), self.storage)
+            self.frames.index_copy_(0, numbers, upload(np.stack(list(new.values())), self.storage))
         self._last_next_obs = np.array(next_obs)
 
         overwritten, self.slots[self.pos] = self.slots[self.pos].copy(), slots
@@ -553,8 +656,8 @@ class FrameReplayBuffer(ReplayBuffer):
         self.pos = (self.pos + 1) % self.buffer_size
         self.full = self.full or self.pos == 0
 
-    def _store(self, frame: np.ndarray) -> int:
-        """Copies a frame into a free slot and returns its number."""
+    def _slot(self, frame: np.ndarray, new: dict[int, np.ndarray]) -> int:
+        """The number of a free slot for this frame, which is noted in `new`."""
         if not frame.any():
             return 0
         if self._free:
@@ -562,36 +665,37 @@ class FrameReplayBuffer(ReplayBuffer):
         else:
             slot, self._used = self._used, self._used + 1
             if slot == len(self.frames):  # many short games: more stack starts than the slack holds
-                self.frames = np.concatenate([self.frames, np.zeros((slot // 4 + 1, *self.frame_shape), self.frames.dtype)])
-        self.frames[slot] = frame
+                self.frames = torch.cat([self.frames, self._pool(slot // 4 + 1)])
+        new[slot] = frame
         return slot
 
-    def sample(self, batch_size: int, env: None = None) -> ReplayBufferSamples:
-        """A uniform batch, with replacement, on `device`, drawn from the buffer's own generator.
+    def sample(self, batch_size: int, env: None = None, batches: int = 1) -> ReplayBufferSamples:
+        """A uniform batch, with replacement, on `device`, drawn from the buffer's own generator; or several in a row.
 
         Returns:
-            observations, next_observations (B, S, H, W) uint8; actions (B, 1) int64; rewards, dones (B, 1) float32
+            observations, next_observations (B, S, H, W) uint8, channels last in memory; actions (B, 1) int64;
+            rewards, dones (B, 1) float32; with B = batches · batch_size
 
         Raises:
             ValueError: `env` was given; what is stored is never normalised.
         """
-        return self._get_samples(self.generator.integers(self.size(), size=batch_size), env)
-
-    def _get_samples(self, batch_inds: np.ndarray, env: None = None) -> ReplayBufferSamples:
         if env is not None:
             raise ValueError("FrameReplayBuffer does not normalise: leave out env")
-        return self.transitions(batch_inds, self.generator.integers(self.n_envs, size=len(batch_inds)))
+        limits = (self.size(), self.n_envs)
+        draws = [[self.generator.integers(limit, size=batch_size) for limit in limits] for _ in range(batches)]
+        return self.transitions(*np.concatenate(draws, axis=1))
 
     def transitions(self, rows: np.ndarray, columns: np.ndarray) -> ReplayBufferSamples:
         """The transitions at these rows of these environments, both (B,) int, in the form that `sample` returns."""
-        stacks = torch.from_numpy(self.frames[self.slots[rows, columns]]).to(self.device)  # (B, S + 1, H, W)
+        slots = upload(self.slots[rows, columns].ravel(), self.storage)
+        stacks = upload(self.frames.index_select(0, slots), self.device).view(-1, self.stack + 1, *self.frame_shape)
         dones = self.dones[rows, columns] * (1 - self.timeouts[rows, columns])
         return ReplayBufferSamples(
-            observations=stacks[:, :-1],
-            actions=self.to_torch(self.actions[rows, columns]),
-            next_observations=stacks[:, 1:],
-            dones=self.to_torch(dones[:, None]),
-            rewards=self.to_torch(self.rewards[rows, columns, None]),
+            observations=stacks[:, :-1].contiguous(memory_format=torch.channels_last),
+            actions=upload(self.actions[rows, columns], self.device),
+            next_observations=stacks[:, 1:].contiguous(memory_format=torch.channels_last),
+            dones=upload(dones[:, None], self.device),
+            rewards=upload(self.rewards[rows, columns, None], self.device),
         )
 
 
@@ -607,51 +711,132 @@ def td_loss(
         next_actions = q_network(batch.next_observations).argmax(dim=1, keepdim=True)  # (B, 1)
         next_values = target_network(batch.next_observations).gather(1, next_actions)  # (B, 1)
         td_target = batch.rewards + gamma * (1 - batch.dones) * next_values
-    q_values = q_network(batch.observations).gather(1, batch.actions)  # (B, 1)
+    q_values = q_network(batch.observations)  # (B, num_actions)
+    taken = torch.arange(q_values.shape[1], device=q_values.device) == batch.actions
+    q_values = q_values.where(taken, 0).sum(dim=1, keepdim=True)  # (B, 1); on a GPU gather's gradient needs atomics
     return F.huber_loss(q_values, td_target), q_values.detach().mean()
 
 
 @torch.no_grad()
-def epsilon_greedy(q_network: QNetwork, obs: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
-    """Actions (N,) int64 for obs (N, 4, 84, 84) uint8. Takes the same numbers from `rng` whatever it decides."""
+def greedy_actions(q_network: nn.Module, obs: torch.Tensor) -> torch.Tensor:
+    """(N,) int64 for obs (N, 4, 84, 84) uint8."""
+    return q_network(obs).argmax(dim=1)
+
+
+def epsilon_greedy(
+    greedy: Callable[[torch.Tensor], torch.Tensor],
+    num_actions: int,
+    obs: torch.Tensor,
+    epsilon: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Actions (N,) int64 for obs (N, 4, 84, 84) uint8: `greedy(obs)` or random ones. `rng` moves by the same in any case."""
     explore = rng.random(len(obs)) < epsilon
-    actions = rng.integers(q_network.theta[-1].out_features, size=len(obs))
-    if not explore.all():
-        device = q_network.theta[-1].weight.device
-        greedy = q_network(torch.as_tensor(obs, device=device)).argmax(dim=1).cpu().numpy()
-        actions = np.where(explore, actions, greedy)
-    return actions
+    actions = rng.integers(num_actions, size=len(obs))
+    return actions if explore.all() else np.where(explore, actions, greedy(obs).cpu().numpy())
 
 
 class Learner:
     """Owns the online and target networks, the optimizer and the exploration stream.
 
+    With `args.bf16` both networks have a working copy in bfloat16, which acts and gives the gradients; it follows every
+    change of the float32 one. With `args.cuda_graphs` acting and updating are captured once and replayed from then on.
+
     Args:
-        args: uses seed, injection_step (how many), freeze_heads, learning_rate, gamma, tau
+        args: uses seed, injection_step (how many), freeze_heads, learning_rate, gamma, tau, bf16, cuda_graphs, compile
         num_actions: size of the discrete action space
         device: of both networks
     """
 
     def __init__(self, args: Args, num_actions: int, device: torch.device | str):
-        self.args = args
+        self.args, self.num_actions, self.device = args, num_actions, torch.device(device)
         torch.manual_seed(stream_seed(args.seed, Stream.NETWORK))
         self.q_network = make_q_network(args, num_actions, device)
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
         # every head is in the optimizer from the start; it passes over parameters without a gradient
-        self.optimizer = torch.optim.Adam(self.q_network.parameters(), lr=args.learning_rate, eps=1.5e-4, fused=True)
+        settings = {"lr": args.learning_rate, "eps": 1.5e-4, "fused": True, "capturable": args.cuda_graphs}
+        self.optimizer = torch.optim.Adam(self.q_network.parameters(), **settings)
         self.rng = np.random.default_rng(stream_seed(args.seed, Stream.EXPLORATION))
+        self.td_loss = torch.compile(td_loss) if args.compile else td_loss
+        self.totals = torch.zeros(3, device=device)  # of td_loss, q_values and finite losses, until they are logged
+        self._renew()
+
+    def _renew(self) -> None:
+        """To be called whenever the networks or the optimizer's state are not what they were made of."""
+        self.graphs: dict[Any, Callable] = {}
+        self.online, self.target = self.q_network, self.target_network
+        if self.args.bf16:
+            self.online, self.target = self.q_network.in_bfloat16(), self.target_network.in_bfloat16()
 
     def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
         """ε-greedy actions (N,) int64 for obs (N, 4, 84, 84) uint8."""
-        return epsilon_greedy(self.q_network, obs, epsilon, self.rng)
+        greedy = functools.partial(self._run, "act", functools.partial(greedy_actions, self.online))
+        return epsilon_greedy(greedy, self.num_actions, upload(obs, self.device), epsilon, self.rng)
 
-    def update(self, batch: ReplayBufferSamples) -> dict[str, torch.Tensor]:
-        """One gradient step. Returns 0-d tensors, left on the device: "td_loss", and "q_values", the batch's mean Q."""
-        loss, q_values = td_loss(self.q_network, self.target_network, batch, self.args.gamma)
+    def update(self, batch: ReplayBufferSamples, count: int = 1) -> dict[str, torch.Tensor]:
+        """`count` gradient steps, each on its share of the batch, one after the other.
+
+        Returns:
+            0-d tensors of the last one, left on the device: "td_loss", and "q_values", its share's mean Q
+        """
+        tensors = (tensor for tensor in batch if tensor is not None)  # Stable-Baselines3's n-step discounts are
+        return self._run(("update", count), functools.partial(self._update, count), *tensors)
+
+    def _update(self, count: int, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        trained, working = ([p for p in net.parameters() if p.requires_grad] for net in (self.q_network, self.online))
+        for share in zip(*(tensor.chunk(count) for tensor in batch), strict=True):
+            loss, q_values = self.td_loss(self.online, self.target, ReplayBufferSamples(*share), self.args.gamma)
+            self.online.zero_grad(set_to_none=True)
+            loss.backward()
+            if self.args.bf16:
+                for parameter, copied in zip(trained, working, strict=True):
+                    parameter.grad = copied.grad.float()
+            self.optimizer.step()
+            loss = loss.detach()
+            with torch.no_grad():
+                if self.args.bf16:
+                    torch._foreach_copy_(working, trained)
+                self.totals += torch.stack((loss, q_values, loss.isfinite()))
+        return {"td_loss": loss, "q_values": q_values}
+
+    def _run(self, name: Any, function: Callable, *inputs: torch.Tensor) -> Any:
+        """function(*inputs); with `cuda_graphs` through a graph, whose output is overwritten by the next call."""
+        if not self.args.cuda_graphs:
+            return function(*inputs)
+        if name not in self.graphs:
+            self.graphs[name] = self._capture(function, [given.clone() for given in inputs])
+        return self.graphs[name](*inputs)
+
+    def _capture(self, function: Callable, inputs: list[torch.Tensor]) -> Callable:
+        """`function` as one CUDA graph. It has to run a few times before, which trains, so that is undone."""
+
+        def state() -> list[torch.Tensor]:
+            moments = (value for of_one in self.optimizer.state.values() for value in of_one.values())
+            return [*self.q_network.parameters(), *self.online.parameters(), self.totals, *moments]
+
+        before = {tensor: tensor.detach().clone() for tensor in state()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad():
+            for tensor in state():  # moments that are new began at zero
+                tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        return {"td_loss": loss.detach(), "q_values": q_values}
+        self.online.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = function(*inputs)
+
+        def replay(*given: torch.Tensor) -> Any:
+            for own, new in zip(inputs, given, strict=True):
+                own.copy_(new)
+            graph.replay()
+            return outputs
+
+        return replay
 
     @torch.no_grad()
     def sync_target(self) -> None:
@@ -661,6 +846,8 @@ class Learner:
             torch._foreach_copy_(target, online)
         else:
             torch._foreach_lerp_(target, online, self.args.tau)
+        if self.args.bf16:
+            torch._foreach_copy_(list(self.target.parameters()), target)
 
     def inject(self) -> None:
         """Injects plasticity into the online network and mirrors it in the target network.
@@ -673,6 +860,7 @@ class Learner:
         self.q_network.inject(generator)
         self.target_network.load_state_dict(self.q_network.state_dict())
         self.target_network.requires_grad_(False)
+        self._renew()
 
     def state_dict(self) -> dict[str, Any]:
         """Both networks with their numbers of live heads, the optimizer's moments by parameter name, the stream's state."""
@@ -681,6 +869,7 @@ class Learner:
             "q_network": self.q_network.state_dict(),
             "target_network": self.target_network.state_dict(),
             "optimizer": {names[i]: moments for i, moments in self.optimizer.state_dict()["state"].items()},
+            "totals": self.totals,
             "rng": self.rng.bit_generator.state,
         }
 
@@ -695,6 +884,8 @@ class Learner:
         names = [name for name, _ in self.q_network.named_parameters()]
         optimizer["state"] = {i: copy.deepcopy(moments[name]) for i, name in enumerate(names) if name in moments}
         self.optimizer.load_state_dict(optimizer)
+        self.totals.copy_(state["totals"])
+        self._renew()
         self.rng.bit_generator.state = state["rng"]
 
 
@@ -720,6 +911,7 @@ def evaluate(
     """
     seed = stream_seed(args.seed, Stream.EVALUATION, key)
     rng = np.random.default_rng(seed)
+    device, greedy = q_network.theta[-1].weight.device, functools.partial(greedy_actions, q_network)
     scores = np.full(args.eval_episodes, np.nan)
     with contextlib.ExitStack() as stack:
         envs = make_envs(args, args.eval_episodes, render_mode="rgb_array" if video else None)
@@ -733,7 +925,8 @@ def evaluate(
         while np.isnan(scores).any() and not stop():
             if video and np.isnan(scores[0]):
                 film.write(np.ascontiguousarray(envs.render()[0][..., ::-1]))  # OpenCV's order is BGR
-            obs, _, _, _, infos = envs.step(epsilon_greedy(q_network, obs, args.eval_epsilon, rng))
+            actions = epsilon_greedy(greedy, envs.single_action_space.n, upload(obs, device), args.eval_epsilon, rng)
+            obs, _, _, _, infos = envs.step(actions)
             if "episode" in infos:
                 first = infos["_episode"] & np.isnan(scores)
                 scores[first] = infos["episode"]["r"][first]
@@ -869,7 +1062,7 @@ class RunLog:
         silent = not sys.stderr.isatty()
         self.bar = tqdm(total=args.total_timesteps, initial=step, unit="step", dynamic_ncols=True, disable=silent)
         self.returns: deque[float] = deque(maxlen=100)
-        self._forget_losses()
+        self.first_update, self.num_updates = 0, 0  # since the last interval
         self.start = self.interval_start = self.last_line = self.last_flush = time.perf_counter()
         self.interval_step = 0
         self.disk_full = False
@@ -880,18 +1073,14 @@ class RunLog:
             "returns": list(self.returns),
             "first_update": self.first_update,
             "num_updates": self.num_updates,
-            "sums": self.sums,
-            "num_finite": self.num_finite,
             "interval_step": self.interval_step,
             "interval_seconds": now - self.interval_start,
             "seconds": now - self.start,
         }
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.returns.extend(state["returns"])
         self.first_update, self.num_updates = state["first_update"], state["num_updates"]
-        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        self.num_finite = torch.as_tensor(state["num_finite"], device=device)
         self.interval_step = state["interval_step"]
         now = time.perf_counter()
         self.start, self.interval_start = now - state["seconds"], now - state["interval_seconds"]
@@ -907,33 +1096,26 @@ class RunLog:
             self.writer.add_scalar("charts/episodic_return", self.returns[-1], step)
             self.writer.add_scalar("charts/episodic_length", int(infos["episode"]["l"][i]), step)
 
-    def _forget_losses(self) -> None:
-        self.first_update, self.num_updates = 0, 0
-        self.sums: dict[str, torch.Tensor] = {}
-        self.num_finite: torch.Tensor | int = 0
-
-    def update(self, losses: dict[str, torch.Tensor], step: int) -> None:
-        """Takes note of one update's losses without reading them off the device."""
+    def updates(self, first: int, count: int) -> None:
+        """Takes note of `count` updates, of which the first fell due at step `first`."""
         if self.num_updates == 0:
-            self.first_update = step
-        self.num_updates += 1
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in losses.items()}
-        self.num_finite = self.num_finite + losses["td_loss"].isfinite()
+            self.first_update = first
+        self.num_updates += count
 
-    def check_finite(self) -> None:
+    def check_finite(self, totals: torch.Tensor) -> None:
         """Reads from the device whether the losses since the last interval were finite.
 
         Raises:
             FloatingPointError: one was not.
         """
-        num_finite = int(self.num_finite)
+        num_finite = int(totals[2])
         if num_finite < self.num_updates:
             # once a loss is not finite, neither are the parameters, nor any later loss
             step = self.first_update + num_finite * self.args.train_frequency
             raise FloatingPointError(f"td_loss is not finite from step {step}: lower --learning-rate")
 
-    def interval(self, step: int) -> None:
-        """Logs ε, speed and mean losses since the last call.
+    def interval(self, step: int, totals: torch.Tensor) -> None:
+        """Logs ε, speed and mean losses since the last call, and sets these `totals` of the learner to zero.
 
         Raises:
             FloatingPointError: a loss was not finite.
@@ -943,9 +1125,11 @@ class RunLog:
         self.writer.add_scalar("charts/epsilon", epsilon, step)
         self.writer.add_scalar("charts/SPS", int(step / (now - self.start)), step)
         self.writer.add_scalar("charts/SPS_recent", recent, step)
-        for name, total in self.sums.items():
-            self.writer.add_scalar(f"losses/{name}", float(total) / self.num_updates, step)
-        self.check_finite()
+        if self.num_updates:
+            for name, total in zip(("td_loss", "q_values"), totals.tolist(), strict=False):
+                self.writer.add_scalar(f"losses/{name}", total / self.num_updates, step)
+            self.check_finite(totals)
+            totals.zero_()
         total = self.args.total_timesteps
         score = f"{np.mean(self.returns):,.0f}" if self.returns else "-"
         self.bar.set_postfix_str(f"{recent:,.0f} SPS, ε {epsilon:.2f}, return {score}", refresh=False)
@@ -956,7 +1140,7 @@ class RunLog:
             self.last_line = now
         if now - self.last_flush > self.FLUSH_SECONDS:
             self.flush()
-        self._forget_losses()
+        self.first_update, self.num_updates = 0, 0
         self.interval_start, self.interval_step = now, step
 
     @contextlib.contextmanager
@@ -995,14 +1179,22 @@ class RunLog:
 
 
 def pick_device(args: Args) -> torch.device:
-    """The GPU when there is one and --no-cuda was not given; also sets PyTorch's determinism switches."""
+    """The GPU when there is one and --no-cuda was not given; also sets PyTorch's switches for determinism and precision.
+
+    Raises:
+        UsageError: the arguments ask for what this device cannot do.
+    """
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.cuda_graphs and device.type == "cpu":
+        raise UsageError("--cuda-graphs needs a GPU, and this run is on the CPU: leave it out")
+    if args.compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UsageError("--compile needs a C++ compiler on a CPU, and there is no g++: install one, or leave it out")
     if args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not args.torch_deterministic
-    torch.set_flush_denormal(True)  # dead units leave denormal moments, which halve Adam's speed on a CPU
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     return device
 
 
@@ -1027,15 +1219,17 @@ def free_memory(root: Path = Path("/")) -> int:
     return free
 
 
-def check_resources(args: Args, observation_space: gym.spaces.Box) -> None:
-    """Refuses what would end the run later.
+def check_resources(args: Args, observation_space: gym.spaces.Box, device: torch.device) -> torch.device:
+    """Refuses what would end the run later. Returns where the replay's frames go: to the GPU if they fit.
 
     Raises:
         UsageError: the replay does not fit in free memory, wandb is missing, or video cannot be written.
     """
     needed = FrameReplayBuffer.bytes_needed(args.buffer_size, observation_space, args.num_envs)
+    for_learning = 2 * 10**9  # networks, moments, graphs and the libraries' workspaces take less
+    on_gpu = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= needed + for_learning
     free = free_memory()
-    if needed > free:
+    if needed > free and not on_gpu:
         raise UsageError(
             f"a replay of {args.buffer_size:,} steps needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory "
             f"are free: lower --buffer-size to {int(0.9 * args.buffer_size * free / needed)}"
@@ -1046,6 +1240,7 @@ def check_resources(args: Args, observation_space: gym.spaces.Box) -> None:
     if args.capture_video:
         with tempfile.TemporaryDirectory() as folder:
             open_film(Path(folder) / "probe.mp4", FRAME_SIZE, FRAME_SIZE).release()
+    return device if on_gpu else torch.device("cpu")
 
 
 def flush_to_disk(path: Path) -> None:
@@ -1095,10 +1290,11 @@ def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, 
     """
     envs = make_envs(args)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    check_resources(args, obs_space)
+    storage = check_resources(args, obs_space, device)
     learner = Learner(args, int(action_space.n), device)
     rng = np.random.default_rng(stream_seed(args.seed, Stream.REPLAY))
-    replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, args.num_envs, generator=rng)
+    options = {"n_envs": args.num_envs, "generator": rng, "storage": storage}
+    replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, **options)
     return envs, learner, replay
 
 
@@ -1114,11 +1310,12 @@ class Run:
     replay: FrameReplayBuffer
     log: RunLog
     step: int = 0  # steps learned from
-    played: int = 0  # steps played: with several environments up to num_envs − 1 more
+    played: int = 0  # steps decided on: with several environments more than learned from
+    in_flight: bool = False  # the outcome of the last decision is not in replay yet
     saved: int | None = None  # step of the newest checkpoint
 
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 CHECKPOINT_FILES = ("manifest.json", "state.pt", "replay.zst", "events")
 CHECKSUMS = "SHA256SUMS"  # of those files, to be checked with `sha256sum -c` as well
 
@@ -1154,11 +1351,10 @@ def checksums(checkpoint: Path) -> str:
     return "".join(lines)
 
 
-def chunks(arrays: list[np.ndarray]) -> Iterator[memoryview]:
-    """The memory of contiguous arrays, one after the other, in pieces of 16 MB."""
-    for array in arrays:
-        memory = memoryview(array).cast("B")
-        yield from (memory[start : start + 2**24] for start in range(0, len(memory), 2**24))
+def chunks(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The memory of contiguous tensors, one after the other, in views of 16 MB."""
+    for tensor in tensors:
+        yield from tensor.view(-1).view(torch.uint8).split(2**24)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -1177,6 +1373,7 @@ def save_checkpoint(run: Run) -> Path:
     """
     final = run.folder / f"checkpoint-{run.step}"
     manifest = {"format": CHECKPOINT_FORMAT, "run": run.id, "step": run.step, "played": run.played}
+    manifest |= {"in_flight": run.in_flight}
     manifest |= {"args": asdict(run.args), "circumstances": circumstances(run.replay.device)}
     state = io.BytesIO()
     parts = {"envs": run.envs, "learner": run.learner, "replay": run.replay, "log": run.log}
@@ -1190,8 +1387,8 @@ def save_checkpoint(run: Run) -> Path:
         (partial / "events").write_bytes(run.log.writer.memory.getbuffer())
         compressor = zstandard.ZstdCompressor(level=1, threads=torch.get_num_threads())
         with open(partial / "replay.zst", "wb") as file, compressor.stream_writer(file) as stream:
-            for chunk in chunks(run.replay.arrays()):
-                stream.write(chunk)
+            for chunk in chunks(run.replay.tensors()):
+                stream.write(chunk.cpu().numpy())
         (partial / CHECKSUMS).write_text(checksums(partial))
         for path in (*partial.iterdir(), partial):
             flush_to_disk(path)
@@ -1233,11 +1430,15 @@ class Checkpoint:
             learner.load_state_dict(self.state["learner"])
             replay.load_state_dict(self.state["replay"])
             with open(self.path / "replay.zst", "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-                for chunk in chunks(replay.arrays()):
-                    while chunk:
-                        if not (count := stream.readinto(chunk)):
+                for chunk in chunks(replay.tensors()):
+                    content = chunk.cpu()  # itself, where it lies there
+                    rest = memoryview(content.numpy())
+                    while rest:
+                        if not (count := stream.readinto(rest)):
                             raise EOFError("its replay is too short")
-                        chunk = chunk[count:]
+                        rest = rest[count:]
+                    if content is not chunk:
+                        chunk.copy_(content)
             envs.load_state_dict(self.state["envs"])
 
     def differences(self, device: torch.device) -> str:
@@ -1419,35 +1620,58 @@ def inject(run: Run) -> None:
     rng = np.random.default_rng(stream_seed(run.args.seed, Stream.INJECTION, key))
     obs = replay.transitions(rng.integers(replay.size(), size=512), rng.integers(replay.n_envs, size=512)).observations
     with torch.no_grad():
-        before = learner.q_network(obs)
+        before = learner.online(obs)
         learner.inject()
-        delta = (learner.q_network(obs) - before).abs().max().item()
+        delta = (learner.online(obs) - before).abs().max().item()
     log.writer.add_scalar("injection/step", step, step)
     log.writer.add_scalar("injection/max_abs_delta_q", delta, step)
     log.say(f"step {step:,}: plasticity injected, largest change of Q over {len(obs)} observations: {delta}")
 
 
-def play(run: Run) -> None:
-    """One decision in every environment, from observation to replay."""
-    args, obs = run.args, run.envs.obs
-    actions = run.learner.act(obs, exploration_epsilon(args, run.played))
-    _, rewards, terminations, truncations, infos = run.envs.step(actions)
-    cut = [{"TimeLimit.truncated": bool(truncated)} for truncated in truncations]
-    run.replay.add(obs, infos["final_obs"], actions, rewards, terminations | truncations, cut)
-    run.played += args.num_envs
-    run.log.games(infos, min(run.played, args.total_timesteps))  # num_envs need not divide the run's length
+def decide(run: Run) -> None:
+    """One decision in every environment. What comes of it is for `finish`."""
+    run.envs.send(run.learner.act(run.envs.obs, exploration_epsilon(run.args, run.played)))
+    run.played += run.args.num_envs
+    run.in_flight = True
+
+
+def finish(run: Run) -> None:
+    """Puts what came of the last decision into replay, unless it is there."""
+    if run.in_flight:
+        _, rewards, terminations, truncations, infos = run.envs.receive()
+        obs, actions = run.envs.decision
+        cut = [{"TimeLimit.truncated": bool(truncated)} for truncated in truncations]
+        run.replay.add(obs, infos["final_obs"], actions, rewards, terminations | truncations, cut)
+        run.log.games(infos, min(run.played, run.args.total_timesteps))  # num_envs need not divide the run's length
+        run.in_flight = False
+
+
+def next_stop(run: Run) -> int:
+    """The next step at which there is more to do than updates."""
+    args, step = run.args, run.step
+    periods = (args.target_network_frequency, args.log_frequency, args.checkpoint_frequency, args.eval_frequency)
+    multiples = (step - step % period + period for period in periods if period)
+    injections = (injection for injection in args.injection_step if injection > step)
+    return min(run.played, args.total_timesteps, *multiples, *injections)
+
+
+def learn(run: Run, stop: int) -> None:
+    """All the updates that fall due after `run.step` and up to `stop`."""
+    args, log = run.args, run.log
+    done = max(run.step, args.learning_starts) // args.train_frequency
+    count = stop // args.train_frequency - done
+    if count > 0:
+        run.learner.update(run.replay.sample(args.batch_size, batches=count), count)
+        log.updates((done + 1) * args.train_frequency, count)
 
 
 def after_step(run: Run) -> None:
-    """What is learned and logged at `run.step`. Called for every single step, so none of it depends on num_envs."""
-    args, learner, step = run.args, run.learner, run.step
-    if step > args.learning_starts:
-        if step % args.train_frequency == 0:
-            run.log.update(learner.update(run.replay.sample(args.batch_size)), step)
-        if step % args.target_network_frequency == 0:
-            learner.sync_target()
+    """What else is learned and logged at `run.step`."""
+    args, step = run.args, run.step
+    if step > args.learning_starts and step % args.target_network_frequency == 0:
+        run.learner.sync_target()
     if step % args.log_frequency == 0 or step == args.total_timesteps:
-        run.log.interval(step)
+        run.log.interval(step, run.learner.totals)
 
 
 def attempt_checkpoint(run: Run, signals: Signals) -> None:
@@ -1457,7 +1681,7 @@ def attempt_checkpoint(run: Run, signals: Signals) -> None:
         FloatingPointError: a loss was not finite, so the checkpoint before is worth more.
         OSError: it cannot be written, and the run was asked to stop.
     """
-    run.log.check_finite()
+    run.log.check_finite(run.learner.totals)
     if signals.stop is not None:
         run.log.say(f"step {run.step:,}: {signals.stop.name}, writing a checkpoint; once more ends the run without it")
     start = time.perf_counter()
@@ -1506,6 +1730,7 @@ def training_loop(run: Run, signals: Signals) -> bool:
         if step == 0 or boundary:
             # ALE's vectoriser cannot be saved, so games begin anew here, whether the run was resumed or not. Those that
             # this cuts bootstrap from their last frames, since no `done` was stored
+            finish(run)
             run.envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS, step))
         due = args.checkpoint_frequency > 0 and (boundary or step in (first, *args.injection_step, args.total_timesteps))
         if signals.checkpoint:
@@ -1524,8 +1749,14 @@ def training_loop(run: Run, signals: Signals) -> bool:
         if step == args.total_timesteps:
             return True
         if step == run.played:
-            play(run)
-        run.step += 1
+            decide(run)
+        if not args.overlap or run.replay.size() == 0:
+            finish(run)
+        stop = next_stop(run)
+        learn(run, stop)
+        run.step = stop
+        if stop in (run.played, args.total_timesteps):
+            finish(run)
         after_step(run)
 
 
@@ -1555,14 +1786,14 @@ def train(args: Args) -> Path:
         device = pick_device(args)
         envs, learner, replay = make_parts(args, device)
         stack.callback(envs.close)
-        events, step, played, run_id = b"", 0, 0, secrets.token_hex(8)
+        events, step, run_id = b"", 0, secrets.token_hex(8)
         if origin is not None:
             if (count := len(origin.state["envs"]["actions"])) > 10_000:
                 print(f"playing {count:,} decisions again, since the last multiple of --checkpoint-frequency", flush=True)
             signals.nothing_to_save = True
             origin.restore(envs, learner, replay)
             signals.nothing_to_save = False
-            events, step, played = (origin.path / "events").read_bytes(), origin.step, origin.manifest["played"]
+            events, step = (origin.path / "events").read_bytes(), origin.step
         if resumed is None:
             folder = create_run_folder(args, run_id)
             lock(folder, stack)
@@ -1576,11 +1807,13 @@ def train(args: Args) -> Path:
         if not continues:
             log.hyperparameters(step)
         if origin is not None:
-            log.load_state_dict(origin.state["log"], device)
+            log.load_state_dict(origin.state["log"])
             log.say(f"{'resumed' if continues else 'forked'} at step {step:,} from {origin.path}")
             if differences := origin.differences(device):
                 log.say(f"warning: bits may differ from an uninterrupted run, because {differences}")
-        run = Run(args, run_id, folder, envs, learner, replay, log, step, played, step if continues else None)
+        run = Run(args, run_id, folder, envs, learner, replay, log, step, saved=step if continues else None)
+        if origin is not None:
+            run.played, run.in_flight = origin.manifest["played"], origin.manifest["in_flight"]
         del origin, events  # and with them a copy of every parameter
         if not args.injection_step or not args.apply_injection:
             log.say("no plasticity injection in this run" + ("" if args.apply_injection else ": baseline arm"))

@@ -73,7 +73,7 @@ def test_the_network_is_the_nature_cnn():
     shapes = [tuple(p.shape) for p in q_network.encoder.parameters()] + [tuple(p.shape) for p in q_network.theta.parameters()]
     assert shapes == [(32, 4, 8, 8), (32,), (64, 32, 4, 4), (64,), (64, 64, 3, 3), (64,), (512, 3136), (512,), (6, 512), (6,)]
     assert q_network.features(observations(2)).shape == (2, 3136)
-    assert torch.equal(q_network.features(observations(2)), q_network.encoder(observations(2) / 255))
+    assert torch.allclose(q_network.features(observations(2)), q_network.encoder(observations(2) / 255), atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 2])
