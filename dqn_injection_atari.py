@@ -292,7 +292,7 @@ class LearnerView(VectorWrapper):
         """The first half of a step. ALE's vectoriser begins to play, in threads of its own."""
         self.actions += np.asarray(actions, np.uint8).tobytes()
         self.decision, self.outcome = (self.obs, actions), None
-        if isinstance(self.unwrapped, AtariVectorEnv):
+        if isinstance(self.unwrapped, EagerAtariVectorEnv):
             self.unwrapped.send(actions)
 
     def receive(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
@@ -323,10 +323,19 @@ class LearnerView(VectorWrapper):
         return tuple(np.repeat(newest[..., None], 3, axis=-1))
 
 
-class SentAtariVectorEnv(AtariVectorEnv):
-    """ALE's vectoriser, whose `step` is the second half of a step: the actions have gone to `send` before."""
+class EagerAtariVectorEnv(AtariVectorEnv):
+    """ALE's vectoriser, whose `step` only receives where `send` has gone ahead."""
+
+    sent = False
+
+    def send(self, actions: np.ndarray) -> None:
+        super().send(actions)
+        self.sent = True
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        if not self.sent:
+            self.send(actions)
+        self.sent = False
         return self.recv()
 
 
@@ -361,7 +370,7 @@ def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None =
             raise UsageError(
                 f"env_id {args.env_id!r} sets a mode or difficulty, which ALE's vectoriser cannot: --env-backend sb3"
             )
-        envs = SentAtariVectorEnv(
+        envs = EagerAtariVectorEnv(
             game=spec.kwargs["game"],
             num_envs=num_envs,
             max_num_frames_per_episode=max_frames,
@@ -1674,6 +1683,20 @@ def after_step(run: Run) -> None:
         run.log.interval(step, run.learner.totals)
 
 
+def advance(run: Run) -> None:
+    """Plays and learns up to the next stop."""
+    if run.step == run.played:
+        decide(run)
+    if not run.args.overlap or run.replay.size() == 0:
+        finish(run)
+    stop = next_stop(run)
+    learn(run, stop)
+    run.step = stop
+    if stop in (run.played, run.args.total_timesteps):
+        finish(run)
+    after_step(run)
+
+
 def attempt_checkpoint(run: Run, signals: Signals) -> None:
     """Writes a checkpoint and says so; where it cannot, says that instead and leaves the run as it is.
 
@@ -1748,16 +1771,7 @@ def training_loop(run: Run, signals: Signals) -> bool:
             inject(run)
         if step == args.total_timesteps:
             return True
-        if step == run.played:
-            decide(run)
-        if not args.overlap or run.replay.size() == 0:
-            finish(run)
-        stop = next_stop(run)
-        learn(run, stop)
-        run.step = stop
-        if stop in (run.played, args.total_timesteps):
-            finish(run)
-        after_step(run)
+        advance(run)
 
 
 def train(args: Args) -> Path:

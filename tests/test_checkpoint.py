@@ -49,13 +49,13 @@ class Killed(BaseException):
 
 
 def at_step(patch, step, action):
-    """Has `action` called once, when `step` has been played and learned from."""
+    """Has `action` called once, when `step` and what follows it without a pause have been played and learned from."""
     original = script.after_step
     done = []
 
     def after_step(run):
         original(run)
-        if run.step == step and not done:
+        if run.step >= step and not done:
             done.append(step)
             action()
 
@@ -138,13 +138,32 @@ def test_killed_again_and_again(uninterrupted):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"freeze_heads": False}, {"tau": 0.5}, {"injection_step": (130, 170, 255)}, {"num_envs": 1}]
+    "changes",
+    [{"freeze_heads": False}, {"tau": 0.5}, {"injection_step": (130, 170, 255)}, {"num_envs": 1}, {"bf16": True, "tau": 0.5}],
 )
 def test_resume_is_exact_with_other_settings(uninterrupted, changes):
     args = replace(SMALL, **changes)
     folder = train_until(260, args)
     train(replace(args, resume=str(folder)))
     assert_same_end(folder, uninterrupted(args))
+
+
+@pytest.mark.parametrize("backend", ["ale", "sb3"])
+def test_resume_is_exact_while_the_games_play_on(uninterrupted, backend):
+    """With 7 games step 202 lies within a vector step, so that its checkpoint is written while the games are being played."""
+    args = replace(SMALL, overlap=True, num_envs=7, env_backend=backend)
+    folder = train_until(203, args)
+    assert load_checkpoint(folder / "checkpoint-202").manifest["in_flight"]
+    train_until(245, replace(args, resume=str(folder)), send(signal.SIGTERM))
+    train(replace(args, resume=str(folder)))
+    assert_same_end(folder, uninterrupted(args))
+
+
+def test_a_fork_while_the_games_play_on_equals_the_run_that_had_the_injection_from_the_start(uninterrupted):
+    injected = replace(SMALL, overlap=True, num_envs=7)
+    baseline = replace(injected, apply_injection=False)
+    folder = train_until(230, baseline)
+    assert_same_end(fork(folder / "checkpoint-202", baseline, apply_injection=True), uninterrupted(injected))
 
 
 def test_the_comparison_sees_one_changed_bit(uninterrupted):
@@ -327,8 +346,8 @@ def test_an_injected_runs_checkpoint_leads_to_its_baseline(uninterrupted):
 def test_a_fork_from_between_two_boundaries_and_after_an_injection(uninterrupted):
     folder = train_until(231, SMALL, send(signal.SIGTERM))
     arm = replace(SMALL, injection_step=(202, 280))
-    forked = train_until(235, replace(arm, fork=str(folder / "checkpoint-231")))
-    assert names(forked) == ["checkpoint-231"], "it can be resumed from its first step on"
+    forked = train_until(235, replace(arm, fork=str(folder / "checkpoint-232")))
+    assert names(forked) == ["checkpoint-232"], "it can be resumed from its first step on"
     train(Args(resume=str(forked)))
     assert_same_end(forked, uninterrupted(arm))
 
@@ -425,7 +444,7 @@ def test_on_the_command_line_a_fork_takes_over_what_is_not_given(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "step,number", [(3, signal.SIGTERM), (231, signal.SIGINT), (240, signal.SIGTERM), (355, signal.SIGTERM)]
+    "step,number", [(4, signal.SIGTERM), (232, signal.SIGINT), (240, signal.SIGTERM), (356, signal.SIGTERM)]
 )
 def test_a_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on_exactly(uninterrupted, capsys, step, number):
     folder = train_until(step, SMALL, send(number))
@@ -452,8 +471,8 @@ def test_sigusr1_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_been(
     with pytest.MonkeyPatch.context() as patch:
         original = script.save_checkpoint
         patch.setattr(script, "save_checkpoint", lambda run: (written.append(run.step), original(run))[1])
-        folder = train_until(77, SMALL, send(signal.SIGUSR1))
-    assert written == [0, 77, 120, 202, 240, 360]
+        folder = train_until(78, SMALL, send(signal.SIGUSR1))
+    assert written == [0, 78, 120, 202, 240, 360]
     assert_same_end(folder, uninterrupted(SMALL))
 
 
@@ -482,7 +501,7 @@ def test_curves_that_never_reached_the_disk_are_an_error(monkeypatch):
 def test_without_periodic_checkpoints_a_signal_still_saves_the_run(uninterrupted):
     args = replace(SMALL, checkpoint_frequency=0)
     folder = train_until(231, args, send(signal.SIGTERM))
-    assert names(folder) == ["checkpoint-231"]
+    assert names(folder) == ["checkpoint-232"]
     train_until(300, replace(args, resume=str(folder)), send(signal.SIGTERM))
     resumed = train_until(359, replace(args, resume=str(folder)), send(signal.SIGTERM))
     whole = train_until(359, args, send(signal.SIGTERM))
@@ -675,9 +694,10 @@ def test_a_video_that_cannot_be_written_does_not_end_the_run(monkeypatch, capsys
 def test_parameters_that_are_not_finite_never_replace_a_good_checkpoint(monkeypatch):
     original = Learner.update
 
-    def update(self, batch):
-        losses = original(self, batch)
-        return {**losses, "td_loss": losses["td_loss"] * float("nan")}
+    def update(self, batch, count=1):
+        for parameter in self.q_network.parameters():
+            parameter.data.fill_(float("nan"))
+        return original(self, batch, count)
 
     at_step(monkeypatch, 190, lambda: monkeypatch.setattr(Learner, "update", update))
     with pytest.raises(FloatingPointError, match="not finite from step 192"):

@@ -109,6 +109,8 @@ BAD = {
     "forking nothing": ("--fork nowhere", "nowhere/manifest.json cannot be read as"),
     "resuming and forking": ("--resume a --fork b", "give one of --resume, --fork and --evaluate"),
     "resuming and evaluating": ("--resume a --evaluate b", "give one of --resume, --fork and --evaluate"),
+    "graphs without a GPU": ("--cuda-graphs --no-cuda --buffer-size 100", "--cuda-graphs needs a GPU"),
+    "compiling without a compiler": ("--compile --no-cuda --buffer-size 100", "--compile needs a C++ compiler"),
     "evaluating nothing": ("--evaluate nowhere.pt", "nowhere.pt"),
     "evaluating an unset shell variable": ("--evaluate=", "agent.pt"),
 }
@@ -119,6 +121,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(monkeypatch, ca
     flags, message = BAD[case]
     monkeypatch.setattr(dqn_injection_atari, "training_loop", lambda *_: pytest.fail("work was begun"))
     monkeypatch.setattr(dqn_injection_atari.importlib.util, "find_spec", lambda _: None)  # as where wandb is missing
+    monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(sys, "argv", ["", *flags.split()])
     with pytest.raises(SystemExit) as stop:
         main()

@@ -3,6 +3,7 @@
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from conftest import SHORT_GAMES, variant
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.atari_wrappers import NoopResetEnv
@@ -204,6 +205,28 @@ def test_an_id_registered_with_nothing_but_a_game_plays(backend):
     envs = make_envs(Args(env_id="BarePhoenix-v5", env_backend=backend))
     envs.reset(seed=0)
     assert envs.step(np.array([0]))[0].shape == (1, 4, 84, 84)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_in_two_halves_is_a_step_and_its_outcome_waits_to_be_received(backend):
+    args = Args(env_id=SHORT_GAMES, env_backend=backend, num_envs=3)
+    whole, halves = make_envs(args), make_envs(args)
+    rng = np.random.default_rng(0)
+    for envs in (whole, halves):
+        envs.reset(seed=3)
+    for i in range(150):
+        obs, actions = halves.obs, rng.integers(4, size=3)
+        expected = whole.step(actions)
+        halves.send(actions)
+        if i % 2:
+            halves.state_dict()  # of the same moment as below, though it has to wait for the games
+        assert halves.decision[0] is obs and halves.decision[1] is actions
+        for _ in range(2):
+            got = halves.receive()
+            assert all(np.array_equal(a, b) for a, b in zip(expected[:4], got[:4], strict=True))
+            assert np.array_equal(expected[4]["final_obs"], got[4]["final_obs"])
+        state, reference = halves.state_dict(), whole.state_dict()
+        assert torch.equal(state["actions"], reference["actions"]) and torch.equal(state["obs"], reference["obs"])
 
 
 def test_neighbouring_seeds_share_no_environment_seeds():

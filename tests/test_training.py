@@ -50,25 +50,29 @@ def record():
         def spy(owner, name, entry):
             original = getattr(owner, name)
 
-            def wrapper(self, *positional):
-                result = original(self, *positional)
+            def wrapper(self, *positional, **named):
+                result = original(self, *positional, **named)
                 calls.append(entry(self, result, positional))
                 return result
 
             patch.setattr(owner, name, wrapper)
 
-        def checksum(learner):
-            return sum(parameter.detach().double().sum().item() for parameter in learner.q_network.parameters())
+        def checksum(network):
+            return sum(parameter.detach().double().sum().item() for parameter in network.parameters())
 
         def everything(transition):
             return [zlib.crc32(np.ascontiguousarray(array).tobytes()) for array in transition[:5]]
 
         with pytest.MonkeyPatch.context() as patch:
             spy(Learner, "act", lambda learner, _, given: ("act", given[1]))
-            spy(Learner, "update", lambda learner, losses, _: ("update", (losses["td_loss"].item(), checksum(learner))))
+            # one call per gradient step
+            spy(
+                dqn_injection_atari,
+                "td_loss",
+                lambda network, loss, given: ("update", (loss[0].item(), checksum(network), len(given[1].rewards))),
+            )
             spy(Learner, "sync_target", lambda learner, *_: ("sync",))
             spy(Learner, "inject", lambda learner, *_: ("inject", learner))
-            spy(FrameReplayBuffer, "sample", lambda _, batch, __: ("sample", len(batch.rewards)))
             spy(FrameReplayBuffer, "add", lambda buffer, _, given: ("add", everything(given), given, buffer))
             return calls, train(args)
 
@@ -80,7 +84,7 @@ def kinds(calls):
 
 
 def course(calls):
-    """What two equal runs share: every transition, every loss, the parameters after every update, every sync, in order."""
+    """What two equal runs share: every transition, every loss and the parameters it was taken at, every sync, in order."""
     return [call[:2] for call in calls if call[0] != "inject"]
 
 
@@ -103,6 +107,58 @@ def test_updates_and_syncs_keep_their_order(record, num_envs):
     assert got == expected
 
 
+@pytest.mark.parametrize("num_envs", [1, 7, 16])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_with_overlap_the_updates_of_a_vector_step_come_before_its_transitions(record, num_envs, overlap):
+    args = replace(SMALL, num_envs=num_envs, overlap=overlap, learning_starts=100, target_network_frequency=32)
+    counts = kinds(record(args)[0])
+    got = [kind for kind in counts if kind in ("act", "add", "update")]
+    expected = []
+    for first in range(0, 480, num_envs):
+        due = sum(step > 100 and step % 4 == 0 for step in range(first + 1, min(first + num_envs, 480) + 1))
+        expected += ["act"] + (["update"] * due + ["add"] if overlap else ["add"] + ["update"] * due)
+    assert got == expected and counts.count("sync") == 480 // 32 - 100 // 32
+
+
+def test_with_overlap_the_first_updates_have_something_to_learn_from(record):
+    calls, _ = record(replace(SMALL, num_envs=16, overlap=True, learning_starts=0, total_timesteps=64))
+    assert kinds(calls)[:3] == ["act", "add", "update"] and kinds(calls).count("update") == 16
+
+
+def test_without_learning_overlap_changes_nothing(record):
+    args = replace(SMALL, num_envs=7, learning_starts=480, env_id=TINY_GAMES)
+    plain, overlapped = (record(replace(args, overlap=overlap)) for overlap in (False, True))
+    assert course(plain[0]) == course(overlapped[0])
+    assert scalars(plain[1])["charts/episodic_return"] == scalars(overlapped[1])["charts/episodic_return"]
+
+
+def test_nothing_but_acting_waits_for_the_device_between_two_points_of_the_curves(monkeypatch):
+    """Every way to turn a tensor into a Python number or a NumPy array makes a GPU's host wait."""
+    reads = []
+    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__", "nonzero"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(tensor, *given, name=name, original=original, **named):
+            reads.append(name)
+            return original(tensor, *given, **named)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    per_step = {}
+    original = dqn_injection_atari.advance
+
+    def advance(run):
+        reads.clear()
+        original(run)
+        per_step[run.step] = list(reads)
+
+    monkeypatch.setattr(dqn_injection_atari, "advance", advance)
+    train(replace(SMALL, num_envs=4, log_frequency=160, end_e=0.0, exploration_fraction=0.0))
+    assert per_step[160] and per_step[480], "logging reads the losses"
+    quiet = [reads for step, reads in per_step.items() if step % 160]
+    assert all(reads in ([], ["cpu", "numpy"]) for reads in quiet), "the actions, once per decision"
+    assert sum(map(bool, quiet)) == 480 // 4 - 3
+
+
 @pytest.mark.parametrize("train_frequency", [1, 5])
 def test_train_frequency_is_the_number_of_steps_per_update(record, train_frequency):
     calls, _ = record(replace(SMALL, total_timesteps=200, train_frequency=train_frequency))
@@ -115,7 +171,7 @@ def test_the_run_acts_learns_and_remembers_as_its_arguments_say(record, num_envs
     calls, folder = record(args)
     epsilons = [call[1] for call in calls if call[0] == "act"]
     assert epsilons == [exploration_epsilon(args, step) for step in range(0, 240, num_envs)]
-    assert {call[1] for call in calls if call[0] == "sample"} == {5}
+    assert {call[1][2] for call in calls if call[0] == "update"} == {5}
     assert next(call[3] for call in calls if call[0] == "add").buffer_size == 300 // num_envs
     assert folder.name.startswith("PhoenixNoFrameskip-v4__named__1__")
 
@@ -240,6 +296,26 @@ def test_determinism_is_a_choice(deterministic):
     dqn_injection_atari.pick_device(Args(torch_deterministic=deterministic))
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert torch.backends.cudnn.benchmark != deterministic
+
+
+@pytest.mark.parametrize("tf32", [False, True])  # True, the default, last
+def test_tf32_is_a_choice(tf32):
+    dqn_injection_atari.pick_device(Args(tf32=tf32))
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+
+
+def test_denormals_are_flushed_in_every_thread():
+    code = """
+import dqn_injection_atari, torch
+torch.set_num_threads(2)
+halves = torch.full((4_000_000,), torch.finfo(torch.float32).tiny) * 0.5
+print(halves.view(torch.int32).count_nonzero().item())
+"""
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    )
+    assert out.stdout == "0\n"
 
 
 @pytest.mark.parametrize("cuda", [True, False])
@@ -370,15 +446,15 @@ def test_loading_an_agent_runs_no_code(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_loss_named(monkeypatch):
-    original, losses = Learner.update, []
+    original, losses = dqn_injection_atari.td_loss, []
 
-    def update(self, batch):
-        losses.append(original(self, batch))
-        return {**losses[-1], "td_loss": torch.tensor(float("inf"))} if len(losses) > 7 else losses[-1]
+    def td_loss(*given):
+        losses.append(original(*given))
+        return losses[-1] if len(losses) <= 7 else (losses[-1][0] * float("inf"), losses[-1][1])
 
     closed, close = [], dqn_injection_atari.RunLog.close
     monkeypatch.setattr(dqn_injection_atari.RunLog, "close", lambda log: closed.append(close(log)))
-    monkeypatch.setattr(Learner, "update", update)
+    monkeypatch.setattr(dqn_injection_atari, "td_loss", td_loss)
     with pytest.raises(FloatingPointError, match=r"^td_loss is not finite from step 132: lower --learning-rate$"):
         train(SMALL)  # updates at 104, 108, ... 128 are the seven good ones
     (folder,) = Path("runs").iterdir()

@@ -1,0 +1,158 @@
+"""Where the time of one vector step goes, and how much of what the machine can do is reached.
+
+    python benchmarks/profile_update.py --num-envs 8
+
+Prints, per vector step of N steps and N / 4 updates: the time to act, to emulate, to write to and sample from replay, and
+to update; then the update's arithmetic against the highest rate that large convolutions and matrix products reach on this
+device in the same precision, and the whole run's speed against that of the emulators alone. On a GPU every part is waited
+for, so that parts which otherwise run at the same time are told apart.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dqn_injection_atari as script
+from benchmarks.throughput import Settings, make_run, provenance
+
+
+@dataclass(frozen=True)
+class ProfileSettings(Settings):
+    num_envs: int = 8
+    """games in parallel"""
+    bf16: bool = False
+    """as in the training script"""
+    inject: bool = False
+    """profile the network after an injection"""
+    vector_steps: int = 300
+    """vector steps that are timed"""
+
+
+def linear_flops(x: tuple, weight: tuple, *_, **__) -> int:
+    """Of x (B, in) times weight (out, in) transposed; PyTorch's counter does not know oneDNN's linear layers."""
+    return 2 * x[0] * x[1] * weight[0]
+
+
+def update_flops(run: script.Run) -> int:
+    """Floating-point operations of the convolutions and matrix products of one update, counted while one is made."""
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear_flops})
+    with counter:
+        run.learner._update(1, *run.replay.sample(run.args.batch_size)[:5])
+    return counter.get_total_flops()
+
+
+def seconds_per_call(call: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def highest_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product or a large convolution like the network's second, whichever is faster."""
+    size, batch = (1024, 256) if device.type == "cpu" else (8192, 8192)
+    square = torch.randn(size, size, device=device, dtype=dtype)
+    images = torch.randn(batch, 32, 20, 20, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    filters = torch.randn(64, 32, 4, 4, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    product = 2 * size**3 / seconds_per_call(lambda: square @ square, device)
+    convolution = 2 * batch * 81 * 64 * 512 / seconds_per_call(lambda: F.conv2d(images, filters, stride=2), device)
+    return max(product, convolution)
+
+
+def emulator_speed(args: script.Args, seconds: float = 3.0) -> float:
+    """Steps per second of the games alone, played at random."""
+    envs, rng, steps = script.make_envs(args), np.random.default_rng(0), 0
+    envs.reset(seed=0)
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        envs.step(rng.integers(envs.single_action_space.n, size=args.num_envs))
+        steps += args.num_envs
+    speed = steps / (time.perf_counter() - start)
+    envs.close()
+    return speed
+
+
+def timed_parts(run: script.Run, vector_steps: int) -> dict[str, float]:
+    """Seconds per vector step in each part of the loop, and in all of it."""
+    parts = {
+        "act": [(run.learner, "act")],
+        "emulate": [(run.envs, "send"), (run.envs, "receive")],
+        "replay": [(run.replay, "add"), (run.replay, "sample")],
+        "update": [(run.learner, "update")],
+    }
+    spent = dict.fromkeys(parts, 0.0)
+
+    def watch(part: str, owner: object, name: str) -> None:
+        original = getattr(owner, name)
+
+        def timed(*positional, **named):
+            start = time.perf_counter()
+            result = original(*positional, **named)
+            if run.learner.device.type == "cuda":
+                torch.cuda.synchronize()
+            spent[part] += time.perf_counter() - start
+            return result
+
+        setattr(owner, name, timed)
+
+    for part, methods in parts.items():
+        for owner, name in methods:
+            watch(part, owner, name)
+    start, end = time.perf_counter(), run.step + vector_steps * run.args.num_envs
+    while run.step < end:
+        script.advance(run)
+    spent["all"] = time.perf_counter() - start
+    return {part: seconds / vector_steps for part, seconds in spent.items()}
+
+
+def main(settings: ProfileSettings) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = make_run(settings, settings.num_envs, folder, settings.bf16)
+        device = run.learner.device
+        if settings.inject:
+            script.inject(run)
+        timed_parts(run, 30)  # to warm up
+        parts = timed_parts(run, settings.vector_steps)
+        flops = update_flops(run)
+    updates = settings.num_envs / run.args.train_frequency
+    rate = flops * updates / parts["update"]
+    limit = highest_rate(device, torch.bfloat16 if settings.bf16 else torch.float32)
+    speed, emulators = settings.num_envs / parts["all"], emulator_speed(run.args)
+    result = {
+        "seconds_per_vector_step": parts,
+        "update_GFLOP": flops / 1e9,
+        "update_GFLOP_per_second": rate / 1e9,
+        "highest_GFLOP_per_second": limit / 1e9,
+        "steps_per_second": speed,
+        "emulator_steps_per_second": emulators,
+        **provenance(settings, device),
+    }
+    print(f"{result['circumstances']['device']}, commit {result['commit']}, N = {settings.num_envs}, {updates:g} updates each")
+    parts["other"] = 2 * parts["all"] - sum(parts.values())
+    for part in ("act", "emulate", "replay", "update", "other", "all"):
+        print(f"{part:8}{1e3 * parts[part]:10.2f} ms{parts[part] / parts['all']:8.0%}")
+    print(f"update: {flops / 1e9:.2f} GFLOP at {rate / 1e9:,.0f} GFLOP/s, {rate / limit:.0%} of {limit / 1e9:,.0f}")
+    print(f"run: {speed:,.0f} steps/s, {speed / emulators:.0%} of the emulators' {emulators:,.0f}")
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ProfileSettings, description=__doc__))

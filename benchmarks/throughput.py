@@ -1,0 +1,212 @@
+"""Steps per second while learning: this project's agent and Stable-Baselines3's DQN, side by side in one run.
+
+    python benchmarks/throughput.py --json throughput.json
+
+Every contender plays at random until its replay holds `--fill` transitions, then learns for a warm-up that is not
+counted. After that the contenders take turns, one window each, round after round, so that whatever else the machine does
+hits all of them; medians over the rounds are reported. All make one update per 4 steps with a batch of 32.
+
+Ours is Double DQN, with N = 1 on Stable-Baselines3's wrappers and N > 1 on ALE's vectoriser. Stable-Baselines3's is DQN,
+which evaluates one network less per update, on the wrappers and settings that its users train Atari agents with.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from stable_baselines3 import DQN
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.vec_env import VecFrameStack
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dqn_injection_atari as script
+
+ROOT = Path(script.__file__).parent
+
+
+@dataclass(frozen=True)
+class Settings:
+    env_id: str = "PhoenixNoFrameskip-v4"
+    """game"""
+    fill: int = 4_000
+    """transitions in replay when learning begins"""
+    buffer_size: int = 50_000
+    """replay capacity in transitions"""
+    cuda: bool = True
+    """use the GPU when there is one"""
+    cuda_graphs: bool = False
+    """as in the training script"""
+    overlap: bool = False
+    """as in the training script"""
+    compile: bool = False
+    """as in the training script"""
+    json: Path | None = None
+    """where to write all that was measured, with settings and circumstances"""
+
+
+@dataclass(frozen=True)
+class ThroughputSettings(Settings):
+    num_envs: tuple[int, ...] = (1, 8, 16)
+    """games in parallel, ours"""
+    sb3_num_envs: tuple[int, ...] = (1, 8)
+    """games in parallel, Stable-Baselines3's DQN"""
+    rounds: int = 9
+    """windows per contender"""
+    seconds: float = 2.0
+    """length of a window"""
+    warm_up: float = 2.0
+    """seconds of learning before the first window"""
+
+
+def make_run(settings: Settings, num_envs: int, folder: str, bf16: bool = False) -> script.Run:
+    """A run of the training script that is about to make its first update."""
+    args = script.Args(
+        env_id=settings.env_id,
+        env_backend="sb3" if num_envs == 1 else "ale",
+        num_envs=num_envs,
+        buffer_size=settings.buffer_size,
+        learning_starts=settings.fill,
+        exploration_fraction=settings.fill / script.Args.total_timesteps,  # ε is at its end when learning begins
+        checkpoint_frequency=0,
+        injection_step=(script.Args.total_timesteps - 1,),
+        bf16=bf16,
+        cuda=settings.cuda,
+        **{name: getattr(settings, name) for name in ("cuda_graphs", "overlap", "compile")},
+    )
+    device = script.pick_device(args)
+    run = script.Run(args, "benchmark", Path(folder), *script.make_parts(args, device), script.RunLog(args, Path(folder)))
+    run.log.bar.disable, run.log.PLAIN_LINE_SECONDS = True, float("inf")
+    run.envs.reset(seed=0)
+    while run.step < settings.fill:
+        script.advance(run)
+    return run
+
+
+def ours(settings: Settings, num_envs: int, bf16: bool, injected: bool, folder: str) -> Callable[[float], float]:
+    """Steps per second of a window of so many seconds."""
+    run = make_run(settings, num_envs, folder, bf16)
+    if injected:
+        script.inject(run)
+
+    def window(seconds: float) -> float:
+        first, start = run.step, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < seconds:
+            script.advance(run)
+        if run.learner.device.type == "cuda":
+            torch.cuda.synchronize()
+            elapsed = time.perf_counter() - start
+        return (run.step - first) / elapsed
+
+    return window
+
+
+class StopAfter(BaseCallback):
+    """Ends `learn` after so many seconds."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds = seconds
+
+    def _on_training_start(self) -> None:
+        self.start = time.perf_counter()
+
+    def _on_step(self) -> bool:
+        return time.perf_counter() - self.start < self.seconds
+
+
+def sb3(settings: Settings, num_envs: int) -> Callable[[float], float]:
+    """Steps per second of a window of so many seconds."""
+    envs = VecFrameStack(make_atari_env(settings.env_id, n_envs=num_envs, seed=0), 4)
+    # train_freq counts steps of all environments together
+    ratio = {"train_freq": 4, "gradient_steps": 1} if num_envs < 4 else {"train_freq": 1, "gradient_steps": num_envs // 4}
+    model = DQN(
+        "CnnPolicy",
+        envs,
+        learning_rate=1e-4,
+        buffer_size=settings.buffer_size,
+        learning_starts=settings.fill,
+        batch_size=32,
+        target_update_interval=8_000,
+        exploration_initial_eps=0.01,
+        exploration_final_eps=0.01,
+        device="auto" if settings.cuda else "cpu",
+        seed=0,
+        **ratio,
+    )
+    model.learn(settings.fill)
+
+    def window(seconds: float) -> float:
+        first, start = model.num_timesteps, time.perf_counter()
+        model.learn(10**9, callback=StopAfter(seconds), reset_num_timesteps=False)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (model.num_timesteps - first) / (time.perf_counter() - start)
+
+    return window
+
+
+def contenders(settings: ThroughputSettings, folder: str) -> dict[str, Callable[[float], float]]:
+    made = {f"SB3 DQN, N={n}": sb3(settings, n) for n in settings.sb3_num_envs}
+    for n in settings.num_envs:
+        for bf16 in (False, True):
+            for injected in (False, True):
+                name = f"ours, N={n}, {'bf16' if bf16 else 'fp32'}, {'after' if injected else 'before'} injection"
+                made[name] = ours(settings, n, bf16, injected, folder)
+    return made
+
+
+def measure(settings: ThroughputSettings) -> dict[str, list[float]]:
+    """{contender: steps per second of each window}"""
+    with tempfile.TemporaryDirectory() as folder:
+        made = contenders(settings, folder)
+        for window in made.values():
+            window(settings.warm_up)
+        speeds: dict[str, list[float]] = {name: [] for name in made}
+        for turn in range(settings.rounds):
+            for name, window in made.items():
+                speeds[name].append(window(settings.seconds))
+            print(f"round {turn + 1} of {settings.rounds}", file=sys.stderr, flush=True)
+    return speeds
+
+
+def table(speeds: dict[str, list[float]]) -> str:
+    """One line per contender: median, range, and ratios of medians to each of SB3's and to the same before injection."""
+    medians = {name: statistics.median(windows) for name, windows in speeds.items()}
+    peers = [name for name in speeds if name.startswith("SB3")]
+    lines = [f"{'':36}{'steps/s':>9}{'range':>14}" + "".join(f"{'÷ ' + peer:>18}" for peer in peers) + f"{'÷ before':>11}"]
+    for name, windows in speeds.items():
+        spread = f"{min(windows):,.0f}–{max(windows):,.0f}"
+        line = f"{name:36}{medians[name]:9,.0f}{spread:>14}" + "".join(f"{medians[name] / medians[p]:18.2f}" for p in peers)
+        before = name.replace("after injection", "before injection")
+        lines.append(line + (f"{medians[name] / medians[before]:11.2f}" if before != name else ""))
+    return "\n".join(lines)
+
+
+def provenance(settings: Settings, device: torch.device) -> dict:
+    """Commit, software and hardware that a measurement belongs to."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    return {"commit": commit, "settings": plain, "circumstances": script.circumstances(device)}
+
+
+def main(settings: ThroughputSettings) -> None:
+    device = script.pick_device(replace(script.Args(), cuda=settings.cuda))
+    speeds = measure(settings)
+    result = {"steps_per_second": speeds, **provenance(settings, device)}
+    print(f"{result['circumstances']['device']}, commit {result['commit']}, medians of {settings.rounds} windows")
+    print(table(speeds))
+    if settings.json is not None:
+        settings.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ThroughputSettings, description=__doc__))
