@@ -174,8 +174,8 @@ class Args:
     """go on with the run in this folder from its newest good checkpoint, as if it had never stopped; takes no other flag"""
     fork: str | None = None
     """start a new run from this checkpoint, in its arguments but for those given. Only these may differ: exp_name, cuda,
-    track, wandb_project_name, wandb_entity, capture_video, save_model, total_timesteps, exploration_fraction,
-    injection_step, apply_injection, freeze_heads, eval_frequency, eval_episodes, eval_epsilon"""
+    tf32, cuda_graphs, compile, track, wandb_project_name, wandb_entity, capture_video, save_model, total_timesteps,
+    exploration_fraction, injection_step, apply_injection, freeze_heads, eval_frequency, eval_episodes, eval_epsilon"""
     evaluate: str | None = None
     """train nothing, but play --eval-episodes games with the agent that --save-model left in this run's folder and print
     the scores. Game and backend are the agent's own; seed, cuda, capture_video and the eval flags this command line's"""
@@ -525,7 +525,7 @@ def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> 
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """`array` on the device. Nothing waits for the copy: PyTorch keeps the pinned memory from other use until it is done."""
     tensor = torch.as_tensor(array)
-    return tensor if tensor.device == device or device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return tensor if tensor.is_cuda or device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class FrameReplayBuffer(ReplayBuffer):
@@ -1485,8 +1485,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, args, manifest, state)
 
 
-FORKABLE = """exp_name cuda track wandb_project_name wandb_entity capture_video save_model total_timesteps exploration_fraction
-injection_step apply_injection freeze_heads eval_frequency eval_episodes eval_epsilon""".split()
+FORKABLE = """exp_name cuda tf32 cuda_graphs compile track wandb_project_name wandb_entity capture_video save_model
+total_timesteps exploration_fraction injection_step apply_injection freeze_heads
+eval_frequency eval_episodes eval_epsilon""".split()
 
 
 def changed_flags(args: Args, saved: Args) -> list[str]:

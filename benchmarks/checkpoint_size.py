@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import psutil
 import torch
 import tyro
@@ -76,7 +75,8 @@ def main(settings: Settings) -> None:
             run.learner.q_network.load_state_dict(trained.state_dict())
         run.envs.reset(seed=0)
         while run.played < settings.steps:
-            script.play(run)
+            script.decide(run)
+            script.finish(run)
         run.step = run.played
         print(
             f"{run.replay.size() * run.args.num_envs:,} transitions, {run.replay._used:,} frames", file=sys.stderr, flush=True
@@ -98,14 +98,14 @@ def main(settings: Settings) -> None:
         start = time.perf_counter()
         script.load_checkpoint(path).restore(copy.envs, copy.learner, copy.replay)
         read_seconds = time.perf_counter() - start
-        pairs = zip(run.replay.arrays(), copy.replay.arrays(), strict=True)
+        pairs = zip(run.replay.tensors(), copy.replay.tensors(), strict=True)
         result = {
             "checkpoint_GB": sum(sizes.values()) / 1e3,
             "files_MB": sizes,
             "write_seconds": median(figures["seconds"] for figures in writes),
             "extra_memory_GB": max(figures["extra_memory_GB"] for figures in writes),
             "read_seconds": read_seconds,
-            "bitwise_equal": all(np.array_equal(a, b) for a, b in pairs),
+            "bitwise_equal": all(torch.equal(a, b) for a, b in pairs),
             "frames_GB": run.replay.frames[: run.replay._used].nbytes / 1e9,
             "cores": len(psutil.Process().cpu_affinity()),
             "machine": platform.machine(),
