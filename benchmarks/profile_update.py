@@ -4,11 +4,14 @@
 
 Prints, per vector step of N steps and N / 4 updates: the time to act, to emulate, to write to and sample from replay, and
 to update; then the update's arithmetic against the highest rate that large convolutions and matrix products reach on this
-device in the same precision, and the whole run's speed against that of the emulators alone. On a GPU every part is waited
-for, so that parts which otherwise run at the same time are told apart.
+device in the same precision, the whole run's speed against that of the emulators alone, and the memory the process took at
+most. On a GPU every part is waited for, so that parts which otherwise run at the same time are told apart.
+
+    python benchmarks/profile_update.py --buffer-size 1000000 --fill 1000000     # memory with a full replay, in minutes
 """
 
 import json
+import resource
 import statistics
 import sys
 import tempfile
@@ -131,6 +134,8 @@ def main(settings: ProfileSettings) -> None:
         timed_parts(run, 30)  # to warm up
         parts = timed_parts(run, settings.vector_steps)
         flops = update_flops(run)
+        frames = run.replay.frames[: run.replay._used].nbytes
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     updates = settings.num_envs / run.args.train_frequency
     rate = flops * updates / parts["update"]
     limit = highest_rate(device, torch.bfloat16 if settings.bf16 else torch.float32)
@@ -142,6 +147,9 @@ def main(settings: ProfileSettings) -> None:
         "highest_GFLOP_per_second": limit / 1e9,
         "steps_per_second": speed,
         "emulator_steps_per_second": emulators,
+        "memory_GB": memory / 1e9,
+        "frames_GB": frames / 1e9,
+        "frames_on": str(run.replay.storage),
         **provenance(settings, device),
     }
     print(f"{result['circumstances']['device']}, commit {result['commit']}, N = {settings.num_envs}, {updates:g} updates each")
@@ -150,6 +158,7 @@ def main(settings: ProfileSettings) -> None:
         print(f"{part:8}{1e3 * parts[part]:10.2f} ms{parts[part] / parts['all']:8.0%}")
     print(f"update: {flops / 1e9:.2f} GFLOP at {rate / 1e9:,.0f} GFLOP/s, {rate / limit:.0%} of {limit / 1e9:,.0f}")
     print(f"run: {speed:,.0f} steps/s, {speed / emulators:.0%} of the emulators' {emulators:,.0f}")
+    print(f"memory: {memory / 1e9:.2f} GB at most on the CPU; {frames / 1e9:.2f} GB of frames on {run.replay.storage}")
     if settings.json is not None:
         settings.json.write_text(json.dumps(result, indent=1) + "\n")
 

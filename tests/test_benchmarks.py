@@ -102,6 +102,7 @@ def test_the_profile_adds_up(capsys, tmp_path):
     assert result["update_GFLOP_per_second"] == pytest.approx(2 * result["update_GFLOP"] / parts["update"])
     assert re.search(r"^update +[\d.]+ ms +\d+%$", out, re.MULTILINE)
     assert f"{result['emulator_steps_per_second']:,.0f}" in out
+    assert result["frames_GB"] < 200 * 2 * 84 * 84 / 1e9 < 0.1 < result["memory_GB"] and result["frames_on"] == "cpu"
 
 
 def test_the_highest_rate_is_no_less_than_that_of_a_smaller_product():
