@@ -100,12 +100,14 @@ class Args:
     tf32: bool = True
     """on a GPU, multiply fp32 numbers with TF32's 10-bit mantissas, about twice as fast; the CPU ignores it"""
     bf16: bool = False
-    """compute encoder and hidden layers in bfloat16; weights, moments, output layers and targets stay fp32"""
+    """act and learn with encoder and hidden layers in bfloat16; weights, moments, output layers, TD targets and evaluation
+    stay fp32"""
     overlap: bool = False
     """let the games play on while the network learns: the newest num_envs transitions enter replay after the updates that
     fall due among them. Pays where games and network run on different hardware"""
     cuda_graphs: bool = False
-    """replay acting and learning as captured CUDA graphs; needs a GPU, and has not been run on one yet"""
+    """keep replay's frames on the GPU if they fit, and act and learn through captured CUDA graphs. Needs a GPU, and has not
+    been run on one yet"""
     compile: bool = False
     """compile the loss with torch.compile, which takes minutes at the start and after an injection"""
     track: bool = False
@@ -174,7 +176,7 @@ class Args:
     """go on with the run in this folder from its newest good checkpoint, as if it had never stopped; takes no other flag"""
     fork: str | None = None
     """start a new run from this checkpoint, in its arguments but for those given. Only these may differ: exp_name, cuda,
-    tf32, cuda_graphs, compile, track, wandb_project_name, wandb_entity, capture_video, save_model, total_timesteps,
+    cuda_graphs, compile, track, wandb_project_name, wandb_entity, capture_video, save_model, total_timesteps,
     exploration_fraction, injection_step, apply_injection, freeze_heads, eval_frequency, eval_episodes, eval_epsilon"""
     evaluate: str | None = None
     """train nothing, but play --eval-episodes games with the agent that --save-model left in this run's folder and print
@@ -450,7 +452,7 @@ class QNetwork(nn.Module):
     def features(self, obs: torch.Tensor) -> torch.Tensor:
         """φ: uint8 (B, 4, 84, 84) → (B, 3136), float32 or the encoder's dtype."""
         obs = obs.contiguous(memory_format=torch.channels_last)
-        return self.encoder(obs.to(self.encoder[0].weight.dtype).div_(255))
+        return self.encoder(obs.to(self.encoder[0].weight.dtype, copy=True).div_(255))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         """Q-values: uint8 (B, 4, 84, 84) → float32 (B, num_actions)."""
@@ -648,8 +650,9 @@ class FrameReplayBuffer(ReplayBuffer):
                 slots[i, :-1] = [self._slot(frame, new) for frame in obs[i]]
             slots[i, -1] = self._slot(next_obs[i, -1], new)
         if new:
-            numbers = upload(np.array(list(new)), self.storage)
-            self.frames.index_copy_(0, numbers, upload(np.stack(list(new.values())), self.storage))
+            # one by one: a GPU's deterministic way to write by index waits for everything before it
+            for slot, frame in zip(new, upload(np.stack(list(new.values())), self.storage), strict=True):
+                self.frames[slot].copy_(frame)
         self._last_next_obs = np.array(next_obs)
 
         overwritten, self.slots[self.pos] = self.slots[self.pos].copy(), slots
@@ -733,9 +736,9 @@ def greedy_actions(q_network: nn.Module, obs: torch.Tensor) -> torch.Tensor:
 
 
 def epsilon_greedy(
-    greedy: Callable[[torch.Tensor], torch.Tensor],
+    greedy: Callable[[np.ndarray], torch.Tensor],
     num_actions: int,
-    obs: torch.Tensor,
+    obs: np.ndarray,
     epsilon: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
@@ -779,8 +782,11 @@ class Learner:
 
     def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
         """ε-greedy actions (N,) int64 for obs (N, 4, 84, 84) uint8."""
-        greedy = functools.partial(self._run, "act", functools.partial(greedy_actions, self.online))
-        return epsilon_greedy(greedy, self.num_actions, upload(obs, self.device), epsilon, self.rng)
+
+        def greedy(obs: np.ndarray) -> torch.Tensor:
+            return self._run("act", functools.partial(greedy_actions, self.online), upload(obs, self.device))
+
+        return epsilon_greedy(greedy, self.num_actions, obs, epsilon, self.rng)
 
     def update(self, batch: ReplayBufferSamples, count: int = 1) -> dict[str, torch.Tensor]:
         """`count` gradient steps, each on its share of the batch, one after the other.
@@ -812,9 +818,10 @@ class Learner:
         """function(*inputs); with `cuda_graphs` through a graph, whose output is overwritten by the next call."""
         if not self.args.cuda_graphs:
             return function(*inputs)
-        if name not in self.graphs:
-            self.graphs[name] = self._capture(function, [given.clone() for given in inputs])
-        return self.graphs[name](*inputs)
+        key = (name, *(given.shape for given in inputs))
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(function, [given.clone() for given in inputs])
+        return self.graphs[key](*inputs)
 
     def _capture(self, function: Callable, inputs: list[torch.Tensor]) -> Callable:
         """`function` as one CUDA graph. It has to run a few times before, which trains, so that is undone."""
@@ -833,8 +840,6 @@ class Learner:
         with torch.no_grad():
             for tensor in state():  # moments that are new began at zero
                 tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.online.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = function(*inputs)
@@ -920,8 +925,12 @@ def evaluate(
     """
     seed = stream_seed(args.seed, Stream.EVALUATION, key)
     rng = np.random.default_rng(seed)
-    device, greedy = q_network.theta[-1].weight.device, functools.partial(greedy_actions, q_network)
+    device = q_network.theta[-1].weight.device
     scores = np.full(args.eval_episodes, np.nan)
+
+    def greedy(obs: np.ndarray) -> torch.Tensor:
+        return greedy_actions(q_network, upload(obs, device))
+
     with contextlib.ExitStack() as stack:
         envs = make_envs(args, args.eval_episodes, render_mode="rgb_array" if video else None)
         stack.callback(envs.close)
@@ -934,7 +943,7 @@ def evaluate(
         while np.isnan(scores).any() and not stop():
             if video and np.isnan(scores[0]):
                 film.write(np.ascontiguousarray(envs.render()[0][..., ::-1]))  # OpenCV's order is BGR
-            actions = epsilon_greedy(greedy, envs.single_action_space.n, upload(obs, device), args.eval_epsilon, rng)
+            actions = epsilon_greedy(greedy, envs.single_action_space.n, obs, args.eval_epsilon, rng)
             obs, _, _, _, infos = envs.step(actions)
             if "episode" in infos:
                 first = infos["_episode"] & np.isnan(scores)
@@ -1195,9 +1204,9 @@ def pick_device(args: Args) -> torch.device:
     """
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     if args.cuda_graphs and device.type == "cpu":
-        raise UsageError("--cuda-graphs needs a GPU, and this run is on the CPU: leave it out")
+        raise UsageError("--cuda-graphs needs a GPU, and this run is on the CPU: --no-cuda-graphs, with --fork if it has begun")
     if args.compile and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UsageError("--compile needs a C++ compiler on a CPU, and there is no g++: install one, or leave it out")
+        raise UsageError("--compile needs a C++ compiler on a CPU, and there is no g++: install it, or give --no-compile")
     if args.torch_deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.torch_deterministic)
@@ -1229,14 +1238,14 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 def check_resources(args: Args, observation_space: gym.spaces.Box, device: torch.device) -> torch.device:
-    """Refuses what would end the run later. Returns where the replay's frames go: to the GPU if they fit.
+    """Refuses what would end the run later. Returns where replay's frames go: with `cuda_graphs` to the GPU if they fit.
 
     Raises:
         UsageError: the replay does not fit in free memory, wandb is missing, or video cannot be written.
     """
     needed = FrameReplayBuffer.bytes_needed(args.buffer_size, observation_space, args.num_envs)
     for_learning = 2 * 10**9  # networks, moments, graphs and the libraries' workspaces take less
-    on_gpu = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= needed + for_learning
+    on_gpu = args.cuda_graphs and torch.cuda.mem_get_info(device)[0] >= needed + for_learning
     free = free_memory()
     if needed > free and not on_gpu:
         raise UsageError(
@@ -1440,14 +1449,13 @@ class Checkpoint:
             replay.load_state_dict(self.state["replay"])
             with open(self.path / "replay.zst", "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
                 for chunk in chunks(replay.tensors()):
-                    content = chunk.cpu()  # itself, where it lies there
+                    content = torch.empty(len(chunk), dtype=torch.uint8)
                     rest = memoryview(content.numpy())
                     while rest:
                         if not (count := stream.readinto(rest)):
                             raise EOFError("its replay is too short")
                         rest = rest[count:]
-                    if content is not chunk:
-                        chunk.copy_(content)
+                    chunk.copy_(content)
             envs.load_state_dict(self.state["envs"])
 
     def differences(self, device: torch.device) -> str:
@@ -1485,7 +1493,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(path, args, manifest, state)
 
 
-FORKABLE = """exp_name cuda tf32 cuda_graphs compile track wandb_project_name wandb_entity capture_video save_model
+FORKABLE = """exp_name cuda cuda_graphs compile track wandb_project_name wandb_entity capture_video save_model
 total_timesteps exploration_fraction injection_step apply_injection freeze_heads
 eval_frequency eval_episodes eval_epsilon""".split()
 

@@ -7,7 +7,8 @@ counted. After that the contenders take turns, one window each, round after roun
 hits all of them; medians over the rounds are reported. All make one update per 4 steps with a batch of 32.
 
 Ours is Double DQN, with N = 1 on Stable-Baselines3's wrappers and N > 1 on ALE's vectoriser. Stable-Baselines3's is DQN,
-which evaluates one network less per update, on the wrappers and settings that its users train Atari agents with.
+which evaluates one network less per update, on the wrappers that its `make_atari_env` gives (games one after the other)
+and with the settings its users train Atari agents with.
 """
 
 import json
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -80,10 +81,12 @@ def make_run(settings: Settings, num_envs: int, folder: str, bf16: bool = False)
         injection_step=(script.Args.total_timesteps - 1,),
         bf16=bf16,
         cuda=settings.cuda,
+        torch_deterministic=False,  # it is a switch of the whole process, and Stable-Baselines3's users leave it off
         **{name: getattr(settings, name) for name in ("cuda_graphs", "overlap", "compile")},
     )
     device = script.pick_device(args)
-    run = script.Run(args, "benchmark", Path(folder), *script.make_parts(args, device), script.RunLog(args, Path(folder)))
+    own_folder = Path(tempfile.mkdtemp(dir=folder))
+    run = script.Run(args, "benchmark", own_folder, *script.make_parts(args, device), script.RunLog(args, own_folder))
     run.log.bar.disable, run.log.PLAIN_LINE_SECONDS = True, float("inf")
     run.envs.reset(seed=0)
     while run.step < settings.fill:
@@ -126,8 +129,8 @@ class StopAfter(BaseCallback):
 def sb3(settings: Settings, num_envs: int) -> Callable[[float], float]:
     """Steps per second of a window of so many seconds."""
     envs = VecFrameStack(make_atari_env(settings.env_id, n_envs=num_envs, seed=0), 4)
-    # train_freq counts steps of all environments together
-    ratio = {"train_freq": 4, "gradient_steps": 1} if num_envs < 4 else {"train_freq": 1, "gradient_steps": num_envs // 4}
+    if 4 % num_envs and num_envs % 4:
+        raise SystemExit(f"error: Stable-Baselines3 cannot make one update per 4 steps with {num_envs} games: try 1 or 8")
     model = DQN(
         "CnnPolicy",
         envs,
@@ -140,7 +143,8 @@ def sb3(settings: Settings, num_envs: int) -> Callable[[float], float]:
         exploration_final_eps=0.01,
         device="auto" if settings.cuda else "cpu",
         seed=0,
-        **ratio,
+        train_freq=max(4 // num_envs, 1),  # vector steps
+        gradient_steps=max(num_envs // 4, 1),
     )
     model.learn(settings.fill)
 
@@ -199,7 +203,7 @@ def provenance(settings: Settings, device: torch.device) -> dict:
 
 
 def main(settings: ThroughputSettings) -> None:
-    device = script.pick_device(replace(script.Args(), cuda=settings.cuda))
+    device = script.pick_device(script.Args(cuda=settings.cuda, torch_deterministic=False))
     speeds = measure(settings)
     result = {"steps_per_second": speeds, **provenance(settings, device)}
     print(f"{result['circumstances']['device']}, commit {result['commit']}, medians of {settings.rounds} windows")

@@ -1,3 +1,5 @@
+import os
+
 import gymnasium as gym
 import pytest
 import torch
@@ -12,6 +14,8 @@ def variant(env_id, of, **kwargs):
         gym.register(env_id, "ale_py.env:AtariEnv", kwargs={**gym.spec(of).kwargs, **kwargs})
     return env_id
 
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a GPU's first product, whichever test makes it
 
 SHORT_GAMES = variant("BriefPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames_per_episode=400)
 TINY_GAMES = variant("TinyPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames_per_episode=120)  # 30 steps

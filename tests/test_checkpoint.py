@@ -159,6 +159,17 @@ def test_resume_is_exact_while_the_games_play_on(uninterrupted, backend):
     assert_same_end(folder, uninterrupted(args))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"compile": True}])
+def test_resume_is_exact_on_a_gpu_with_graphs(uninterrupted, changes):
+    args = replace(SMALL, cuda_graphs=True, overlap=True, num_envs=7, **changes)
+    folder = train_until(203, args)
+    train_until(245, replace(args, resume=str(folder)), send(signal.SIGTERM))
+    train(replace(args, resume=str(folder)))
+    assert_same_end(folder, uninterrupted(args))
+    train(replace(args, fork=str(folder / "checkpoint-202"), cuda=False, cuda_graphs=False))
+
+
 def test_a_fork_while_the_games_play_on_equals_the_run_that_had_the_injection_from_the_start(uninterrupted):
     injected = replace(SMALL, overlap=True, num_envs=7)
     baseline = replace(injected, apply_injection=False)

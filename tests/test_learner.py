@@ -1,15 +1,17 @@
 """The learner: Double DQN's update, acting, target syncs, and what an injection does to the optimizer."""
 
 import re
+import shutil
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.kill_test import differences, flat
-from dqn_injection_atari import Args, FrameReplayBuffer, Learner, exploration_epsilon, td_loss
+from dqn_injection_atari import Args, FrameReplayBuffer, Learner, exploration_epsilon, pick_device, td_loss, upload
 
 ACTIONS = 6
 
@@ -376,6 +378,7 @@ def test_bf16_goes_on_from_a_float32_state_and_back():
     assert differences(flat(plain.state_dict()), flat(low.state_dict())) == []
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compile_computes_the_same():
     plain, compiled = (make_learner(compile=compile) for compile in (False, True))
     for learner in (plain, compiled):
@@ -385,11 +388,26 @@ def test_compile_computes_the_same():
         assert torch.allclose(expected, got, atol=2e-5)
 
 
+def test_what_is_on_the_gpu_is_not_uploaded_again_and_what_is_not_is():
+    """On tensors without memory, which need no GPU; its devices have numbers, those that arguments name have none."""
+    with FakeTensorMode():
+        there, here = torch.zeros(3, device="cuda"), torch.zeros(3)
+        assert upload(there, torch.device("cuda")) is there
+        assert upload(here, torch.device("cpu")) is here
+
+
+@pytest.mark.gpu
+def test_an_upload_arrives():
+    array = np.arange(1000)
+    assert upload(array, torch.device("cuda")).is_cuda and np.array_equal(upload(array, torch.device("cuda")).cpu(), array)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("count", [1, 4])
 def test_captured_updates_and_actions_equal_eager_ones(count, bf16):
     """Invariant 9, also across an injection, a sync and a load, after each of which there are new graphs."""
+    pick_device(Args())  # deterministic kernels
     settings = {"injection_step": (10, 20), "batch_size": 8, "learning_rate": 1e-3, "bf16": bf16}
     eager, captured = (Learner(Args(**settings, cuda_graphs=graphs), ACTIONS, "cuda") for graphs in (False, True))
     rng = np.random.default_rng(0)
@@ -426,10 +444,10 @@ def test_captured_updates_and_actions_equal_eager_ones(count, bf16):
 @pytest.mark.gpu
 @pytest.mark.parametrize("graphs", [False, True])
 def test_learning_makes_the_host_wait_for_nothing(graphs):
-    learner = Learner(Args(cuda_graphs=graphs, batch_size=8), ACTIONS, "cuda")
+    learner = Learner(Args(cuda_graphs=graphs, batch_size=8), ACTIONS, pick_device(Args()))
     space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
     replay = FrameReplayBuffer(100, space, gym.spaces.Discrete(ACTIONS), "cuda", n_envs=2, storage="cuda")
-    obs = np.zeros((2, 4, 84, 84), np.uint8)
+    obs = np.full((2, 4, 84, 84), 7, np.uint8)
 
     def once():
         replay.add(obs, obs, np.zeros(2, int), np.zeros(2), np.zeros(2, bool), [{}, {}])

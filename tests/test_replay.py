@@ -225,3 +225,19 @@ def test_it_comes_back_from_its_state_and_goes_on_the_same(length):
     assert (first._free, first._used, first.pos, first.full) == (second._free, second._used, second.pos, second.full)
     assert all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True))
     assert torch.equal(first.frames, second.frames) and (length < 400 or len(first.frames) > 60 + 30)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("buffer_size", [24, 51])
+def test_frames_on_a_gpu_are_the_frames_on_the_cpu(buffer_size):
+    """Over wrap-around and growth of the pool, and after coming back from a state."""
+    there, here = (FrameReplayBuffer(buffer_size, OBS_SPACE, ACTIONS, "cpu", 3, storage=where) for where in ("cuda", "cpu"))
+    for transition in random_stream(np.random.default_rng(0), 3, 4 * buffer_size, "repeat"):
+        for buffer in (there, here):
+            buffer.add(*transition)
+    assert there.frames.is_cuda and torch.equal(there.frames.cpu(), here.frames)
+    rows, columns = (index.ravel() for index in np.indices((here.size(), 3)))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(there.transitions(rows, columns)[:5], here.transitions(rows, columns)[:5], strict=True)
+    )
