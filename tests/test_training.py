@@ -307,15 +307,12 @@ def test_tf32_is_a_choice(tf32):
 def test_denormals_are_flushed_in_every_thread():
     code = """
 import dqn_injection_atari, torch
-torch.set_num_threads(2)
 halves = torch.full((4_000_000,), torch.finfo(torch.float32).tiny) * 0.5
-print(halves.view(torch.int32).count_nonzero().item())
+print(torch.get_num_threads(), halves.view(torch.int32).count_nonzero().item())
 """
-    command = [sys.executable, "-c", code]
-    out = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
-    )
-    assert out.stdout == "0\n"
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "2"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+    assert out == "2 0\n"
 
 
 @pytest.mark.parametrize("cuda", [True, False])
