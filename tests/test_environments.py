@@ -218,15 +218,15 @@ def test_a_step_in_two_halves_is_a_step_and_its_outcome_waits_to_be_received(bac
         obs, actions = halves.obs, rng.integers(4, size=3)
         expected = whole.step(actions)
         halves.send(actions)
-        if i % 2:
-            halves.state_dict()  # of the same moment as below, though it has to wait for the games
+        early = halves.state_dict() if i % 2 else None  # has to wait for the games
         assert halves.decision[0] is obs and halves.decision[1] is actions
         for _ in range(2):
             got = halves.receive()
             assert all(np.array_equal(a, b) for a, b in zip(expected[:4], got[:4], strict=True))
             assert np.array_equal(expected[4]["final_obs"], got[4]["final_obs"])
         state, reference = halves.state_dict(), whole.state_dict()
-        assert torch.equal(state["actions"], reference["actions"]) and torch.equal(state["obs"], reference["obs"])
+        for other in (reference, early or reference):
+            assert torch.equal(state["actions"], other["actions"]) and torch.equal(state["obs"], other["obs"])
 
 
 def test_neighbouring_seeds_share_no_environment_seeds():

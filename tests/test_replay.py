@@ -93,6 +93,18 @@ def test_samples_are_sb3_transitions_drawn_uniformly(n_envs):
     assert ((counts - expected) ** 2 / expected).sum() < rewards.size + 6 * np.sqrt(2 * rewards.size)  # χ², six sigma
 
 
+def test_several_batches_in_one_call_are_the_batches_of_several_calls():
+    first, second = (both_buffers(20, 2)[0] for _ in range(2))
+    for buffer in (first, second):
+        buffer.generator = np.random.default_rng(3)
+        for transition in random_stream(np.random.default_rng(0), 2, 10, "zero"):
+            buffer.add(*transition)
+    one_by_one = [first.sample(7)[:5] for _ in range(3)]
+    for together, parts in zip(second.sample(7, batches=3)[:5], zip(*one_by_one, strict=True), strict=True):
+        assert torch.equal(together, torch.cat(parts)) and not torch.equal(parts[0], parts[1])
+    assert first.generator.bit_generator.state == second.generator.bit_generator.state
+
+
 def test_batches_have_sb3_shapes_and_dtypes():
     ours, theirs = both_buffers(20, 2)
     for transition in random_stream(np.random.default_rng(0), 2, 10, "zero"):
