@@ -7,7 +7,7 @@ to update; then the update's arithmetic against the highest rate that large conv
 device in the same precision, the whole run's speed against that of the emulators alone, and the memory the process took at
 most. On a GPU every part is waited for, so that parts which otherwise run at the same time are told apart.
 
-    python benchmarks/profile_update.py --buffer-size 1000000 --fill 1000000     # memory with a full replay, in minutes
+    python benchmarks/profile_update.py --buffer-size 1000000 --full-replay     # memory and time with a full replay
 """
 
 import itertools
@@ -40,8 +40,20 @@ class ProfileSettings(Settings):
     """as in the training script"""
     inject: bool = False
     """profile the network after an injection"""
+    full_replay: bool = False
+    """begin with a full replay, of noise: what it costs does not depend on what it shows"""
     vector_steps: int = 300
     """vector steps that are timed"""
+
+
+def fill_up(replay: script.FrameReplayBuffer) -> None:
+    rng = np.random.default_rng(0)
+    obs = rng.integers(1, 256, (replay.n_envs, *replay.obs_shape), np.uint8)
+    nothing = np.zeros(replay.n_envs)
+    while not replay.full:
+        next_obs = np.concatenate([obs[:, 1:], rng.integers(1, 256, obs[:, :1].shape, np.uint8)], axis=1)
+        replay.add(obs, next_obs, nothing, nothing, nothing, [{}] * replay.n_envs)
+        obs = next_obs
 
 
 def linear_flops(x: tuple, weight: tuple, *_, **__) -> int:
@@ -132,6 +144,8 @@ def main(settings: ProfileSettings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = make_run(settings, settings.num_envs, folder, settings.bf16)
         device = run.learner.device
+        if settings.full_replay:
+            fill_up(run.replay)
         if settings.inject:
             script.inject(run)
         timed_parts(run, 30)  # to warm up
