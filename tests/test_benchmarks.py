@@ -107,7 +107,7 @@ def test_the_profile_adds_up(capsys, tmp_path):
     assert re.search(r"^update +[\d.]+ ms +\d+%$", out, re.MULTILINE)
     assert f"{result['emulator_steps_per_second']:,.0f}" in out
     assert result["memory_GB"] > 0.1 and result["frames_on"] == "cpu"
-    assert 200 * 84 * 84 / 1e9 < result["frames_GB"] < 300 * 84 * 84 / 1e9, "a full replay"
+    assert 200 * 84 * 84 / 1e9 < result["frames_GB"] < 400 * 84 * 84 / 1e9, "a full replay"
 
 
 @pytest.mark.parametrize("faster", [0, 1])
