@@ -999,6 +999,8 @@ def test_killed_while_files_are_exchanged(uninterrupted, monkeypatch, owner, nam
         patch.setattr(script.RunLog, "close", lambda log: log.bar.close())
         patch.setattr(script.shutil, "rmtree", lambda *given, **options: None)  # nor does it tidy up
         patch.setattr(owner, name, killed)
+        other_process = os.getpid() + 1  # so that its curves have a file of their own, also within the same second
+        patch.setattr(script.os, "getpid", lambda: other_process)
         with pytest.raises(Killed):
             train(replace(SMALL, resume=str(folder)))
     assert len(calls) == call
