@@ -1120,13 +1120,12 @@ class RunLog:
             self.first_update = first
         self.num_updates += count
 
-    def check_finite(self, totals: torch.Tensor) -> None:
-        """Reads from the device whether the losses since the last interval were finite.
+    def check_finite(self, num_finite: int) -> None:
+        """Compares the number of finite losses since the last interval with that of updates.
 
         Raises:
             FloatingPointError: one was not.
         """
-        num_finite = int(totals[2])
         if num_finite < self.num_updates:
             # once a loss is not finite, neither are the parameters, nor any later loss
             step = self.first_update + num_finite * self.args.train_frequency
@@ -1144,9 +1143,10 @@ class RunLog:
         self.writer.add_scalar("charts/SPS", int(step / (now - self.start)), step)
         self.writer.add_scalar("charts/SPS_recent", recent, step)
         if self.num_updates:
-            for name, total in zip(("td_loss", "q_values"), totals.tolist(), strict=False):
-                self.writer.add_scalar(f"losses/{name}", total / self.num_updates, step)
-            self.check_finite(totals)
+            td_loss, q_values, num_finite = totals.tolist()
+            self.writer.add_scalar("losses/td_loss", td_loss / self.num_updates, step)
+            self.writer.add_scalar("losses/q_values", q_values / self.num_updates, step)
+            self.check_finite(int(num_finite))
             totals.zero_()
         total = self.args.total_timesteps
         score = f"{np.mean(self.returns):,.0f}" if self.returns else "-"
@@ -1713,7 +1713,7 @@ def attempt_checkpoint(run: Run, signals: Signals) -> None:
         FloatingPointError: a loss was not finite, so the checkpoint before is worth more.
         OSError: it cannot be written, and the run was asked to stop.
     """
-    run.log.check_finite(run.learner.totals)
+    run.log.check_finite(int(run.learner.totals[2]))
     if signals.stop is not None:
         run.log.say(f"step {run.step:,}: {signals.stop.name}, writing a checkpoint; once more ends the run without it")
     start = time.perf_counter()

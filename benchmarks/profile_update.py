@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
-from benchmarks.throughput import Settings, make_run, provenance
+from benchmarks.throughput import Settings, make_run, provenance, wait_for
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ def seconds_per_call(call: Callable[[], object], device: torch.device, repeats: 
     for _ in range(repeats):
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -121,8 +120,7 @@ def timed_parts(run: script.Run, vector_steps: int) -> dict[str, float]:
         def timed(*positional, **named):
             start = time.perf_counter()
             result = original(*positional, **named)
-            if run.learner.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(run.learner.device)
             spent[part] += time.perf_counter() - start
             return result
 

@@ -94,6 +94,12 @@ def make_run(settings: Settings, num_envs: int, folder: str, bf16: bool = False)
     return run
 
 
+def wait_for(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def ours(settings: Settings, num_envs: int, bf16: bool, injected: bool, folder: str) -> Callable[[float], float]:
     """Steps per second of a window of so many seconds."""
     run = make_run(settings, num_envs, folder, bf16)
@@ -102,12 +108,10 @@ def ours(settings: Settings, num_envs: int, bf16: bool, injected: bool, folder: 
 
     def window(seconds: float) -> float:
         first, start = run.step, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds:
+        while time.perf_counter() - start < seconds:
             script.advance(run)
-        if run.learner.device.type == "cuda":
-            torch.cuda.synchronize()
-            elapsed = time.perf_counter() - start
-        return (run.step - first) / elapsed
+        wait_for(run.learner.device)
+        return (run.step - first) / (time.perf_counter() - start)
 
     return window
 
@@ -128,9 +132,9 @@ class StopAfter(BaseCallback):
 
 def sb3(settings: Settings, num_envs: int) -> Callable[[float], float]:
     """Steps per second of a window of so many seconds."""
-    envs = VecFrameStack(make_atari_env(settings.env_id, n_envs=num_envs, seed=0), 4)
     if 4 % num_envs and num_envs % 4:
         raise SystemExit(f"error: Stable-Baselines3 cannot make one update per 4 steps with {num_envs} games: try 1 or 8")
+    envs = VecFrameStack(make_atari_env(settings.env_id, n_envs=num_envs, seed=0), 4)
     model = DQN(
         "CnnPolicy",
         envs,
@@ -151,8 +155,7 @@ def sb3(settings: Settings, num_envs: int) -> Callable[[float], float]:
     def window(seconds: float) -> float:
         first, start = model.num_timesteps, time.perf_counter()
         model.learn(10**9, callback=StopAfter(seconds), reset_num_timesteps=False)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(model.device)
         return (model.num_timesteps - first) / (time.perf_counter() - start)
 
     return window
