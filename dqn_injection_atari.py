@@ -17,6 +17,7 @@ Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator 
 
 import contextlib
 import copy
+import ctypes
 import errno
 import fcntl
 import functools
@@ -73,6 +74,10 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner per emul
 # Dead units leave denormal moments, which halve Adam's speed on a CPU. Here, since PyTorch's worker threads take the setting
 # over from the main thread when they start, and not later
 torch.set_flush_denormal(True)
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    # glibc gives freed blocks of over 128 kB back to the system, whose pages each update would then have to fault in again
+    libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: smaller blocks, all but replay's frames, come from the heap
+    libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: which keeps so many bytes of what was freed
 
 FRAME_SKIP = 4  # emulator frames per step
 FRAME_SIZE = 84  # pixels, both sides
@@ -804,8 +809,10 @@ class Learner:
             self.online.zero_grad(set_to_none=True)
             loss.backward()
             if self.args.bf16:
-                for parameter, copied in zip(trained, working, strict=True):
-                    parameter.grad = copied.grad.float()
+                for parameter in trained:
+                    if parameter.grad is None:  # once, then kept: new memory for every update costs a tenth of its time
+                        parameter.grad = torch.empty_like(parameter)
+                torch._foreach_copy_([p.grad for p in trained], [p.grad for p in working])
             self.optimizer.step()
             loss = loss.detach()
             with torch.no_grad():
