@@ -40,7 +40,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum
 from pathlib import Path
@@ -65,6 +65,7 @@ from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv, NoopResetEnv,
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
@@ -167,6 +168,8 @@ class Args:
 
     log_frequency: int = 1_000
     """steps between points of the losses, speed and ε curves; losses are means over that interval (cleanRL: 100)"""
+    plasticity_frequency: int = 50_000
+    """steps between points of the plasticity curves, measured on 512 replayed transitions; 0 = none"""
     eval_frequency: int = 0
     """steps between evaluations; 0 = none (DQN Zoo: 250_000)"""
     eval_episodes: int = 10
@@ -182,7 +185,8 @@ class Args:
     fork: str | None = None
     """start a new run from this checkpoint, in its arguments but for those given. Only these may differ: exp_name, cuda,
     cuda_graphs, compile, track, wandb_project_name, wandb_entity, capture_video, save_model, total_timesteps,
-    exploration_fraction, injection_step, apply_injection, freeze_heads, eval_frequency, eval_episodes, eval_epsilon"""
+    exploration_fraction, injection_step, apply_injection, freeze_heads, plasticity_frequency, eval_frequency, eval_episodes,
+    eval_epsilon"""
     evaluate: str | None = None
     """train nothing, but play --eval-episodes games with the agent that --save-model left in this run's folder and print
     the scores. Game and backend are the agent's own; seed, cuda, capture_video and the eval flags this command line's"""
@@ -194,7 +198,7 @@ class Args:
         sizes = ("num_envs", "total_timesteps", "buffer_size", "batch_size", "eval_episodes")
         for name in (*sizes, "target_network_frequency", "train_frequency"):
             self._require(name, lambda value: value >= 1, "at least 1")
-        for name in ("seed", "learning_starts", "eval_frequency"):
+        for name in ("seed", "learning_starts", "plasticity_frequency", "eval_frequency"):
             self._require(name, lambda value: value >= 0, "0 or more")
         for name in ("gamma", "start_e", "end_e", "exploration_fraction", "eval_epsilon"):
             self._require(name, lambda value: 0 <= value <= 1, "between 0 and 1")
@@ -230,6 +234,7 @@ class Stream(IntEnum):
     ENVIRONMENTS = 3
     INJECTION = 4
     EVALUATION = 5
+    PLASTICITY = 6
 
 
 def stream_seed(seed: int, stream: Stream, key: int = 0) -> int:
@@ -501,6 +506,17 @@ class QNetwork(nn.Module):
         self.num_injections += 1
         self._set_trainable()
 
+    def live(self) -> dict[str, nn.Module]:
+        """The modules that are evaluated, by name: encoder, theta, theta_prime_1.0, theta_prime_2.0, ..."""
+        pairs = ("theta_prime_1", "theta_prime_2")
+        return {"encoder": self.encoder, "theta": self.theta} | {
+            f"{pair}.{k}": getattr(self, pair)[k] for k in range(self.num_injections) for pair in pairs
+        }
+
+    def newest_head(self) -> str:
+        """The name of the head that learns, whatever else does."""
+        return f"theta_prime_1.{self.num_injections - 1}" if self.num_injections else "theta"
+
     def _set_trainable(self) -> None:
         """Sets `requires_grad` of every head from the number of injections; gradients of frozen ones become None.
 
@@ -753,6 +769,11 @@ def epsilon_greedy(
     return actions if explore.all() else np.where(explore, actions, greedy(obs).cpu().numpy())
 
 
+def joint_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """L2 norm, 0-d, of all numbers in these tensors together."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]))
+
+
 class Learner:
     """Owns the online and target networks, the optimizer and the exploration stream.
 
@@ -776,7 +797,13 @@ class Learner:
         self.rng = np.random.default_rng(stream_seed(args.seed, Stream.EXPLORATION))
         self.td_loss = torch.compile(td_loss) if args.compile else td_loss
         self.totals = torch.zeros(3, device=device)  # of td_loss, q_values and finite losses, until they are logged
+        self.initial_norms: dict[str, float] = {}  # of every live module when it was drawn
+        self._note_initial_norms()
         self._renew()
+
+    def _note_initial_norms(self) -> None:
+        for name, module in self.q_network.live().items():
+            self.initial_norms.setdefault(name, joint_norm(module.parameters()).item())
 
     def _renew(self) -> None:
         """To be called whenever the networks or the optimizer's state are not what they were made of."""
@@ -881,6 +908,7 @@ class Learner:
         self.q_network.inject(generator)
         self.target_network.load_state_dict(self.q_network.state_dict())
         self.target_network.requires_grad_(False)
+        self._note_initial_norms()
         self._renew()
 
     def state_dict(self) -> dict[str, Any]:
@@ -891,6 +919,7 @@ class Learner:
             "target_network": self.target_network.state_dict(),
             "optimizer": {names[i]: moments for i, moments in self.optimizer.state_dict()["state"].items()},
             "totals": self.totals,
+            "initial_norms": self.initial_norms,
             "rng": self.rng.bit_generator.state,
         }
 
@@ -906,8 +935,102 @@ class Learner:
         optimizer["state"] = {i: copy.deepcopy(moments[name]) for i, name in enumerate(names) if name in moments}
         self.optimizer.load_state_dict(optimizer)
         self.totals.copy_(state["totals"])
+        self.initial_norms = dict(state["initial_norms"])
         self._renew()
         self.rng.bit_generator.state = state["rng"]
+
+
+def dormant_units(activations: torch.Tensor, tau: float = 0.025) -> torch.Tensor:
+    """Which units of a layer are dormant (Sokar et al. 2023): E|h_i| at most τ times its mean over the layer's units.
+
+    Args:
+        activations: (B, units), or (B, channels, H, W), where a channel is a unit, averaged over batch and space
+
+    Returns:
+        (units,) float32 of 1 and 0; all NaN where no unit of the layer is ever active, because the score is 0 / 0
+    """
+    sizes = activations.abs().transpose(0, 1).flatten(start_dim=1).mean(dim=1)  # (units,)
+    scores = sizes / sizes.mean()
+    return (scores <= tau).float().where(scores.isfinite(), math.nan)
+
+
+def active_fraction(activations: torch.Tensor) -> torch.Tensor:
+    """1 − mean(h = 0), 0-d, of activations of any shape; NaN where they are not finite."""
+    return (activations != 0).float().where(activations.isfinite(), math.nan).mean()
+
+
+def singular_values(features: torch.Tensor) -> torch.Tensor:
+    """(min(B, d),) float64 in descending order, of features (B, d); all NaN where features are not finite or all 0."""
+    if not features.isfinite().all() or not features.any():
+        return torch.full((min(features.shape),), math.nan, dtype=torch.float64, device=features.device)
+    return torch.linalg.svdvals(features.double())
+
+
+def srank(sigma: torch.Tensor, delta: float = 0.01) -> float:
+    """The number of largest singular values, of all given (r,), that make up 1 − δ of their sum (Kumar et al. 2021)."""
+    if not sigma.sum() > 0:
+        return math.nan
+    return 1 + int((sigma.cumsum(0) < (1 - delta) * sigma.sum()).sum())
+
+
+def effective_rank(sigma: torch.Tensor) -> float:
+    """exp(−Σ p ln p) with p = σ / Σσ, of singular values (r,) (Roy & Vetterli 2007); NaN where they are NaN or all 0."""
+    return torch.special.entr(sigma / sigma.sum()).sum().exp().item()
+
+
+def share_of_q(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """E|new| / (E|old| + E|new|), 0-d: how much of Q = old + new, both (B, num_actions), the second part contributes."""
+    return new.abs().mean() / (old.abs().mean() + new.abs().mean())
+
+
+def plasticity_measures(learner: Learner, batch: ReplayBufferSamples) -> dict[str, float]:
+    """The state of a learner's online network, in float32, on one batch; see the README for what each name means.
+
+    `head` is the newest head, the one that learns; other live heads have the names of their modules. A measure that is
+    undefined is NaN. Nothing in the learner changes.
+    """
+    network, newest = learner.q_network, learner.q_network.newest_head()
+    layers: dict[str, torch.Tensor] = {}
+
+    def label(module: str) -> str:
+        return "head" if module == newest else module.replace(".", "_")
+
+    def watch(name: str, relu: nn.Module) -> Any:
+        return relu.register_forward_hook(lambda _, __, output: layers.update({name: output}))
+
+    names = {"encoder.1": "conv1", "encoder.3": "conv2", "encoder.5": "conv3"}
+    names |= {f"{head}.1": label(head) for head in network.live() if head != "encoder"}
+    hooks = [watch(name, network.get_submodule(path)) for path, name in names.items()]
+    with torch.no_grad():
+        q_values = network(batch.observations)
+    for hook in hooks:
+        hook.remove()
+
+    measures: dict[str, Any] = {}
+    dormant = {name: dormant_units(layer) for name, layer in layers.items()}
+    learning = ("conv1", "conv2", "conv3", "head")
+    measures["dormant_fraction"] = torch.cat([dormant[name] for name in learning]).mean()
+    measures["active_fraction"] = active_fraction(torch.cat([layers[name].flatten() for name in learning]))
+    for name, layer in layers.items():
+        measures[f"dormant_fraction/{name}"] = dormant[name].mean()
+        measures[f"active_fraction/{name}"] = active_fraction(layer)
+    for name, features in (("encoder", layers["conv3"].flatten(start_dim=1)), ("head", layers["head"])):
+        sigma = singular_values(features)
+        measures |= {f"srank/{name}": srank(sigma), f"effective_rank/{name}": effective_rank(sigma)}
+
+    loss, _ = td_loss(network, learner.target_network, batch, learner.args.gamma)
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    gradients = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+    for module, parameters in network.live().items():
+        norm = joint_norm(parameters.parameters()).detach()
+        measures[f"weight_norm/{label(module)}"] = norm
+        measures[f"weight_norm_ratio/{label(module)}"] = norm / learner.initial_norms[module]
+        if own := [gradient for name, gradient in gradients.items() if name.startswith(f"{module}.")]:
+            measures[f"gradient_norm/{label(module)}"] = joint_norm(own)
+    if network.num_injections:
+        old = network.theta[-1](layers["theta"]).detach()
+        measures["new_heads_share_of_q"] = share_of_q(old, q_values - old)
+    return {name: float(value) for name, value in measures.items()}
 
 
 def open_film(path: Path, width: int, height: int) -> cv2.VideoWriter:
@@ -1018,6 +1141,17 @@ def exploration_epsilon(args: Args, step: int) -> float:
     return args.start_e + progress * (args.end_e - args.start_e)
 
 
+def without_hparams(events: bytes) -> bytes:
+    """The records of an event file but for HPARAMS, of which TensorBoard shows a run's first, not its last."""
+    kept, start = [], 0
+    while start < len(events):
+        end = start + 16 + int.from_bytes(events[start : start + 8], "little")  # length, checksum, content, checksum
+        if b"_hparams_/" not in events[start:end]:
+            kept.append(events[start:end])
+        start = end
+    return b"".join(kept)
+
+
 class EventFile:
     """A TensorBoard event file that can be taken up again, and that a full disk does not break.
 
@@ -1050,11 +1184,11 @@ class EventFile:
     def _add(self, **event: Any) -> None:
         self.records.write(Event(wall_time=time.time(), **event).SerializeToString())
 
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        self._add(summary=summary.scalar(tag, value), step=step)
+    def add(self, content: Summary, step: int) -> None:
+        self._add(summary=content, step=step)
 
-    def add_text(self, tag: str, text: str, step: int) -> None:
-        self._add(summary=summary.text(tag, text), step=step)
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.add(summary.scalar(tag, value), step)
 
     def flush(self) -> None:
         """Appends to the file what is not in it yet.
@@ -1080,6 +1214,18 @@ class RunLog:
 
     PLAIN_LINE_SECONDS = 30
     FLUSH_SECONDS = 10
+    SIDE_BY_SIDE = {  # noqa: RUF012, never changed
+        "return of training games": "charts/episodic_return",
+        "return of evaluation games": "eval/episodic_return",
+        "dormant fraction": "plasticity/dormant_fraction",
+        "active fraction": "plasticity/active_fraction",
+        "srank of the encoder's features": "plasticity/srank/encoder",
+        "srank of the learning head's features": "plasticity/srank/head",
+        "encoder's weight norm ÷ initial": "plasticity/weight_norm_ratio/encoder",
+        "learning head's weight norm ÷ initial": "plasticity/weight_norm_ratio/head",
+        "encoder's gradient norm": "plasticity/gradient_norm/encoder",
+        "new heads' share of Q": "plasticity/new_heads_share_of_q",
+    }
 
     def __init__(self, args: Args, folder: Path, events: bytes = b"", step: int = 0):
         self.args = args
@@ -1111,8 +1257,15 @@ class RunLog:
         self.start, self.interval_start = now - state["seconds"], now - state["interval_seconds"]
 
     def hyperparameters(self, step: int) -> None:
-        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(self.args).items())
-        self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}", step)
+        """Writes the arguments, as a text and for TensorBoard's HPARAMS, and what its CUSTOM SCALARS show."""
+        args = asdict(self.args)
+        table = "\n".join(f"|{name}|{value}|" for name, value in args.items())
+        self.writer.add(summary.text("hyperparameters", f"|param|value|\n|-|-|\n{table}"), step)
+        plain = {name: value if type(value) in (int, float) else str(value) for name, value in args.items()}
+        for content in summary.hparams(plain, dict.fromkeys(("charts/episodic_return", "eval/episodic_return"))):
+            self.writer.add(content, step)
+        charts = {title: ["Multiline", [f"^{tag}$"]] for title, tag in self.SIDE_BY_SIDE.items()}
+        self.writer.add(summary.custom_scalars({"return and plasticity": charts}), step)
 
     def games(self, infos: dict[str, Any], step: int) -> None:
         """Logs the games that ended at `step`."""
@@ -1340,7 +1493,7 @@ class Run:
     saved: int | None = None  # step of the newest checkpoint
 
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 CHECKPOINT_FILES = ("manifest.json", "state.pt", "replay.zst", "events")
 CHECKSUMS = "SHA256SUMS"  # of those files, to be checked with `sha256sum -c` as well
 
@@ -1502,7 +1655,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 FORKABLE = """exp_name cuda cuda_graphs compile track wandb_project_name wandb_entity capture_video save_model
 total_timesteps exploration_fraction injection_step apply_injection freeze_heads
-eval_frequency eval_episodes eval_epsilon""".split()
+plasticity_frequency eval_frequency eval_episodes eval_epsilon""".split()
 
 
 def changed_flags(args: Args, saved: Args) -> list[str]:
@@ -1638,12 +1791,17 @@ def lock(folder: Path, stack: contextlib.ExitStack) -> None:
         pass
 
 
+def replayed(run: Run, stream: Stream, key: int) -> ReplayBufferSamples:
+    """512 of the replayed transitions, drawn by a generator from (seed, stream, key): training's own does not move."""
+    rng = np.random.default_rng(stream_seed(run.args.seed, stream, key))
+    return run.replay.transitions(rng.integers(run.replay.size(), size=512), rng.integers(run.replay.n_envs, size=512))
+
+
 def inject(run: Run) -> None:
     """Injects plasticity, measures on replayed observations that Q did not change, and logs both."""
-    learner, replay, log, step = run.learner, run.replay, run.log, run.step
+    learner, log, step = run.learner, run.log, run.step
     key = learner.q_network.num_injections
-    rng = np.random.default_rng(stream_seed(run.args.seed, Stream.INJECTION, key))
-    obs = replay.transitions(rng.integers(replay.size(), size=512), rng.integers(replay.n_envs, size=512)).observations
+    obs = replayed(run, Stream.INJECTION, key).observations
     with torch.no_grad():
         before = learner.online(obs)
         learner.inject()
@@ -1674,7 +1832,8 @@ def finish(run: Run) -> None:
 def next_stop(run: Run) -> int:
     """The next step at which there is more to do than updates."""
     args, step = run.args, run.step
-    periods = (args.target_network_frequency, args.log_frequency, args.checkpoint_frequency, args.eval_frequency)
+    periods = (args.target_network_frequency, args.log_frequency, args.plasticity_frequency)
+    periods += (args.checkpoint_frequency, args.eval_frequency)
     multiples = (step - step % period + period for period in periods if period)
     injections = (injection for injection in args.injection_step if injection > step)
     return min(run.played, args.total_timesteps, *multiples, *injections)
@@ -1697,6 +1856,9 @@ def after_step(run: Run) -> None:
         run.learner.sync_target()
     if step % args.log_frequency == 0 or step == args.total_timesteps:
         run.log.interval(step, run.learner.totals)
+    if args.plasticity_frequency and step % args.plasticity_frequency == 0 and run.replay.size():
+        for name, value in plasticity_measures(run.learner, replayed(run, Stream.PLASTICITY, step)).items():
+            run.log.writer.add_scalar(f"plasticity/{name}", value, step)
 
 
 def advance(run: Run) -> None:
@@ -1825,6 +1987,7 @@ def train(args: Args) -> Path:
             signals.nothing_to_save = False
             events, step = (origin.path / "events").read_bytes(), origin.step
         if resumed is None:
+            events = without_hparams(events)  # its arguments are others
             folder = create_run_folder(args, run_id)
             lock(folder, stack)
         else:

@@ -7,10 +7,11 @@ counted. After that the contenders take turns, one window each, round after roun
 hits all of them; medians over the rounds are reported. All make one update per 4 steps with a batch of 32.
 
 Ours is Double DQN, with N = 1 on Stable-Baselines3's wrappers and N > 1 on ALE's vectoriser. Stable-Baselines3's is DQN,
-which evaluates one network less per update, on the wrappers that its `make_atari_env` gives (games one after the other)
-and with the settings its users train Atari agents with.
+which evaluates one network less per update, on the wrappers that its `make_atari_env` gives (games one after the other),
+with the settings its users train Atari agents with, and in a process of its own, waiting while others have their turn.
 """
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -23,10 +24,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from stable_baselines3 import DQN
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_atari_env
-from stable_baselines3.common.vec_env import VecFrameStack
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
@@ -116,53 +113,34 @@ def ours(settings: Settings, num_envs: int, bf16: bool, injected: bool, folder: 
     return window
 
 
-class StopAfter(BaseCallback):
-    """Ends `learn` after so many seconds."""
-
-    def __init__(self, seconds: float):
-        super().__init__()
-        self.seconds = seconds
-
-    def _on_training_start(self) -> None:
-        self.start = time.perf_counter()
-
-    def _on_step(self) -> bool:
-        return time.perf_counter() - self.start < self.seconds
-
-
-def sb3(settings: Settings, num_envs: int) -> Callable[[float], float]:
+def sb3(settings: Settings, num_envs: int, stack: contextlib.ExitStack) -> Callable[[float], float]:
     """Steps per second of a window of so many seconds."""
     if 4 % num_envs and num_envs % 4:
         raise SystemExit(f"error: Stable-Baselines3 cannot make one update per 4 steps with {num_envs} games: try 1 or 8")
-    envs = VecFrameStack(make_atari_env(settings.env_id, n_envs=num_envs, seed=0), 4)
-    model = DQN(
-        "CnnPolicy",
-        envs,
-        learning_rate=1e-4,
-        buffer_size=settings.buffer_size,
-        learning_starts=settings.fill,
-        batch_size=32,
-        target_update_interval=8_000,
-        exploration_initial_eps=0.01,
-        exploration_final_eps=0.01,
-        device="auto" if settings.cuda else "cpu",
-        seed=0,
-        train_freq=max(4 // num_envs, 1),  # vector steps
-        gradient_steps=max(num_envs // 4, 1),
+    device = "auto" if settings.cuda else "cpu"
+    given = (settings.env_id, num_envs, settings.buffer_size, settings.fill, device)
+    command = [sys.executable, str(ROOT / "benchmarks" / "sb3_dqn.py"), *map(str, given)]
+    process = stack.enter_context(
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     )
-    model.learn(settings.fill)
+    stack.callback(process.stdin.close)  # which ends it
+
+    def answer() -> str:
+        if not (line := process.stdout.readline()):
+            raise SystemExit("error: Stable-Baselines3's DQN ended, it says why above")
+        return line
+
+    answer()
 
     def window(seconds: float) -> float:
-        first, start = model.num_timesteps, time.perf_counter()
-        model.learn(10**9, callback=StopAfter(seconds), reset_num_timesteps=False)
-        wait_for(model.device)
-        return (model.num_timesteps - first) / (time.perf_counter() - start)
+        process.stdin.write(f"{seconds}\n")
+        return float(answer())
 
     return window
 
 
-def contenders(settings: ThroughputSettings, folder: str) -> dict[str, Callable[[float], float]]:
-    made = {f"SB3 DQN, N={n}": sb3(settings, n) for n in settings.sb3_num_envs}
+def contenders(settings: ThroughputSettings, folder: str, stack: contextlib.ExitStack) -> dict[str, Callable[[float], float]]:
+    made = {f"SB3 DQN, N={n}": sb3(settings, n, stack) for n in settings.sb3_num_envs}
     for n in settings.num_envs:
         for bf16 in (False, True):
             for injected in (False, True):
@@ -173,8 +151,8 @@ def contenders(settings: ThroughputSettings, folder: str) -> dict[str, Callable[
 
 def measure(settings: ThroughputSettings) -> dict[str, list[float]]:
     """{contender: steps per second of each window}"""
-    with tempfile.TemporaryDirectory() as folder:
-        made = contenders(settings, folder)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        made = contenders(settings, folder, stack)
         for window in made.values():
             window(settings.warm_up)
         speeds: dict[str, list[float]] = {name: [] for name in made}

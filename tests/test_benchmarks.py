@@ -9,7 +9,7 @@ import torch
 from conftest import TINY_GAMES
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import profile_update, throughput
+from benchmarks import profile_update, sb3_dqn, throughput
 from dqn_injection_atari import Learner
 
 
@@ -41,14 +41,16 @@ def test_throughput_measures_every_contender_in_turns_and_writes_all_windows(cap
 @pytest.mark.parametrize("num_envs", [1, 8])
 def test_sb3_makes_one_update_per_four_steps(monkeypatch, num_envs):
     updates, steps = [], []
-    monkeypatch.setattr(throughput.DQN, "train", lambda model, gradient_steps, **_: updates.append(gradient_steps))
+    monkeypatch.setattr(sb3_dqn.DQN, "train", lambda model, gradient_steps, **_: updates.append(gradient_steps))
     # by count instead of time
     monkeypatch.setattr(
-        throughput.StopAfter, "_on_step", lambda stop: steps.append(stop.num_timesteps) or len(steps) < 80 // num_envs
+        sb3_dqn.StopAfter, "_on_step", lambda stop: steps.append(stop.num_timesteps) or len(steps) < 80 // num_envs
     )
-    window = throughput.sb3(throughput.ThroughputSettings(fill=64, buffer_size=200), num_envs)
+    model = sb3_dqn.make_model("PhoenixNoFrameskip-v4", num_envs, 200, 64, "cpu")
+    model.learn(64)
     updates.clear()
-    window(0.3)
+    steps.clear()
+    sb3_dqn.window(model, 0.3)
     assert steps[-1] - steps[0] + num_envs == 80 and abs(sum(updates) - 80 // 4) <= max(num_envs // 4, 1)
 
 

@@ -39,6 +39,7 @@ SMALL = Args(
     target_network_frequency=50,
     log_frequency=60,
     checkpoint_frequency=120,
+    plasticity_frequency=90,
     injection_step=(202,),
 )
 END = "checkpoint-360"
