@@ -1606,17 +1606,21 @@ class Checkpoint:
         """
         with reading(self.path, "this run's checkpoint", "move it away, and go on from another"):
             learner.load_state_dict(self.state["learner"])
-            replay.load_state_dict(self.state["replay"])
-            with open(self.path / "replay.zst", "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-                for chunk in chunks(replay.tensors()):
-                    content = torch.empty(len(chunk), dtype=torch.uint8)
-                    rest = memoryview(content.numpy())
-                    while rest:
-                        if not (count := stream.readinto(rest)):
-                            raise EOFError("its replay is too short")
-                        rest = rest[count:]
-                    chunk.copy_(content)
+            self.restore_replay(replay)
             envs.load_state_dict(self.state["envs"])
+
+    def restore_replay(self, replay: FrameReplayBuffer) -> None:
+        """Raises EOFError, zstandard.ZstdError or what loading another version's state does, where it does not fit."""
+        replay.load_state_dict(self.state["replay"])
+        with open(self.path / "replay.zst", "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+            for chunk in chunks(replay.tensors()):
+                content = torch.empty(len(chunk), dtype=torch.uint8)
+                rest = memoryview(content.numpy())
+                while rest:
+                    if not (count := stream.readinto(rest)):
+                        raise EOFError("its replay is too short")
+                    rest = rest[count:]
+                chunk.copy_(content)
 
     def differences(self, device: torch.device) -> str:
         """Which circumstances are not as they were when it was written, in words."""

@@ -1,0 +1,293 @@
+"""The probe of fitting capacity: python compare.py --probe CHECKPOINT ..."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_GAMES
+
+import compare as probing
+import dqn_injection_atari as script
+from compare import CONTENDERS, FRESH, Settings, probe, probe_checkpoint
+from dqn_injection_atari import Args, Learner, UsageError, load_checkpoint, train
+
+AGENT, INJECTED, _ = CONTENDERS
+CPU = torch.device("cpu")
+SMALL = Args(
+    env_id=TINY_GAMES,
+    env_backend="ale",
+    num_envs=2,
+    total_timesteps=240,
+    buffer_size=200,
+    learning_starts=100,
+    train_frequency=10,
+    batch_size=8,
+    learning_rate=1e-3,
+    log_frequency=60,
+    checkpoint_frequency=240,
+    plasticity_frequency=0,
+    injection_step=(180,),
+    cuda=False,
+)
+QUICK = Settings(probe_observations=16, probe_updates=5, probe_seeds=2)
+ENOUGH = replace(QUICK, probe_observations=8, probe_updates=60)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("probed"))
+        return train(SMALL).absolute()
+
+
+@pytest.fixture
+def checkpoint(run_folder, tmp_path):
+    """A copy of the checkpoint before the run's one injection."""
+    return shutil.copytree(run_folder / "checkpoint-180", tmp_path / "checkpoint-180")
+
+
+@pytest.fixture
+def injected_checkpoint(run_folder):
+    """The one at the run's end, in which all pairs of heads are in use."""
+    return run_folder / "checkpoint-240"
+
+
+def change(checkpoint, network=None, **args):
+    """Rewrites a checkpoint: `network(q_network's state)` is called on what it holds, arguments are replaced."""
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    if network is not None:
+        network(state["learner"]["q_network"])
+    torch.save(state, checkpoint / "state.pt")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["args"] |= args
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / script.CHECKSUMS).write_text(script.checksums(checkpoint))
+
+
+def make_fresh(q_network):
+    torch.manual_seed(12345)
+    fresh = script.make_q_network(SMALL, len(q_network["theta.2.bias"]), CPU)
+    q_network.update(fresh.state_dict())
+
+
+def kill_head(q_network):
+    make_fresh(q_network)
+    q_network["theta.0.bias"][2:] = -1e3  # of 512 units 2 live on
+
+
+def kill_encoder(q_network):
+    make_fresh(q_network)
+    q_network["encoder.2.bias"].fill_(-1e3)
+
+
+def ratios(result):
+    return [result["relative_to_fresh"][name]["ratio"] for name in (AGENT, INJECTED)]
+
+
+# what it measures
+
+
+def test_a_network_like_a_fresh_one_has_a_ratio_of_about_1(checkpoint):
+    change(checkpoint, make_fresh)
+    result = probe_checkpoint(checkpoint, ENOUGH)
+    assert np.mean(result["errors"][FRESH]["end"]) < 0.5 * np.mean(result["errors"][FRESH]["start"])
+    assert 0.5 < ratios(result)[0] < 2
+
+
+def test_a_dead_head_has_lost_capacity_and_an_injection_restores_it(checkpoint):
+    change(checkpoint, kill_head)
+    agent, injected = ratios(probe_checkpoint(checkpoint, ENOUGH))
+    assert agent > 5 and injected < 2.5
+
+
+def test_no_injection_helps_where_the_encoder_is_dead(checkpoint):
+    change(checkpoint, kill_encoder)
+    assert min(ratios(probe_checkpoint(checkpoint, ENOUGH))) > 5
+
+
+def test_the_relative_error_is_the_paired_t_interval_of_log_ratios():
+    relative = probing.relative_error([0.2, 0.9], [0.1, 0.3])
+    assert relative["per_seed"] == pytest.approx([2, 3])
+    assert relative["ratio"] == pytest.approx(6**0.5)
+    half = 12.7062 * np.log(3 / 2) / 2  # t of 97.5% at 1 degree of freedom, times the standard error
+    assert relative["interval"] == pytest.approx([6**0.5 / np.exp(half), 6**0.5 * np.exp(half)], rel=1e-4)
+    assert probing.relative_error([0.5], [0.5]) == {"per_seed": [1.0], "ratio": 1.0, "interval": None}
+    assert probing.relative_error([0.2, float("nan")], [0.1, 0.1]) is None
+
+
+def test_targets_are_spread_as_a_sine_and_equal_for_equal_observations(checkpoint):
+    obs = probing.replayed_observations(load_checkpoint(checkpoint), 64, CPU)
+    obs[1] = obs[0]
+    targets = probing.random_targets(Learner(SMALL, 8, CPU).q_network, obs)
+    assert targets.shape == (64, 8) and targets.dtype == torch.float32
+    assert targets.square().mean() == pytest.approx(0.5, abs=0.1) and targets.mean() == pytest.approx(0, abs=0.15)
+    assert torch.equal(targets[0], targets[1]) and not torch.equal(targets[0], targets[2])
+
+
+def test_a_level_of_the_values_does_not_count(checkpoint):
+    def lift(q_network):
+        make_fresh(q_network)
+        q_network["theta.2.bias"] += 100
+
+    change(checkpoint, lift)
+    errors = probe_checkpoint(checkpoint, QUICK)["errors"]
+    assert errors[AGENT]["start"] == pytest.approx(errors[FRESH]["start"], rel=0.1)
+
+
+# the same conditions for all
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """What every call of `fit` was given and returned: (learner's parameters by name before, learner, *arguments, errors)."""
+    calls, original = [], probing.fit
+
+    def fit(learner, *arguments):
+        before = {name: parameter.detach().clone() for name, parameter in learner.q_network.named_parameters()}
+        errors = original(learner, *arguments)
+        calls.append((before, learner, *arguments, errors))
+        return errors
+
+    monkeypatch.setattr(probing, "fit", fit)
+    return calls
+
+
+def test_contenders_share_observations_targets_and_batches_and_seeds_differ(checkpoint, fits):
+    probe_checkpoint(checkpoint, QUICK)
+    (first, *others), (second, *_) = fits[:3], fits[3:]
+    assert len(fits) == 6
+    for other in others:
+        for given, same in zip(first[2:5], other[2:5], strict=True):
+            assert np.array_equal(given, same)
+    assert np.array_equal(first[2], second[2])
+    assert not np.array_equal(first[3], second[3]) and not np.array_equal(first[4], second[4])
+
+
+def test_seeds_differ_in_fresh_weights_and_injection(checkpoint, fits):
+    probe_checkpoint(checkpoint, QUICK)
+    agent, injected, fresh = ((fits[i][0], fits[i + 3][0]) for i in range(3))
+    assert all(torch.equal(agent[0][name], agent[1][name]) for name in agent[0])
+    assert not torch.equal(fresh[0]["theta.0.weight"], fresh[1]["theta.0.weight"])
+    assert not torch.equal(*(before["theta_prime_1.0.0.weight"] for before in injected))
+
+
+def test_an_injection_does_not_change_the_first_error(checkpoint, injected_checkpoint):
+    for path in (checkpoint, injected_checkpoint):
+        errors = probe_checkpoint(path, QUICK)["errors"]
+        assert errors[AGENT]["start"] == errors[INJECTED]["start"] != errors[INJECTED]["end"]
+
+
+def test_only_what_the_agent_would_train_moves(injected_checkpoint, fits):
+    probe_checkpoint(injected_checkpoint, replace(QUICK, probe_seeds=1))
+    learning = ("theta_prime_1.0.", "theta_prime_1.1.", "theta.")  # the heads of agent, injected agent, fresh network
+    for (before, learner, *_), head in zip(fits, learning, strict=True):
+        moved = {name for name, p in learner.q_network.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {name for name in before if name.startswith(("encoder.", head))}
+
+
+def test_every_contender_starts_without_moments(checkpoint):
+    saved = load_checkpoint(checkpoint)
+    assert saved.state["learner"]["optimizer"]
+    for name in CONTENDERS:
+        assert not probing.make_contender(name, saved, 0, CPU).optimizer.state
+
+
+def test_runs_in_bfloat16_are_probed_in_float32(checkpoint, fits):
+    change(checkpoint, bf16=True)
+    probe_checkpoint(checkpoint, replace(QUICK, probe_seeds=1))
+    assert all(p.dtype == torch.float32 for _, learner, *_ in fits for p in learner.online.parameters())
+
+
+def test_observations_come_from_replay_and_none_twice(checkpoint):
+    saved = load_checkpoint(checkpoint)
+    envs, learner, replay = script.make_parts(SMALL, CPU)
+    saved.restore(envs, learner, replay)
+    envs.close()
+    rows, columns = np.divmod(np.arange(replay.size() * replay.n_envs), replay.n_envs)
+    held = replay.transitions(rows, columns).observations.flatten(1)
+    drawn = probing.replayed_observations(saved, len(held), CPU).flatten(1)
+
+    def in_order(obs):
+        return sorted(row.numpy().tobytes() for row in obs)
+
+    assert in_order(drawn) == in_order(held)
+
+
+# as a user sees it
+
+
+def test_twice_gives_the_same_numbers_and_leaves_the_checkpoint_as_it_is(checkpoint, capsys):
+    content = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in checkpoint.iterdir()}
+    once, again = (probe(replace(QUICK, probe=(str(checkpoint),))) for _ in range(2))
+    assert once == again
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in checkpoint.iterdir()} == content
+    assert json.loads(json.dumps(once, allow_nan=False)) == once
+    out = capsys.readouterr().out
+    assert all(name in out for name in CONTENDERS) and once[0]["sentence"] in out
+
+
+def test_damaged_and_missing_checkpoints_are_named_and_left_out(checkpoint, tmp_path, capsys):
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    with open(damaged / "replay.zst", "r+b") as file:
+        file.write(b"?")
+    given = (str(damaged), str(tmp_path / "missing"), str(checkpoint))
+    (result,) = probe(replace(QUICK, probe=given))
+    assert result["checkpoint"] == str(checkpoint)
+    left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert len(left_out) == 2 and "replay.zst is damaged" in left_out[0] and "missing" in left_out[1]
+    with pytest.raises(UsageError, match=r"no checkpoint to probe.*replay\.zst is damaged"):
+        probe(replace(QUICK, probe=given[:2]))
+
+
+def test_too_few_observations_are_refused(checkpoint):
+    with pytest.raises(UsageError, match="holds 180 observations and not 181: lower --probe-observations to 180"):
+        probe_checkpoint(checkpoint, replace(QUICK, probe_observations=181))
+
+
+def test_a_replay_that_does_not_fit_in_memory_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(probing, "free_memory", lambda: 1000)
+    with pytest.raises(UsageError, match=r"needs 0\.0 GB and 0\.0 GB of memory are free"):
+        probe_checkpoint(checkpoint, QUICK)
+
+
+def test_a_setting_that_cannot_work_is_refused():
+    for name in ("probe_observations", "probe_updates", "probe_seeds"):
+        with pytest.raises(UsageError, match=f"{name} is 0.*change --{name.replace('_', '-')}"):
+            probe(replace(QUICK, probe=("x",), **{name: 0}))
+    with pytest.raises(UsageError, match="give checkpoints"):
+        probe(QUICK)
+
+
+def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
+    def spoil(q_network):
+        q_network["theta.2.weight"].fill_(1e30)
+
+    change(checkpoint, spoil)
+    result = probe_checkpoint(checkpoint, QUICK)
+    assert result["errors"][AGENT]["end"] == [None, None] and result["relative_to_fresh"][AGENT] is None
+    assert "diverged" in probing.probe_table(result)
+    json.dumps(result, allow_nan=False)
+
+
+def words(agent, injected=(1.0, [0.9, 1.1]), start=0.5, end=0.1):
+    """The sentence on one seed's errors, with relative errors (ratio, interval)."""
+    compared = {
+        name: relative and {"per_seed": [relative[0]], "ratio": relative[0], "interval": relative[1]}
+        for name, relative in ((AGENT, agent), (INJECTED, injected))
+    }
+    errors = {name: {"start": [start], "end": [end if compared.get(name, True) else None]} for name in CONTENDERS}
+    return probing.probe_in_words({"errors": errors, "relative_to_fresh": compared, "probe_updates": 1000})
+
+
+def test_the_sentence_claims_what_the_interval_supports():
+    assert "the agent's error is 2× [1.5, 2.6] a fresh network's (worse)" in words((2.0, [1.5, 2.6]))
+    assert "0.8× [0.7, 0.9] a fresh network's (better)" in words((0.8, [0.7, 0.9]))
+    assert "2× [0.9, 4] a fresh network's (no clear difference)" in words((2.0, [0.9, 4.0]))
+    assert "injection it is 1× [0.9, 1.1] a fresh network's (no clear difference)" in words((2.0, [1.5, 2.6]))
+    assert "2× a fresh network's (one seed, no interval)" in words((2.0, None))
+    assert "the agent's error is not to be compared (diverged with 1 of 1 seeds)" in words(None)
+    assert "own error fell by 80%" in words((2.0, None))
+    assert "no answer: a fresh network loses only 4% of its error" in words((2.0, [1.5, 2.6]), end=0.48)
