@@ -1264,7 +1264,8 @@ class RunLog:
         plain = {name: value if type(value) in (int, float) else str(value) for name, value in args.items()}
         for content in summary.hparams(plain, dict.fromkeys(("charts/episodic_return", "eval/episodic_return"))):
             self.writer.add(content, step)
-        charts = {title: ["Multiline", [f"^{tag}$"]] for title, tag in self.SIDE_BY_SIDE.items()}
+        shown = {title: tag for title, tag in self.SIDE_BY_SIDE.items() if self.args.eval_frequency or "eval" not in tag}
+        charts = {title: ["Multiline", [f"^{tag}$"]] for title, tag in shown.items()}
         self.writer.add(summary.custom_scalars({"return and plasticity": charts}), step)
 
     def games(self, infos: dict[str, Any], step: int) -> None:

@@ -200,7 +200,7 @@ def test_every_training_command_of_the_readme_parses(monkeypatch):
     commands = [c for c in readme_commands() if "dqn_injection_atari.py" in c and "--help" not in c]
     assert len(commands) >= 5
     origin = json.dumps({"args": asdict(Args())})
-    for name in ("run.json", "checkpoint-5000000/manifest.json"):
+    for name in ("run.json", "checkpoint-5000000/manifest.json", "checkpoint-100000/manifest.json"):
         Path("runs/FOLDER", name).parent.mkdir(parents=True, exist_ok=True)
         Path("runs/FOLDER", name).write_text(origin)
     for command in commands:
