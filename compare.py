@@ -18,7 +18,6 @@ network? That needs no second arm, but says nothing about the return.
 """
 
 import functools
-import itertools
 import json
 import math
 import sys
@@ -733,15 +732,15 @@ def probe_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
     device = pick_device(probe_args(checkpoint))
     obs = replayed_observations(checkpoint, settings.probe_observations, device)
     errors: dict[str, dict[str, list[float]]] = {name: {"start": [], "end": []} for name in CONTENDERS}
-    turns = itertools.product(range(settings.probe_seeds), CONTENDERS)
-    for seed, name in tqdm(list(turns), desc=f"probing {path.name}", leave=False, disable=None):
-        rng = np.random.default_rng(seed)  # from the start for every contender
-        for_targets, for_contender = rng.integers(2**30, size=2).tolist()
+    for seed in tqdm(range(settings.probe_seeds), desc=f"probing {path}", leave=False, disable=None):
+        rng = np.random.default_rng(seed)
+        for_targets, for_contenders = rng.integers(2**30, size=2).tolist()
         batches = rng.integers(len(obs), size=(settings.probe_updates, checkpoint.args.batch_size))
         targets = random_targets(make_contender(FRESH, checkpoint, for_targets, device).q_network, obs)
-        start, end = fit(make_contender(name, checkpoint, for_contender, device), obs, targets, batches)
-        errors[name]["start"].append(start)
-        errors[name]["end"].append(end)
+        for name, of_one in errors.items():
+            start, end = fit(make_contender(name, checkpoint, for_contenders, device), obs, targets, batches)
+            of_one["start"].append(start)
+            of_one["end"].append(end)
     result = {
         "checkpoint": str(path),
         "env_id": checkpoint.args.env_id,
@@ -760,20 +759,23 @@ def probe_checkpoint(path: Path, settings: Settings) -> dict[str, Any]:
     return result | {"sentence": probe_in_words(result)}
 
 
+def times(relative: dict[str, Any]) -> str:
+    """`1.23× [1.01, 1.50]`, without brackets where there is no interval."""
+    interval = "" if relative["interval"] is None else " [{:.3g}, {:.3g}]".format(*relative["interval"])
+    return f"{relative['ratio']:.3g}×{interval}"
+
+
 def probe_in_words(result: dict[str, Any]) -> str:
     """What a result of `probe_checkpoint` says, and what it cannot say, in one sentence."""
 
     def against_fresh(name: str) -> str:
         relative, ends = result["relative_to_fresh"][name], result["errors"][name]["end"]
         if relative is None:
-            return f"cannot be given, it diverged with {ends.count(None)} of {len(ends)} seeds"
-        times, interval = (
-            f"{show(relative['ratio'], *relative['interval'] or ())} times a fresh network's",
-            relative["interval"],
-        )
-        if interval is None:
-            return f"{times} (one seed, no interval)"
-        return f"{times} ({'worse' if interval[0] > 1 else 'better' if interval[1] < 1 else 'no clear difference'})"
+            return f"not to be compared (diverged with {ends.count(None)} of {len(ends)} seeds)"
+        if (interval := relative["interval"]) is None:
+            return f"{times(relative)} a fresh network's (one seed, no interval)"
+        verdict = "worse" if interval[0] > 1 else "better" if interval[1] < 1 else "no clear difference"
+        return f"{times(relative)} a fresh network's ({verdict})"
 
     fresh, updates = result["errors"][FRESH], result["probe_updates"]
     if None in fresh["end"]:
@@ -790,14 +792,13 @@ def probe_table(result: dict[str, Any]) -> str:
     """One line per contender: error at start and end, averaged over seeds, its multiple of a fresh network's, and per seed."""
 
     def mean(errors: list[float | None]) -> str:
-        return "diverged" if None in errors else show(float(np.mean(errors)))
+        return "diverged" if None in errors else f"{np.mean(errors):.3g}"
 
     rows = [("", "error at start", "at end", "relative to fresh [95%]", "per seed")]
-    for name, errors in result["errors"].items():
+    for name, of_one in result["errors"].items():
         relative = result["relative_to_fresh"].get(name)
-        ratio = show(relative["ratio"], *relative["interval"] or ()) if relative else "1" if name == FRESH else "–"
-        each = ", ".join(map(show, relative["per_seed"])) if relative else "–"
-        rows.append((name, mean(errors["start"]), mean(errors["end"]), ratio, each))
+        ratios = (times(relative), ", ".join(f"{ratio:.3g}" for ratio in relative["per_seed"])) if relative else ("–", "–")
+        rows.append((name, mean(of_one["start"]), mean(of_one["end"]), *ratios))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 

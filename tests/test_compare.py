@@ -507,7 +507,9 @@ def test_the_thick_line_of_an_arm_ends_where_one_of_its_runs_does():
 def test_files_are_images_and_plasticity_is_drawn_only_where_it_was_measured(aggregate, capsys):
     report(Settings(tuple(write_arms()), aggregate=aggregate))
     assert plt.imread("comparison.png").shape[2] == 4 and not Path("comparison_plasticity.png").exists()
-    assert "no run has measured it" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no run has measured it" in printed
+    assert printed.splitlines()[-1] == "wrote comparison.png, comparison.md, comparison.json"
     extra = write_run(
         "measured", {RETURN: games(4, 1), "plasticity/dormant_fraction": [(100, 0.5), (200, float("nan"))]}, seed=4
     )

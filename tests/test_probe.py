@@ -109,11 +109,11 @@ def test_no_injection_helps_where_the_encoder_is_dead(checkpoint):
 
 
 def test_the_relative_error_is_the_paired_t_interval_of_log_ratios():
-    relative = probing.relative_error([0.2, 0.9], [0.1, 0.3])
-    assert relative["per_seed"] == pytest.approx([2, 3])
-    assert relative["ratio"] == pytest.approx(6**0.5)
-    half = 12.7062 * np.log(3 / 2) / 2  # t of 97.5% at 1 degree of freedom, times the standard error
-    assert relative["interval"] == pytest.approx([6**0.5 / np.exp(half), 6**0.5 * np.exp(half)], rel=1e-4)
+    relative = probing.relative_error([0.2, 0.9, 0.4], [0.1, 0.3, 0.4])
+    assert relative["per_seed"] == pytest.approx([2, 3, 1])
+    assert relative["ratio"] == pytest.approx(6 ** (1 / 3))
+    half = 4.30265 * np.std(np.log([2, 3, 1]), ddof=1) / 3**0.5  # t of 97.5% at 2 degrees of freedom
+    assert np.log(relative["interval"]) == pytest.approx([np.log(6) / 3 - half, np.log(6) / 3 + half], rel=1e-4)
     assert probing.relative_error([0.5], [0.5]) == {"per_seed": [1.0], "ratio": 1.0, "interval": None}
     assert probing.relative_error([0.2, float("nan")], [0.1, 0.1]) is None
 
