@@ -72,7 +72,7 @@ def test_a_unit_is_dormant_when_its_mean_activation_is_at_most_tau_of_the_layers
     assert dormant_units(layer, tau=0.25).tolist() == [0, 1, 0, 1], "0.25 / 1.0625 is 0.235"
     assert dormant_units(torch.tensor([[0.25, 1.75]]), tau=0.25).tolist() == [1, 0], "at most: the bound belongs to it"
     assert dormant_units(torch.tensor([[0.25, 1.75]]), tau=0.24).tolist() == [0, 0]
-    assert dormant_units(-layer).tolist() == [0, 0, 0, 1], "sizes count, not signs"
+    assert dormant_units(torch.tensor([[3.0, 1.0], [-3.0, 1.0]])).tolist() == [0, 0], "sizes count, not signs"
 
 
 def test_a_channel_is_one_unit_averaged_over_batch_and_space():
