@@ -58,6 +58,7 @@ from dqn_injection_atari import (
     load_checkpoint,
     pick_device,
     reading,
+    record_spans,
 )
 
 matplotlib.use("Agg")
@@ -155,8 +156,10 @@ class Comparison:
     arms: tuple[Arm, Arm]
     after: int
     upto: int
+    ended_by: str | None  # the run whose last step is `upto`, where others have got further
     means: tuple[dict[int, float], dict[int, float]]  # seed: mean return of its run
     counts: tuple[int, int]  # of the returns in those means
+    shared: int  # seeds whose runs were one up to the injection
     paired: bool
     judgement: Judgement
     left_out: dict[str, str]  # folder: reason
@@ -181,23 +184,16 @@ def check(data: bytes, spans: np.ndarray) -> None:
 
 
 def records(data: bytes) -> Iterator[bytes]:
-    """Contents of a TFRecord file, which is length (8 bytes), its checksum (4), content, its checksum (4), and so on.
-
-    A last record that is not whole is left out: it may just be being written.
+    """Contents of a TFRecord file, but for a last one that is not whole.
 
     Raises:
         ValueError: a checksum is wrong.
     """
-    spans, start = [], 0
-    while start + 12 <= len(data):
-        spans.append((start, start + 8))
-        end = start + 12 + int.from_bytes(data[start : start + 8], "little")
-        if end + 4 > len(data):
-            break
-        spans.append((start + 12, end))
-        start = end + 4
-    check(data, np.array(spans, np.int64).reshape(-1, 2))
-    return (data[start:end] for start, end in spans[1::2])
+    spans = list(record_spans(data))
+    whole = [(start, end) for start, end in spans if end + 4 <= len(data)]
+    lengths = [(start - 12, start - 4) for start, _ in spans]
+    check(data, np.array(lengths + whole, np.int64).reshape(-1, 2))
+    return (data[start:end] for start, end in whole)
 
 
 def read_scalars(folder: Path) -> dict[str, np.ndarray]:
@@ -275,8 +271,11 @@ def group(runs: list[Run]) -> tuple[list[Arm], dict[str, str]]:
     members, left_out = defaultdict(dict), {}
     for run in runs:
         arm = members[tuple(setting(run.args).items())]
-        if (first := arm.setdefault(run.args.seed, run)) is not run:
-            left_out[run.folder] = f"{run.folder} has the arm and the seed of {first.folder}: the run is left out"
+        shorter, longer = sorted((run, arm.get(run.args.seed, run)), key=lambda run: run.last_step)
+        arm[run.args.seed] = longer
+        if shorter is not longer:
+            twin = f"{longer.folder}, which has got to step {longer.last_step:,}"
+            left_out[shorter.folder] = f"{shorter.folder} has the arm and the seed of {twin}: the run is left out"
     settings = [dict(key) for key in members]
     names = [name for name in settings[0] if name not in ("env_id", "injection")]
     differing = [name for name in names if len({shared[name] for shared in settings}) > 1]
@@ -338,8 +337,10 @@ def share_history(run: Run, other: Run, upto: int) -> bool:
 def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Comparison:
     """The verdict on two arms that differ in nothing but the injection."""
     arms, after, left_out = (without, injected), injected.injection[0], {}
-    reached = [run.last_step for arm in arms for run in arm.runs if run.last_step > after]
-    upto = min(reached, default=after) if window is None else after + window
+    reached = {run.folder: run.last_step for arm in arms for run in arm.runs if run.last_step > after}
+    upto = min(reached.values(), default=after) if window is None else after + window
+    cut = window is None and upto < max(reached.values(), default=after)
+    ended_by = min(reached, key=reached.get) if cut else None
     sides: tuple[dict[int, Run], dict[int, Run]] = ({}, {})
     for arm, side in zip(arms, sides, strict=True):
         for run in arm.runs:
@@ -360,7 +361,7 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
     means = tuple({seed: float(values.mean()) for seed, values in side.items()} for side in returns)
     counts = tuple(sum(map(len, side.values())) for side in returns)
     judgement = judge(*(np.array(list(side.values())) for side in means), paired)
-    return Comparison(arms, after, upto, means, counts, paired, judgement, left_out)
+    return Comparison(arms, after, upto, ended_by, means, counts, len(shared), paired, judgement, left_out)
 
 
 def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Comparison]:
@@ -487,12 +488,15 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
     if pair.paired:
         how = f"95% t interval of the differences within {seeds[0]}, whose runs share their history up to the injection"
     else:
-        how = f"95% Welch interval, {seeds[0]} without and {seeds[1]} with injection, which do not share their history"
+        few = f"of which {pair.shared} share{'s' * (pair.shared == 1)} a history, too few to pair"
+        related = few if pair.shared else "which do not share their history"
+        how = f"95% Welch interval, {seeds[0]} without and {seeds[1]} with injection, {related}"
+    end = f", where {pair.ended_by} is (a longer --window leaves it out)" if pair.ended_by else ""
     points = f"{pair.counts[0]:,} points of {metric} without and {pair.counts[1]:,} with injection"
     return [
         f"{pair.arms[1].game}: {pair.arms[1].name} against {pair.arms[0].name}",
         pair.judgement.sentence,
-        f"window {pair.after:,} < step ≤ {pair.upto:,}, {points}",
+        f"window {pair.after:,} < step ≤ {pair.upto:,}{end}, {points}",
         how if pair.judgement.verdict in ("raised", "no evidence", "lowered") else "no interval",
         *(f"not in this comparison: {reason}" for reason in pair.left_out.values()),
     ]
@@ -529,7 +533,7 @@ def as_json(arms: list[Arm], pairs: list[Comparison], remarks: dict[str, dict[st
             "game": pair.arms[0].game,
             "without": without,
             "with": injected,
-            "window": {"after": pair.after, "upto": pair.upto},
+            "window": {"after": pair.after, "upto": pair.upto, "ended_by": pair.ended_by},
             "paired": pair.paired,
             "difference": difference,
             "interval": bounds,

@@ -1141,15 +1141,20 @@ def exploration_epsilon(args: Args, step: int) -> float:
     return args.start_e + progress * (args.end_e - args.start_e)
 
 
+def record_spans(data: bytes) -> Iterator[tuple[int, int]]:
+    """Start and end of every content in a TFRecord file, which is length (8 bytes), its checksum (4), content, its checksum
+    (4), and so on. The last may reach beyond `data`, where it is just being written."""
+    start = 12
+    while start <= len(data):
+        end = start + int.from_bytes(data[start - 12 : start - 4], "little")
+        yield start, end
+        start = end + 16
+
+
 def without_hparams(events: bytes) -> bytes:
     """The records of an event file but for HPARAMS, of which TensorBoard shows a run's first, not its last."""
-    kept, start = [], 0
-    while start < len(events):
-        end = start + 16 + int.from_bytes(events[start : start + 8], "little")  # length, checksum, content, checksum
-        if b"_hparams_/" not in events[start:end]:
-            kept.append(events[start:end])
-        start = end
-    return b"".join(kept)
+    spans = (slice(start - 12, end + 4) for start, end in record_spans(events))
+    return b"".join(events[span] for span in spans if b"_hparams_/" not in events[span])
 
 
 class EventFile:

@@ -1,11 +1,13 @@
 import os
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import dqn_injection_atari  # noqa: F401, it registers the games
+from dqn_injection_atari import Args, Learner  # registers the games, too
 
 
 def variant(env_id, of, **kwargs):
@@ -37,3 +39,23 @@ def scalars(folder):
     """{tag: [(step, value), ...]} of a run's TensorBoard files."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+ACTIONS = 6
+
+
+def make_learner(**kwargs):
+    return Learner(Args(**{"injection_step": (10, 20), "batch_size": 8, "learning_rate": 1e-3, **kwargs}), ACTIONS, "cpu")
+
+
+def random_batch(rng=0, size=8):
+    """What replay would give, of noise from a seed or generator."""
+    rng = np.random.default_rng(rng)
+    stacks = torch.from_numpy(rng.integers(0, 256, (size, 5, 84, 84), dtype=np.uint8))
+    return ReplayBufferSamples(
+        observations=stacks[:, :-1],
+        actions=torch.from_numpy(rng.integers(ACTIONS, size=(size, 1))),
+        next_observations=stacks[:, 1:],
+        dones=torch.from_numpy(rng.integers(2, size=(size, 1)).astype(np.float32)),
+        rewards=torch.from_numpy(rng.normal(size=(size, 1)).astype(np.float32) * 2),
+    )

@@ -161,7 +161,7 @@ def test_steps_are_shown_in_thousands_and_millions():
 
 
 def run_of(folder="a", **args):
-    return Run(folder, Args(**args), {})
+    return Run(folder, Args(**args), {RETURN: np.array([[1.0], [0.0]])})
 
 
 def test_arms_differ_in_what_is_learned_and_not_in_seed_names_logging_or_length():
@@ -210,6 +210,13 @@ def test_a_seed_counts_once_per_arm_and_the_later_folder_is_named():
     assert not compared(*folders, folders[0])["left_out"]  # one folder, given twice
 
 
+def test_of_two_runs_with_one_arm_and_seed_the_longer_counts_whichever_comes_first():
+    short, whole = (write_run(str(upto), {RETURN: games(1, 1, upto=upto)}, upto) for upto in (1_500, 2_000))
+    for folders in ((short, whole), (whole, short)):
+        arms, left_out = group([read_run(folder, RETURN) for folder in folders])
+        assert [run.folder for run in arms[0].runs] == [whole] and list(left_out) == [short]
+
+
 def test_only_arms_that_differ_in_nothing_but_the_injection_are_compared(capsys):
     runs = [write_run(f"a{seed}", {RETURN: games(seed, 0)}, seed=seed, apply_injection=False) for seed in (1, 2, 3)]
     runs += [write_run(f"b{seed}", {RETURN: games(seed, 1)}, seed=seed, learning_rate=1e-3) for seed in (1, 2, 3)]
@@ -242,7 +249,7 @@ def test_runs_whose_logs_differ_before_the_injection_are_not_paired(change):
         folders.append(write_run(f"i{seed}", {RETURN: altered}, seed=seed))
     found = verdict(*folders)
     assert not found["paired"] and found["verdict"] == "no evidence"
-    assert "Welch" in Path("comparison.md").read_text()
+    assert "Welch" in (text := Path("comparison.md").read_text()) and "which do not share their history" in text
 
 
 @pytest.mark.parametrize(("origin", "paired"), [("b{}", True), ("b9", False), (None, False), ("common", True)])
@@ -271,6 +278,7 @@ def test_two_paired_seeds_are_not_preferred_to_more_that_are_not():
     found = verdict(*folders)
     assert not found["paired"] and not found["left_out"]
     assert (set(found["without"]["means"]), set(found["with"]["means"])) == ({"1", "2", "9"}, {"1", "2", "8"})
+    assert "of which 2 share a history, too few to pair" in Path("comparison.md").read_text()
 
 
 @pytest.mark.parametrize("window", [None, 500])
@@ -281,7 +289,7 @@ def test_the_window_begins_after_the_injection_and_ends_with_its_last_step(windo
         write_run(f"{seed}-{i}", {RETURN: points}, seed=seed, apply_injection=i) for seed in (1, 2, 3) for i in (False, True)
     ]
     found = verdict(*folders, window=window)
-    assert found["window"] == {"after": INJECTION, "upto": end}
+    assert found["window"] == {"after": INJECTION, "upto": end, "ended_by": None}
     assert found["without"]["means"] == {"1": 15.0, "2": 15.0, "3": 15.0} and found["without"]["points"] == 6
 
 
@@ -297,6 +305,7 @@ def test_an_unfinished_run_ends_the_window_of_all_and_is_named(capsys):
     content = compared(*folders, going, whole)
     (found,) = content["comparisons"]
     assert found["window"]["upto"] == 2_050 and set(found["with"]["means"]) == {"1", "2", "3", "4"}
+    assert found["window"]["ended_by"] == going and f"2,050, where {going} is" in Path("comparison.md").read_text()
     assert content["unfinished"] == {going: f"{going} is at step 2,050 of 3,000"}
     assert "at step 2,050 of 3,000" in capsys.readouterr().out
 

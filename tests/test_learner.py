@@ -9,28 +9,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import ACTIONS, make_learner, random_batch
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.kill_test import differences, flat
 from dqn_injection_atari import Args, FrameReplayBuffer, Learner, exploration_epsilon, pick_device, td_loss, upload
-
-ACTIONS = 6
-
-
-def make_learner(**kwargs):
-    return Learner(Args(**{"injection_step": (10, 20), "batch_size": 8, "learning_rate": 1e-3, **kwargs}), ACTIONS, "cpu")
-
-
-def random_batch(rng, size=8):
-    stacks = torch.from_numpy(rng.integers(0, 256, (size, 5, 84, 84), dtype=np.uint8))
-    return ReplayBufferSamples(
-        observations=stacks[:, :-1],
-        actions=torch.from_numpy(rng.integers(ACTIONS, size=(size, 1))),
-        next_observations=stacks[:, 1:],
-        dones=torch.from_numpy(rng.integers(2, size=(size, 1)).astype(np.float32)),
-        rewards=torch.from_numpy(rng.normal(size=(size, 1)).astype(np.float32) * 2),
-    )
 
 
 def updates(learner, count, seed=0):

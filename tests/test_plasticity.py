@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_GAMES, scalars
-from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from conftest import TINY_GAMES, make_learner, random_batch, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -17,7 +16,6 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from benchmarks.kill_test import differences, flat
 from dqn_injection_atari import (
     Args,
-    Learner,
     active_fraction,
     dormant_units,
     effective_rank,
@@ -30,7 +28,6 @@ from dqn_injection_atari import (
     train,
 )
 
-ACTIONS = 6
 SMALL = Args(
     env_id=TINY_GAMES,
     env_backend="ale",
@@ -45,22 +42,6 @@ SMALL = Args(
     plasticity_frequency=80,
     injection_step=(200,),
 )
-
-
-def make_learner(**kwargs):
-    return Learner(Args(**{"injection_step": (10, 20), "batch_size": 8, "learning_rate": 1e-3, **kwargs}), ACTIONS, "cpu")
-
-
-def random_batch(size=16, seed=0):
-    rng = np.random.default_rng(seed)
-    stacks = torch.from_numpy(rng.integers(0, 256, (size, 5, 84, 84), dtype=np.uint8))
-    return ReplayBufferSamples(
-        observations=stacks[:, :-1],
-        actions=torch.from_numpy(rng.integers(ACTIONS, size=(size, 1))),
-        next_observations=stacks[:, 1:],
-        dones=torch.zeros(size, 1),
-        rewards=torch.ones(size, 1),
-    )
 
 
 # the measures
@@ -183,11 +164,11 @@ def test_norms_are_those_of_the_modules_and_their_gradients(injections, freeze_h
     initial = {"theta": joint_norm(learner.q_network.theta.parameters()).item()}
     initial["encoder"] = joint_norm(learner.q_network.encoder.parameters()).item()
     for k in range(injections):
-        learner.update(random_batch(seed=k))
+        learner.update(random_batch(k))
         learner.inject()
         for pair in ("theta_prime_1", "theta_prime_2"):
             initial[f"{pair}.{k}"] = joint_norm(getattr(learner.q_network, pair)[k].parameters()).item()
-    learner.update(random_batch(seed=9))
+    learner.update(random_batch(9))
     loss, _ = td_loss(learner.q_network, learner.target_network, batch, learner.args.gamma)
     learner.q_network.zero_grad()
     loss.backward()
