@@ -1821,6 +1821,12 @@ def inject(run: Run) -> None:
     log.say(f"step {step:,}: plasticity injected, largest change of Q over {len(obs)} observations: {delta}")
 
 
+def measure(run: Run) -> None:
+    """Logs the plasticity measures."""
+    for name, value in plasticity_measures(run.learner, replayed(run, Stream.PLASTICITY, run.step)).items():
+        run.log.writer.add_scalar(f"plasticity/{name}", value, run.step)
+
+
 def decide(run: Run) -> None:
     """One decision in every environment. What comes of it is for `finish`."""
     run.envs.send(run.learner.act(run.envs.obs, exploration_epsilon(run.args, run.played)))
@@ -1867,8 +1873,7 @@ def after_step(run: Run) -> None:
     if step % args.log_frequency == 0 or step == args.total_timesteps:
         run.log.interval(step, run.learner.totals)
     if args.plasticity_frequency and step % args.plasticity_frequency == 0 and run.replay.size():
-        for name, value in plasticity_measures(run.learner, replayed(run, Stream.PLASTICITY, step)).items():
-            run.log.writer.add_scalar(f"plasticity/{name}", value, step)
+        measure(run)
 
 
 def advance(run: Run) -> None:

@@ -149,6 +149,7 @@ def main(settings: ProfileSettings) -> None:
         timed_parts(run, 30)  # to warm up
         parts = timed_parts(run, settings.vector_steps)
         flops = update_flops(run)
+        measuring = seconds_per_call(lambda: script.measure(run), device, repeats=5)
         frames = run.replay.frames[: run.replay._used].nbytes
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     updates = settings.num_envs / run.args.train_frequency
@@ -157,6 +158,7 @@ def main(settings: ProfileSettings) -> None:
     speed, emulators = settings.num_envs / parts["all"], emulator_speed(run.args)
     result = {
         "seconds_per_vector_step": parts,
+        "plasticity_measurement_seconds": measuring,
         "update_GFLOP": flops / 1e9,
         "update_GFLOP_per_second": rate / 1e9,
         "highest_GFLOP_per_second": limit / 1e9,
@@ -173,6 +175,9 @@ def main(settings: ProfileSettings) -> None:
         print(f"{part:8}{1e3 * parts[part]:10.2f} ms{parts[part] / parts['all']:8.0%}")
     print(f"update: {flops / 1e9:.2f} GFLOP at {rate / 1e9:,.0f} GFLOP/s, {rate / limit:.0%} of {limit / 1e9:,.0f}")
     print(f"run: {speed:,.0f} steps/s, {speed / emulators:.0%} of the emulators' {emulators:,.0f}")
+    frequency = script.Args.plasticity_frequency
+    share = measuring * speed / frequency
+    print(f"plasticity: {1e3 * measuring:.0f} ms a measurement, {share:.2%} of the time with one every {frequency:,} steps")
     print(f"memory: {memory / 1e9:.2f} GB at most on the CPU; {frames / 1e9:.2f} GB of frames on {run.replay.storage}")
     if settings.json is not None:
         settings.json.write_text(json.dumps(result, indent=1) + "\n")

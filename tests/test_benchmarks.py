@@ -108,6 +108,8 @@ def test_the_profile_adds_up(capsys, tmp_path):
     assert result["update_GFLOP_per_second"] == pytest.approx(2 * result["update_GFLOP"] / parts["update"])
     assert re.search(r"^update +[\d.]+ ms +\d+%$", out, re.MULTILINE)
     assert f"{result['emulator_steps_per_second']:,.0f}" in out
+    share = result["plasticity_measurement_seconds"] * result["steps_per_second"] / 50_000
+    assert 0 < share < 1 and f"{share:.2%} of the time with one every 50,000 steps" in out
     assert result["memory_GB"] > 0.1 and result["frames_on"] == "cpu"
     assert 1000 * 84 * 84 / 1e9 < result["frames_GB"] < 1200 * 84 * 84 / 1e9, "a full replay"
 
