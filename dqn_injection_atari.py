@@ -41,10 +41,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ale_py
 import cv2
@@ -142,9 +142,30 @@ class Args:
     """--no-apply-injection leaves out the injections and nothing else: the baseline arm of a comparison (paper)"""
     freeze_heads: bool = True
     """freeze θ and θ′₂ at injection; --no-freeze-heads trains all three heads (paper, appendix)"""
+    injection_optimizer_state: Literal["keep", "copy", "reset"] = "keep"
+    """the optimizer at injection: keep = the new head starts without moments, all others stay; copy = it starts with those of
+    the head that learned before; reset = no head has any (paper, Fig. 9)"""
+    injection_trigger: Literal["step", "norm"] = "step"
+    """when to inject: step = at --injection-step; norm = when the weights of encoder and learning head together have grown to
+    more than --injection-norm-ratio times their norm at the start, or right after the last injection (paper, appendix)"""
+    injection_norm_ratio: float = 3.0
+    """growth of the norm that triggers an injection (paper)"""
+    injection_check_frequency: int = 10_000
+    """steps between checks of the norm"""
+    max_injections: int = 1
+    """most injections that the norm may trigger"""
+    intervention: Literal["injection", "reset-head", "shrink-perturb", "none"] = "injection"
+    """what is done at those steps: injection; reset-head = draw the head anew (Nikishin et al. 2022); shrink-perturb = that,
+    and mix the encoder with a new one (Ash & Adams 2020, D'Oro et al. 2023); none = what --no-apply-injection does"""
+    shrink_factor: float = 0.8
+    """share of the encoder that shrink-perturb keeps: encoder ← factor · encoder + (1 − factor) · new (D'Oro et al. 2023)"""
 
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """adam, eps 1.5e-4; or rmsprop, centered, decay 0.95, eps 0.01/32² inside the root (paper, DQN Zoo)"""
     learning_rate: float = 1e-4
-    """Adam's step size; its eps is 1.5e-4 (cleanRL; paper: RMSProp, 2.5e-4)"""
+    """the optimizer's step size (cleanRL; paper: 2.5e-4)"""
+    shared_bias: bool = False
+    """one bias for all actions in the output layers (paper, DQN Zoo)"""
     buffer_size: int = 1_000_000
     """replay capacity in steps over all environments, 7.3 kB each (DQN Zoo)"""
     gamma: float = 0.99
@@ -160,7 +181,9 @@ class Args:
     end_e: float = 0.01
     """ε at the end of its linear schedule and from then on (DQN Zoo double_q)"""
     exploration_fraction: float = 0.10
-    """share of total_timesteps over which ε falls from start_e to end_e (cleanRL)"""
+    """share of total_timesteps over which ε falls from start_e to end_e (cleanRL; paper: 1_000_000 steps)"""
+    exploration_start: int = 0
+    """step at which ε begins to fall (paper: 50_000)"""
     learning_starts: int = 80_000
     """steps of random and exploring play before the first update (paper: 50_000)"""
     train_frequency: int = 4
@@ -173,7 +196,10 @@ class Args:
     eval_frequency: int = 0
     """steps between evaluations; 0 = none (DQN Zoo: 250_000)"""
     eval_episodes: int = 10
-    """whole games per evaluation, played in parallel (cleanRL)"""
+    """whole games per evaluation, played in parallel (cleanRL); 0 with --eval-steps"""
+    eval_steps: int = 0
+    """steps per evaluation, of one game after the other, of which those that ended count; 0 with --eval-episodes (DQN Zoo,
+    paper: 125_000)"""
     eval_epsilon: float = 0.01
     """ε during evaluation (DQN Zoo double_q)"""
 
@@ -185,8 +211,9 @@ class Args:
     fork: str | None = None
     """start a new run from this checkpoint, in its arguments but for those given. Only these may differ: exp_name, cuda,
     cuda_graphs, compile, track, wandb_project_name, wandb_entity, capture_video, save_model, total_timesteps,
-    exploration_fraction, injection_step, apply_injection, freeze_heads, plasticity_frequency, eval_frequency, eval_episodes,
-    eval_epsilon"""
+    exploration_fraction, injection_step, apply_injection, freeze_heads, injection_optimizer_state, injection_trigger,
+    injection_norm_ratio, injection_check_frequency, max_injections, intervention, shrink_factor, plasticity_frequency,
+    eval_frequency, eval_episodes, eval_steps, eval_epsilon"""
     evaluate: str | None = None
     """train nothing, but play --eval-episodes games with the agent that --save-model left in this run's folder and print
     the scores. Game and backend are the agent's own; seed, cuda, capture_video and the eval flags this command line's"""
@@ -195,16 +222,20 @@ class Args:
         steps = self.injection_step
         steps = (steps,) if isinstance(steps, int | np.integer) else steps
         object.__setattr__(self, "injection_step", tuple(int(step) for step in steps))
-        sizes = ("num_envs", "total_timesteps", "buffer_size", "batch_size", "eval_episodes")
-        for name in (*sizes, "target_network_frequency", "train_frequency"):
+        sizes = ("num_envs", "total_timesteps", "buffer_size", "batch_size", "max_injections")
+        for name in (*sizes, "target_network_frequency", "train_frequency", "injection_check_frequency"):
             self._require(name, lambda value: value >= 1, "at least 1")
-        for name in ("seed", "learning_starts", "plasticity_frequency", "eval_frequency"):
+        counts = ("learning_starts", "exploration_start", "eval_episodes", "eval_steps")
+        for name in ("seed", "plasticity_frequency", "eval_frequency", *counts):
             self._require(name, lambda value: value >= 0, "0 or more")
-        for name in ("gamma", "start_e", "end_e", "exploration_fraction", "eval_epsilon"):
+        for name in ("gamma", "start_e", "end_e", "exploration_fraction", "eval_epsilon", "shrink_factor"):
             self._require(name, lambda value: 0 <= value <= 1, "between 0 and 1")
-        self._require("learning_rate", lambda value: 0 < value < float("inf"), "positive and finite")
+        for name in ("learning_rate", "injection_norm_ratio"):
+            self._require(name, lambda value: 0 < value < float("inf"), "positive and finite")
         self._require("tau", lambda value: 0 < value <= 1, "above 0 and at most 1")
-        self._require("env_backend", lambda value: value in ("sb3", "ale"), "sb3 or ale")
+        for knob in fields(Args):
+            if choices := [choice for choice in get_args(knob.type) if isinstance(choice, str)]:
+                self._require(knob.name, lambda value, among=choices: value in among, f"one of {', '.join(choices)}")
         for name in ("buffer_size", "log_frequency"):
             self._require(name, lambda value: value >= self.num_envs, f"at least num_envs ({self.num_envs})")
         enough = f"0 or at least num_envs ({self.num_envs})"
@@ -214,15 +245,78 @@ class Args:
             lambda steps: all(a < b for a, b in zip((0, *steps), (*steps, self.total_timesteps), strict=True)),
             f"increasing and within 1 ... {self.total_timesteps - 1}, before the run's end at --total-timesteps",
         )
+        self._check_intervention()
+        if (self.eval_episodes > 0) == (self.eval_steps > 0):
+            given = f"eval_episodes is {self.eval_episodes} and eval_steps {self.eval_steps}, but one of them says how long an"
+            raise UsageError(f"{given} evaluation is: give --eval-episodes 0 with --eval-steps, or the other way round")
         if self.capture_video and self.eval_frequency == 0 and self.evaluate is None:
             raise UsageError("capture_video films evaluation games and there are none: give --eval-frequency")
         if sum(value is not None for value in (self.resume, self.fork, self.evaluate)) > 1:
             raise UsageError("resume, fork and evaluate exclude each other: give one of --resume, --fork and --evaluate")
 
+    @property
+    def applied_intervention(self) -> str:
+        """What this run does when the time has come: `intervention`, or "none" in a baseline."""
+        return self.intervention if self.apply_injection else "none"
+
+    def _check_intervention(self) -> None:
+        """Refuses flags that contradict each other, or that this intervention or trigger would pass over in silence."""
+        what, when = self.intervention, self.injection_trigger
+        if not self.apply_injection and what not in ("injection", "none"):
+            raise UsageError(
+                f"intervention is {what}, and --no-apply-injection says none: for a baseline give --intervention none"
+            )
+        if when == "norm" and self.injection_step:
+            raise UsageError("injection_trigger norm decides when to inject: give --injection-step without a number")
+        if what in ("reset-head", "shrink-perturb") and when == "step" and not self.injection_step:
+            raise UsageError(f"intervention {what} would never happen: give --injection-step, or --injection-trigger norm")
+        idle = ("injection_norm_ratio", "injection_check_frequency", "max_injections") if when == "step" else ()
+        unused = {name: "--injection-trigger norm" for name in idle}
+        if what in ("reset-head", "shrink-perturb"):
+            unused |= dict.fromkeys(("freeze_heads", "injection_optimizer_state"), "--intervention injection")
+        if what in ("reset-head", "injection"):
+            unused["shrink_factor"] = "--intervention shrink-perturb"
+        for name, use in unused.items():
+            if (value := getattr(self, name)) != getattr(Args, name):
+                raise UsageError(f"{name} is {value}, which only {use} looks at: give that, or leave the flag out")
+
     def _require(self, name: str, holds: Callable[[Any], bool], rule: str) -> None:
         value = getattr(self, name)
         if not holds(value):
             raise UsageError(f"{name} is {value}, but must be {rule}: change --{name.replace('_', '-')}")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {  # DQN Zoo's Double DQN (tuned), injected after 50M frames
+        "total_timesteps": 50_000_000,
+        "injection_step": (12_500_000,),
+        "optimizer": "rmsprop",
+        "learning_rate": 2.5e-4,
+        "shared_bias": True,
+        "target_network_frequency": 30_000,
+        "learning_starts": 50_000,
+        "exploration_start": 50_000,
+        "exploration_fraction": 0.02,
+        "eval_frequency": 250_000,
+        "eval_episodes": 0,
+        "eval_steps": 125_000,
+    },
+}
+
+
+@dataclass(frozen=True)
+class CommandLine(Args):
+    """What the command line gives, before `Args` checks it: tyro would draw a box around what is refused."""
+
+    preset: Literal["default", "paper"] = "default"
+    """values of the flags that are not given: this script's own, or the paper's, 50M steps with an injection at 12.5M"""
+
+    def __post_init__(self) -> None:
+        pass
+
+    def checked(self) -> Args:
+        return Args(**{knob.name: getattr(self, knob.name) for knob in fields(Args)})
 
 
 class Stream(IntEnum):
@@ -235,6 +329,7 @@ class Stream(IntEnum):
     INJECTION = 4
     EVALUATION = 5
     PLASTICITY = 6
+    PERTURBATION = 7
 
 
 def stream_seed(seed: int, stream: Stream, key: int = 0) -> int:
@@ -427,6 +522,29 @@ class HiddenLayer(nn.Linear):
         return super().forward(x)
 
 
+class SharedBiasLinear(nn.Linear):
+    """A linear layer with one bias for all its outputs (DQN Zoo)."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.bias = nn.Parameter(self.bias.detach()[:1].clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight) + self.bias
+
+
+@torch.no_grad()
+def redraw(module: nn.Module, generator: torch.Generator | None = None, keep: float = 0.0) -> None:
+    """w ← keep · w + (1 − keep) · new for every layer in `module`, the new ones distributed as PyTorch's own: U(±1/√fan_in)."""
+    device = "cpu" if generator is None else generator.device
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            bound = layer.weight[0].numel() ** -0.5
+            for parameter in layer.parameters():
+                new = torch.empty(parameter.shape, device=device).uniform_(-bound, bound, generator=generator)
+                parameter.copy_(keep * parameter + (1 - keep) * new.to(parameter.device))
+
+
 class QNetwork(nn.Module):
     """Nature CNN (Mnih et al. 2015) whose head can be injected with plasticity `max_injections` times.
 
@@ -435,11 +553,12 @@ class QNetwork(nn.Module):
     an optimizer holds them all and a state dict has one shape; those not injected yet are zero and not evaluated.
     """
 
-    def __init__(self, num_actions: int, max_injections: int = 1, freeze_heads: bool = True):
+    def __init__(self, num_actions: int, max_injections: int = 1, freeze_heads: bool = True, shared_bias: bool = False):
         super().__init__()
 
         def head() -> nn.Sequential:
-            return nn.Sequential(HiddenLayer(3136, 512), nn.ReLU(inplace=True), nn.Linear(512, num_actions))
+            output = SharedBiasLinear if shared_bias else nn.Linear
+            return nn.Sequential(HiddenLayer(3136, 512), nn.ReLU(inplace=True), output(512, num_actions))
 
         self.encoder = nn.Sequential(
             nn.Conv2d(STACK, 32, 8, stride=4),
@@ -488,7 +607,7 @@ class QNetwork(nn.Module):
     def inject(self, generator: torch.Generator | None = None) -> None:
         """Draws the next pair θ′₁ = θ′₂ from `generator`, makes it live, and freezes every head but that θ′₁.
 
-        The draw is PyTorch's own default for linear layers, U(±1/√fan_in), so θ′ is distributed as θ was.
+        θ′ is distributed as θ was.
 
         Raises:
             ValueError: `max_injections` pairs are in use already.
@@ -496,12 +615,7 @@ class QNetwork(nn.Module):
         k = self.num_injections
         if k == len(self.theta_prime_1):
             raise ValueError(f"all {k} pairs of heads are in use: build QNetwork with a larger max_injections")
-        device = "cpu" if generator is None else generator.device
-        for layer in self.theta_prime_1[k]:
-            if isinstance(layer, nn.Linear):
-                bound = layer.in_features**-0.5
-                for parameter in layer.parameters():
-                    parameter.copy_(torch.empty(parameter.shape, device=device).uniform_(-bound, bound, generator=generator))
+        redraw(self.theta_prime_1[k], generator)
         self.theta_prime_2[k].load_state_dict(self.theta_prime_1[k].state_dict())
         self.num_injections += 1
         self._set_trainable()
@@ -541,7 +655,8 @@ class QNetwork(nn.Module):
 
 def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> QNetwork:
     """The network of a run, with room for its injections, or for one where none is planned."""
-    q_network = QNetwork(num_actions, max(1, len(args.injection_step)), args.freeze_heads)
+    injections = args.max_injections if args.injection_trigger == "norm" else max(1, len(args.injection_step))
+    q_network = QNetwork(num_actions, injections, args.freeze_heads, args.shared_bias)
     return q_network.to(device, memory_format=torch.channels_last)
 
 
@@ -774,6 +889,41 @@ def joint_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]))
 
 
+class CenteredRMSProp(torch.optim.Optimizer):
+    """w ← w − lr · g / √(E[g²] − E[g]² + eps) with running means of g and g² that start at zero (Graves 2013; DQN Zoo).
+
+    `torch.optim.RMSprop` adds eps outside the root, where 0.01/32² is a 320 times smaller floor.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, decay: float = 0.95, eps: float = 0.01 / 32**2):
+        super().__init__(params, {"lr": lr, "decay": decay, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in trained:
+                if not self.state[parameter]:
+                    self.state[parameter] = {name: torch.zeros_like(parameter) for name in ("mean", "square")}
+            grads = [parameter.grad for parameter in trained]
+            means, squares = ([self.state[parameter][name] for parameter in trained] for name in ("mean", "square"))
+            torch._foreach_lerp_(means, grads, 1 - group["decay"])
+            torch._foreach_mul_(squares, group["decay"])
+            torch._foreach_addcmul_(squares, grads, grads, value=1 - group["decay"])
+            roots = torch._foreach_sub(squares, torch._foreach_mul(means, means))
+            torch._foreach_add_(roots, group["eps"])
+            torch._foreach_sqrt_(roots)
+            torch._foreach_addcdiv_(trained, grads, roots, value=-group["lr"])
+
+
+def make_optimizer(args: Args, network: nn.Module) -> torch.optim.Optimizer:
+    """Over every head from the start: it passes over parameters without a gradient."""
+    if args.optimizer == "rmsprop":
+        return CenteredRMSProp(network.parameters(), args.learning_rate)
+    return torch.optim.Adam(network.parameters(), args.learning_rate, eps=1.5e-4, fused=True, capturable=args.cuda_graphs)
+
+
 class Learner:
     """Owns the online and target networks, the optimizer and the exploration stream.
 
@@ -781,7 +931,7 @@ class Learner:
     change of the float32 one. With `args.cuda_graphs` acting and updating are captured once and replayed from then on.
 
     Args:
-        args: uses seed, injection_step (how many), freeze_heads, learning_rate, gamma, tau, bf16, cuda_graphs, compile
+        args: uses seed, gamma, tau, bf16, cuda_graphs, compile, and what is about the network, optimizer and interventions
         num_actions: size of the discrete action space
         device: of both networks
     """
@@ -791,19 +941,30 @@ class Learner:
         torch.manual_seed(stream_seed(args.seed, Stream.NETWORK))
         self.q_network = make_q_network(args, num_actions, device)
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
-        # every head is in the optimizer from the start; it passes over parameters without a gradient
-        settings = {"lr": args.learning_rate, "eps": 1.5e-4, "fused": True, "capturable": args.cuda_graphs}
-        self.optimizer = torch.optim.Adam(self.q_network.parameters(), **settings)
+        self.optimizer = make_optimizer(args, self.q_network)
         self.rng = np.random.default_rng(stream_seed(args.seed, Stream.EXPLORATION))
         self.td_loss = torch.compile(td_loss) if args.compile else td_loss
         self.totals = torch.zeros(3, device=device)  # of td_loss, q_values and finite losses, until they are logged
         self.initial_norms: dict[str, float] = {}  # of every live module when it was drawn
-        self._note_initial_norms()
-        self._renew()
+        self.num_interventions = 0
+        self._begin()
 
-    def _note_initial_norms(self) -> None:
+    def _begin(self) -> None:
+        """To be called when the head that learns is new."""
         for name, module in self.q_network.live().items():
             self.initial_norms.setdefault(name, joint_norm(module.parameters()).item())
+        self.norm_at_begin = self.learning_norm()
+        self._renew()
+
+    def learning_norm(self) -> float:
+        """‖w‖ of the encoder and the head that learns, together."""
+        network = self.q_network
+        head = network.get_submodule(network.newest_head())
+        return joint_norm([*network.encoder.parameters(), *head.parameters()]).item()
+
+    def norm_growth(self) -> float:
+        """That norm as a multiple of what it was when this head began to learn: the adaptive criterion (paper, appendix)."""
+        return self.learning_norm() / self.norm_at_begin
 
     def _renew(self) -> None:
         """To be called whenever the networks or the optimizer's state are not what they were made of."""
@@ -897,19 +1058,57 @@ class Learner:
         if self.args.bf16:
             torch._foreach_copy_(list(self.target.parameters()), target)
 
+    def intervene(self) -> None:
+        """Does what `args.intervention` names. What is drawn depends on the seed and the number of interventions before."""
+        {"injection": self.inject, "reset-head": self.reset_head, "shrink-perturb": self.shrink_perturb}[
+            self.args.intervention
+        ]()
+
     def inject(self) -> None:
         """Injects plasticity into the online network and mirrors it in the target network.
 
-        The k-th θ′ depends on (seed, k) alone. The optimizer is left as it is: the encoder keeps its moments, and the
-        new head, which has had no gradient yet, starts without any.
+        The encoder keeps its moments. The new head, which has had no gradient yet, starts without any, or with a copy of
+        those of the head that learned before; with "reset" that one loses its own (paper, Fig. 9).
         """
-        key = self.q_network.num_injections
-        generator = torch.Generator().manual_seed(stream_seed(self.args.seed, Stream.INJECTION, key))
-        self.q_network.inject(generator)
+        network, moments = self.q_network, self.optimizer.state
+        before = network.get_submodule(network.newest_head())
+        network.inject(self._generator())
+        if self.args.injection_optimizer_state == "copy":
+            for new, old in zip(network.get_submodule(network.newest_head()).parameters(), before.parameters(), strict=True):
+                if old in moments:
+                    moments[new] = copy.deepcopy(moments[old])
+        if self.args.injection_optimizer_state == "reset":
+            self._forget_moments(*(module for name, module in network.live().items() if name != "encoder"))
+        self._intervened()
+
+    def reset_head(self) -> None:
+        """Draws the learning head's two layers anew, without moments, and mirrors them (Nikishin et al. 2022)."""
+        name = self.q_network.newest_head()
+        head = self.q_network.get_submodule(name)
+        redraw(head, self._generator())
+        self._forget_moments(head)
+        del self.initial_norms[name]
+        self._intervened()
+
+    def shrink_perturb(self) -> None:
+        """encoder ← factor · encoder + (1 − factor) · new, its moments stay (Ash & Adams 2020); and `reset_head`, as D'Oro
+        et al. (2023) combine them."""
+        generator = self._generator(Stream.PERTURBATION)
+        redraw(self.q_network.encoder, generator, keep=self.args.shrink_factor)
+        self.reset_head()
+
+    def _generator(self, stream: Stream = Stream.INJECTION) -> torch.Generator:
+        return torch.Generator().manual_seed(stream_seed(self.args.seed, stream, self.num_interventions))
+
+    def _forget_moments(self, *modules: nn.Module) -> None:
+        for parameter in (parameter for module in modules for parameter in module.parameters()):
+            self.optimizer.state.pop(parameter, None)
+
+    def _intervened(self) -> None:
         self.target_network.load_state_dict(self.q_network.state_dict())
         self.target_network.requires_grad_(False)
-        self._note_initial_norms()
-        self._renew()
+        self.num_interventions += 1
+        self._begin()
 
     def state_dict(self) -> dict[str, Any]:
         """Both networks with their numbers of live heads, the optimizer's moments by parameter name, the stream's state."""
@@ -920,6 +1119,8 @@ class Learner:
             "optimizer": {names[i]: moments for i, moments in self.optimizer.state_dict()["state"].items()},
             "totals": self.totals,
             "initial_norms": self.initial_norms,
+            "norm_at_begin": self.norm_at_begin,
+            "num_interventions": self.num_interventions,
             "rng": self.rng.bit_generator.state,
         }
 
@@ -935,7 +1136,8 @@ class Learner:
         optimizer["state"] = {i: copy.deepcopy(moments[name]) for i, name in enumerate(names) if name in moments}
         self.optimizer.load_state_dict(optimizer)
         self.totals.copy_(state["totals"])
-        self.initial_norms = dict(state["initial_norms"])
+        self.initial_norms, self.norm_at_begin = dict(state["initial_norms"]), state["norm_at_begin"]
+        self.num_interventions = state["num_interventions"]
         self._renew()
         self.rng.bit_generator.state = state["rng"]
 
@@ -1048,21 +1250,26 @@ def open_film(path: Path, width: int, height: int) -> cv2.VideoWriter:
 def evaluate(
     q_network: QNetwork, args: Args, key: int, video: Path | None = None, stop: Callable[[], bool] = lambda: False
 ) -> np.ndarray:
-    """Raw scores (eval_episodes,) float64 of whole games, one per parallel environment, so that none is favoured.
+    """Raw scores of whole games, (eval_episodes,) float64, one per parallel environment, so that none is favoured; or with
+    `eval_steps` those of one environment's games that end within so many steps, or else of the first (DQN Zoo).
 
     Environments and random numbers are its own, from (seed, key): evaluating changes nothing in training.
-    The first game is filmed to `video`. Once `stop` returns True, games that are not over are left at NaN.
+    The first game is filmed to `video`. Once `stop` returns True, what is not over is left at NaN.
     """
     seed = stream_seed(args.seed, Stream.EVALUATION, key)
     rng = np.random.default_rng(seed)
     device = q_network.theta[-1].weight.device
-    scores = np.full(args.eval_episodes, np.nan)
+    games: list[list[float]] = [[] for _ in range(max(1, args.eval_episodes))]  # scores, per environment
+    played = 0
+
+    def over() -> bool:
+        return all(games) and played >= args.eval_steps
 
     def greedy(obs: np.ndarray) -> torch.Tensor:
         return greedy_actions(q_network, upload(obs, device))
 
     with contextlib.ExitStack() as stack:
-        envs = make_envs(args, args.eval_episodes, render_mode="rgb_array" if video else None)
+        envs = make_envs(args, len(games), render_mode="rgb_array" if video else None)
         stack.callback(envs.close)
         obs, _ = envs.reset(seed=seed)
         if video:
@@ -1070,15 +1277,17 @@ def evaluate(
             height, width, _ = envs.render()[0].shape
             film = open_film(video, width, height)
             stack.callback(film.release)
-        while np.isnan(scores).any() and not stop():
-            if video and np.isnan(scores[0]):
+        while not over() and not stop():
+            if video and not games[0]:
                 film.write(np.ascontiguousarray(envs.render()[0][..., ::-1]))  # OpenCV's order is BGR
             actions = epsilon_greedy(greedy, envs.single_action_space.n, obs, args.eval_epsilon, rng)
             obs, _, _, _, infos = envs.step(actions)
-            if "episode" in infos:
-                first = infos["_episode"] & np.isnan(scores)
-                scores[first] = infos["episode"]["r"][first]
-    return scores
+            played += 1
+            for i in np.flatnonzero(infos.get("_episode", ())):
+                games[i].append(float(infos["episode"]["r"][i]))
+    if args.eval_steps:
+        return np.array(games[0] if over() else [np.nan])
+    return np.array([scores[0] if scores else np.nan for scores in games])
 
 
 def save_agent(path: Path, q_network: QNetwork, args: Args, step: int) -> None:
@@ -1107,7 +1316,7 @@ def load_agent(path: Path, device: torch.device | str) -> tuple[QNetwork, Args, 
     with reading(path, "an agent", "give an agent.pt from --save-model"):
         saved = torch.load(path, map_location=device, weights_only=True)
         args = Args(**saved["args"])
-        q_network = make_q_network(args, len(saved["q_network"]["theta.2.bias"]), device)
+        q_network = make_q_network(args, len(saved["q_network"]["theta.2.weight"]), device)
         q_network.load_state_dict(saved["q_network"])
         step = int(saved["step"])
     return q_network, args, step
@@ -1124,7 +1333,7 @@ def evaluate_saved(args: Args) -> np.ndarray:
     q_network, trained, step = load_agent(path, pick_device(args))
     if args.env_id not in (trained.env_id, Args.env_id):
         raise UsageError(f"the agent in {path} plays {trained.env_id}, not {args.env_id}: leave out --env-id")
-    own = ("seed", "cuda", "capture_video", "eval_episodes", "eval_epsilon", "evaluate")
+    own = ("seed", "cuda", "capture_video", "eval_episodes", "eval_steps", "eval_epsilon", "evaluate")
     settings = replace(trained, fork=None, **{name: getattr(args, name) for name in own})
     video = path.parent / "videos" / f"evaluate-seed-{args.seed}.mp4" if args.capture_video else None
     scores = evaluate(q_network, settings, step, video)
@@ -1135,9 +1344,9 @@ def evaluate_saved(args: Args) -> np.ndarray:
 
 
 def exploration_epsilon(args: Args, step: int) -> float:
-    """ε at `step`: linear from start_e to end_e over the first exploration_fraction of the run, then constant."""
-    duration = args.exploration_fraction * args.total_timesteps
-    progress = min(step / duration, 1.0) if duration else 1.0
+    """ε at `step`: start_e until exploration_start, from there linear to end_e over exploration_fraction of the run."""
+    duration, since = args.exploration_fraction * args.total_timesteps, step - args.exploration_start
+    progress = min(max(since / duration, 0.0), 1.0) if duration else float(since >= 0)
     return args.start_e + progress * (args.end_e - args.start_e)
 
 
@@ -1497,9 +1706,10 @@ class Run:
     played: int = 0  # steps decided on: with several environments more than learned from
     in_flight: bool = False  # the outcome of the last decision is not in replay yet
     saved: int | None = None  # step of the newest checkpoint
+    interventions: list[int] = field(default_factory=list)  # their steps
 
 
-CHECKPOINT_FORMAT = 3
+CHECKPOINT_FORMAT = 4
 CHECKPOINT_FILES = ("manifest.json", "state.pt", "replay.zst", "events")
 CHECKSUMS = "SHA256SUMS"  # of those files, to be checked with `sha256sum -c` as well
 
@@ -1557,7 +1767,7 @@ def save_checkpoint(run: Run) -> Path:
     """
     final = run.folder / f"checkpoint-{run.step}"
     manifest = {"format": CHECKPOINT_FORMAT, "run": run.id, "step": run.step, "played": run.played}
-    manifest |= {"in_flight": run.in_flight}
+    manifest |= {"in_flight": run.in_flight, "interventions": run.interventions}
     manifest |= {"args": asdict(run.args), "circumstances": circumstances(run.replay.device)}
     state = io.BytesIO()
     parts = {"envs": run.envs, "learner": run.learner, "replay": run.replay, "log": run.log}
@@ -1585,7 +1795,7 @@ def save_checkpoint(run: Run) -> Path:
         raise
     with contextlib.suppress(OSError):  # the new one is safe: what cannot be removed now goes the next time
         for step, old in list_checkpoints(run.folder).items():
-            if step < run.step and step not in run.args.injection_step:
+            if step < run.step and step not in (*run.args.injection_step, *run.interventions):
                 old.rename(old.with_name(f".{old.name}.old"))
     remove_leftovers(run.folder)
     return final
@@ -1664,13 +1874,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 FORKABLE = """exp_name cuda cuda_graphs compile track wandb_project_name wandb_entity capture_video save_model
-total_timesteps exploration_fraction injection_step apply_injection freeze_heads
-plasticity_frequency eval_frequency eval_episodes eval_epsilon""".split()
+total_timesteps exploration_fraction injection_step apply_injection freeze_heads injection_optimizer_state
+injection_trigger injection_norm_ratio injection_check_frequency max_injections intervention shrink_factor
+plasticity_frequency eval_frequency eval_episodes eval_steps eval_epsilon""".split()
 
 
 def changed_flags(args: Args, saved: Args) -> list[str]:
     """Names of the arguments that are not as in `saved`, where a run comes from left out."""
-    names = (field.name for field in fields(Args) if field.name not in ("resume", "fork"))
+    names = (knob.name for knob in fields(Args) if knob.name not in ("resume", "fork"))
     return [name for name in names if getattr(args, name) != getattr(saved, name)]
 
 
@@ -1684,14 +1895,19 @@ def check_fork(args: Args, origin: Checkpoint) -> None:
     if refused := [name for name in changed_flags(args, saved) if name not in FORKABLE]:
         values = ", ".join(f"{name} is {getattr(args, name)}, there {getattr(saved, name)}" for name in refused)
         raise UsageError(f"not as in checkpoint {path}: {values}; a fork may differ in {', '.join(FORKABLE)} only")
-    past, saved_past = (tuple(k for k in a.injection_step if k < step and a.apply_injection) for a in (args, saved))
+    saved_past = tuple(origin.manifest["interventions"])
+    past = saved_past if args.injection_trigger == "norm" else tuple(k for k in args.injection_step if k < step)
+    if args.applied_intervention == "none":
+        past = ()
     if past != saved_past:
         raise UsageError(
             f"checkpoint {path} lies after injections at {saved_past or 'no step'}, but the arguments say {past or 'none'} "
             f"before step {step}: give an --injection-step of {step} or later, or an earlier checkpoint"
         )
-    if past and args.freeze_heads != saved.freeze_heads:
-        raise UsageError(f"checkpoint {path} lies after an injection: for another --freeze-heads give an earlier checkpoint")
+    kinds = ("intervention", "freeze_heads", "injection_optimizer_state", "shrink_factor")
+    if past and (other := [name for name in kinds if getattr(args, name) != getattr(saved, name)]):
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in other)
+        raise UsageError(f"checkpoint {path} lies after an injection: for another {flags} give an earlier checkpoint")
     if args.total_timesteps < max(step + 1, played):
         raise UsageError(f"checkpoint {path} lies at step {step}: give a --total-timesteps of {max(step + 1, played)} or more")
     if step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency):
@@ -1807,18 +2023,40 @@ def replayed(run: Run, stream: Stream, key: int) -> ReplayBufferSamples:
     return run.replay.transitions(rng.integers(run.replay.size(), size=512), rng.integers(run.replay.n_envs, size=512))
 
 
-def inject(run: Run) -> None:
-    """Injects plasticity, measures on replayed observations that Q did not change, and logs both."""
+def checks_norm(args: Args, step: int) -> bool:
+    """Whether the adaptive criterion is looked at at this step."""
+    return args.injection_trigger == "norm" and step % args.injection_check_frequency == 0
+
+
+def intervention_due(run: Run) -> bool:
+    """Whether `run.step` is one of --injection-step, or the norm has grown beyond --injection-norm-ratio."""
+    args, learner = run.args, run.learner
+    if args.applied_intervention == "none":
+        return False
+    if args.injection_trigger == "step":
+        return run.step in args.injection_step
+    possible = run.step > 0 and len(run.interventions) < args.max_injections and checks_norm(args, run.step)
+    return possible and learner.norm_growth() > args.injection_norm_ratio
+
+
+def intervene(run: Run) -> None:
+    """Injects plasticity, or what else --intervention names, measures on replayed observations how far that changed Q (an
+    injection: not at all), and logs both."""
     learner, log, step = run.learner, run.log, run.step
-    key = learner.q_network.num_injections
-    obs = replayed(run, Stream.INJECTION, key).observations
+    obs = replayed(run, Stream.INJECTION, len(run.interventions)).observations
     with torch.no_grad():
         before = learner.online(obs)
-        learner.inject()
+        learner.intervene()
         delta = (learner.online(obs) - before).abs().max().item()
+    run.interventions.append(step)
     log.writer.add_scalar("injection/step", step, step)
     log.writer.add_scalar("injection/max_abs_delta_q", delta, step)
-    log.say(f"step {step:,}: plasticity injected, largest change of Q over {len(obs)} observations: {delta}")
+    done = {
+        "injection": "plasticity injected",
+        "reset-head": "head drawn anew",
+        "shrink-perturb": "encoder shrunk and perturbed, head drawn anew",
+    }[run.args.intervention]
+    log.say(f"step {step:,}: {done}, largest change of Q over {len(obs)} observations: {delta}")
 
 
 def measure(run: Run) -> None:
@@ -1850,6 +2088,7 @@ def next_stop(run: Run) -> int:
     args, step = run.args, run.step
     periods = (args.target_network_frequency, args.log_frequency, args.plasticity_frequency)
     periods += (args.checkpoint_frequency, args.eval_frequency)
+    periods += (args.injection_check_frequency,) if args.injection_trigger == "norm" else ()
     multiples = (step - step % period + period for period in periods if period)
     injections = (injection for injection in args.injection_step if injection > step)
     return min(run.played, args.total_timesteps, *multiples, *injections)
@@ -1874,6 +2113,8 @@ def after_step(run: Run) -> None:
         run.log.interval(step, run.learner.totals)
     if args.plasticity_frequency and step % args.plasticity_frequency == 0 and run.replay.size():
         measure(run)
+    if checks_norm(args, step):
+        run.log.writer.add_scalar("injection/norm_growth", run.learner.norm_growth(), step)
 
 
 def advance(run: Run) -> None:
@@ -1948,7 +2189,9 @@ def training_loop(run: Run, signals: Signals) -> bool:
             # this cuts bootstrap from their last frames, since no `done` was stored
             finish(run)
             run.envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS, step))
-        due = args.checkpoint_frequency > 0 and (boundary or step in (first, *args.injection_step, args.total_timesteps))
+        intervening = intervention_due(run)
+        saves = boundary or intervening or step in (first, *args.injection_step, args.total_timesteps)
+        due = args.checkpoint_frequency > 0 and saves
         if signals.checkpoint:
             signals.checkpoint, due = False, True
         if (due or signals.stop) and run.saved != step:
@@ -1960,8 +2203,8 @@ def training_loop(run: Run, signals: Signals) -> bool:
             if np.isnan(scores).any():
                 continue  # to the checkpoint that a signal asked for; the evaluation is repeated after it, or after --resume
             log.evaluation(scores, step)
-        if args.apply_injection and step in args.injection_step:
-            inject(run)
+        if intervening:
+            intervene(run)
         if step == args.total_timesteps:
             return True
         advance(run)
@@ -2022,9 +2265,11 @@ def train(args: Args) -> Path:
         run = Run(args, run_id, folder, envs, learner, replay, log, step, saved=step if continues else None)
         if origin is not None:
             run.played, run.in_flight = origin.manifest["played"], origin.manifest["in_flight"]
+            run.interventions = origin.manifest["interventions"]
         del origin, events  # and with them a copy of every parameter
-        if not args.injection_step or not args.apply_injection:
-            log.say("no plasticity injection in this run" + ("" if args.apply_injection else ": baseline arm"))
+        baseline = args.applied_intervention == "none"
+        if baseline or (args.injection_trigger == "step" and not args.injection_step):
+            log.say("no plasticity injection in this run" + ": baseline arm" * baseline)
         if args.learning_starts >= args.total_timesteps:
             log.say(f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}")
         command = f"python {os.path.relpath(__file__)}"
@@ -2043,25 +2288,21 @@ def train(args: Args) -> Path:
 
 
 def parse_args() -> Args:
-    """The command line as `Args`; with --resume or --fork, flags that are not given are as in that run.
-
-    What `Args` refuses is raised here, since tyro would draw a box around it.
-    """
-
-    class Unchecked(Args):
-        def __post_init__(self) -> None:
-            pass
-
-    given = tyro.cli(Unchecked, description=__doc__)
-    if given.resume is not None or given.fork is not None:
-        Args(resume=given.resume, fork=given.fork, evaluate=given.evaluate)  # one of them
-        path = Path(given.resume, "run.json") if given.resume is not None else Path(given.fork, "manifest.json")
-        origin = replace(read_args(path)[0], resume=given.resume, fork=given.fork)
-        given = tyro.cli(Unchecked, description=__doc__, default=Unchecked(**asdict(origin)))
-        if given.resume is not None:
-            check_resume(given, origin)
-            return Args(resume=given.resume)
-    return Args(**{field.name: getattr(given, field.name) for field in fields(Args)})
+    """The command line as `Args`; with --resume or --fork, flags that are not given are as in that run."""
+    given = tyro.cli(CommandLine, description=__doc__)
+    if given.resume is None and given.fork is None:
+        preset = CommandLine(**PRESETS[given.preset], preset=given.preset)
+        return tyro.cli(CommandLine, description=__doc__, default=preset).checked()
+    Args(resume=given.resume, fork=given.fork, evaluate=given.evaluate)  # one of them
+    if given.preset != "default":
+        raise UsageError("--preset is for a new run, and --resume and --fork have that run's settings: leave out --preset")
+    path = Path(given.resume, "run.json") if given.resume is not None else Path(given.fork, "manifest.json")
+    origin = replace(read_args(path)[0], resume=given.resume, fork=given.fork)
+    given = tyro.cli(CommandLine, description=__doc__, default=CommandLine(**asdict(origin)))
+    if given.resume is not None:
+        check_resume(given, origin)
+        return Args(resume=given.resume)
+    return given.checked()
 
 
 def main() -> None:

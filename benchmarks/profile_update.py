@@ -145,7 +145,7 @@ def main(settings: ProfileSettings) -> None:
         if settings.full_replay:
             fill_up(run.replay)
         if settings.inject:
-            script.inject(run)
+            script.intervene(run)
         timed_parts(run, 30)  # to warm up
         parts = timed_parts(run, settings.vector_steps)
         flops = update_flops(run)

@@ -101,7 +101,7 @@ def ours(settings: Settings, num_envs: int, bf16: bool, injected: bool, folder: 
     """Steps per second of a window of so many seconds."""
     run = make_run(settings, num_envs, folder, bf16)
     if injected:
-        script.inject(run)
+        script.intervene(run)
 
     def window(seconds: float) -> float:
         first, start = run.step, time.perf_counter()
