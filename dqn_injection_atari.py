@@ -885,8 +885,8 @@ def epsilon_greedy(
 
 
 def joint_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """L2 norm, 0-d, of all numbers in these tensors together."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors]))
+    """L2 norm, 0-d float64, of all numbers in these tensors together."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]))
 
 
 class CenteredRMSProp(torch.optim.Optimizer):

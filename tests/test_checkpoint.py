@@ -140,13 +140,41 @@ def test_killed_again_and_again(uninterrupted):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"freeze_heads": False}, {"tau": 0.5}, {"injection_step": (130, 170, 255)}, {"num_envs": 1}, {"bf16": True, "tau": 0.5}],
+    [
+        {"freeze_heads": False},
+        {"tau": 0.5},
+        {"injection_step": (130, 170, 255)},
+        {"num_envs": 1},
+        {"bf16": True, "tau": 0.5},
+        {"injection_optimizer_state": "copy"},
+        {"injection_optimizer_state": "reset", "freeze_heads": False},
+        {"intervention": "reset-head", "injection_step": (202, 250)},
+        {"intervention": "shrink-perturb", "injection_step": (202, 250)},
+        {"optimizer": "rmsprop", "shared_bias": True, "exploration_start": 150},
+        {"eval_frequency": 270, "eval_episodes": 0, "eval_steps": 40},
+    ],
+    ids=str,
 )
 def test_resume_is_exact_with_other_settings(uninterrupted, changes):
     args = replace(SMALL, **changes)
     folder = train_until(260, args)
     train(replace(args, resume=str(folder)))
     assert_same_end(folder, uninterrupted(args))
+
+
+NORM = {"injection_step": (), "injection_trigger": "norm", "injection_norm_ratio": 1.0001, "injection_check_frequency": 30}
+NORM |= {"max_injections": 3, "learning_rate": 3e-4}
+
+
+@pytest.mark.parametrize("after", [0, 3, 33])
+def test_resume_is_exact_where_the_norm_decides(uninterrupted, after):
+    args = replace(SMALL, **NORM)
+    first, second, *_ = load_checkpoint(uninterrupted(args) / END).manifest["interventions"]
+    folder = train_until(first + after, args, send(signal.SIGTERM))
+    train_until(second + 1, replace(args, resume=str(folder)))
+    train(replace(args, resume=str(folder)))
+    assert_same_end(folder, uninterrupted(args))
+    assert content(folder, END)["/learner/num_interventions"] >= 2
 
 
 @pytest.mark.parametrize("backend", ["ale", "sb3"])
@@ -353,6 +381,33 @@ def test_an_injected_runs_checkpoint_leads_to_its_baseline(uninterrupted):
     injected, baseline = (replace(SMALL, injection_step=(240, 280), apply_injection=apply) for apply in (True, False))
     folder = train_until(250, injected)
     assert_same_end(fork(folder / "checkpoint-240", injected, apply_injection=False), uninterrupted(baseline))
+
+
+def test_a_checkpoint_where_the_norm_decided_leads_to_its_baseline_and_back(uninterrupted):
+    injected, baseline = (replace(SMALL, **NORM, apply_injection=apply) for apply in (True, False))
+    step = load_checkpoint(uninterrupted(injected) / END).manifest["interventions"][0]
+    checkpoint = uninterrupted(injected) / f"checkpoint-{step}"
+    assert_same_end(fork(checkpoint, injected, apply_injection=False), uninterrupted(baseline))
+    assert_same_end(fork(checkpoint, injected), uninterrupted(injected))
+
+
+@pytest.mark.parametrize("intervention", ["reset-head", "shrink-perturb"])
+def test_arms_with_other_interventions_fork_from_one_checkpoint(uninterrupted, intervention):
+    args = replace(SMALL, injection_step=(240,))
+    checkpoint = train_until(250, args) / "checkpoint-240"
+    assert_same_end(fork(checkpoint, args, intervention=intervention), uninterrupted(replace(args, intervention=intervention)))
+    assert_same_end(fork(checkpoint, args, intervention="none"), uninterrupted(replace(args, intervention="none")))
+
+
+def test_a_fork_after_an_intervention_keeps_its_kind(uninterrupted):
+    args = replace(SMALL, injection_step=(202, 280))
+    checkpoint = train_until(250, args) / "checkpoint-240"
+    for changes in ({"intervention": "reset-head"}, {"injection_optimizer_state": "copy"}, {"freeze_heads": False}):
+        flag = f"--{next(iter(changes)).replace('_', '-')}"
+        with pytest.raises(UsageError, match=f"after an injection: for another {flag} give an earlier checkpoint"):
+            fork(checkpoint, args, **changes)
+    with pytest.raises(UsageError, match="but the arguments say none"):
+        fork(checkpoint, args, intervention="none")
 
 
 def test_a_fork_from_between_two_boundaries_and_after_an_injection(uninterrupted):

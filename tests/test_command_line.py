@@ -50,6 +50,82 @@ def test_defaults_are_the_default_setting():
     assert learner.optimizer.defaults["eps"] == 1.5e-4 and learner.optimizer.defaults["lr"] == 1e-4
 
 
+PAPER = {
+    "total_timesteps": 50_000_000,
+    "injection_step": (12_500_000,),
+    "optimizer": "rmsprop",
+    "learning_rate": 2.5e-4,
+    "target_network_frequency": 30_000,
+    "learning_starts": 50_000,
+    "exploration_start": 50_000,
+    "shared_bias": True,
+    "eval_frequency": 250_000,
+    "eval_episodes": 0,
+    "eval_steps": 125_000,
+}
+
+
+def test_a_preset_sets_the_flags_that_are_not_given(monkeypatch):
+    assert parse(monkeypatch, "--preset", "default") == Args() == parse(monkeypatch)
+    paper = parse(monkeypatch, "--preset", "paper")
+    assert all(getattr(paper, name) == value for name, value in PAPER.items())
+    assert paper.exploration_fraction * paper.total_timesteps == 1_000_000 and paper.end_e == paper.eval_epsilon == 0.01
+    assert (paper.batch_size, paper.train_frequency, paper.buffer_size, paper.gamma) == (32, 4, 1_000_000, 0.99)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_single_flags_override_a_preset_also_with_values_that_are_defaults(monkeypatch, order):
+    flags = ["--preset=paper", "--target-network-frequency=8000", "--no-shared-bias", "--optimizer=adam"][::order]
+    args = parse(monkeypatch, *flags, "--env-id", "PongNoFrameskip-v4")
+    assert (args.target_network_frequency, args.shared_bias, args.optimizer) == (8_000, False, "adam")
+    assert args.learning_rate == 2.5e-4 and args.env_id == "PongNoFrameskip-v4"
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--fork"])
+def test_a_run_that_goes_on_takes_no_preset(monkeypatch, flag):
+    with pytest.raises(UsageError, match="leave out --preset"):
+        parse(monkeypatch, flag, "runs/x", "--preset", "paper")
+
+
+@pytest.mark.parametrize(
+    ("args", "fix"),
+    [
+        ({"intervention": "reset-head", "injection_step": (5,), "apply_injection": False}, "give --intervention none"),
+        ({"intervention": "shrink-perturb"}, "give --injection-step, or --injection-trigger norm"),
+        ({"injection_trigger": "norm", "injection_step": (5,)}, "give --injection-step without a number"),
+        ({"injection_norm_ratio": 2.0, "injection_step": (5,)}, "only --injection-trigger norm looks at"),
+        ({"max_injections": 2}, "only --injection-trigger norm looks at"),
+        ({"injection_check_frequency": 5}, "only --injection-trigger norm looks at"),
+        ({"intervention": "reset-head", "injection_step": (5,), "freeze_heads": False}, "only --intervention injection"),
+        (
+            {"intervention": "reset-head", "injection_step": (5,), "injection_optimizer_state": "copy"},
+            "only --intervention injection",
+        ),
+        ({"shrink_factor": 0.5, "injection_step": (5,)}, "only --intervention shrink-perturb"),
+        ({"shrink_factor": 1.5}, "between 0 and 1"),
+        ({"injection_norm_ratio": 0.0, "injection_trigger": "norm"}, "positive and finite"),
+        ({"intervention": "reset"}, "one of injection, reset-head, shrink-perturb, none"),
+        ({"optimizer": "sgd"}, "one of adam, rmsprop"),
+        ({"eval_steps": 100}, "give --eval-episodes 0 with --eval-steps"),
+        ({"eval_episodes": 0}, "give --eval-episodes 0 with --eval-steps"),
+    ],
+    ids=str,
+)
+def test_flags_that_contradict_each_other_or_would_do_nothing_are_refused_with_the_fix(args, fix):
+    with pytest.raises(UsageError, match=fix):
+        Args(**args)
+
+
+def test_a_baseline_may_have_the_flags_of_the_arm_it_belongs_to():
+    baselines = [
+        Args(apply_injection=False, injection_step=(5,), freeze_heads=False),
+        Args(intervention="none", injection_step=(5,), shrink_factor=0.5, injection_optimizer_state="copy"),
+        Args(intervention="none", apply_injection=False),
+    ]
+    assert {args.applied_intervention for args in baselines} == {"none"}
+    assert Args(intervention="reset-head", injection_step=(5,)).applied_intervention == "reset-head"
+
+
 def field_docstrings():
     """{field: docstring} of Args, read off the source."""
     body = next(
@@ -217,7 +293,7 @@ def test_every_file_the_readme_names_exists():
 def test_the_readme_names_every_curve_and_leaves_no_blank():
     text = README.read_text()
     tags = set(re.findall(r'"((?:charts|injection|eval)/\w+)"', SCRIPT.read_text())) | {"losses/td_loss", "losses/q_values"}
-    assert len(tags) == 10 and all(f"`{tag}`" in text for tag in tags)
+    assert len(tags) == 11 and all(f"`{tag}`" in text for tag in tags)
     assert not re.search(r"^[A-Z_]+$", text, re.MULTILINE), "a placeholder"
 
 

@@ -177,7 +177,7 @@ def test_norms_are_those_of_the_modules_and_their_gradients(injections, freeze_h
     for module, start in initial.items():
         label = "head" if module == newest else module.replace(".", "_")
         parameters = list(learner.q_network.get_submodule(module).parameters())
-        norm = torch.cat([p.detach().flatten() for p in parameters]).norm().item()
+        norm = torch.cat([p.detach().double().flatten() for p in parameters]).norm().item()
         assert measures[f"weight_norm/{label}"] == pytest.approx(norm, rel=1e-5)
         assert measures[f"weight_norm_ratio/{label}"] == pytest.approx(norm / start, rel=1e-5)
         learns = module in ("encoder", newest) or not freeze_heads
