@@ -275,10 +275,11 @@ def readme_commands():
 def test_every_training_command_of_the_readme_parses(monkeypatch):
     commands = [c for c in readme_commands() if "dqn_injection_atari.py" in c and "--help" not in c]
     assert len(commands) >= 5
-    origin = json.dumps({"args": asdict(Args())})
-    for name in ("run.json", "checkpoint-5000000/manifest.json", "checkpoint-100000/manifest.json"):
+    names = dict.fromkeys(("run.json", "checkpoint-5000000/manifest.json", "checkpoint-100000/manifest.json"), Args())
+    names["checkpoint-12500000/manifest.json"] = Args(**dqn_injection_atari.PRESETS["paper"])
+    for name, args in names.items():
         Path("runs/FOLDER", name).parent.mkdir(parents=True, exist_ok=True)
-        Path("runs/FOLDER", name).write_text(origin)
+        Path("runs/FOLDER", name).write_text(json.dumps({"args": asdict(args)}))
     for command in commands:
         words = shlex.split(command)
         parse(monkeypatch, *words[words.index("dqn_injection_atari.py") + 1 :])
