@@ -6,7 +6,9 @@ Runs with the same arguments but for the seed are an arm. For two arms that diff
 is on the difference in mean return, with − without, over all that is logged in a window after the injection: one mean per
 run, and a 95% t interval over seeds. Where the two arms' runs of a seed are one run up to the injection, as forks are, it is
 the interval of the differences within seeds, else Welch's. There is one window: from the injection to the last step that all
-these runs have reached, or --window steps long.
+these runs have reached, or --window steps long. Where the norm decided when to inject, it begins at the latest of the runs'
+first injections. A head reset, or shrink and perturb, is compared in the same way. Comparisons that differ in the game alone
+are also aggregated, as human-normalised scores.
 
 Written beside --out: the figure of return, one of the plasticity measures (NAME_plasticity), a table (NAME.md) and all numbers
 (NAME.json). Runs may still be going. 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
@@ -54,6 +56,7 @@ from dqn_injection_atari import (
     Learner,
     RunLog,
     UsageError,
+    atari_spec,
     free_memory,
     load_checkpoint,
     pick_device,
@@ -65,14 +68,45 @@ matplotlib.use("Agg")
 
 # These name a run, choose its hardware, or change what is logged, filmed and evaluated, but not what is learned
 BOOKKEEPING = """seed exp_name cuda cuda_graphs compile torch_deterministic track wandb_project_name wandb_entity capture_video
-save_model log_frequency plasticity_frequency eval_frequency eval_episodes eval_epsilon resume fork evaluate""".split()
+save_model log_frequency plasticity_frequency eval_frequency eval_episodes eval_steps eval_epsilon resume fork
+evaluate""".split()
+NORM_TRIGGER = ("injection_trigger", "injection_norm_ratio", "injection_check_frequency", "max_injections")
+OF_INTERVENTION = ("intervention", "injection", "freeze_heads", "injection_optimizer_state", "shrink_factor", *NORM_TRIGGER)
 MIN_SEEDS = 3  # per arm, for a verdict and for an interval
 CONFIDENCE = 0.95
+RESAMPLES = 2_000  # of a bootstrap
 MAX_BINS = 100  # points of a curve
 GAMES_PER_BIN = 10  # at least, on average, in the curves of return
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, safe for the colour-blind
 INK = "#222222"
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8}
+
+ARM_NAMES = {  # one and several
+    "injection": ("injection", "injections"),
+    "reset-head": ("head reset", "head resets"),
+    "shrink-perturb": ("shrink and perturb", "shrink and perturb"),
+}
+DEEDS = {"injection": "injection", "reset-head": "resetting the head", "shrink-perturb": "shrink and perturb"}
+
+# Scores of random play and of a human tester, from no-op starts: github.com/google-deepmind/dqn_zoo, dqn_zoo/atari_data.py
+HUMAN_SCORES: dict[str, tuple[float, float]] = {
+    "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742), "asterix": (210, 8503.3),
+    "asteroids": (719.1, 47388.7), "atlantis": (12850, 29028.1), "bank_heist": (14.2, 753.1), "battle_zone": (2360, 37187.5),
+    "beam_rider": (363.9, 16926.5), "berzerk": (123.7, 2630.4), "bowling": (23.1, 160.7), "boxing": (0.1, 12.1),
+    "breakout": (1.7, 30.5), "centipede": (2090.9, 12017), "chopper_command": (811, 7387.8),
+    "crazy_climber": (10780.5, 35829.4), "defender": (2874.5, 18688.9), "demon_attack": (152.1, 1971),
+    "double_dunk": (-18.6, -16.4), "enduro": (0, 860.5), "fishing_derby": (-91.7, -38.7), "freeway": (0, 29.6),
+    "frostbite": (65.2, 4334.7), "gopher": (257.6, 2412.5), "gravitar": (173, 3351.4), "hero": (1027, 30826.4),
+    "ice_hockey": (-11.2, 0.9), "jamesbond": (29, 302.8), "kangaroo": (52, 3035), "krull": (1598, 2665.5),
+    "kung_fu_master": (258.5, 22736.3), "montezuma_revenge": (0, 4753.3), "ms_pacman": (307.3, 6951.6),
+    "name_this_game": (2292.3, 8049), "phoenix": (761.4, 7242.6), "pitfall": (-229.4, 6463.7), "pong": (-20.7, 14.6),
+    "private_eye": (24.9, 69571.3), "qbert": (163.9, 13455), "riverraid": (1338.5, 17118), "road_runner": (11.5, 7845),
+    "robotank": (2.2, 11.9), "seaquest": (68.4, 42054.7), "skiing": (-17098.1, -4336.9), "solaris": (1236.3, 12326.7),
+    "space_invaders": (148, 1668.7), "star_gunner": (664, 10250), "surround": (-10, 6.5), "tennis": (-23.8, -8.3),
+    "time_pilot": (3568, 5229.2), "tutankham": (11.4, 167.6), "up_n_down": (533.4, 11693.2), "venture": (0, 1187.5),
+    "video_pinball": (16256.9, 17667.9), "wizard_of_wor": (563.5, 4756.5), "yars_revenge": (3092.9, 54576.9),
+    "zaxxon": (32.5, 9173.3),
+}  # fmt: skip
 
 FRESH = "fresh network"
 CONTENDERS = ("agent", "agent, injected", FRESH)  # of a probe
@@ -115,7 +149,7 @@ class Run:
     def last_step(self) -> int:
         return int(max(steps.max() for steps, _ in self.scalars.values()))
 
-    def between(self, tag: str, after: int, upto: int) -> np.ndarray:
+    def between(self, tag: str, after: int, upto: float) -> np.ndarray:
         """(2, K) points of `tag` with after < step ≤ upto."""
         points = self.scalars.get(tag, np.empty((2, 0)))
         return points[:, (points[0] > after) & (points[0] <= upto)]
@@ -137,10 +171,14 @@ class Arm:
     def injection(self) -> tuple[int, ...]:
         return self.setting["injection"]
 
+    def injections(self, run: Run) -> tuple[int, ...]:
+        """Steps of a run's injections: those planned or, where the norm decides, those logged so far."""
+        return self.injection or tuple(map(int, run.between("injection/step", -1, math.inf)[0]))
+
 
 @dataclass(frozen=True)
 class Judgement:
-    """Difference of mean returns, with − without injection, its 95% interval, NaN where there is none, and the verdict."""
+    """Difference of mean returns, with − without, its 95% interval, NaN where there is none, and the verdict."""
 
     difference: float
     low: float
@@ -151,9 +189,11 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms that differ in nothing but the injection, over the steps after < step ≤ upto. Pairs are (without, with)."""
+    """Two arms that differ in nothing but the intervention, over the steps after < step ≤ upto. Pairs are (without, with)."""
 
     arms: tuple[Arm, Arm]
+    intervention: str
+    firsts: dict[int, int]  # seed: step of its run's first injection
     after: int
     upto: int
     ended_by: str | None  # the run whose last step is `upto`, where others have got further
@@ -163,6 +203,21 @@ class Comparison:
     paired: bool
     judgement: Judgement
     left_out: dict[str, str]  # folder: reason
+
+    @property
+    def game(self) -> str:
+        return self.arms[0].game
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """Comparisons that differ in nothing but the game. Pairs are (without, with)."""
+
+    names: tuple[str, str]
+    games: list[str]
+    runs: tuple[int, int]
+    scores: np.ndarray  # (3, 3), see `aggregate_scores`
+    left_out: dict[str, str]  # game: reason
 
 
 def check(data: bytes, spans: np.ndarray) -> None:
@@ -234,13 +289,23 @@ def read_run(folder: str, metric: str) -> Run:
 
 
 def setting(args: Args) -> dict[str, Any]:
-    """The arguments that change what is learned, in a form in which those that come to the same are equal."""
-    rewritten = ("total_timesteps", "exploration_fraction", "injection_step", "apply_injection", "freeze_heads")
+    """The arguments that change what is learned, in a form in which those that come to the same are equal.
+
+    "intervention" is what the run does, "injection" the steps at which, () where it does nothing or the norm decides; what
+    the run does not look at is None.
+    """
+    by_norm = args.injection_trigger == "norm"
+    what = args.applied_intervention if by_norm or args.injection_step else "none"
+    looked_at = {
+        **dict.fromkeys(NORM_TRIGGER, by_norm and what != "none"),
+        **dict.fromkeys(("freeze_heads", "injection_optimizer_state"), what == "injection"),
+        "shrink_factor": what == "shrink-perturb",
+    }
+    rewritten = ("total_timesteps", "exploration_fraction", "injection_step", "apply_injection", *OF_INTERVENTION)
     shared = {name: value for name, value in asdict(args).items() if name not in (*BOOKKEEPING, *rewritten)}
     shared["exploration_steps"] = round(args.exploration_fraction * args.total_timesteps)  # a longer run only goes on
-    shared["injection"] = args.injection_step if args.apply_injection else ()
-    shared["freeze_heads"] = args.freeze_heads if shared["injection"] else None
-    return shared
+    shared |= {"intervention": what, "injection": () if what == "none" else args.injection_step}
+    return shared | {name: getattr(args, name) if matters else None for name, matters in looked_at.items()}
 
 
 def short(step: float) -> str:
@@ -251,18 +316,24 @@ def short(step: float) -> str:
     return f"{step:,.10g}"
 
 
-def describe(setting: dict[str, Any], differing: Iterable[str]) -> str:
-    """An arm's name: its injection, and what else sets it apart."""
-    steps = [short(step) for step in setting["injection"]]
-    words = [f"injection{'s' * (len(steps) > 1)} at {' and '.join(steps)}" if steps else "no injection"]
+def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -> str:
+    """An arm's name: its intervention, `baseline` if there is none, and what else sets it apart."""
+    what, steps = setting["intervention"], [short(step) for step in setting["injection"]]
+    if what == "none":
+        words = [baseline]
+    elif steps:
+        words = [f"{ARM_NAMES[what][len(steps) > 1]} at {' and '.join(steps)}"]
+    else:
+        words = [f"{ARM_NAMES[what][0]} where the norm has grown {setting['injection_norm_ratio']:g}×"]
     for name in differing:
         value, plain = setting[name], name.replace("_", " ")
-        if name == "freeze_heads":
-            words += ["all heads trained"] if value is False else []
-        elif isinstance(value, bool):
+        if isinstance(value, bool):
             words.append(plain if value else f"no {plain}")
-        else:
+        elif value is not None:
             words.append(f"{plain} {value:,}" if isinstance(value, int) else f"{plain} {value}")
+    optimizer = {"copy": ["optimizer state copied"], "reset": ["optimizer state reset"]}
+    words += optimizer.get(setting["injection_optimizer_state"], [])
+    words += ["all heads trained"] if setting["freeze_heads"] is False else []
     return ", ".join(words)
 
 
@@ -277,11 +348,18 @@ def group(runs: list[Run]) -> tuple[list[Arm], dict[str, str]]:
             twin = f"{longer.folder}, which has got to step {longer.last_step:,}"
             left_out[shorter.folder] = f"{shorter.folder} has the arm and the seed of {twin}: the run is left out"
     settings = [dict(key) for key in members]
-    names = [name for name in settings[0] if name not in ("env_id", "injection")]
-    differing = [name for name in names if len({shared[name] for shared in settings}) > 1]
-    arms = [Arm(describe(dict(key), differing), dict(key), list(arm.values())) for key, arm in members.items()]
+    said = "intervention injection injection_trigger injection_norm_ratio injection_optimizer_state freeze_heads".split()
+    names = [name for name in settings[0] if name not in ("env_id", *said)]
+    differing = [name for name in names if len({shared[name] for shared in settings} - {None}) > 1]
+    only_injections = {shared["intervention"] for shared in settings} <= {"injection", "none"}
+    baseline = "no injection" if only_injections else "no intervention"
+    arms = [Arm(describe(dict(key), differing, baseline), dict(key), list(arm.values())) for key, arm in members.items()]
     games = list(dict.fromkeys(arm.game for arm in arms))
-    return sorted(arms, key=lambda arm: (games.index(arm.game), arm.injection, arm.name)), left_out
+
+    def order(arm: Arm) -> tuple:
+        return games.index(arm.game), arm.setting["intervention"] != "none", arm.injection, arm.name
+
+    return sorted(arms, key=order), left_out
 
 
 def show(value: float, low: float = math.nan, high: float = math.nan) -> str:
@@ -293,17 +371,22 @@ def show(value: float, low: float = math.nan, high: float = math.nan) -> str:
     return f"{value} [{', '.join(bounds)}]" if bounds else value
 
 
-def judge(without: np.ndarray, injected: np.ndarray, paired: bool) -> Judgement:
-    """The verdict on plasticity from one mean return per run.
+def noun(intervention: str) -> str:
+    return "injection" if intervention == "injection" else "intervention"
+
+
+def judge(without: np.ndarray, injected: np.ndarray, paired: bool, intervention: str = "injection") -> Judgement:
+    """The verdict, for an injection on plasticity, from one mean return per run.
 
     Args:
         without, injected: (n,) and (m,); if paired, n = m and the values at one index are of one seed
+        intervention: what sets them apart, as in Args
     """
-    counts, nothing = (len(without), len(injected)), (math.nan, math.nan)
+    counts, nothing, deed = (len(without), len(injected)), (math.nan, math.nan), DEEDS[intervention]
     difference = float(injected.mean() - without.mean()) if all(counts) else math.nan
     if min(counts) < MIN_SEEDS:
-        sentence = f"too few seeds to say: {counts[0]} without and {counts[1]} with injection, it takes {MIN_SEEDS} of each"
-        return Judgement(difference, *nothing, "too few seeds", sentence)
+        few = f"{counts[0]} without and {counts[1]} with {noun(intervention)}, it takes {MIN_SEEDS} of each"
+        return Judgement(difference, *nothing, "too few seeds", f"too few seeds to say: {few}")
     spread = np.ptp(injected - without) if paired else np.ptp(without) + np.ptp(injected)
     if spread <= 1e-9 * max(abs(without).max(), abs(injected).max()):
         sentence = f"no interval: the return changed by {show(difference)} with every seed, no spread to judge that by"
@@ -311,12 +394,16 @@ def judge(without: np.ndarray, injected: np.ndarray, paired: bool) -> Judgement:
     test = scipy.stats.ttest_rel if paired else functools.partial(scipy.stats.ttest_ind, equal_var=False)
     low, high = map(float, test(injected, without).confidence_interval(CONFIDENCE))
     if low > 0:
-        sentence = f"injection raised the return by {show(difference, low, high)}: evidence of lost plasticity"
+        meaning = ": evidence of lost plasticity" if intervention == "injection" else ""
+        sentence = f"{deed} raised the return by {show(difference, low, high)}{meaning}"
         return Judgement(difference, low, high, "raised", sentence)
     if high < 0:
-        sentence = f"injection lowered the return by {show(-difference, -high, -low)}"
+        sentence = f"{deed} lowered the return by {show(-difference, -high, -low)}"
         return Judgement(difference, low, high, "lowered", sentence)
-    sentence = f"no evidence of lost plasticity: the return changed by {show(difference, low, high)}"
+    claim, what = (
+        ("of lost plasticity", "the return") if intervention == "injection" else (f"that {deed} changed the return", "it")
+    )
+    sentence = f"no evidence {claim}: {what} changed by {show(difference, low, high)}"
     return Judgement(difference, low, high, "no evidence", sentence)
 
 
@@ -334,24 +421,36 @@ def share_history(run: Run, other: Run, upto: int) -> bool:
     return forked or origins[0] == origins[1] is not None
 
 
+def in_window(runs: list[Run], metric: str, after: int, upto: int, begin: str) -> tuple[dict[int, Run], dict[str, str]]:
+    """{seed: run} of the runs that count in the window after < step ≤ upto, and {folder: reason} of the others."""
+    side, left_out = {}, {}
+    for run in runs:
+        if run.last_step < max(upto, after + 1):
+            end = f"beyond {begin}" if run.last_step <= after else f"to the window's end at {upto:,}"
+            left_out[run.folder] = f"{run.folder} is at step {run.last_step:,} and has not got {end}"
+        elif not run.between(metric, after, upto).size:
+            left_out[run.folder] = f"{run.folder} has logged no {metric} in the window"
+        else:
+            side[run.args.seed] = run
+    return side, left_out
+
+
 def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Comparison:
-    """The verdict on two arms that differ in nothing but the injection."""
-    arms, after, left_out = (without, injected), injected.injection[0], {}
-    reached = {run.folder: run.last_step for arm in arms for run in arm.runs if run.last_step > after}
+    """The verdict on two arms that differ in nothing but the intervention."""
+    arms, what = (without, injected), injected.runs[0].args.intervention
+    firsts = {run.args.seed: steps[0] for run in injected.runs if (steps := injected.injections(run))}
+    yet = "not been injected yet" if what == "injection" else "had no intervention yet"
+    left_out = {run.folder: f"{run.folder} has {yet}" for run in injected.runs if run.args.seed not in firsts}
+    used, after = [[run for run in arm.runs if run.folder not in left_out] for arm in arms], max(firsts.values(), default=0)
+    reached = {run.folder: run.last_step for runs in used for run in runs if run.last_step > after}
     upto = min(reached.values(), default=after) if window is None else after + window
     cut = window is None and upto < max(reached.values(), default=after)
     ended_by = min(reached, key=reached.get) if cut else None
-    sides: tuple[dict[int, Run], dict[int, Run]] = ({}, {})
-    for arm, side in zip(arms, sides, strict=True):
-        for run in arm.runs:
-            if run.last_step < max(upto, after + 1):
-                end = f"beyond the injection at {after:,}" if run.last_step <= after else f"to the window's end at {upto:,}"
-                left_out[run.folder] = f"{run.folder} is at step {run.last_step:,} and has not got {end}"
-            elif not run.between(metric, after, upto).size:
-                left_out[run.folder] = f"{run.folder} has logged no {metric} in the window"
-            else:
-                side[run.args.seed] = run
-    shared = {seed for seed in sides[0].keys() & sides[1].keys() if share_history(sides[0][seed], sides[1][seed], after)}
+    begin = f"the {'' if injected.injection else 'latest first '}{noun(what)} at {after:,}"
+    sides, reasons = zip(*(in_window(runs, metric, after, upto, begin) for runs in used), strict=True)
+    left_out |= reasons[0] | reasons[1]
+    both = sides[0].keys() & sides[1].keys()
+    shared = {seed for seed in both if share_history(sides[0][seed], sides[1][seed], firsts[seed])}
     paired = len(shared) >= MIN_SEEDS
     for side in sides:
         for seed in [seed for seed in side if paired and seed not in shared]:
@@ -360,23 +459,96 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
     returns = [{seed: side[seed].between(metric, after, upto)[1] for seed in sorted(side)} for side in sides]
     means = tuple({seed: float(values.mean()) for seed, values in side.items()} for side in returns)
     counts = tuple(sum(map(len, side.values())) for side in returns)
-    judgement = judge(*(np.array(list(side.values())) for side in means), paired)
-    return Comparison(arms, after, upto, ended_by, means, counts, len(shared), paired, judgement, left_out)
+    judgement = judge(*(np.array(list(side.values())) for side in means), paired, what)
+    extent = (firsts, after, upto, ended_by)
+    return Comparison(arms, what, *extent, means, counts, len(shared), paired, judgement, left_out)
 
 
 def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Comparison]:
-    """One for every arm with an injection that has a counterpart without."""
+    """One for every arm with an intervention that has a counterpart without."""
 
     def rest(arm: Arm) -> dict[str, Any]:
-        return {name: value for name, value in arm.setting.items() if name not in ("injection", "freeze_heads")}
+        return {name: value for name, value in arm.setting.items() if name not in OF_INTERVENTION}
 
-    pairs = [(a, b) for b in arms for a in arms if b.injection and not a.injection and rest(a) == rest(b)]
+    baselines = [arm for arm in arms if arm.setting["intervention"] == "none"]
+    pairs = [(a, b) for b in arms if b not in baselines for a in baselines if rest(a) == rest(b)]
     return [compare(*pair, metric, window) for pair in pairs]
+
+
+def iqm(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Interquartile mean: of what is left when a quarter of the values, rounded down, is cut off at both ends."""
+    return scipy.stats.trim_mean(values, 0.25, axis=axis)
+
+
+def emulator(env_id: str) -> dict[str, Any]:
+    """How an Atari id is registered: {"game": "phoenix", "repeat_action_probability": 0.0, ...}; {} if it is no longer."""
+    try:
+        return atari_spec(env_id).kwargs
+    except UsageError:
+        return {}
+
+
+def human_normalised(env_id: str, score: float) -> float | None:
+    """A score on the scale where random play has 0 and a human 1; None for a game that is not in `HUMAN_SCORES`."""
+    if (scores := HUMAN_SCORES.get(emulator(env_id).get("game"))) is None:
+        return None
+    random, human = scores
+    return (score - random) / (human - random)
+
+
+def aggregate_scores(
+    without: Sequence[np.ndarray], injected: Sequence[np.ndarray], joint: Sequence[bool], resamples: int = RESAMPLES
+) -> np.ndarray:
+    """Interquartile means over the runs of all games, and 95% intervals by stratified bootstrap (Agarwal et al. 2021).
+
+    A resample draws from each game as many runs as it has, so that every game keeps its share.
+
+    Args:
+        without, injected: per game g, scores (n_g,) and (m_g,), at least one each
+        joint: per game, whether n_g = m_g and the scores at one index belong together, so that they are drawn together
+
+    Returns:
+        (3, 3) float64: of without, of injected and of the difference of the two, the value and its interval's low and high
+    """
+    rng, drawn = np.random.default_rng(0), ([], [])
+    for ours, theirs, together in zip(without, injected, joint, strict=True):
+        rows = rng.integers(len(ours), size=(resamples, len(ours)))
+        drawn[0].append(ours[rows])
+        drawn[1].append(theirs[rows if together else rng.integers(len(theirs), size=(resamples, len(theirs)))])
+    values = np.array([iqm(np.concatenate(side)) for side in (without, injected)])  # (2,)
+    samples = np.array([iqm(np.concatenate(side, axis=1), axis=1) for side in drawn])  # (2, resamples)
+    values, samples = (np.concatenate((sides, np.diff(sides, axis=0))) for sides in (values, samples))
+    tail = (1 - CONFIDENCE) / 2
+    return np.column_stack((values, np.quantile(samples, (tail, 1 - tail), axis=1).T))
+
+
+def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
+    """One for every set of comparisons that differ in nothing but the game, if a game of it has scores on both sides."""
+
+    def scores(pair: Comparison, side: int) -> np.ndarray:
+        return np.array([human_normalised(pair.game, mean) for mean in pair.means[side].values()])
+
+    kinds, found = defaultdict(list), []
+    for pair in pairs:
+        rest = {name: value for name, value in pair.arms[1].setting.items() if name != "env_id"}
+        rest |= {name: value for name, value in emulator(pair.game).items() if name not in ("game", "frameskip")}
+        kinds[tuple(rest.items())].append(pair)
+    for of_kind in kinds.values():
+        unknown = [pair.game for pair in of_kind if human_normalised(pair.game, 0.0) is None]
+        left_out = {pair.game: "no run in the window on one side" for pair in of_kind if not all(pair.means)}
+        left_out |= dict.fromkeys(unknown, "no human score is known")
+        usable = [pair for pair in of_kind if pair.game not in left_out]
+        if usable:
+            sides = [[scores(pair, side) for pair in usable] for side in (0, 1)]
+            joint = [pair.shared == len(pair.means[0]) == len(pair.means[1]) for pair in usable]
+            names, games = tuple(arm.name for arm in usable[0].arms), [pair.game for pair in usable]
+            runs = tuple(sum(map(len, side)) for side in sides)
+            found.append(Aggregate(names, games, runs, aggregate_scores(*sides, joint), left_out))
+    return found
 
 
 def interval(values: np.ndarray, aggregate: str = "mean") -> np.ndarray:
     """Mean or interquartile mean over seeds and its 95% interval, (3, ...) of (n, ...); the interval is NaN below 3 seeds."""
-    iqm = functools.partial(scipy.stats.trim_mean, proportiontocut=0.25)
     centre = values.mean(axis=0) if aggregate == "mean" else iqm(values, axis=0)
     if len(values) < MIN_SEEDS or not centre.size:
         low = high = np.full_like(centre, np.nan)
@@ -384,7 +556,7 @@ def interval(values: np.ndarray, aggregate: str = "mean") -> np.ndarray:
         half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * scipy.stats.sem(values, axis=0)
         low, high = centre - half, centre + half
     else:
-        options = {"n_resamples": 2000, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(0)}
+        options = {"n_resamples": RESAMPLES, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(0)}
         result = scipy.stats.bootstrap((values,), iqm, axis=0, confidence_level=CONFIDENCE, **options)
         low, high = result.confidence_interval
     return np.array([centre, low, high])
@@ -417,8 +589,10 @@ def draw(ax: plt.Axes, arms: list[Arm], colours: dict[str, str], tag: str, bins:
             ax.plot(middles, curves.T, color=colour, lw=0.6, alpha=0.45)
             ax.plot(middles[common], centre, color=colour, lw=2, label=f"{arm.name} (n = {len(curves)})")
             ax.fill_between(middles[common], low, high, color=colour, alpha=0.18, lw=0)
-    for i, step in enumerate(sorted({step for arm in arms for step in arm.injection})):
-        ax.axvline(step, color=INK, lw=1, ls=(0, (4, 3)), label="_" * (i > 0) + "injection")
+    kinds = {arm.setting["intervention"] for arm in arms} - {"none"}
+    label = noun(*kinds) if len(kinds) == 1 else "intervention"
+    for i, step in enumerate(sorted({step for arm in arms for run in arm.runs for step in arm.injections(run)})):
+        ax.axvline(step, color=INK, lw=1, ls=(0, (4, 3)), label="_" * (i > 0) + label)
     ax.set_xlim(0, edges[-1])
     ax.xaxis.set_major_formatter(lambda step, _: short(step))
 
@@ -440,7 +614,8 @@ def draw_returns(games: dict[str, list[Arm]], pairs: list[Comparison], colours: 
         num_points = np.mean([run.scalars[settings.metric].shape[1] for arm in arms for run in arm.runs])
         bins = int(np.clip(num_points / GAMES_PER_BIN, 20, MAX_BINS))
         draw(ax, arms, colours, settings.metric, bins, settings.aggregate)
-        for i, (after, upto) in enumerate(sorted({(pair.after, pair.upto) for pair in pairs if pair.arms[0].game == game})):
+        windows = {(pair.after, pair.upto) for pair in pairs if pair.game == game and all(pair.counts)}
+        for i, (after, upto) in enumerate(sorted(windows)):
             ax.axvspan(after, upto, color=INK, alpha=0.06, lw=0, label="_" * (i > 0) + "window of the verdict")
         ax.set(xlabel="step (1 step = 4 frames)", ylabel=f"return of {played}")
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("-", "−"))
@@ -484,17 +659,20 @@ def draw_plasticity(games: dict[str, list[Arm]], colours: dict[str, str], path: 
 
 def in_words(pair: Comparison, metric: str) -> list[str]:
     """A comparison in four lines, what, verdict, window and method; then one per run that was left out of it."""
+    word = noun(pair.intervention)
     seeds = [f"{len(means)} seeds ({', '.join(map(str, means)) or 'none'})" for means in pair.means]
     if pair.paired:
-        how = f"95% t interval of the differences within {seeds[0]}, whose runs share their history up to the injection"
+        how = f"95% t interval of the differences within {seeds[0]}, whose runs share their history up to the {word}"
     else:
         few = f"of which {pair.shared} share{'s' * (pair.shared == 1)} a history, too few to pair"
         related = few if pair.shared else "which do not share their history"
-        how = f"95% Welch interval, {seeds[0]} without and {seeds[1]} with injection, {related}"
+        how = f"95% Welch interval, {seeds[0]} without and {seeds[1]} with {word}, {related}"
     end = f", where {pair.ended_by} is (a longer --window leaves it out)" if pair.ended_by else ""
-    points = f"{pair.counts[0]:,} points of {metric} without and {pair.counts[1]:,} with injection"
+    points = f"{pair.counts[0]:,} points of {metric} without and {pair.counts[1]:,} with {word}"
+    begins = ", ".join(f"{step:,} with seed {seed}" for seed, step in sorted(pair.firsts.items()))
+    points += f"; first {word} at {begins}" if pair.firsts and not pair.arms[1].injection else ""
     return [
-        f"{pair.arms[1].game}: {pair.arms[1].name} against {pair.arms[0].name}",
+        f"{pair.game}: {pair.arms[1].name} against {pair.arms[0].name}",
         pair.judgement.sentence,
         f"window {pair.after:,} < step ≤ {pair.upto:,}{end}, {points}",
         how if pair.judgement.verdict in ("raised", "no evidence", "lowered") else "no interval",
@@ -502,23 +680,58 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
     ]
 
 
-def table(arms: list[Arm], pairs: list[Comparison], metric: str) -> str:
+def aggregate_in_words(total: Aggregate) -> list[str]:
+    """An aggregate in four lines, what, scores, difference and method; then one per game that was left out of it."""
+    without, injected, difference = (show(*row) if row[1] < row[2] else show(row[0]) for row in total.scores)
+    few = "brackets are 95% stratified bootstrap intervals, which cover less than that with few runs per game"
+    runs = f"{total.runs[0]} runs without and {total.runs[1]} with"
+    return [
+        f"{len(total.games)} games: {total.names[1]} against {total.names[0]}",
+        f"human-normalised return, interquartile mean over runs: {without} without and {injected} with",
+        f"difference {difference}, where 0 is random play and 1 a human's",
+        f"over {len(total.games)} games ({', '.join(total.games)}) and {runs}; {few}",
+        *(f"not in this aggregate: {game}, {reason}" for game, reason in total.left_out.items()),
+    ]
+
+
+def normalised_mean(pair: Comparison, side: int) -> float | None:
+    """Human-normalised mean over the runs of one side."""
+    means = list(pair.means[side].values())
+    return human_normalised(pair.game, float(np.mean(means))) if means else None
+
+
+def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], metric: str) -> str:
     """The comparisons in Markdown: two rows each, one per arm that is in none, and below them each one in words."""
-    rows = [("game", "arm", "seeds", "n", "mean return in the window", "difference", "verdict"), ("---",) * 7]
+    head = ("game", "arm", "seeds", "n", "mean return in the window", "difference", "verdict", "human-normalised")
+    rows = [head, ("---",) * len(head)]
     for pair in pairs:
         judged = pair.judgement
         difference = show(judged.difference, judged.low, judged.high) if all(pair.counts) else "–"
-        for arm, means, cells in zip(pair.arms, pair.means, (("", ""), (difference, judged.verdict)), strict=True):
+        for side, cells in enumerate((("", ""), (difference, judged.verdict))):
+            arm, means, score = pair.arms[side], pair.means[side], normalised_mean(pair, side)
             mean = show(*interval(np.array(list(means.values())))) if means else "–"
-            rows.append((arm.game, arm.name, ", ".join(map(str, means)), str(len(means)), mean, *cells))
+            normalised = "–" if score is None else show(score)
+            rows.append((arm.game, arm.name, ", ".join(map(str, means)), str(len(means)), mean, *cells, normalised))
     for arm in (arm for arm in arms if not any(arm in pair.arms for pair in pairs)):
         seeds = sorted(str(run.args.seed) for run in arm.runs)
-        rows.append((arm.game, arm.name, ", ".join(seeds), str(len(seeds)), "–", "–", "nothing to compare with"))
+        rows.append((arm.game, arm.name, ", ".join(seeds), str(len(seeds)), "–", "–", "nothing to compare with", "–"))
     words = ["", "Brackets are 95% intervals.", ""] + [f"- {'; '.join(in_words(pair, metric))}." for pair in pairs]
+    if totals:
+        words += ["", "## Over games", "", *(f"- {'; '.join(aggregate_in_words(total))}." for total in totals)]
     return "\n".join([f"| {' | '.join(row)} |" for row in rows] + words) + "\n"
 
 
-def as_json(arms: list[Arm], pairs: list[Comparison], remarks: dict[str, dict[str, str]], metric: str) -> str:
+def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
+    values, bounds = total.scores[:, 0].tolist(), total.scores[:, 1:].tolist()
+    sides = zip(total.names, total.runs, values, bounds, strict=False)
+    without, injected = ({"arm": name, "runs": runs, "iqm": iqm, "interval": bound} for name, runs, iqm, bound in sides)
+    difference = {"difference": values[2], "interval": bounds[2]}
+    return {"games": total.games, "without": without, "with": injected, **difference, "left_out": total.left_out}
+
+
+def as_json(
+    arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], remarks: dict[str, dict[str, str]], metric: str
+) -> str:
     """All that was found; null stands for what is not a number."""
 
     def of_run(run: Run) -> dict[str, Any]:
@@ -527,12 +740,15 @@ def as_json(arms: list[Arm], pairs: list[Comparison], remarks: dict[str, dict[st
     def of_pair(pair: Comparison) -> dict[str, Any]:
         judged = pair.judgement
         difference, *bounds = (x if math.isfinite(x) else None for x in (judged.difference, judged.low, judged.high))
-        sides = zip(pair.arms, pair.means, pair.counts, strict=True)
-        without, injected = ({"arm": arm.name, "means": means, "points": points} for arm, means, points in sides)
+        without, injected = (
+            {"arm": arm.name, "means": means, "points": points, "human_normalised": normalised_mean(pair, side)}
+            for side, (arm, means, points) in enumerate(zip(pair.arms, pair.means, pair.counts, strict=True))
+        )
         return {
-            "game": pair.arms[0].game,
+            "game": pair.game,
             "without": without,
             "with": injected,
+            "first_injections": pair.firsts,
             "window": {"after": pair.after, "upto": pair.upto, "ended_by": pair.ended_by},
             "paired": pair.paired,
             "difference": difference,
@@ -543,7 +759,8 @@ def as_json(arms: list[Arm], pairs: list[Comparison], remarks: dict[str, dict[st
         }
 
     described = [{"name": arm.name, "setting": arm.setting, "runs": [of_run(run) for run in arm.runs]} for arm in arms]
-    content = {"metric": metric, "arms": described, "comparisons": [of_pair(pair) for pair in pairs], **remarks}
+    found = {"comparisons": [of_pair(pair) for pair in pairs], "aggregates": [aggregate_as_json(total) for total in totals]}
+    content = {"metric": metric, "arms": described, **found, **remarks}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
@@ -583,10 +800,12 @@ def report(settings: Settings) -> None:
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise UsageError(f"out is {out}, but must end in .png, .pdf or .svg: change --out")
     arms, remarks = read_arms(settings.runs, settings.metric)
-    for kind, lines in remarks.items():
-        print(*(f"{kind.replace('_', ' ')}: {line}" for line in lines.values()), sep="\n", end="\n" * bool(lines))
     pairs = comparisons(arms, settings.metric, settings.window)
-    print(*("\n  ".join(in_words(pair, settings.metric)) for pair in pairs), sep="\n")
+    totals = aggregates(pairs)
+    over_games = [total for total in totals if len(total.games) > 1]
+    lines = [f"{kind.replace('_', ' ')}: {line}" for kind, of_kind in remarks.items() for line in of_kind.values()]
+    words = [in_words(pair, settings.metric) for pair in pairs] + [aggregate_in_words(total) for total in over_games]
+    print(*lines, *("\n  ".join(of_one) for of_one in words), sep="\n")
     if not pairs:
         print("no verdict: no two arms differ in the injection alone; --fork makes the counterpart of a run")
     games: dict[str, list[Arm]] = defaultdict(list)
@@ -600,8 +819,8 @@ def report(settings: Settings) -> None:
         if not draw_plasticity(games, colours, plasticity, settings.aggregate):
             written.remove(plasticity)
             print("no figure of plasticity: no run has measured it")
-    out.with_suffix(".md").write_text(table(arms, pairs, settings.metric))
-    out.with_suffix(".json").write_text(as_json(arms, pairs, remarks, settings.metric))
+    out.with_suffix(".md").write_text(table(arms, pairs, over_games, settings.metric))
+    out.with_suffix(".json").write_text(as_json(arms, pairs, totals, remarks, settings.metric))
     print(f"wrote {', '.join(map(str, written))}")
 
 
@@ -609,12 +828,13 @@ def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:
     """The run's arguments for learning in float32, with this seed and room for one injection more than were made."""
     made = int(checkpoint.state["learner"]["q_network"]["_extra_state"])
     room = {"injection_step": tuple(range(1, made + 2)), "total_timesteps": made + 2}
+    room |= {name: getattr(Args, name) for name in NORM_TRIGGER}
     plain = {"bf16": False, "cuda_graphs": False, "compile": False, "torch_deterministic": True}
     return replace(checkpoint.args, seed=seed, **plain, **room)
 
 
 def num_actions(checkpoint: Checkpoint) -> int:
-    return len(checkpoint.state["learner"]["q_network"]["theta.2.bias"])
+    return len(checkpoint.state["learner"]["q_network"]["theta.2.weight"])
 
 
 def replayed_observations(checkpoint: Checkpoint, count: int, device: torch.device) -> torch.Tensor:

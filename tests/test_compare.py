@@ -8,14 +8,33 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import psutil
 import pytest
 import scipy.stats
+from conftest import variant
 from matplotlib import pyplot as plt
 
 import compare
-from compare import Arm, Run, Settings, UsageError, curve, group, interval, judge, read_run, report, setting, short, show
+from compare import (
+    HUMAN_SCORES,
+    Arm,
+    Run,
+    Settings,
+    UsageError,
+    aggregate_scores,
+    curve,
+    group,
+    human_normalised,
+    interval,
+    judge,
+    read_run,
+    report,
+    setting,
+    short,
+    show,
+)
 from dqn_injection_atari import Args, EventFile
 
 SCRIPT = Path(compare.__file__)
@@ -133,6 +152,17 @@ def test_verdicts_say_what_the_interval_says():
     assert (judge(without, up, False).low, judge(without, up, False).high) == (low, high)
 
 
+def test_verdicts_on_other_interventions_say_which_and_claim_nothing_about_plasticity():
+    without, up, same = np.array([100.0, 110, 120]), np.array([203.0, 211, 219]), np.array([103.0, 109, 121])
+    reset, shrink = "reset-head", "shrink-perturb"
+    assert judge(without, up, True, reset).sentence == "resetting the head raised the return by 101 [96, 106]"
+    assert judge(up, without, True, shrink).sentence == "shrink and perturb lowered the return by 101 [96, 106]"
+    unclear = "changed the return: it changed by 1.00 [−3.97, 5.97]"
+    assert judge(without, same, True, reset).sentence == f"no evidence that resetting the head {unclear}"
+    assert judge(without, same, True, shrink).sentence == f"no evidence that shrink and perturb {unclear}"
+    assert "3 without and 2 with intervention" in judge(without, up[:2], False, reset).sentence
+
+
 @pytest.mark.parametrize("sizes", [(2, 3), (3, 2), (0, 3), (2, 2)])
 def test_below_three_seeds_of_either_arm_there_is_no_verdict(sizes):
     rng = np.random.default_rng(0)
@@ -166,13 +196,16 @@ def run_of(folder="a", **args):
 
 def test_arms_differ_in_what_is_learned_and_not_in_seed_names_logging_or_length():
     same = [{"seed": 2}, {"exp_name": "b"}, {"cuda": False}, {"eval_frequency": 10}, {"plasticity_frequency": 0},
-            {"fork": "runs/x/checkpoint-5"}, {"total_timesteps": 30_000_000, "exploration_fraction": 0.05}]  # fmt: skip
+            {"fork": "runs/x/checkpoint-5"}, {"eval_episodes": 0, "eval_steps": 100},
+            {"total_timesteps": 30_000_000, "exploration_fraction": 0.05}]  # fmt: skip
     other = [
         {"injection_step": (5,)},
         {"learning_rate": 1e-3},
         {"num_envs": 2},
         {"total_timesteps": 30_000_000},
         {"bf16": True},
+        {"optimizer": "rmsprop"},
+        {"exploration_start": 5},
     ]
     assert all(setting(Args(**args)) == setting(Args()) for args in same)
     assert all(setting(Args(**args)) != setting(Args()) for args in other)
@@ -184,6 +217,59 @@ def test_what_a_baseline_does_not_use_does_not_make_it_another_arm():
     assert [(arm.name, len(arm.runs)) for arm in arms] == [("no injection", 3)]
     arms, _ = group([run_of("a", injection_step=(5,)), run_of("b", injection_step=(5,), freeze_heads=False)])
     assert len(arms) == 2
+
+
+NORM = {"injection_trigger": "norm", "injection_step": ()}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"intervention": "none", "injection_step": (5,), "injection_optimizer_state": "copy", "shrink_factor": 0.5},
+        {"apply_injection": False, "injection_step": (5,), "freeze_heads": False},
+        {"apply_injection": False, **NORM, "injection_norm_ratio": 2.0, "max_injections": 3, "injection_check_frequency": 7},
+        {"intervention": "none", **NORM},
+    ],
+)
+def test_everything_about_an_intervention_that_never_comes_is_no_difference(args):
+    assert setting(Args(**args)) == setting(Args())
+
+
+def test_what_an_intervention_and_its_trigger_look_at_is_a_difference():
+    copied, reset = ({"injection_step": (5,), "injection_optimizer_state": state} for state in ("copy", "reset"))
+    arms = [{"injection_step": (5,)}, copied, reset, {"injection_step": (5,), "intervention": "reset-head"}]
+    arms += [{"injection_step": (5,), "intervention": "shrink-perturb", "shrink_factor": factor} for factor in (0.5, 0.8)]
+    arms += [NORM, NORM | {"injection_norm_ratio": 2.0}, NORM | {"injection_check_frequency": 7}, NORM | {"max_injections": 2}]
+    arms += [NORM | {"intervention": "reset-head"}]
+    settings = [setting(Args(**args)) for args in arms]
+    assert all(one != other for i, one in enumerate(settings) for other in [*settings[:i], setting(Args())])
+    assert settings[0]["injection"] == (5,) and settings[6]["injection"] == ()
+    assert [settings[i]["intervention"] for i in (0, 3, 4, 6)] == ["injection", "reset-head", "shrink-perturb", "injection"]
+
+
+def test_interventions_are_named_and_in_their_company_a_baseline_is_one_without_intervention():
+    at, names = (
+        {"injection_step": (5_000_000,)},
+        lambda *runs: [arm.name for arm in group([run_of(**args) for args in runs])[0]],
+    )
+    reset, shrink = at | {"intervention": "reset-head"}, at | {"intervention": "shrink-perturb"}
+    assert names(reset, {}, shrink, NORM, at) == [
+        "no intervention",
+        "injection where the norm has grown 3×",
+        "head reset at 5M",
+        "injection at 5M",
+        "shrink and perturb at 5M",
+    ]
+    assert names(NORM | {"injection_norm_ratio": 2.5}, {}) == ["no injection", "injection where the norm has grown 2.5×"]
+    assert names(shrink | {"shrink_factor": 0.5}, shrink)[0] == "shrink and perturb at 5M, shrink factor 0.5"
+    several = {"injection_step": (5, 7), "intervention": "reset-head"}
+    assert names(several) == ["head resets at 5 and 7"]
+    copied, reset = (at | {"injection_optimizer_state": state, "freeze_heads": state == "reset"} for state in ("copy", "reset"))
+    assert names({}, copied, reset)[1:] == [
+        "injection at 5M, optimizer state copied, all heads trained",
+        "injection at 5M, optimizer state reset",
+    ]
+    assert names(NORM, NORM | {"max_injections": 2})[1].endswith("3×, max injections 2")
 
 
 def test_arms_are_named_by_what_sets_them_apart():
@@ -337,6 +423,205 @@ def test_a_run_without_a_game_in_the_window_is_left_out_and_named():
     silent = write_run("silent", {RETURN: games(4, 1)[:10]}, seed=4)
     found = verdict(*folders, silent)
     assert "in the window" in found["left_out"][silent] and found["window"]["upto"] == TOTAL
+
+
+def test_every_intervention_is_compared_with_the_arm_without_any():
+    folders = write_arms()
+    for seed in (1, 2, 3):
+        points = {RETURN: games(seed, 2, -50.0)}
+        folders.append(write_run(f"reset-{seed}", points, seed=seed, intervention="reset-head"))
+    injected, reset = sorted(compared(*folders)["comparisons"], key=lambda found: found["verdict"] == "lowered")
+    assert injected["sentence"].startswith("injection raised") and injected["with"]["arm"] == "injection at 1k"
+    assert reset["sentence"].startswith("resetting the head lowered") and reset["with"]["arm"] == "head reset at 1k"
+    assert injected["without"] == reset["without"] and reset["without"]["arm"] == "no intervention"
+    assert "up to the intervention" in Path("comparison.md").read_text()
+
+
+def write_norm_arms(firsts, upto=TOTAL):
+    """Runs without, and with injections {seed: steps} that the norm decided, of one history up to the seed's first."""
+    folders = []
+    for seed, steps in firsts.items():
+        baseline, later, first = games(seed, 0, upto=upto), games(seed, 1, 50.0, upto=upto), min(steps, default=TOTAL)
+        points = baseline[: first // 100] + later[first // 100 :]
+        logged = {"injection/step": [(step, float(step)) for step in steps]} if steps else {}
+        folders.append(write_run(f"n{seed}", {RETURN: points, **logged}, upto, seed=seed, **NORM))
+        folders.append(write_run(f"b{seed}", {RETURN: baseline}, upto, seed=seed, apply_injection=False))
+    return folders
+
+
+def test_where_the_norm_decides_the_window_begins_at_the_latest_first_injection_of_all_runs():
+    found = verdict(*write_norm_arms({1: [1_200, 2_600], 2: [1_700], 3: [1_500, 2_900]}))
+    assert found["window"] == {"after": 1_700, "upto": TOTAL, "ended_by": None} and found["verdict"] == "raised"
+    assert found["first_injections"] == {"1": 1_200, "2": 1_700, "3": 1_500}
+    assert "first injection at 1,200 with seed 1, 1,700 with seed 2, 1,500 with seed 3" in Path("comparison.md").read_text()
+
+
+def test_each_seed_shares_its_history_up_to_its_own_first_injection():
+    folders = write_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]})
+    assert verdict(*folders)["paired"]  # though the runs of seeds 1 and 3 differ before the window
+    other = [(100, 0.0), *games(3, 0)[1:]]
+    folders[5] = write_run("other", {RETURN: other}, seed=3, apply_injection=False)
+    assert not verdict(*folders)["paired"]
+
+
+def test_a_run_that_the_norm_has_not_injected_yet_is_left_out_named_and_does_not_shorten_the_window():
+    early = write_norm_arms({4: []}, upto=2_000)[0]
+    found = verdict(*write_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}), early)
+    assert found["left_out"] == {early: f"{early} has not been injected yet"} and found["window"]["upto"] == TOTAL
+    assert set(found["with"]["means"]) == {"1", "2", "3"}
+    assert verdict(*write_norm_arms({5: []}))["verdict"] == "too few seeds"
+
+
+def test_figures_mark_every_injection_that_was_logged_where_the_norm_decides_and_those_planned_otherwise():
+    def marks(folders):
+        arms, _ = compare.read_arms(folders, RETURN)
+        figure, ax = plt.subplots()
+        compare.draw(ax, arms, {arm.name: "k" for arm in arms}, RETURN, 30, "mean")
+        plt.close(figure)
+        return [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2], ax.get_legend_handles_labels()[1][-1]
+
+    assert marks(write_norm_arms({1: [1_200, 2_600], 2: [1_700], 3: []})) == ([1_200, 1_700, 2_600], "injection")
+    assert marks(write_arms()) == ([INJECTION], "injection")
+    reset = write_run("reset", {RETURN: games(7, 1)}, seed=7, intervention="reset-head")
+    assert marks([reset]) == ([INJECTION], "intervention")
+
+
+def test_the_human_scores_are_of_the_57_games_and_every_one_is_registered():
+    registered = {spec.kwargs["game"] for spec in gym.registry.values() if "game" in spec.kwargs}
+    assert len(HUMAN_SCORES) == 57 and set(HUMAN_SCORES) <= registered
+    assert all(random < human for random, human in HUMAN_SCORES.values())
+    assert sum(map(sum, HUMAN_SCORES.values())) == pytest.approx(657_359.1)  # of the source's table
+
+
+def test_human_normalised_scores_put_random_play_at_0_and_a_human_at_1_whatever_the_id():
+    for env_id in ("PhoenixNoFrameskip-v4", "ALE/Phoenix-v5"):
+        assert human_normalised(env_id, 761.4) == 0 and human_normalised(env_id, 7242.6) == 1
+        assert human_normalised(env_id, 4002.0) == pytest.approx(0.5)
+    assert human_normalised("ALE/YarsRevenge-v5", 3092.9 + 2 * 51484) == pytest.approx(2)
+    assert human_normalised("ALE/Tetris-v5", 100.0) is None and human_normalised("NotAGame-v0", 100.0) is None
+
+
+def plain_iqm(values):
+    cut = len(values) // 4
+    kept = sorted(values)[cut : len(values) - cut]
+    return sum(kept) / len(kept)
+
+
+def test_aggregates_are_those_of_a_plain_loop_over_resamples_and_games():
+    source, rng = np.random.default_rng(1), np.random.default_rng(0)
+    without, injected = ([source.normal(size=n) for n in sizes] for sizes in ((3, 5, 1, 4), (3, 5, 2, 4)))
+    joint = [True, False, False, True]
+    tables = []
+    for ours, theirs, together in zip(without, injected, joint, strict=True):
+        rows = rng.integers(len(ours), size=(300, len(ours)))
+        tables.append((rows, rows if together else rng.integers(len(theirs), size=(300, len(theirs)))))
+    samples = []
+    for i in range(300):
+        sides = [[], []]
+        for game, rows in enumerate(tables):
+            for side, scores in enumerate((without, injected)):
+                sides[side] += [scores[game][row] for row in rows[side][i]]
+        a, b = map(plain_iqm, sides)
+        samples.append((a, b, b - a))
+    a, b = (plain_iqm(np.concatenate(side)) for side in (without, injected))
+    expected = np.column_stack(((a, b, b - a), np.percentile(samples, (2.5, 97.5), axis=0).T))
+    np.testing.assert_allclose(aggregate_scores(without, injected, joint, 300), expected)
+
+
+def test_aggregates_of_runs_that_do_not_spread_within_their_games_have_no_width():
+    levels = [0.0, 1.0, 2.0, 3.0, 100.0]
+    one_each = aggregate_scores([np.array([x]) for x in levels], [np.array([x + 0.5]) for x in levels], [False] * 5)
+    np.testing.assert_allclose(one_each, np.repeat([[2.0], [2.5], [0.5]], 3, axis=1))  # 0 and 100 are cut off
+    equal = aggregate_scores([np.full(4, 0.2)] * 3, [np.full(3, 0.2)] * 3, [False] * 3)
+    np.testing.assert_allclose(equal, np.repeat([[0.2], [0.2], [0.0]], 3, axis=1), atol=1e-15)
+    strata = aggregate_scores([np.zeros(4), np.ones(4)], [np.ones(4), np.ones(4)], [False] * 2)
+    np.testing.assert_allclose(strata, np.repeat([[0.5], [1.0], [0.5]], 3, axis=1))
+
+
+def test_of_two_runs_half_of_the_resamples_draw_one_twice():
+    (value, low, high), *_ = aggregate_scores([np.array([0.0, 1.0])], [np.zeros(1)], [False])
+    assert (value, low, high) == (0.5, 0, 1)
+
+
+def test_seeds_drawn_together_take_their_level_out_of_the_difference():
+    without = [np.array([0.0, 10, 20, 30]), np.array([5.0, 50])]
+    injected = [scores + 1 for scores in without]
+    together, apart = (aggregate_scores(without, injected, [joint] * 2) for joint in (True, False))
+    np.testing.assert_allclose(together[2], 1)
+    assert apart[2, 1] < -5 and apart[2, 2] > 7 and together[0, 2] - together[0, 1] > 10
+
+
+def write_games(*env_ids, seeds=(1, 2, 3), **args):
+    """Runs with and without injection in every game."""
+    return [
+        write_run(f"{env_id.replace('/', '-')}-{seed}-{injected}-{len(args)}", {RETURN: games(seed, injected, 50.0 * injected)},
+                  seed=seed, apply_injection=injected, env_id=env_id, **args)
+        for env_id in env_ids for seed in seeds for injected in (False, True)
+    ]  # fmt: skip
+
+
+PHOENIX, ALIEN, TETRIS = "PhoenixNoFrameskip-v4", "AlienNoFrameskip-v4", "ALE/Tetris-v5"
+
+
+def test_comparisons_of_several_games_are_aggregated_and_shown_everywhere(capsys):
+    folders = write_games(PHOENIX, seeds=(1, 2, 3, 4)) + write_games(ALIEN)
+    content = compared(*folders)
+    (total,) = content["aggregates"]
+    pairs = content["comparisons"]
+    sides = [
+        [
+            np.array([human_normalised(found["game"], mean) for mean in found[side]["means"].values()])
+            for found in pairs
+        ]
+        for side in ("without", "with")
+    ]  # fmt: skip
+    expected = aggregate_scores(*sides, [True, True])
+    shown = [total["without"], total["with"], {"iqm": total["difference"], "interval": total["interval"]}]
+    np.testing.assert_allclose([[one["iqm"], *one["interval"]] for one in shown], expected)
+    assert total["games"] == [PHOENIX, ALIEN] and (total["without"]["runs"], total["with"]["runs"]) == (7, 7)
+    assert (total["without"]["arm"], total["with"]["arm"]) == ("no injection", "injection at 1k")
+    printed, text = capsys.readouterr().out, Path("comparison.md").read_text()
+    line = f"over 2 games ({PHOENIX}, {ALIEN}) and 7 runs without and 7 with"
+    for output in (printed, text):
+        assert line in output and "which cover less than that with few runs per game" in output
+        assert all(show(*row) in output for row in expected)
+
+
+def test_the_table_and_the_numbers_have_the_human_normalised_mean_of_every_arm():
+    content = compared(*write_games(PHOENIX, TETRIS))
+    phoenix, tetris = content["comparisons"]
+    for side in ("without", "with"):
+        score = (np.mean(list(phoenix[side]["means"].values())) - 761.4) / (7242.6 - 761.4)
+        assert phoenix[side]["human_normalised"] == pytest.approx(score) and tetris[side]["human_normalised"] is None
+        row = next(row for row in Path("comparison.md").read_text().splitlines() if phoenix[side]["arm"] in row)
+        assert row.endswith(f"| {show(score)} |")
+    rows = Path("comparison.md").read_text().splitlines()
+    assert rows[0].endswith("| human-normalised |") and rows[4].startswith(f"| {TETRIS} ") and rows[4].endswith("| – |")
+
+
+def test_one_game_is_aggregated_in_the_numbers_only(capsys):
+    (total,) = compared(*write_games(PHOENIX))["aggregates"]
+    assert total["games"] == [PHOENIX] and total["without"]["runs"] == 3
+    assert "games (" not in capsys.readouterr().out + Path("comparison.md").read_text()
+
+
+def test_games_without_a_human_score_or_a_run_on_one_side_are_left_out_of_the_aggregate_and_named(capsys):
+    pong = write_run("pong", {RETURN: games(1, 0)}, env_id="PongNoFrameskip-v4", apply_injection=False)
+    early = write_run("early", {RETURN: games(1, 1, upto=900)}, last=900, env_id="PongNoFrameskip-v4")
+    tetris = variant("TetrisNoFrameskip-v5", PHOENIX, game="tetris")
+    (total,) = compared(*write_games(PHOENIX, ALIEN, tetris), pong, early)["aggregates"]
+    reasons = {"PongNoFrameskip-v4": "no run in the window on one side", tetris: "no human score is known"}
+    assert total["games"] == [PHOENIX, ALIEN] and total["left_out"] == reasons
+    printed = capsys.readouterr().out
+    assert all(f"not in this aggregate: {game}, {reason}" in printed for game, reason in reasons.items())
+
+
+def test_only_comparisons_that_differ_in_nothing_but_the_game_are_aggregated():
+    folders = write_games(PHOENIX, ALIEN) + write_games(PHOENIX, ALIEN, learning_rate=1e-3) + write_games("ALE/Pong-v5")
+    totals = compared(*folders)["aggregates"]
+    found = sorted((total["games"], "0.001" in total["with"]["arm"]) for total in totals)
+    sticky = ["ALE/Pong-v5"]  # its actions may be repeated
+    assert found == sorted([(sticky, False), ([PHOENIX, ALIEN], False), ([PHOENIX, ALIEN], True)])
 
 
 def test_the_metric_may_be_the_return_of_evaluations():
@@ -499,6 +784,15 @@ def test_figures_table_and_numbers_are_written_and_agree(capsys, monkeypatch):
     assert labels == ["no injection (n = 3)", "injection at 1k (n = 3)", "injection", "window of the verdict"]
     titles = [ax.get_title(loc="left") for ax in figures["x_plasticity.png"].axes]
     assert titles[:3] == titles[3:] and len(titles) == 6 and "dormant fraction" in titles
+
+
+def test_no_window_is_shaded_where_one_side_has_no_run(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
+    report(Settings(tuple(write_norm_arms({1: []}))))
+    report(Settings(tuple(write_norm_arms({2: [1_500]}))))
+    shaded = ["window of the verdict" in ax.get_legend_handles_labels()[1] for figure in figures for ax in figure.axes]
+    assert shaded == [False, True]
 
 
 def test_the_thick_line_of_an_arm_ends_where_one_of_its_runs_does():

@@ -201,6 +201,18 @@ def test_runs_in_bfloat16_are_probed_in_float32(checkpoint, fits):
     assert all(p.dtype == torch.float32 for _, learner, *_ in fits for p in learner.online.parameters())
 
 
+def test_runs_that_the_norm_injects_are_probed(checkpoint, fits):
+    change(checkpoint, injection_trigger="norm", injection_norm_ratio=2.0, injection_step=())
+    assert probe_checkpoint(checkpoint, replace(QUICK, probe_seeds=1))["injections"] == 0
+    assert [learner.q_network.num_injections for _, learner, *_ in fits] == [0, 1, 0]
+
+
+def test_a_bias_that_all_actions_share_does_not_make_them_one(fits):
+    folder = train(replace(SMALL, shared_bias=True, total_timesteps=120, checkpoint_frequency=120, injection_step=()))
+    probe_checkpoint(folder / "checkpoint-120", replace(QUICK, probe_seeds=1))
+    assert [targets.shape for _, _, _, targets, *_ in fits] == 3 * [(16, 8)]
+
+
 def test_observations_come_from_replay_and_none_twice(checkpoint):
     saved = load_checkpoint(checkpoint)
     envs, learner, replay = script.make_parts(SMALL, CPU)
