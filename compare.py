@@ -547,14 +547,19 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
     return found
 
 
+def t_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high, (...), of the 95% t interval of the mean over the first axis of (n, ...), n of at least 2."""
+    half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * scipy.stats.sem(values, axis=0)
+    return values.mean(axis=0) - half, values.mean(axis=0) + half
+
+
 def interval(values: np.ndarray, aggregate: str = "mean") -> np.ndarray:
     """Mean or interquartile mean over seeds and its 95% interval, (3, ...) of (n, ...); the interval is NaN below 3 seeds."""
     centre = values.mean(axis=0) if aggregate == "mean" else iqm(values, axis=0)
     if len(values) < MIN_SEEDS or not centre.size:
         low = high = np.full_like(centre, np.nan)
     elif aggregate == "mean":
-        half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * scipy.stats.sem(values, axis=0)
-        low, high = centre - half, centre + half
+        low, high = t_interval(values)
     else:
         options = {"n_resamples": RESAMPLES, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(0)}
         result = scipy.stats.bootstrap((values,), iqm, axis=0, confidence_level=CONFIDENCE, **options)
@@ -932,10 +937,7 @@ def relative_error(errors: Sequence[float], fresh: Sequence[float]) -> dict[str,
     if not all(0 < error < math.inf for error in (*errors, *fresh)):
         return None
     logs = np.log(errors) - np.log(fresh)
-    interval = None
-    if len(logs) > 1:
-        half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * scipy.stats.sem(logs)
-        interval = np.exp([logs.mean() - half, logs.mean() + half]).tolist()
+    interval = np.exp(t_interval(logs)).tolist() if len(logs) > 1 else None
     return {"per_seed": np.exp(logs).tolist(), "ratio": float(np.exp(logs.mean())), "interval": interval}
 
 
