@@ -215,6 +215,7 @@ class Aggregate:
 
     names: tuple[str, str]
     games: list[str]
+    windows: list[tuple[int, int]]  # of each game: after, upto
     runs: tuple[int, int]
     scores: np.ndarray  # (3, 3), see `aggregate_scores`
     left_out: dict[str, str]  # game: reason
@@ -294,6 +295,8 @@ def setting(args: Args) -> dict[str, Any]:
     "intervention" is what the run does, "injection" the steps at which, () where it does nothing or the norm decides; what
     the run does not look at is None.
     """
+    if args.freeze_heads and args.injection_optimizer_state == "reset":  # which trains as "keep" does
+        args = replace(args, injection_optimizer_state="keep")
     by_norm = args.injection_trigger == "norm"
     what = args.applied_intervention if by_norm or args.injection_step else "none"
     looked_at = {
@@ -440,7 +443,11 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
     arms, what = (without, injected), injected.runs[0].args.intervention
     firsts = {run.args.seed: steps[0] for run in injected.runs if (steps := injected.injections(run))}
     yet = "not been injected yet" if what == "injection" else "had no intervention yet"
-    left_out = {run.folder: f"{run.folder} has {yet}" for run in injected.runs if run.args.seed not in firsts}
+    left_out = {
+        run.folder: f"{run.folder} has {yet}: the verdict is on runs that had"
+        for run in injected.runs
+        if run.args.seed not in firsts
+    }
     used, after = [[run for run in arm.runs if run.folder not in left_out] for arm in arms], max(firsts.values(), default=0)
     reached = {run.folder: run.last_step for runs in used for run in runs if run.last_step > after}
     upto = min(reached.values(), default=after) if window is None else after + window
@@ -543,7 +550,8 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
             joint = [pair.shared == len(pair.means[0]) == len(pair.means[1]) for pair in usable]
             names, games = tuple(arm.name for arm in usable[0].arms), [pair.game for pair in usable]
             runs = tuple(sum(map(len, side)) for side in sides)
-            found.append(Aggregate(names, games, runs, aggregate_scores(*sides, joint), left_out))
+            windows = [(pair.after, pair.upto) for pair in usable]
+            found.append(Aggregate(names, games, windows, runs, aggregate_scores(*sides, joint), left_out))
     return found
 
 
@@ -690,11 +698,13 @@ def aggregate_in_words(total: Aggregate) -> list[str]:
     without, injected, difference = (show(*row) if row[1] < row[2] else show(row[0]) for row in total.scores)
     few = "brackets are 95% stratified bootstrap intervals, which cover less than that with few runs per game"
     runs = f"{total.runs[0]} runs without and {total.runs[1]} with"
+    spans = zip(total.games, total.windows, strict=True)
+    games = ", ".join(f"{game} in {after:,} < step ≤ {upto:,}" for game, (after, upto) in spans)
     return [
         f"{len(total.games)} games: {total.names[1]} against {total.names[0]}",
         f"human-normalised return, interquartile mean over runs: {without} without and {injected} with",
         f"difference {difference}, where 0 is random play and 1 a human's",
-        f"over {len(total.games)} games ({', '.join(total.games)}) and {runs}; {few}",
+        f"over {len(total.games)} games ({games}) and {runs}; {few}",
         *(f"not in this aggregate: {game}, {reason}" for game, reason in total.left_out.items()),
     ]
 
@@ -731,7 +741,15 @@ def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
     sides = zip(total.names, total.runs, values, bounds, strict=False)
     without, injected = ({"arm": name, "runs": runs, "iqm": iqm, "interval": bound} for name, runs, iqm, bound in sides)
     difference = {"difference": values[2], "interval": bounds[2]}
-    return {"games": total.games, "without": without, "with": injected, **difference, "left_out": total.left_out}
+    windows = [{"after": after, "upto": upto} for after, upto in total.windows]
+    return {
+        "games": total.games,
+        "windows": windows,
+        "without": without,
+        "with": injected,
+        **difference,
+        "left_out": total.left_out,
+    }
 
 
 def as_json(
@@ -880,7 +898,7 @@ def random_targets(network: torch.nn.Module, obs: torch.Tensor) -> torch.Tensor:
 
 
 def make_contender(name: str, checkpoint: Checkpoint, seed: int, device: torch.device) -> Learner:
-    """One of `CONTENDERS`, each with an Adam that has no moments yet. `seed` decides the fresh weights, or the injection.
+    """One of `CONTENDERS`, each with an optimizer that has no moments yet. `seed` decides the fresh weights, or the injection.
 
     Raises:
         UsageError: the checkpoint's network is not this script's.

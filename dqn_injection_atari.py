@@ -153,7 +153,7 @@ class Args:
     injection_check_frequency: int = 10_000
     """steps between checks of the norm"""
     max_injections: int = 1
-    """most injections that the norm may trigger"""
+    """most injections that the norm may trigger; those of the run that a fork comes from count"""
     intervention: Literal["injection", "reset-head", "shrink-perturb", "none"] = "injection"
     """what is done at those steps: injection; reset-head = draw the head anew (Nikishin et al. 2022); shrink-perturb = that,
     and mix the encoder with a new one (Ash & Adams 2020, D'Oro et al. 2023); none = what --no-apply-injection does"""
@@ -215,8 +215,9 @@ class Args:
     injection_norm_ratio, injection_check_frequency, max_injections, intervention, shrink_factor, plasticity_frequency,
     eval_frequency, eval_episodes, eval_steps, eval_epsilon"""
     evaluate: str | None = None
-    """train nothing, but play --eval-episodes games with the agent that --save-model left in this run's folder and print
-    the scores. Game and backend are the agent's own; seed, cuda, capture_video and the eval flags this command line's"""
+    """train nothing, but play --eval-episodes games, or --eval-steps, with the agent that --save-model left in this run's
+    folder and print the scores. Game and backend are the agent's own; seed, cuda, capture_video and the eval flags this
+    command line's"""
 
     def __post_init__(self) -> None:
         steps = self.injection_step
@@ -270,15 +271,19 @@ class Args:
             raise UsageError("injection_trigger norm decides when to inject: give --injection-step without a number")
         if what in ("reset-head", "shrink-perturb") and when == "step" and not self.injection_step:
             raise UsageError(f"intervention {what} would never happen: give --injection-step, or --injection-trigger norm")
-        idle = ("injection_norm_ratio", "injection_check_frequency", "max_injections") if when == "step" else ()
-        unused = {name: "--injection-trigger norm" for name in idle}
+        for name, use in self.passed_over().items():
+            if (value := getattr(self, name)) != getattr(Args, name):
+                raise UsageError(f"{name} is {value}, which only {use} looks at: give that, or leave the flag out")
+
+    def passed_over(self) -> dict[str, str]:
+        """{field: the flag that would look at it} of what this intervention and trigger do not look at."""
+        what, norm = self.intervention, ("injection_norm_ratio", "injection_check_frequency", "max_injections")
+        unused = dict.fromkeys(norm, "--injection-trigger norm") if self.injection_trigger == "step" else {}
         if what in ("reset-head", "shrink-perturb"):
             unused |= dict.fromkeys(("freeze_heads", "injection_optimizer_state"), "--intervention injection")
         if what in ("reset-head", "injection"):
             unused["shrink_factor"] = "--intervention shrink-perturb"
-        for name, use in unused.items():
-            if (value := getattr(self, name)) != getattr(Args, name):
-                raise UsageError(f"{name} is {value}, which only {use} looks at: give that, or leave the flag out")
+        return unused
 
     def _require(self, name: str, holds: Callable[[Any], bool], rule: str) -> None:
         value = getattr(self, name)
@@ -1908,6 +1913,12 @@ def check_fork(args: Args, origin: Checkpoint) -> None:
     if past and (other := [name for name in kinds if getattr(args, name) != getattr(saved, name)]):
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in other)
         raise UsageError(f"checkpoint {path} lies after an injection: for another {flags} give an earlier checkpoint")
+    changed = args.injection_trigger != saved.injection_trigger or args.max_injections != saved.max_injections
+    if args.injection_trigger == "norm" and past and len(past) >= args.max_injections + (not changed):
+        raise UsageError(
+            f"checkpoint {path} lies after {len(past)} injections, and max_injections is {args.max_injections}: give a "
+            f"--max-injections of {len(past) + 1} or more, or an earlier checkpoint"
+        )
     if args.total_timesteps < max(step + 1, played):
         raise UsageError(f"checkpoint {path} lies at step {step}: give a --total-timesteps of {max(step + 1, played)} or more")
     if step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency):
@@ -2035,7 +2046,9 @@ def intervention_due(run: Run) -> bool:
         return False
     if args.injection_trigger == "step":
         return run.step in args.injection_step
-    possible = run.step > 0 and len(run.interventions) < args.max_injections and checks_norm(args, run.step)
+    possible = (
+        0 < run.step < args.total_timesteps and len(run.interventions) < args.max_injections and checks_norm(args, run.step)
+    )
     return possible and learner.norm_growth() > args.injection_norm_ratio
 
 
@@ -2287,22 +2300,53 @@ def train(args: Args) -> Path:
     return folder
 
 
+def flags_given() -> set[str]:
+    """Names of the fields that the command line sets, also to what they were anyway."""
+    words = (word.partition("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--"))
+    return {word.removeprefix("no_") for word in words}
+
+
+def preset_args(name: str) -> Args:
+    """The command line of a new run, with a preset's values for flags that are not given."""
+    preset = CommandLine(**PRESETS[name], preset=name)
+    args = tyro.cli(CommandLine, description=__doc__, default=preset)
+    if "exploration_fraction" in PRESETS[name].keys() - flags_given():  # ε falls over so many steps, however long the run is
+        steps = preset.exploration_fraction * preset.total_timesteps
+        args = replace(args, exploration_fraction=min(1.0, steps / max(1, args.total_timesteps)))
+    return args.checked()
+
+
+def fork_args(origin: Args) -> Args:
+    """The command line of a fork. What it says of the intervention goes before what it takes over from `origin`."""
+    args, given = tyro.cli(CommandLine, description=__doc__, default=CommandLine(**asdict(origin))), flags_given()
+    if "intervention" in given and "apply_injection" not in given:
+        args = replace(args, apply_injection=True)
+    if "apply_injection" in given and "intervention" not in given:
+        if args.apply_injection and args.intervention == "none":
+            args = replace(args, intervention="injection")
+        if not args.apply_injection and args.intervention != "injection":
+            args = replace(args, intervention="none")
+    inherited = {*args.passed_over(), *(["injection_step"] if args.injection_trigger == "norm" else [])} - given
+    return replace(args, **{name: getattr(Args, name) for name in inherited}).checked()
+
+
 def parse_args() -> Args:
     """The command line as `Args`; with --resume or --fork, flags that are not given are as in that run."""
     given = tyro.cli(CommandLine, description=__doc__)
+    if {"intervention", "apply_injection"} <= flags_given() and given.apply_injection != (given.intervention != "none"):
+        flag = "apply" if given.apply_injection else "no-apply"
+        raise UsageError(f"--intervention {given.intervention} and --{flag}-injection contradict each other: give one of them")
     if given.resume is None and given.fork is None:
-        preset = CommandLine(**PRESETS[given.preset], preset=given.preset)
-        return tyro.cli(CommandLine, description=__doc__, default=preset).checked()
+        return preset_args(given.preset)
     Args(resume=given.resume, fork=given.fork, evaluate=given.evaluate)  # one of them
     if given.preset != "default":
         raise UsageError("--preset is for a new run, and --resume and --fork have that run's settings: leave out --preset")
     path = Path(given.resume, "run.json") if given.resume is not None else Path(given.fork, "manifest.json")
     origin = replace(read_args(path)[0], resume=given.resume, fork=given.fork)
-    given = tyro.cli(CommandLine, description=__doc__, default=CommandLine(**asdict(origin)))
-    if given.resume is not None:
-        check_resume(given, origin)
-        return Args(resume=given.resume)
-    return given.checked()
+    if given.fork is not None:
+        return fork_args(origin)
+    check_resume(tyro.cli(CommandLine, description=__doc__, default=CommandLine(**asdict(origin))), origin)
+    return Args(resume=given.resume)
 
 
 def main() -> None:

@@ -163,7 +163,7 @@ def test_resume_is_exact_with_other_settings(uninterrupted, changes):
 
 
 NORM = {"injection_step": (), "injection_trigger": "norm", "injection_norm_ratio": 1.0001, "injection_check_frequency": 30}
-NORM |= {"max_injections": 3, "learning_rate": 3e-4}
+NORM |= {"max_injections": 2, "learning_rate": 3e-4}
 
 
 @pytest.mark.parametrize("after", [0, 3, 33])
@@ -408,6 +408,15 @@ def test_a_fork_after_an_intervention_keeps_its_kind(uninterrupted):
             fork(checkpoint, args, **changes)
     with pytest.raises(UsageError, match="but the arguments say none"):
         fork(checkpoint, args, intervention="none")
+
+
+def test_a_fork_after_as_many_injections_as_the_norm_may_trigger_is_refused(uninterrupted):
+    args = replace(SMALL, injection_step=(202, 230))
+    checkpoint = train_until(250, args) / "checkpoint-240"
+    norm = {"injection_step": (), "injection_trigger": "norm"}
+    with pytest.raises(UsageError, match="give a --max-injections of 3 or more"):
+        fork(checkpoint, args, **norm, max_injections=2)
+    assert content(fork(checkpoint, args, **norm, max_injections=3), END)["/learner/num_interventions"] == 2
 
 
 def test_a_fork_from_between_two_boundaries_and_after_an_injection(uninterrupted):

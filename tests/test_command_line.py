@@ -116,6 +116,62 @@ def test_flags_that_contradict_each_other_or_would_do_nothing_are_refused_with_t
         Args(**args)
 
 
+def fork_of(monkeypatch, origin, *flags):
+    Path("runs/o/checkpoint-5").mkdir(parents=True, exist_ok=True)
+    Path("runs/o/checkpoint-5/manifest.json").write_text(json.dumps({"args": asdict(origin)}))
+    return parse(monkeypatch, "--fork", "runs/o/checkpoint-5", *flags)
+
+
+@pytest.mark.parametrize(
+    ("origin", "flags", "applied"),
+    [
+        ({"apply_injection": False}, "--intervention injection", "injection"),
+        ({"apply_injection": False}, "--intervention reset-head", "reset-head"),
+        ({"apply_injection": False}, "--apply-injection", "injection"),
+        ({"apply_injection": False}, "--exp-name other", "none"),
+        ({"intervention": "none"}, "--apply-injection", "injection"),
+        ({"intervention": "none"}, "--intervention shrink-perturb", "shrink-perturb"),
+        ({"intervention": "reset-head"}, "--no-apply-injection", "none"),
+        ({"intervention": "reset-head"}, "--exp-name other", "reset-head"),
+        ({}, "--no-apply-injection", "none"),
+        ({}, "--intervention none", "none"),
+    ],
+)
+def test_what_a_fork_says_of_its_intervention_goes_before_what_it_takes_over(monkeypatch, origin, flags, applied):
+    origin = Args(**{"injection_step": (5,)} | origin)
+    assert fork_of(monkeypatch, origin, *flags.split()).applied_intervention == applied
+
+
+@pytest.mark.parametrize(
+    ("origin", "flags"),
+    [
+        ({"freeze_heads": False, "injection_optimizer_state": "copy"}, "--intervention reset-head"),
+        ({"intervention": "shrink-perturb", "shrink_factor": 0.5}, "--intervention injection"),
+        (
+            {"injection_step": (), "injection_trigger": "norm", "max_injections": 3, "injection_norm_ratio": 2.0},
+            "--injection-trigger step --injection-step 9",
+        ),
+        ({}, "--injection-trigger norm"),
+    ],
+)
+def test_a_fork_does_not_take_over_what_its_intervention_or_trigger_would_pass_over(monkeypatch, origin, flags):
+    fork_of(monkeypatch, Args(**{"injection_step": (5,)} | origin), *flags.split())
+
+
+@pytest.mark.parametrize("flags", ["--intervention none --apply-injection", "--intervention injection --no-apply-injection"])
+def test_an_intervention_that_is_asked_for_and_denied_is_refused(monkeypatch, flags):
+    with pytest.raises(UsageError, match="contradict each other: give one of them"):
+        parse(monkeypatch, "--injection-step", "5", *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"), [("", 1e6), ("--total-timesteps 20000000", 1e6), ("--exploration-fraction 0.5", 25e6)]
+)
+def test_epsilon_falls_over_as_many_steps_in_the_paper_however_long_the_run(monkeypatch, flags, steps):
+    args = parse(monkeypatch, "--preset", "paper", *flags.split())
+    assert args.exploration_fraction * args.total_timesteps == pytest.approx(steps)
+
+
 def test_a_baseline_may_have_the_flags_of_the_arm_it_belongs_to():
     baselines = [
         Args(apply_injection=False, injection_step=(5,), freeze_heads=False),

@@ -235,8 +235,24 @@ def test_everything_about_an_intervention_that_never_comes_is_no_difference(args
     assert setting(Args(**args)) == setting(Args())
 
 
+def test_human_scores_are_those_of_their_games():
+    found = {game: compare.HUMAN_SCORES[game] for game in ("phoenix", "seaquest", "skiing", "double_dunk", "zaxxon", "alien")}
+    assert found == {
+        "phoenix": (761.4, 7242.6),
+        "seaquest": (68.4, 42054.7),
+        "skiing": (-17098.1, -4336.9),
+        "double_dunk": (-18.6, -16.4),
+        "zaxxon": (32.5, 9173.3),
+        "alien": (227.8, 7127.7),
+    }
+    weighted = sum(i * (random + human) for i, (_, (random, human)) in enumerate(sorted(compare.HUMAN_SCORES.items())))
+    assert round(weighted, 1) == 18480979.4, "rows were not swapped"
+
+
 def test_what_an_intervention_and_its_trigger_look_at_is_a_difference():
     copied, reset = ({"injection_step": (5,), "injection_optimizer_state": state} for state in ("copy", "reset"))
+    assert setting(Args(**reset)) == setting(Args(injection_step=(5,))), "with frozen heads it trains as keep"
+    reset["freeze_heads"] = False
     arms = [{"injection_step": (5,)}, copied, reset, {"injection_step": (5,), "intervention": "reset-head"}]
     arms += [{"injection_step": (5,), "intervention": "shrink-perturb", "shrink_factor": factor} for factor in (0.5, 0.8)]
     arms += [NORM, NORM | {"injection_norm_ratio": 2.0}, NORM | {"injection_check_frequency": 7}, NORM | {"max_injections": 2}]
@@ -264,10 +280,10 @@ def test_interventions_are_named_and_in_their_company_a_baseline_is_one_without_
     assert names(shrink | {"shrink_factor": 0.5}, shrink)[0] == "shrink and perturb at 5M, shrink factor 0.5"
     several = {"injection_step": (5, 7), "intervention": "reset-head"}
     assert names(several) == ["head resets at 5 and 7"]
-    copied, reset = (at | {"injection_optimizer_state": state, "freeze_heads": state == "reset"} for state in ("copy", "reset"))
+    copied, reset = (at | {"injection_optimizer_state": state, "freeze_heads": state == "copy"} for state in ("copy", "reset"))
     assert names({}, copied, reset)[1:] == [
-        "injection at 5M, optimizer state copied, all heads trained",
-        "injection at 5M, optimizer state reset",
+        "injection at 5M, optimizer state copied",
+        "injection at 5M, optimizer state reset, all heads trained",
     ]
     assert names(NORM, NORM | {"max_injections": 2})[1].endswith("3×, max injections 2")
 
@@ -467,7 +483,10 @@ def test_each_seed_shares_its_history_up_to_its_own_first_injection():
 def test_a_run_that_the_norm_has_not_injected_yet_is_left_out_named_and_does_not_shorten_the_window():
     early = write_norm_arms({4: []}, upto=2_000)[0]
     found = verdict(*write_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}), early)
-    assert found["left_out"] == {early: f"{early} has not been injected yet"} and found["window"]["upto"] == TOTAL
+    assert (
+        found["left_out"] == {early: f"{early} has not been injected yet: the verdict is on runs that had"}
+        and found["window"]["upto"] == TOTAL
+    )
     assert set(found["with"]["means"]) == {"1", "2", "3"}
     assert verdict(*write_norm_arms({5: []}))["verdict"] == "too few seeds"
 
@@ -581,7 +600,9 @@ def test_comparisons_of_several_games_are_aggregated_and_shown_everywhere(capsys
     assert total["games"] == [PHOENIX, ALIEN] and (total["without"]["runs"], total["with"]["runs"]) == (7, 7)
     assert (total["without"]["arm"], total["with"]["arm"]) == ("no injection", "injection at 1k")
     printed, text = capsys.readouterr().out, Path("comparison.md").read_text()
-    line = f"over 2 games ({PHOENIX}, {ALIEN}) and 7 runs without and 7 with"
+    windows = [f"{game} in 1,000 < step ≤ 3,000" for game in (PHOENIX, ALIEN)]
+    line = f"over 2 games ({', '.join(windows)}) and 7 runs without and 7 with"
+    assert total["windows"] == 2 * [{"after": INJECTION, "upto": TOTAL}]
     for output in (printed, text):
         assert line in output and "which cover less than that with few runs per game" in output
         assert all(show(*row) in output for row in expected)

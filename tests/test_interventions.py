@@ -249,6 +249,17 @@ def test_the_norm_triggers_no_more_than_max_injections():
     assert len(scalars(train(replace(NORM, max_injections=1)))["injection/step"]) == 1
 
 
+def test_the_norm_is_looked_at_within_a_vector_step_too():
+    curve = scalars(train(replace(NORM, num_envs=7)))["injection/norm_growth"]
+    assert [step for step, _ in curve] == list(range(30, 361, 30))
+
+
+def test_the_norm_triggers_nothing_at_the_end_of_a_run():
+    args = replace(NORM, injection_check_frequency=360, intervention="reset-head")
+    curves = scalars(train(args))
+    assert curves["injection/norm_growth"][-1][1] > args.injection_norm_ratio and "injection/step" not in curves
+
+
 def test_the_norm_may_trigger_any_intervention():
     folder = train(replace(NORM, intervention="reset-head"))
     assert scalars(folder)["injection/max_abs_delta_q"][0][1] > 0
@@ -348,6 +359,19 @@ def test_a_short_run_in_the_papers_settings_trains_injects_and_evaluates():
     folder = train(Args(**PRESETS["paper"] | small | sizes | {"checkpoint_frequency": 0}))
     curves = scalars(folder)
     assert curves["injection/max_abs_delta_q"] == [(202, 0.0)] and len(curves["eval/episodic_return"]) == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"shared_bias": True, "optimizer": "rmsprop"}, {"intervention": "reset-head"}, {}], ids=str
+)
+def test_a_saved_agent_of_any_kind_plays_as_it_did(changes):
+    args = NORM if not changes else replace(SMALL, injection_step=(202,), **changes)
+    folder = train(replace(args, save_model=True))
+    network, _, step = script.load_agent(folder / "agent.pt", "cpu")
+    saved = script.load_checkpoint(folder / "checkpoint-360").state["learner"]["q_network"]
+    assert step == 360 and all(torch.equal(value, saved[name]) for name, value in network.state_dict().items())
+    scores = script.evaluate_saved(Args(evaluate=str(folder), eval_episodes=0, eval_steps=70, eval_epsilon=1.0))
+    assert len(scores) == 2
 
 
 def test_the_learner_of_the_paper_has_its_optimizer_and_bias():
