@@ -2069,7 +2069,7 @@ def intervene(run: Run) -> None:
         "reset-head": "head drawn anew",
         "shrink-perturb": "encoder shrunk and perturbed, head drawn anew",
     }[run.args.intervention]
-    log.say(f"step {step:,}: {done}, largest change of Q over {len(obs)} observations: {delta}")
+    log.say(f"step {step:,}: {done}, largest change of Q over {len(obs)} observations: {float(f'{delta:.4g}')}")
 
 
 def measure(run: Run) -> None:
