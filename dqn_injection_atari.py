@@ -150,7 +150,7 @@ class Args:
     more than --injection-norm-ratio times their norm at the start, or right after the last injection (paper, appendix)"""
     injection_norm_ratio: float = 3.0
     """growth of the norm that triggers an injection (paper)"""
-    injection_check_frequency: int = 10_000
+    injection_check_frequency: int = 1_000
     """steps between checks of the norm"""
     max_injections: int = 1
     """most injections that the norm may trigger; those of the run that a fork comes from count"""
