@@ -141,17 +141,14 @@ def test_killed_again_and_again(uninterrupted):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"freeze_heads": False},
         {"tau": 0.5},
         {"injection_step": (130, 170, 255)},
         {"num_envs": 1},
         {"bf16": True, "tau": 0.5},
-        {"injection_optimizer_state": "copy"},
         {"injection_optimizer_state": "reset", "freeze_heads": False},
-        {"intervention": "reset-head", "injection_step": (202, 250)},
         {"intervention": "shrink-perturb", "injection_step": (202, 250)},
-        {"optimizer": "rmsprop", "shared_bias": True, "exploration_start": 150},
-        {"eval_frequency": 270, "eval_episodes": 0, "eval_steps": 40},
+        {"optimizer": "rmsprop", "shared_bias": True, "exploration_start": 150, "injection_optimizer_state": "copy"}
+        | {"eval_frequency": 270, "eval_episodes": 0, "eval_steps": 40},
     ],
     ids=str,
 )
@@ -166,7 +163,7 @@ NORM = {"injection_step": (), "injection_trigger": "norm", "injection_norm_ratio
 NORM |= {"max_injections": 2, "learning_rate": 3e-4}
 
 
-@pytest.mark.parametrize("after", [0, 3, 33])
+@pytest.mark.parametrize("after", [0, 3])
 def test_resume_is_exact_where_the_norm_decides(uninterrupted, after):
     args = replace(SMALL, **NORM)
     first, second, *_ = load_checkpoint(uninterrupted(args) / END).manifest["interventions"]

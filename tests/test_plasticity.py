@@ -242,7 +242,7 @@ def without_speed(curves):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_training_is_bitwise_the_same_with_measures_on_or_off(overlap):
-    runs = [train(replace(SMALL, overlap=overlap, plasticity_frequency=frequency)) for frequency in (0, 50, 7)]
+    runs = [train(replace(SMALL, overlap=overlap, plasticity_frequency=frequency)) for frequency in (0, 37)]
     for run in runs[1:]:
         for got, expected in zip(end_of(run)[0].items(), end_of(runs[0])[0].items(), strict=True):
             assert differences(dict([got]), dict([expected])) == []
