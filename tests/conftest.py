@@ -23,6 +23,20 @@ SHORT_GAMES = variant("BriefPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames
 TINY_GAMES = variant("TinyPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames_per_episode=120)  # 30 steps
 
 
+BRIEF = Args(  # a whole run, in seconds
+    env_id=TINY_GAMES,
+    env_backend="ale",
+    num_envs=2,
+    total_timesteps=360,
+    buffer_size=250,
+    learning_starts=100,
+    batch_size=4,
+    target_network_frequency=50,
+    log_frequency=60,
+    checkpoint_frequency=120,
+)
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -20,28 +20,14 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from conftest import TINY_GAMES, scalars
+from conftest import BRIEF, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_injection_atari as script
 from benchmarks.kill_test import content, differences, kill_and_compare, read_events
 from dqn_injection_atari import Args, Learner, UsageError, load_checkpoint, train
 
-SMALL = Args(
-    env_id=TINY_GAMES,
-    env_backend="ale",
-    num_envs=2,
-    total_timesteps=360,
-    buffer_size=250,
-    learning_starts=100,
-    train_frequency=6,
-    batch_size=4,
-    target_network_frequency=50,
-    log_frequency=60,
-    checkpoint_frequency=120,
-    plasticity_frequency=90,
-    injection_step=(202,),
-)
+SMALL = replace(BRIEF, train_frequency=6, plasticity_frequency=90, injection_step=(202,))
 END = "checkpoint-360"
 
 

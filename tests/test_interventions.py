@@ -6,24 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ACTIONS, TINY_GAMES, make_learner, random_batch, scalars
+from conftest import ACTIONS, BRIEF, TINY_GAMES, make_learner, random_batch, scalars
 
 import dqn_injection_atari as script
 from dqn_injection_atari import PRESETS, Args, CenteredRMSProp, Learner, QNetwork, evaluate, exploration_epsilon, train
 
-SMALL = Args(
-    env_id=TINY_GAMES,
-    env_backend="ale",
-    num_envs=2,
-    total_timesteps=360,
-    buffer_size=250,
-    learning_starts=100,
-    batch_size=4,
-    target_network_frequency=50,
-    log_frequency=60,
-    checkpoint_frequency=120,
-    plasticity_frequency=0,
-)
+SMALL = replace(BRIEF, plasticity_frequency=0)
 
 
 def trained(count=3, **args):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_GAMES, make_learner, random_batch, scalars
+from conftest import BRIEF, make_learner, random_batch, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -28,16 +28,11 @@ from dqn_injection_atari import (
     train,
 )
 
-SMALL = Args(
-    env_id=TINY_GAMES,
-    env_backend="ale",
+SMALL = replace(
+    BRIEF,
     num_envs=3,
-    total_timesteps=360,
     buffer_size=300,
     learning_starts=60,
-    batch_size=4,
-    target_network_frequency=50,
-    log_frequency=60,
     checkpoint_frequency=360,
     plasticity_frequency=80,
     injection_step=(200,),
@@ -242,12 +237,12 @@ def without_speed(curves):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_training_is_bitwise_the_same_with_measures_on_or_off(overlap):
-    runs = [train(replace(SMALL, overlap=overlap, plasticity_frequency=frequency)) for frequency in (0, 37)]
-    for run in runs[1:]:
-        for got, expected in zip(end_of(run)[0].items(), end_of(runs[0])[0].items(), strict=True):
-            assert differences(dict([got]), dict([expected])) == []
-        assert end_of(run)[1] == end_of(runs[0])[1]
-        assert without_speed(scalars(run)) == without_speed(scalars(runs[0]))
+    off, on = (train(replace(SMALL, overlap=overlap, plasticity_frequency=frequency)) for frequency in (0, 37))
+    (state, replay), (expected_state, expected_replay) = end_of(on), end_of(off)
+    for got, expected in zip(state.items(), expected_state.items(), strict=True):
+        assert differences(dict([got]), dict([expected])) == []
+    assert replay == expected_replay
+    assert without_speed(scalars(on)) == without_speed(scalars(off))
 
 
 def test_measures_are_logged_at_every_multiple_of_their_frequency():
