@@ -1,0 +1,214 @@
+"""Checkpoints: named states in a folder that is whole or not there, checked byte by byte when it is read.
+
+A part is any object with `state_dict` and `load_state_dict`, whose state is plain data and tensors. One whose state is too
+large to be held twice also has `tensors()`: contiguous tensors, which are streamed to a compressed file of their own and,
+once `load_state_dict` has made room for them, filled in place.
+"""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import zstandard
+
+from support.machine import flush_to_disk
+from support.usage import UsageError, reading
+
+FORMAT = 5
+CHECKSUMS = "SHA256SUMS"  # of the other files, to be checked with `sha256sum -c` as well
+WRITE_ERRORS = (OSError, MemoryError, zstandard.ZstdError)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint, in memory but for the tensors that are streamed."""
+
+    path: Path
+    meta: dict[str, Any]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.meta["step"]
+
+    def restore(self, parts: dict[str, Any]) -> None:
+        """Brings these parts, in their order, into the state they were saved in.
+
+        Raises:
+            UsageError: the checkpoint does not fit them: another version of the code wrote it.
+        """
+        with reading(self.path, "this run's checkpoint", "move it away, and go on from another"):
+            for name, part in parts.items():
+                part.load_state_dict(self.state[name])
+                if hasattr(part, "tensors"):
+                    _fill(part.tensors(), self.path / f"{name}.zst")
+
+
+def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: Collection[int] = ()) -> Path:
+    """Writes `checkpoint-{step}` into `folder`, then removes older ones but for those of the steps in `keep`.
+
+    It is written under another name, flushed to disk and renamed, so that a checkpoint is whole or not there.
+
+    Args:
+        meta: what JSON can hold
+
+    Raises:
+        OSError, MemoryError, zstandard.ZstdError: it cannot be written; all that was there before still is.
+    """
+    final = folder / f"checkpoint-{step}"
+    state = io.BytesIO()
+    torch.save({name: part.state_dict() for name, part in parts.items()}, state)
+    _remove_leftovers(folder)
+    partial = folder / f".{final.name}.partial"
+    partial.mkdir()
+    try:
+        manifest = {"format": FORMAT, "step": step, **meta}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (partial / "state.pt").write_bytes(state.getbuffer())
+        for name, part in parts.items():
+            if hasattr(part, "tensors"):
+                compressor = zstandard.ZstdCompressor(level=1, threads=torch.get_num_threads())
+                with open(partial / f"{name}.zst", "wb") as file, compressor.stream_writer(file) as stream:
+                    for chunk in _chunks(part.tensors()):
+                        stream.write(chunk.cpu().numpy())
+        (partial / CHECKSUMS).write_text(checksums(partial))
+        for path in (*partial.iterdir(), partial):
+            flush_to_disk(path)
+        if final.exists():  # a damaged one, or the run would have gone on from it
+            final.rename(folder / f".{final.name}.damaged")
+        partial.rename(final)
+        flush_to_disk(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    with contextlib.suppress(OSError):  # the new one is safe: what cannot be removed now goes the next time
+        for earlier, old in list_checkpoints(folder).items():
+            if earlier < step and earlier not in keep:
+                old.rename(old.with_name(f".{old.name}.old"))
+    _remove_leftovers(folder)
+    return final
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint after checking every byte of it. Runs no code from it.
+
+    Raises:
+        UsageError: it is truncated, damaged, incomplete, or no checkpoint; the message says which.
+    """
+    with reading(path, "a checkpoint", "take another"):
+        recorded, found = (path / CHECKSUMS).read_text().splitlines(), checksums(path).splitlines()
+        if recorded != found:
+            damaged = sorted({line.partition("  ")[2] for line in set(recorded) ^ set(found)})
+            raise ValueError(f"{' and '.join(damaged) or CHECKSUMS} is damaged, the checksum is another")
+        meta = json.loads((path / "manifest.json").read_text())
+        if meta["format"] != FORMAT:
+            raise ValueError(f"its format is {meta['format']}, this version reads {FORMAT}")
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return Checkpoint(path, meta, state)
+
+
+def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
+    """The newest checkpoint of the run in `folder`, None if it has none; bad and foreign ones are named and passed over.
+
+    Raises:
+        UsageError: there are checkpoints, but no good one.
+    """
+    paths = list_checkpoints(folder)
+    for step, path in paths.items():
+        try:
+            checkpoint = load_checkpoint(path)
+            if checkpoint.meta["run"] != run_id:
+                raise UsageError(f"{path} belongs to another run")
+            if checkpoint.step != step:
+                raise UsageError(f"{path} holds step {checkpoint.step}, it was renamed")
+            return checkpoint
+        except UsageError as error:
+            print(f"warning: {error}; falling back to an older one", flush=True)
+    if paths:
+        raise UsageError(f"{folder} holds no good checkpoint to go on from: start the run again without --resume")
+    return None
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """The "run", a number that tells its checkpoints from another's, and the "args" in a `run.json` or `manifest.json`.
+
+    Raises:
+        UsageError: it holds none.
+    """
+    with reading(path, "a run's arguments", "give a run's folder to --resume, one of its checkpoints to --fork"):
+        identity = json.loads(path.read_text())
+        return {"run": identity.get("run"), "args": dict(identity["args"])}
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """{step: path} of the checkpoints in a run's folder, good or not, newest first."""
+    steps = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
+    return dict(sorted(((int(step), path) for step, path in steps.items() if step.isdigit()), reverse=True))
+
+
+def create_run_folder(folder: Path, identity: dict[str, Any]) -> Path:
+    """A new folder of this name, or with a number after it where another run starts in the same second.
+
+    Its `run.json`, there as soon as the folder is, holds `identity`, of which "run" is drawn at random.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    draft = folder.parent / f".{identity['run']}"
+    target = folder
+    try:
+        draft.mkdir(parents=True)
+        (draft / "run.json").write_text(json.dumps(identity, indent=1) + "\n")
+        flush_to_disk(draft / "run.json")
+        for attempt in itertools.count(1):
+            try:
+                return draft.rename(target)
+            except OSError:
+                if not target.exists():
+                    raise
+                target = folder.with_name(f"{folder.name}-{attempt}")
+        raise AssertionError("unreachable")
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise UsageError(f"cannot write run folder {target.absolute()} ({error.strerror}): start elsewhere") from None
+
+
+def checksums(checkpoint: Path) -> str:
+    """One line a file, in the form that `sha256sum` writes and checks."""
+    lines = []
+    for path in sorted(path for path in checkpoint.iterdir() if path.name != CHECKSUMS):
+        with open(path, "rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+    return "".join(lines)
+
+
+def _chunks(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The memory of contiguous tensors, one after the other, in views of 16 MB."""
+    for tensor in tensors:
+        yield from tensor.view(-1).view(torch.uint8).split(2**24)
+
+
+def _fill(tensors: list[torch.Tensor], path: Path) -> None:
+    with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+        for chunk in _chunks(tensors):
+            content = torch.empty(len(chunk), dtype=torch.uint8)
+            rest = memoryview(content.numpy())
+            while rest:
+                if not (count := stream.readinto(rest)):
+                    raise EOFError(f"{path.name} is too short")
+                rest = rest[count:]
+            chunk.copy_(content)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what an interrupted `save_checkpoint` left behind, as far as possible."""
+    for leftover in folder.glob(".checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -1,0 +1,175 @@
+"""Atari games as the learner sees them, from Stable-Baselines3's wrappers or from ALE's vectoriser.
+
+1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
+"""
+
+from typing import Any, Literal
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.wrappers import FrameStackObservation, ReshapeObservation, TimeLimit
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv, NoopResetEnv, WarpFrame
+
+from support.usage import UsageError
+
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner per emulator
+
+FRAME_SKIP = 4  # emulator frames per step
+FRAME_SIZE = 84  # pixels, both sides
+STACK = 4  # frames per observation
+MAX_NOOPS = 30
+MAX_FRAMES = 108_000  # of a game
+
+
+def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
+    """The registration of an Atari id.
+
+    Raises:
+        UsageError: the id is unknown, not an Atari game, or has continuous actions or observations other than the screen.
+    """
+    try:
+        spec = gym.spec(env_id)
+    except (gym.error.Error, ImportError) as error:
+        raise UsageError(f"unknown env_id {env_id!r} ({error}): try PhoenixNoFrameskip-v4") from None
+    if spec.entry_point not in ("ale_py.env:AtariEnv", "ale_py:AtariEnv"):
+        raise UsageError(f"env_id {env_id!r} is not an Atari game: try PhoenixNoFrameskip-v4")
+    if spec.kwargs.get("continuous", False):
+        raise UsageError(f"env_id {env_id!r} has continuous actions, DQN needs discrete ones: register it without them")
+    if spec.kwargs.get("obs_type", "rgb") != "rgb":
+        raise UsageError(f"env_id {env_id!r} shows {spec.kwargs['obs_type']}, not the screen: register it without obs_type")
+    return spec
+
+
+class LearnerView(VectorWrapper):
+    """What the learner sees of Atari games: clipped rewards, and life losses as terminal while the game goes on.
+
+    `step`, or `send` and then `receive`, returns
+        obs (N, 4, 84, 84) uint8: of the next decision; a row whose game ended shows the next game
+        rewards (N,) float32: −1, 0 or 1, the sign of the change in score
+        terminations (N,) bool: the game is over, or a life was lost and the game goes on
+        truncations (N,) bool: the game was cut at its frame limit
+        infos: "final_obs" (N, 4, 84, 84) uint8, the true successor, also where obs shows the next game;
+            where "_episode" is set, infos["episode"]["r"] is the whole game's raw score, ["l"] its length in steps
+
+    ALE's vectoriser cannot be saved, but games repeat themselves: `state_dict` is the seed of the last reset and the
+    actions since, and `load_state_dict` plays them again.
+    """
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        self.obs, infos = self.env.reset(seed=seed, options=options)
+        self.lives = infos["lives"]
+        self.seed, self.played = seed, bytearray()
+        return self.obs, infos
+
+    def state_dict(self) -> dict[str, Any]:
+        actions = np.frombuffer(self.played, np.uint8).reshape(-1, self.num_envs)
+        return {"seed": self.seed, "actions": torch.from_numpy(actions.copy()), "obs": torch.from_numpy(self.obs.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reset(seed=state["seed"])
+        if len(state["actions"]) > 10_000:
+            print(f"playing {len(state['actions']):,} decisions again, since new games began", flush=True)
+        for actions in state["actions"].numpy():
+            self.step(actions.astype(np.int64))
+        if not np.array_equal(self.obs, state["obs"].numpy()):
+            raise ValueError("the games do not repeat themselves")
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        self.send(actions)
+        return self.receive()
+
+    def send(self, actions: np.ndarray) -> None:
+        """The first half of a step. ALE's vectoriser begins to play, in threads of its own."""
+        self.played += np.asarray(actions, np.uint8).tobytes()
+        self.actions = actions
+        if isinstance(self.unwrapped, EagerAtariVectorEnv):
+            self.unwrapped.send(actions)
+
+    def receive(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """The second half: what came of the actions that were sent."""
+        self.obs, scores, terminations, truncations, infos = self.env.step(self.actions)
+        ended = terminations | truncations
+        # where a game ended, "lives" is already the next game's
+        life_lost = ~ended & (infos["lives"] < self.lives)
+        self.lives = infos["lives"]
+        final_obs = self.obs.copy()
+        for i in np.flatnonzero(ended):
+            final_obs[i] = infos["final_obs"][i]
+        infos["final_obs"] = final_obs
+        rewards = np.sign(scores).astype(np.float32)
+        return self.obs, rewards, terminations | life_lost, truncations & ~terminations, infos
+
+    def render(self) -> tuple[np.ndarray, ...]:
+        """One RGB picture per game: the screen, or the agent's newest frame where ALE's vectoriser has no renderer."""
+        if not isinstance(self.unwrapped, AtariVectorEnv):
+            return self.env.render()
+        zoom = 4
+        newest = self.obs[:, -1].repeat(zoom, axis=1).repeat(zoom, axis=2)
+        return tuple(np.repeat(newest[..., None], 3, axis=-1))
+
+
+class EagerAtariVectorEnv(AtariVectorEnv):
+    """ALE's vectoriser, whose `step` only receives where `send` has gone ahead."""
+
+    sent = False
+
+    def send(self, actions: np.ndarray) -> None:
+        super().send(actions)
+        self.sent = True
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        if not self.sent:
+            self.send(actions)
+        self.sent = False
+        return self.recv()
+
+
+def make_env(spec: gym.envs.registration.EnvSpec, max_frames: int, render_mode: str | None) -> gym.Env:
+    """One game behind Stable-Baselines3's wrappers, with raw rewards and whole games."""
+    # the id's own frame skip and frame limit are undone, because the wrappers below apply them
+    env = gym.make(spec, disable_env_checker=True, frameskip=1, max_num_frames_per_episode=None, render_mode=render_mode)
+    env = NoopResetEnv(env, noop_max=MAX_NOOPS)
+    env = MaxAndSkipEnv(env, skip=FRAME_SKIP)
+    env = WarpFrame(env, width=FRAME_SIZE, height=FRAME_SIZE)  # (84, 84, 1)
+    env = ReshapeObservation(env, (FRAME_SIZE, FRAME_SIZE))
+    env = FrameStackObservation(env, STACK, padding_type="zero")  # (4, 84, 84)
+    return TimeLimit(env, max_episode_steps=-(-max_frames // FRAME_SKIP))
+
+
+def make_envs(env_id: str, backend: Literal["sb3", "ale"], num_envs: int, render_mode: str | None = None) -> LearnerView:
+    """`num_envs` games; one that ends is replaced in the same step.
+
+    Both backends preprocess as DQN Zoo does: up to 30 no-ops at the start, each action for 4 frames, maximum of the
+    last two, grey, 84×84, 4 frames stacked on zeros, a limit on the frames of one game (108,000), no FIRE on reset.
+
+    Raises:
+        UsageError: see `atari_spec`; or the id asks for a game mode or difficulty, which ALE's vectoriser cannot set.
+    """
+    spec = atari_spec(env_id)
+    kwargs = spec.kwargs
+    max_frames = kwargs.get("max_num_frames_per_episode") or MAX_FRAMES
+    if backend == "sb3":
+        games = [lambda: make_env(spec, max_frames, render_mode)] * num_envs
+        envs: VectorEnv = SyncVectorEnv(games, autoreset_mode=AutoresetMode.SAME_STEP)
+    else:
+        if kwargs.get("mode") is not None or kwargs.get("difficulty") is not None:
+            raise UsageError(f"env_id {env_id!r} sets a mode or difficulty, which ALE's vectoriser cannot: --env-backend sb3")
+        envs = EagerAtariVectorEnv(
+            game=kwargs["game"],
+            num_envs=num_envs,
+            max_num_frames_per_episode=max_frames,
+            repeat_action_probability=kwargs.get("repeat_action_probability", 0.25),
+            full_action_space=kwargs.get("full_action_space", False),
+            frameskip=FRAME_SKIP,
+            noop_max=MAX_NOOPS + 1,  # draws from 0 ... noop_max − 1
+            use_fire_reset=False,
+            reward_clipping=False,
+            autoreset_mode=AutoresetMode.SAME_STEP,
+        )
+    return LearnerView(RecordEpisodeStatistics(envs))

@@ -1,0 +1,49 @@
+"""The optimizer of the paper's agent, which PyTorch's own differs from; and optimizers' moments by parameter name."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+
+class CenteredRMSProp(torch.optim.Optimizer):
+    """w ← w − lr · g / √(E[g²] − E[g]² + eps) with running means of g and g² that start at zero (Graves 2013; DQN Zoo).
+
+    `torch.optim.RMSprop` adds eps outside the root, where 0.01/32² is a 320 times smaller floor.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, decay: float = 0.95, eps: float = 0.01 / 32**2):
+        super().__init__(params, {"lr": lr, "decay": decay, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameter in trained:
+                if not self.state[parameter]:
+                    self.state[parameter] = {name: torch.zeros_like(parameter) for name in ("mean", "square")}
+            grads = [parameter.grad for parameter in trained]
+            means, squares = ([self.state[parameter][name] for parameter in trained] for name in ("mean", "square"))
+            torch._foreach_lerp_(means, grads, 1 - group["decay"])
+            torch._foreach_mul_(squares, group["decay"])
+            torch._foreach_addcmul_(squares, grads, grads, value=1 - group["decay"])
+            roots = torch._foreach_sub(squares, torch._foreach_mul(means, means))
+            torch._foreach_add_(roots, group["eps"])
+            torch._foreach_sqrt_(roots)
+            torch._foreach_addcdiv_(trained, grads, roots, value=-group["lr"])
+
+
+def moments_by_name(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, dict[str, Any]]:
+    """{parameter: its moments} of an optimizer over all of a network's parameters; of those that have any."""
+    names = [name for name, _ in network.named_parameters()]
+    return {names[i]: moments for i, moments in optimizer.state_dict()["state"].items()}
+
+
+def load_moments(optimizer: torch.optim.Optimizer, network: nn.Module, moments: dict[str, dict[str, Any]]) -> None:
+    """Takes up what `moments_by_name` gave, also of a network that had other parameters besides."""
+    names = [name for name, _ in network.named_parameters()]
+    state = {i: copy.deepcopy(moments[name]) for i, name in enumerate(names) if name in moments}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

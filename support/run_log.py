@@ -1,0 +1,255 @@
+"""What a run says: curves in TensorBoard, a progress bar or plain lines on the terminal, Weights & Biases."""
+
+import contextlib
+import importlib.util
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter, summary
+from tqdm import tqdm
+
+from support.machine import flush_to_disk
+from support.usage import UsageError
+
+EVENT_FILES = "events.out.tfevents.*"
+SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in comparisons of runs
+    "return of training games": "charts/episodic_return",
+    "return of evaluation games": "eval/episodic_return",
+    "dormant fraction": "plasticity/dormant_fraction",
+    "active fraction": "plasticity/active_fraction",
+    "srank of the encoder's features": "plasticity/srank/encoder",
+    "srank of the learning head's features": "plasticity/srank/head",
+    "encoder's weight norm ÷ initial": "plasticity/weight_norm_ratio/encoder",
+    "learning head's weight norm ÷ initial": "plasticity/weight_norm_ratio/head",
+    "encoder's gradient norm": "plasticity/gradient_norm/encoder",
+    "new heads' share of Q": "plasticity/new_heads_share_of_q",
+}
+
+
+def read_scalars(folder: Path) -> dict[str, np.ndarray]:
+    """Every scalar in a folder's event files, {tag: (3, K) float64}: K steps, values and wall-clock times in seconds."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1}).Reload()
+    points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    return {tag: np.array([(e.step, e.value, e.wall_time) for e in of_one]).T for tag, of_one in points.items()}
+
+
+class Curves:
+    """A run's TensorBoard curves, which neither a crash nor a full disk nor a resume loses or doubles.
+
+    Points wait in memory until `flush`. Those of the newest step stay there even then, since more of that step may follow:
+    a new event file, after a resume or a failed write, tells its readers to drop what older files hold from its first
+    point on (`purge_step`), and begins with all of these.
+
+    Args:
+        folder: where event files go
+        step: the step from which on this run logs
+    """
+
+    def __init__(self, folder: Path, step: int):
+        self.folder, self.step = folder, step
+        self.points: list[tuple[int, float, Summary]] = []  # step, wall-clock time, content; steps never fall
+        self.written = 0  # how many of them are in the event file
+        self.writer: SummaryWriter | None = None
+
+    def add(self, content: Summary, step: int, wall_time: float | None = None) -> None:
+        self.points.append((step, time.time() if wall_time is None else wall_time, content))
+        self.step = max(step, self.step)
+
+    def flush(self) -> None:
+        """Writes what waits.
+
+        Raises:
+            OSError: it cannot be written; the next call tries again.
+        """
+        older = set(self.folder.glob(EVENT_FILES)) if self.writer is None else None
+        report, threading.excepthook = threading.excepthook, lambda _: None  # the writer's thread tells this one as well
+        try:
+            if older is not None:
+                self.writer, self.written = self._new_file(older), 0
+            for step, wall_time, content in self.points[self.written :]:
+                self.writer.file_writer.add_summary(content, step, wall_time)
+            self.writer.flush()
+        except OSError:
+            self.writer = None
+            for path in set() if older is None else set(self.folder.glob(EVENT_FILES)) - older:
+                path.unlink()  # nothing of it counts
+            raise
+        finally:
+            threading.excepthook = report
+        self.points = [point for point in self.points if point[0] >= self.step]
+        self.written = len(self.points)
+
+    def _new_file(self, older: set[Path]) -> SummaryWriter:
+        newest = max((int(path.name.split(".")[3]) for path in older), default=0)
+        while time.time() < newest + 1:  # readers go by the files' names, which begin with the second
+            time.sleep(0.01)
+        return SummaryWriter(str(self.folder), purge_step=min([self.step, *(step for step, *_ in self.points)]))
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def state_dict(self) -> list[tuple[int, float, str]]:
+        return [(step, wall_time, content.SerializeToString().hex()) for step, wall_time, content in self.points]
+
+    def load_state_dict(self, state: list[tuple[int, float, str]]) -> None:
+        self.points = [(step, wall_time, Summary.FromString(bytes.fromhex(content))) for step, wall_time, content in state]
+
+
+class RunLog:
+    """A run's curves, progress and lines.
+
+    Args:
+        folder: of the run
+        step, total: where the run is and where it ends
+    """
+
+    PLAIN_LINE_SECONDS = 30
+    FLUSH_SECONDS = 10
+
+    def __init__(self, folder: Path, step: int, total: int):
+        self.folder, self.total = folder, total
+        self.curves = Curves(folder, step)
+        silent = not sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=silent)
+        self.returns: deque[float] = deque(maxlen=100)
+        self.start = self.interval_start = self.last_line = self.last_flush = time.perf_counter()
+        self.interval_step = 0
+        self.disk_full = False
+
+    def state_dict(self) -> dict[str, Any]:
+        now = time.perf_counter()
+        return {
+            "returns": list(self.returns),
+            "points": self.curves.state_dict(),
+            "interval_step": self.interval_step,
+            "interval_seconds": now - self.interval_start,
+            "seconds": now - self.start,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.returns.extend(state["returns"])
+        self.curves.load_state_dict(state["points"])
+        self.interval_step = state["interval_step"]
+        now = time.perf_counter()
+        self.start, self.interval_start = now - state["seconds"], now - state["interval_seconds"]
+
+    def take_over(self, origin: Path, step: int) -> None:
+        """Begins with the curves of the run in `origin` before `step`, for a fork that has taken up a checkpoint's state."""
+        held = [
+            (int(at), wall_time, summary.scalar(tag, value))
+            for tag, points in read_scalars(origin).items()
+            for at, value, wall_time in points.T
+            if at < min([step, *(later for later, *_ in self.curves.points)])
+        ]
+        self.curves.points = sorted(held, key=lambda point: point[0]) + self.curves.points
+
+    def hyperparameters(self, args: dict[str, Any], step: int) -> None:
+        """Writes the arguments, as a text and for TensorBoard's HPARAMS, and what its CUSTOM SCALARS show."""
+        table = "\n".join(f"|{name}|{value}|" for name, value in args.items())
+        self.curves.add(summary.text("hyperparameters", f"|param|value|\n|-|-|\n{table}"), step)
+        plain = {name: value if type(value) in (int, float) else str(value) for name, value in args.items()}
+        for content in summary.hparams(plain, dict.fromkeys(("charts/episodic_return", "eval/episodic_return"))):
+            self.curves.add(content, step)
+        shown = {title: tag for title, tag in SIDE_BY_SIDE.items() if args["eval_frequency"] or "eval" not in tag}
+        charts = {title: ["Multiline", [f"^{tag}$"]] for title, tag in shown.items()}
+        self.curves.add(summary.custom_scalars({"return and plasticity": charts}), step)
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """A point of a curve; steps never fall."""
+        self.curves.add(summary.scalar(tag, value), step)
+
+    def games(self, infos: dict[str, Any], previous: int) -> None:
+        """Logs the games that ended in the vector step after step `previous`, each at the step of its own decision.
+
+        TensorBoard keeps one point per curve and step. What was decided beyond the run's end is no part of it.
+        """
+        for i in np.flatnonzero(infos.get("_episode", ())):
+            if (step := previous + 1 + int(i)) <= self.total:
+                self.returns.append(float(infos["episode"]["r"][i]))
+                self.scalar("charts/episodic_return", self.returns[-1], step)
+                self.scalar("charts/episodic_length", int(infos["episode"]["l"][i]), step)
+
+    def interval(self, step: int, epsilon: float, losses: dict[str, float]) -> None:
+        """Logs ε, the speed since the last call, and these mean losses."""
+        now = time.perf_counter()
+        recent = (step - self.interval_step) / (now - self.interval_start)
+        self.scalar("charts/epsilon", epsilon, step)
+        self.scalar("charts/SPS", int(step / (now - self.start)), step)
+        self.scalar("charts/SPS_recent", recent, step)
+        for name, value in losses.items():
+            self.scalar(f"losses/{name}", value, step)
+        score = f"{np.mean(self.returns):,.0f}" if self.returns else "-"
+        self.bar.set_postfix_str(f"{recent:,.0f} SPS, ε {epsilon:.2f}, return {score}", refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and (now - self.last_line > self.PLAIN_LINE_SECONDS or step == self.total):
+            left = tqdm.format_interval((self.total - step) / recent)
+            self.say(f"step {step:,} of {self.total:,}, {recent:,.0f} SPS, {left} left, ε {epsilon:.2f}, return {score}")
+            self.last_line = now
+        if now - self.last_flush > self.FLUSH_SECONDS:
+            self.flush()
+        self.interval_start, self.interval_step = now, step
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves what happens in this block out of the recent speed and the time left."""
+        start = time.perf_counter()
+        yield
+        self.interval_start += time.perf_counter() - start
+
+    def evaluation(self, scores: np.ndarray, step: int) -> None:
+        """Logs the mean of one evaluation's scores."""
+        self.scalar("eval/episodic_return", scores.mean(), step)
+        self.say(f"step {step:,}: mean score of {len(scores)} evaluation games {scores.mean():,.1f}")
+
+    def flush(self, to_disk: bool = False) -> None:
+        """Writes the curves, with `to_disk` past the system's own memory. A full disk is reported once."""
+        self.last_flush = time.perf_counter()
+        try:
+            self.curves.flush()
+            if to_disk:
+                for path in self.folder.glob(EVENT_FILES):
+                    flush_to_disk(path)
+            self.disk_full = False
+        except OSError as error:
+            if not self.disk_full:
+                self.say(f"warning: the curves cannot be written for now ({error}): make room, training goes on")
+            self.disk_full = True
+
+    def say(self, line: str) -> None:
+        """Prints a line without tearing the progress bar."""
+        with contextlib.suppress(OSError):  # a log on a full disk, or a closed pipe, is no reason to stop training
+            self.bar.write(line)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Writes out the curves."""
+        self.bar.close()
+        self.flush()
+        with contextlib.suppress(OSError):
+            self.curves.close()
+
+
+def require_wandb() -> None:
+    """
+    Raises:
+        UsageError: Weights & Biases is not installed.
+    """
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:  # a folder named wandb is found, without an origin
+        raise UsageError("--track needs Weights & Biases, which is not installed: pip install wandb, or leave out --track")
+
+
+def start_wandb(project: str, entity: str | None, name: str, config: dict[str, Any]) -> None:
+    """Mirrors to Weights & Biases everything that is written to TensorBoard from now on."""
+    import wandb
+
+    wandb.init(project=project, entity=entity, name=name, config=config, sync_tensorboard=True, save_code=True)

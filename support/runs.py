@@ -1,0 +1,200 @@
+"""A run and its folder: begun, resumed or forked, saved, interrupted."""
+
+import contextlib
+import secrets
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from support.checkpoints import (
+    WRITE_ERRORS,
+    Checkpoint,
+    create_run_folder,
+    load_checkpoint,
+    newest_good_checkpoint,
+    read_identity,
+    save_checkpoint,
+)
+from support.machine import Signals, alone_in
+from support.run_log import RunLog, read_scalars
+from support.usage import UsageError
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run goes on from; all None for a new one."""
+
+    folder: Path | None = None  # of a run that is resumed
+    run_id: str | None = None  # of that run
+    args: dict[str, Any] | None = None  # the arguments of the run that is resumed or forked
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def forked(self) -> bool:
+        """Whether the checkpoint is another run's."""
+        return self.checkpoint is not None and self.checkpoint.meta["run"] != self.run_id
+
+
+def find_origin(resume: str | None, fork: str | None, stack: contextlib.ExitStack) -> Origin:
+    """Reads what a run goes on from; a folder that is resumed is this process's own until the stack unwinds.
+
+    A run that was killed before its first checkpoint begins once more, at the checkpoint that it was forked from, if any.
+
+    Raises:
+        UsageError: it cannot be read, or another process is running it.
+    """
+    if resume is None and fork is None:
+        return Origin()
+    if resume is None:
+        checkpoint = load_checkpoint(Path(fork or ""))
+        return Origin(args=checkpoint.meta["args"], checkpoint=checkpoint)
+    folder = Path(resume)
+    stack.enter_context(alone_in(folder))
+    identity = read_identity(folder / "run.json")
+    newest = newest_good_checkpoint(folder, identity["run"])
+    if newest is not None:  # whose arguments have a checksum
+        return Origin(folder, identity["run"], newest.meta["args"], newest)
+    if read_scalars(folder):
+        raise UsageError(f"{folder} holds no checkpoint to go on from: start the run again without --resume")
+    fork = identity["args"].get("fork")
+    return Origin(folder, identity["run"], identity["args"], load_checkpoint(Path(fork)) if fork else None)
+
+
+class Run:
+    """A run in progress.
+
+    Args:
+        origin: what it goes on from
+        name: of its folder under `runs`, if it is new
+        args: its arguments as plain data, for `run.json` and checkpoints
+        total, num_envs: its length, and how much of it one vector step is
+        parts: what checkpoints hold, by name, besides the log; restored here, in this order
+        circumstances: what its bits depend on besides its arguments
+        signals: what it is asked
+        stack: takes what is to be undone in the end
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        name: str,
+        args: dict[str, Any],
+        total: int,
+        num_envs: int,
+        parts: dict[str, Any],
+        circumstances: dict[str, str],
+        signals: Signals,
+        stack: contextlib.ExitStack,
+    ):
+        self.args, self.total, self.num_envs, self.signals = args, total, num_envs, signals
+        self.parts, self.circumstances = parts, circumstances
+        checkpoint = origin.checkpoint
+        self.first = self.step = 0 if checkpoint is None else checkpoint.step
+        if checkpoint is not None:
+            with signals.nothing_to_save():
+                checkpoint.restore(parts)
+        self.id = origin.run_id or secrets.token_hex(8)
+        if origin.folder is None:
+            self.folder = create_run_folder(Path("runs") / name.replace("/", "-"), {"run": self.id, "args": args})
+            stack.enter_context(alone_in(self.folder))
+        else:
+            self.folder = origin.folder
+        self.saved = self.step if checkpoint is not None and not origin.forked else None  # step of the newest checkpoint
+        self.log = stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, total)))
+        if checkpoint is not None:
+            checkpoint.restore({"log": self.log})
+            if origin.forked:
+                self.log.take_over(checkpoint.path.parent, self.step)
+        if self.saved is None:
+            self.log.hyperparameters(args, self.step)
+
+    @property
+    def previous(self) -> int:
+        """The step at which the vector step that ends at `step` began."""
+        return (self.step - 1) // self.num_envs * self.num_envs
+
+    def due(self, period: int, after: int = 0) -> int:
+        """How many multiples of `period` lie in this vector step, previous < multiple ≤ step, and beyond `after`."""
+        return max(0, self.step // period - max(self.previous, after) // period) if period else 0
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal waits for an answer."""
+        return self.signals.stop is not None or (self.signals.checkpoint and self.saved != self.step)
+
+    def save(self, keep: Collection[int]) -> None:
+        """Writes a checkpoint, unless there is one of this step, and says so; where it cannot, says that and changes nothing.
+
+        Args:
+            keep: steps whose checkpoints stay when this one is there
+
+        Raises:
+            OSError: it cannot be written, and the run was asked to stop.
+        """
+        self.signals.checkpoint = False
+        if self.saved == self.step:
+            return
+        stop, say = self.signals.stop, self.log.say
+        if stop is not None:
+            say(f"step {self.step:,}: {stop.name}, writing a checkpoint; once more ends the run without it")
+        self.log.flush(to_disk=True)
+        meta = {"run": self.id, "args": self.args, "circumstances": self.circumstances}
+        start = time.perf_counter()
+        try:
+            with self.log.pause():
+                path = save_checkpoint(self.folder, self.step, self.parts | {"log": self.log}, meta, keep)
+                size = sum(file.stat().st_size for file in path.iterdir())
+        except WRITE_ERRORS as error:
+            kept = f"checkpoint-{self.saved} is still good" if self.saved is not None else "there is none yet"
+            if stop is not None:
+                raise OSError(f"stopped at step {self.step:,} without a checkpoint ({error}): {kept}") from error
+            say(f"warning: no checkpoint at step {self.step:,} ({error}): make room, the run will try again; {kept}")
+        else:
+            self.saved = self.step
+            say(f"step {self.step:,}: {path.name}, {size / 1e6:,.0f} MB in {time.perf_counter() - start:.1f} s")
+
+    def evaluate(self, play: Callable[[Path | None, Callable[[], bool]], np.ndarray], film: bool) -> bool:
+        """Logs the mean score of play(film's path, whether to stop). False where a signal cut it short, nothing logged then."""
+        video = self.folder / "videos" / f"step-{self.step}.mp4" if film else None
+        with self.log.pause():
+            try:
+                scores = play(video, lambda: self.interrupted)
+            except (UsageError, OSError) as error:
+                if video is None:
+                    raise
+                self.log.say(f"warning: no video at step {self.step:,} ({error})")
+                scores = play(None, lambda: self.interrupted)
+        if np.isnan(scores).any():
+            return False
+        self.log.evaluation(scores, self.step)
+        return True
+
+    def introduce(self, what: str, origin: Origin) -> None:
+        """Says what runs where, and what of the circumstances is not as it was."""
+        self.log.say(f"{what}, curves in {self.folder}")
+        if origin.checkpoint is not None:
+            self.log.say(f"{'forked' if origin.forked else 'resumed'} at step {self.step:,} from {origin.checkpoint.path}")
+            then, now = origin.checkpoint.meta["circumstances"], self.circumstances
+            changed = [f"{name} was {then.get(name)} and is {now[name]}" for name in now if now[name] != then.get(name)]
+            if changed:
+                self.log.say(f"warning: bits may differ from an uninterrupted run, because {', '.join(changed)}")
+
+    def finish(self, periodic: bool) -> None:
+        """Writes out the curves of a complete run.
+
+        Args:
+            periodic: whether it should have a last checkpoint
+
+        Raises:
+            OSError: these or the last checkpoint are not on disk.
+        """
+        self.log.flush()
+        missing = ["last checkpoint"] * (periodic and self.saved != self.step) + ["curves"] * self.log.disk_full
+        if missing:
+            raise OSError(
+                f"{self.folder} is complete but for its {' and '.join(missing)}: make room, and --resume it if you can"
+            )

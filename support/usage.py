@@ -1,0 +1,133 @@
+"""What a user gives: bounds that stand at the fields they belong to, and refusals of one line that name the fix."""
+
+import contextlib
+import math
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from annotated_types import Ge, Gt, Interval, Le, Lt
+
+Count = Annotated[int, Ge(1)]
+Steps = Annotated[int, Ge(0)]
+Share = Annotated[float, Interval(ge=0, le=1)]
+Positive = Annotated[float, Interval(gt=0, lt=math.inf)]
+
+
+@dataclass(frozen=True)
+class OnlyWith:
+    """At a field that is looked at only where another one has one of these values; elsewhere it must stay at its default."""
+
+    field: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NotBelow:
+    """At a number that is 0 or at least the value of another field."""
+
+    field: str
+
+
+class UsageError(ValueError):
+    """Something the user gave cannot work; the message is one line and names the fix."""
+
+
+def flag(name: str) -> str:
+    """The command line's name of a field: --num-envs of num_envs."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_bounds(settings: Any) -> None:
+    """Holds every field of a dataclass against its type: `Annotated` bounds, `Literal` choices, `OnlyWith`.
+
+    Raises:
+        UsageError: a value lies outside, as NaN always does; or it is given where nothing would look at it.
+    """
+    unused = unused_fields(settings)
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if rule := _broken_rule(value, field.type):
+            raise UsageError(f"{field.name} is {value}, but must be {rule}: change {flag(field.name)}")
+        for bound in getattr(field.type, "__metadata__", ()):
+            if (
+                isinstance(bound, NotBelow)
+                and field.name not in unused
+                and 0 < value < (least := getattr(settings, bound.field))
+            ):
+                fix = f"raise {flag(field.name)} or lower {flag(bound.field)}"
+                raise UsageError(f"{field.name} is {value}, but must be at least {bound.field} ({least}): {fix}")
+    for name, condition in unused.items():
+        if (value := getattr(settings, name)) != getattr(type(settings), name):
+            use = f"{flag(condition.field)} {condition.values[0]}"
+            raise UsageError(f"{name} is {value}, which only {use} looks at: give that, or leave the flag out")
+
+
+def unused_fields(settings: Any) -> dict[str, OnlyWith]:
+    """{name: condition} of the fields that nothing looks at with these settings."""
+    conditions = ((f.name, part) for f in fields(settings) for part in getattr(f.type, "__metadata__", ()))
+    return {
+        name: part
+        for name, part in conditions
+        if isinstance(part, OnlyWith) and getattr(settings, part.field) not in part.values
+    }
+
+
+def _broken_rule(value: Any, annotation: Any) -> str:
+    """What `annotation` asks for in words, where `value` does not keep to it; else nothing."""
+    plain, metadata = getattr(annotation, "__origin__", annotation), getattr(annotation, "__metadata__", ())
+    choices = get_args(annotation if get_origin(annotation) is Literal else plain)
+    if Literal in (get_origin(annotation), get_origin(plain)):
+        return "" if value in choices else f"one of {', '.join(map(str, choices))}"
+    asked = [part for given in metadata for part in (given if isinstance(given, Interval) else [given])]
+    kept, words = [], []
+    for bound in asked:
+        match bound:
+            case Ge(limit):
+                kept.append(value >= limit)
+                words.append("0 or more" if limit == 0 else f"at least {limit}")
+            case Gt(limit):
+                kept.append(value > limit)
+                words.append("positive" if limit == 0 else f"above {limit}")
+            case Le(limit):
+                kept.append(value <= limit)
+                words.append(f"at most {limit}")
+            case Lt(limit):
+                kept.append(value < limit)
+                words.append("finite" if limit == math.inf else f"below {limit}")
+    return "" if all(kept) else " and ".join(words)
+
+
+@contextlib.contextmanager
+def reading(path: Path, kind: str, fix: str) -> Iterator[None]:
+    """Turns all that a foreign or damaged file makes its reader stumble over into a UsageError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise UsageError(f"{path} cannot be read as {kind} ({type(error).__name__}: {reason}): {fix}") from error
+
+
+def flags_given() -> set[str]:
+    """Names of the fields that this process's command line sets, also to what they were anyway."""
+    words = (word.partition("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--"))
+    return {word.removeprefix("no_") for word in words}
+
+
+@contextlib.contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """For the whole of a command: what it cannot do ends it with one line and status 1, Ctrl-C with status 130.
+
+    ε and − are printed as question marks where a terminal or a log has no such letters.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    try:
+        yield
+    except (UsageError, FloatingPointError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
