@@ -18,13 +18,8 @@ Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator 
 import contextlib
 import copy
 import functools
-import math
-import os
-import shlex
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,17 +31,18 @@ import torch.nn.functional as F
 import tyro
 from annotated_types import Interval
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from torch import Tensor
 
-from support import environments, measures, run_log, usage
+from support import environments, measures, usage
 from support.acceleration import CUDAGraphs, HiddenLayer, copy_gradients, in_bfloat16, prepare_cpu, upload
 from support.checkpoints import Checkpoint, read_identity
 from support.environments import STACK, LearnerView
-from support.evaluation import play_games, print_scores, require_film, save_agent
+from support.evaluation import Stop, play_games, print_scores, save_agent
 from support.flags import Period, PositivePeriod, RunFlags
 from support.machine import Signals, circumstances, code_version, pick_device, place_for
-from support.optimizers import CenteredRMSProp, load_moments, moments_by_name
+from support.optimizers import CenteredRMSProp, copy_moments, load_moments, moments_by_name
 from support.replay import FrameReplayBuffer
-from support.runs import Run, find_origin
+from support.runs import Run, check_machine, find_origin
 from support.usage import Count, OnlyWith, Positive, Share, Steps, UsageError, check_bounds, ends_in_one_line, flag, reading
 
 prepare_cpu()
@@ -77,17 +73,15 @@ class Experiment:
     apply_injection: bool = True
     """--no-apply-injection leaves out the injections and nothing else: the baseline arm (paper)"""
     intervention: Literal["injection", "reset-head", "shrink-perturb", "none"] = "injection"
-    """what is done at those steps: injection; reset-head = draw the head anew (Nikishin et al. 2022); shrink-perturb = that,
-    and mix the encoder with a new one (Ash & Adams 2020, D'Oro et al. 2023); none = what --no-apply-injection does"""
+    """what is done then; reset-head: draw it anew; shrink-perturb: and mix the encoder with a new one; none: the baseline"""
     freeze_heads: Annotated[bool, OF_INJECTION] = True
     """freeze θ and θ′₂ at injection; --no-freeze-heads trains all three heads (paper, appendix)"""
     injection_optimizer_state: Annotated[Literal["fresh", "copy"], OF_INJECTION] = "fresh"
     """optimizer moments of the new head: none, or a copy of those of the head that learned before (paper, Fig. 9)"""
     injection_trigger: Literal["step", "norm"] = "step"
-    """step = inject at --injection-step; norm = when the norm of the weights of encoder and learning head has grown to more
-    than --injection-norm-ratio times what it was at the start, or right after the last injection (paper, appendix)"""
+    """norm = inject when the weights of encoder and learning head have grown by --injection-norm-ratio (paper, appendix)"""
     injection_norm_ratio: Annotated[Positive, OF_NORM] = 3.0
-    """growth of the norm that triggers an injection (paper)"""
+    """growth of their norm, since the start or the last injection, that triggers an injection (paper)"""
     injection_check_frequency: Annotated[PositivePeriod, OF_NORM] = 1_000
     """steps between checks of the norm"""
     max_injections: Annotated[Count, OF_NORM] = 1
@@ -144,10 +138,6 @@ class Args(RunFlags, Experiment):
         object.__setattr__(self, "injection_step", tuple(int(step) for step in steps))
         check_bounds(self)
         self.check_flags()
-        self._check_intervention()
-
-    def _check_intervention(self) -> None:
-        """Refuses what contradicts itself about the intervention and its time."""
         what, when, planned = self.intervention, self.injection_trigger, self.planned_interventions
         last = (self.total_timesteps - 1) // self.num_envs * self.num_envs
         if any(a >= b for a, b in zip((0, *planned), (*planned, last + 1), strict=True)):
@@ -155,8 +145,7 @@ class Args(RunFlags, Experiment):
             end = "before the run's end at --total-timesteps: change --injection-step"
             raise UsageError(f"injection_step is {self.injection_step}, but must be {rule}, {end}")
         if not self.apply_injection and what not in ("injection", "none"):
-            both = f"intervention is {what}, and --no-apply-injection says none"
-            raise UsageError(f"{both}: for a baseline give --intervention none")
+            raise UsageError(f"intervention {what} contradicts --no-apply-injection: for a baseline give --intervention none")
         if when == "norm" and planned:
             raise UsageError("injection_trigger norm decides when to inject: give --injection-step without a number")
         if what in ("reset-head", "shrink-perturb") and when == "step" and not planned:
@@ -184,36 +173,20 @@ OF_KIND = {"intervention", "freeze_heads", "injection_optimizer_state", "shrink_
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {  # DQN Zoo's Double DQN (tuned), injected after 50M frames
-        "total_timesteps": 50_000_000,
-        "injection_step": (12_500_000,),
-        "injection_optimizer_state": "copy",
-        "optimizer": "rmsprop",
-        "learning_rate": 2.5e-4,
-        "shared_bias": True,
-        "target_network_frequency": 30_000,
-        "learning_starts": 50_000,
-        "exploration_start": 50_000,
-        "exploration_fraction": 0.02,
-        "eval_frequency": 250_000,
-        "eval_episodes": 0,
-        "eval_steps": 125_000,
+        **{"total_timesteps": 50_000_000, "injection_step": (12_500_000,), "injection_optimizer_state": "copy"},
+        **{"optimizer": "rmsprop", "learning_rate": 2.5e-4, "shared_bias": True, "target_network_frequency": 30_000},
+        **{"learning_starts": 50_000, "exploration_start": 50_000, "exploration_fraction": 0.02},
+        **{"eval_frequency": 250_000, "eval_episodes": 0, "eval_steps": 125_000},
     },
 }
 
-Stream = IntEnum(  # the independent random streams of a run
-    "Stream", "NETWORK EXPLORATION REPLAY ENVIRONMENTS INJECTION EVALUATION PLASTICITY PERTURBATION", start=0
-)
+# the independent random streams of a run
+Stream = IntEnum("Stream", "NETWORK EXPLORATION REPLAY ENVIRONMENTS INJECTION EVALUATION PLASTICITY PERTURBATION", start=0)
 
 
 def stream_seed(seed: int, stream: Stream, key: int = 0) -> int:
     """A seed in [0, 2³⁰) for one use; neighbouring run seeds, streams and keys give unrelated ones."""
     return int(np.random.SeedSequence([seed, stream, key]).generate_state(1)[0]) >> 2
-
-
-def changed_fields(args: Args, saved: Args) -> list[str]:
-    """Names of the arguments that are not as in `saved`, where a run comes from left out."""
-    names = (knob.name for knob in fields(Args) if knob.name not in ("resume", "fork"))
-    return [name for name in names if getattr(args, name) != getattr(saved, name)]
 
 
 def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None = None) -> LearnerView:
@@ -250,15 +223,9 @@ class QNetwork(nn.Module):
                 output.bias = nn.Parameter(output.bias.detach()[:1].clone())
             return nn.Sequential(hidden, nn.ReLU(inplace=True), output)
 
-        self.encoder = nn.Sequential(
-            nn.Conv2d(STACK, 32, 8, stride=4),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(32, 64, 4, stride=2),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(64, 64, 3, stride=1),
-            nn.ReLU(inplace=True),
-            nn.Flatten(),
-        )
+        convolutions = nn.Conv2d(STACK, 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3, stride=1)
+        activated = (layer for convolution in convolutions for layer in (convolution, nn.ReLU(inplace=True)))
+        self.encoder = nn.Sequential(*activated, nn.Flatten())
         self.theta = head()
         self.theta_prime_1 = nn.ModuleList(head() for _ in range(max_injections))
         self.theta_prime_2 = nn.ModuleList(head() for _ in range(max_injections))
@@ -268,16 +235,16 @@ class QNetwork(nn.Module):
         self.num_injections = 0
         self._set_trainable()
 
-    def features(self, obs: torch.Tensor) -> torch.Tensor:
+    def features(self, obs: Tensor) -> Tensor:
         """φ: uint8 (B, 4, 84, 84) → (B, 3136), float32 or the encoder's dtype."""
         obs = obs.contiguous(memory_format=torch.channels_last)
         return self.encoder(obs.to(self.encoder[0].weight.dtype, copy=True).div_(255))
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+    def forward(self, obs: Tensor) -> Tensor:
         """Q-values: uint8 (B, 4, 84, 84) → float32 (B, num_actions)."""
         features = self.features(obs)
 
-        def q(head: nn.Sequential) -> torch.Tensor:
+        def q(head: nn.Sequential) -> Tensor:
             hidden, relu, output = head
             return output(relu(hidden(features)).float())
 
@@ -288,13 +255,7 @@ class QNetwork(nn.Module):
 
     @torch.no_grad()
     def inject(self, generator: torch.Generator | None = None) -> None:
-        """Draws the next pair θ′₁ = θ′₂ from `generator`, makes it live, and freezes every head but that θ′₁.
-
-        θ′ is distributed as θ was.
-
-        Raises:
-            ValueError: `max_injections` pairs are in use already.
-        """
+        """Draws the next pair θ′₁ = θ′₂, distributed as θ was, makes it live, and freezes every head but that θ′₁."""
         k = self.num_injections
         if k == len(self.theta_prime_1):
             raise ValueError(f"all {k} pairs of heads are in use: build QNetwork with a larger max_injections")
@@ -308,17 +269,9 @@ class QNetwork(nn.Module):
         pairs = (f"{pair}.{k}" for k in range(self.num_injections) for pair in ("theta_prime_1", "theta_prime_2"))
         return {name: self.get_submodule(name) for name in ("encoder", "theta", *pairs)}
 
-    @property
-    def newest(self) -> str:
+    def newest_head(self) -> str:
         """The name of the head that learns, whatever else does."""
         return f"theta_prime_1.{self.num_injections - 1}" if self.num_injections else "theta"
-
-    def newest_head(self) -> nn.Module:
-        return self.get_submodule(self.newest)
-
-    def learning(self) -> list[nn.Module]:
-        """The encoder and that head."""
-        return [self.encoder, self.newest_head()]
 
     def _set_trainable(self) -> None:
         """Sets `requires_grad` of every head from the number of injections; gradients of frozen ones become None.
@@ -327,17 +280,16 @@ class QNetwork(nn.Module):
         """
         live, all_train = self.num_injections, not self.freeze_heads
         self.theta.requires_grad_(live == 0 or all_train)
-        for k, (theta_prime_1, theta_prime_2) in enumerate(zip(self.theta_prime_1, self.theta_prime_2, strict=True)):
-            theta_prime_1.requires_grad_(k == live - 1 or (all_train and k < live))
-            theta_prime_2.requires_grad_(all_train and k < live)
-        for parameter in self.parameters():
-            if not parameter.requires_grad:
-                parameter.grad = None
+        for k in range(len(self.theta_prime_1)):
+            self.theta_prime_1[k].requires_grad_(k == live - 1 or (all_train and k < live))
+            self.theta_prime_2[k].requires_grad_(all_train and k < live)
+        for parameter in (parameter for parameter in self.parameters() if not parameter.requires_grad):
+            parameter.grad = None
 
-    def get_extra_state(self) -> torch.Tensor:
+    def get_extra_state(self) -> Tensor:
         return torch.tensor(self.num_injections)
 
-    def set_extra_state(self, state: torch.Tensor) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         self.num_injections = int(state)
         self._set_trainable()
 
@@ -349,14 +301,8 @@ def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> 
     return q_network.to(device, memory_format=torch.channels_last)
 
 
-def td_loss(
-    q_network: nn.Module, target_network: nn.Module, batch: ReplayBufferSamples, gamma: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Double DQN's loss (van Hasselt et al. 2016): Huber, δ = 1, mean over the batch.
-
-    Returns:
-        the loss, and the mean of the Q-values it was taken at, both 0-d
-    """
+def td_loss(q_network: nn.Module, target_network: nn.Module, batch: ReplayBufferSamples, gamma: float) -> tuple[Tensor, Tensor]:
+    """Double DQN's loss (van Hasselt et al. 2016): Huber, δ = 1, mean over the batch; and the mean Q of the batch."""
     with torch.no_grad():
         next_actions = q_network(batch.next_observations).argmax(dim=1, keepdim=True)  # (B, 1)
         next_values = target_network(batch.next_observations).gather(1, next_actions)  # (B, 1)
@@ -368,18 +314,11 @@ def td_loss(
 
 
 @torch.no_grad()
-def greedy_actions(q_network: nn.Module, obs: torch.Tensor) -> torch.Tensor:
-    """(N,) int64 for obs (N, 4, 84, 84) uint8."""
-    return q_network(obs).argmax(dim=1)
-
-
-def epsilon_greedy(
-    greedy: Callable[[], torch.Tensor], num_envs: int, num_actions: int, epsilon: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Actions (num_envs,) int64: those of `greedy()` or random ones. `rng` moves by the same in any case."""
-    explore = rng.random(num_envs) < epsilon
-    actions = rng.integers(num_actions, size=num_envs)
-    return actions if explore.all() else np.where(explore, actions, greedy().cpu().numpy())
+def epsilon_greedy(q: Callable[[], Tensor], shape: tuple[int, int], epsilon: float, rng: np.random.Generator) -> np.ndarray:
+    """Actions (N,) int64 from Q-values of shape (N, num_actions): the best, or random. `rng` moves by the same in any case."""
+    explore = rng.random(shape[0]) < epsilon
+    actions = rng.integers(shape[1], size=shape[0])
+    return actions if explore.all() else np.where(explore, actions, q().argmax(dim=1).cpu().numpy())
 
 
 def exploration_epsilon(args: Args, step: int) -> float:
@@ -401,12 +340,9 @@ class Learner:
         torch.manual_seed(stream_seed(args.seed, Stream.NETWORK))
         self.q_network = make_q_network(args, num_actions, device)
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
-        weights, rate = self.q_network.parameters(), args.learning_rate  # of all heads: those without a gradient stay
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam(weights, rate, eps=1.5e-4, fused=True, capturable=args.cuda_graphs)
-            if args.optimizer == "adam"
-            else CenteredRMSProp(weights, rate)
-        )
+        adam = functools.partial(torch.optim.Adam, eps=1.5e-4, fused=True, capturable=args.cuda_graphs)
+        make_optimizer: Callable[..., torch.optim.Optimizer] = adam if args.optimizer == "adam" else CenteredRMSProp
+        self.optimizer = make_optimizer(self.q_network.parameters(), lr=args.learning_rate)  # all heads, those to come included
         self.rng = np.random.default_rng(stream_seed(args.seed, Stream.EXPLORATION))
         self.losses, self.norms = measures.LossMeter(self.device), measures.NormTracker()
         self.interventions: list[int] = []  # their steps
@@ -415,35 +351,35 @@ class Learner:
 
     def _renew(self) -> None:
         """To be called whenever the networks or the optimizer's state are not what they were made of."""
-        self.norms.begin(self.q_network.live(), self.q_network.learning())
+        self.norms.begin(self.q_network.live(), self.learning())
         self.online, self.target = self.q_network, self.target_network
         if self.args.bf16:
             self.online, self.target = in_bfloat16(self.q_network), in_bfloat16(self.target_network)
         self.graphs.clear()
 
-    def _tensors(self) -> list[torch.Tensor]:
+    def learning(self) -> list[nn.Module]:
+        """The encoder and the head that learns."""
+        return [self.q_network.encoder, self.q_network.get_submodule(self.q_network.newest_head())]
+
+    def _tensors(self) -> list[Tensor]:
         moments = (value for of_one in self.optimizer.state.values() for value in of_one.values())
         return [*self.q_network.parameters(), *self.online.parameters(), self.losses.totals, *moments]
 
     def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
         """ε-greedy actions (N,) int64 for obs (N, 4, 84, 84) uint8."""
+        q = functools.partial(self.graphs.run, "act", self.online)
+        return epsilon_greedy(lambda: q(upload(obs, self.device)), (len(obs), self.num_actions), epsilon, self.rng)
 
-        def greedy() -> torch.Tensor:
-            return self.graphs.run("act", functools.partial(greedy_actions, self.online), upload(obs, self.device))
-
-        return epsilon_greedy(greedy, len(obs), self.num_actions, epsilon, self.rng)
-
-    def update(self, batch: ReplayBufferSamples, count: int = 1) -> dict[str, torch.Tensor]:
+    def update(self, batch: ReplayBufferSamples, count: int = 1) -> dict[str, Tensor]:
         """`count` gradient steps, each on its share of the batch, one after the other.
 
-        Returns:
-            0-d tensors of the last one, left on the device: "td_loss", and "q_values", its share's mean Q
+        Returns {"td_loss", "q_values", the mean Q} of the last one, 0-d, left on the device.
         """
         self.losses.num_updates += count
         tensors = (tensor for tensor in batch if tensor is not None)  # Stable-Baselines3's n-step discounts are
         return self.graphs.run(("update", count), functools.partial(self._update, count), *tensors)
 
-    def _update(self, count: int, *batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _update(self, count: int, *batch: Tensor) -> dict[str, Tensor]:
         trained, working = ([p for p in net.parameters() if p.requires_grad] for net in (self.q_network, self.online))
         for share in zip(*(tensor.chunk(count) for tensor in batch), strict=True):
             loss, q_values = td_loss(self.online, self.target, ReplayBufferSamples(*share), self.args.gamma)
@@ -470,8 +406,8 @@ class Learner:
             torch._foreach_copy_(list(self.target.parameters()), target)
 
     def norm_growth(self) -> float:
-        """‖w‖ of all that learns as a multiple of what it was when this head began: the adaptive criterion (paper, appendix)."""
-        return self.norms.growth(self.q_network.learning())
+        """‖w‖ of all that learns over what it was when this head began to learn: the adaptive criterion (paper, appendix)."""
+        return self.norms.growth(self.learning())
 
     def intervene(self, step: int) -> None:
         """Does what `args.intervention` names."""
@@ -484,27 +420,23 @@ class Learner:
         All optimizer moments stay. The new head, which has had no gradient yet, starts without any, or with a copy of those
         of the head that learned before (paper, Fig. 9).
         """
-        network, moments = self.q_network, self.optimizer.state
-        before = network.newest_head()
-        network.inject(self._generator(Stream.INJECTION))
+        _, before = self.learning()
+        self.q_network.inject(self._generator(Stream.INJECTION))
         if self.args.injection_optimizer_state == "copy":
-            for new, old in zip(network.newest_head().parameters(), before.parameters(), strict=True):
-                if old in moments:
-                    moments[new] = copy.deepcopy(moments[old])
+            copy_moments(self.optimizer, before, self.learning()[1])
         self._intervened(step)
 
     def reset_head(self, step: int = 0) -> None:
         """Draws the learning head's two layers anew, without moments, and mirrors them (Nikishin et al. 2022)."""
-        head = self.q_network.newest_head()
+        _, head = self.learning()
         redraw(head, self._generator(Stream.INJECTION))
         for parameter in head.parameters():
             self.optimizer.state.pop(parameter, None)
-        self.norms.forget(self.q_network.newest)
+        self.norms.forget(self.q_network.newest_head())
         self._intervened(step)
 
     def shrink_perturb(self, step: int = 0) -> None:
-        """encoder ← factor · encoder + (1 − factor) · new, its moments stay (Ash & Adams 2020); and `reset_head`, as D'Oro
-        et al. (2023) combine them."""
+        """encoder ← factor·encoder + (1 − factor)·new, moments stay; and `reset_head` (Ash & Adams 2020, D'Oro et al. 2023)."""
         redraw(self.q_network.encoder, self._generator(Stream.PERTURBATION), keep=self.args.shrink_factor)
         self.reset_head(step)
 
@@ -531,8 +463,7 @@ class Learner:
         """Takes up a saved state, also one with more or fewer pairs of heads that were not injected yet: those are zero."""
         for network, saved in ((self.q_network, state["q_network"]), (self.target_network, state["target_network"])):
             pairs = {n: torch.zeros_like(value) for n, value in network.state_dict().items() if n.startswith("theta_prime_")}
-            saved = {n: value for n, value in saved.items() if n in pairs or not n.startswith("theta_prime_")}
-            network.load_state_dict(pairs | saved)
+            network.load_state_dict(pairs | {n: v for n, v in saved.items() if n in pairs or not n.startswith("theta_prime_")})
         self.target_network.requires_grad_(False)
         load_moments(self.optimizer, self.q_network, state["optimizer"])
         self.interventions = list(state["interventions"])
@@ -543,66 +474,40 @@ class Learner:
 
 
 def plasticity_measures(learner: Learner, batch: ReplayBufferSamples) -> dict[str, float]:
-    """The state of a learner's online network, in float32, on one batch; docs/metrics.md says what each name means.
-
-    `head` is the head that learns; other live heads have the names of their modules. Nothing in the learner changes.
-    """
+    """The state of a learner's online network, in float32, on one batch; docs/metrics.md says what each name means."""
     network = learner.q_network
-    live = {"head" if name == network.newest else name.replace(".", "_"): name for name in network.live()}
-    watched = {"encoder.1": "conv1", "encoder.3": "conv2", "encoder.5": "conv3"}
-    watched |= {f"{name}.1": label for label, name in live.items() if name != "encoder"}
-    q_values, layers = measures.activations(network, watched, batch.observations)
+    names = {name: name.replace(".", "_") for name in network.live()} | {network.newest_head(): "head"}  # the one that learns
+    relus = {"encoder.1": "conv1", "encoder.3": "conv2", "encoder.5": "conv3"}
+    relus |= {f"{name}.1": label for name, label in names.items() if name != "encoder"}
     loss, _ = td_loss(network, learner.target_network, batch, learner.args.gamma)
-    modules = {label: network.get_submodule(name) for label, name in live.items()}
-    initial = {label: learner.norms.initial[name] for label, name in live.items()}
-    measured: dict[str, Any] = measures.unit_measures(layers, learning=("conv1", "conv2", "conv3", "head"))
-    measured |= measures.rank_measures("encoder", layers["conv3"].flatten(start_dim=1))
-    measured |= measures.rank_measures("head", layers["head"])
-    measured |= measures.norm_measures(modules, initial, loss)
-    if network.num_injections:
-        old = network.theta[-1](layers["theta"]).detach()
-        measured["new_heads_share_of_q"] = measures.share_of_q(old, q_values - old)
-    return {name: float(value) for name, value in measured.items()}
+    old = "theta.2" if network.num_injections else None
+    return measures.plasticity(network, names, relus, old, learner.norms.initial, loss, batch.observations)
 
 
-def evaluate(
-    q_network: QNetwork, args: Args, key: int, video: Path | None = None, stop: Callable[[], bool] = lambda: False
-) -> np.ndarray:
-    """Raw scores of `eval_episodes` whole games, or of those that end within `eval_steps`; see `play_games`.
-
-    Environments and random numbers are its own, from (seed, key): evaluating changes nothing in training.
-    """
+def evaluate(q_network: QNetwork, args: Args, key: int, video: Path | None = None, stop: Stop = lambda: False) -> np.ndarray:
+    """Raw scores of whole games, see `play_games`. Games and random numbers are its own, from (seed, key)."""
     seed = stream_seed(args.seed, Stream.EVALUATION, key)
     rng, device = np.random.default_rng(seed), q_network.theta[-1].weight.device
     envs = make_envs(args, max(1, args.eval_episodes), render_mode="rgb_array" if video else None)
+    shape = envs.num_envs, int(envs.single_action_space.n)
 
     def act(obs: np.ndarray) -> np.ndarray:
-        greedy, num_actions = lambda: greedy_actions(q_network, upload(obs, device)), int(envs.single_action_space.n)
-        return epsilon_greedy(greedy, len(obs), num_actions, args.eval_epsilon, rng)
+        return epsilon_greedy(lambda: q_network(upload(obs, device)), shape, args.eval_epsilon, rng)
 
     return play_games(act, envs, seed, args.eval_steps, video, stop)
 
 
 def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, FrameReplayBuffer]:
-    """The environments, the learner and the replay of a new run.
-
-    Raises:
-        UsageError: see `make_envs`; or a flag asks for what this machine cannot do, such as a replay larger than its memory.
-    """
-    if args.cuda_graphs and device.type == "cpu":
-        raise UsageError("--cuda-graphs needs a GPU, and this run is on the CPU: --no-cuda-graphs, with --fork if it has begun")
-    if args.track:
-        run_log.require_wandb()
-    if args.capture_video:
-        require_film()
+    """Environments, learner and replay of a new run. Raises UsageError where this machine cannot do what is asked."""
+    check_machine(device, args.cuda_graphs, args.track, args.capture_video)
     envs = make_envs(args)
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     needed = FrameReplayBuffer.bytes_needed(args.buffer_size, obs_space, args.num_envs)
     storage = place_for(needed, args.buffer_size, device if args.cuda_graphs else torch.device("cpu"))
-    learner = Learner(args, int(action_space.n), device)
     rng = np.random.default_rng(stream_seed(args.seed, Stream.REPLAY))
     options = {"n_envs": args.num_envs, "generator": rng, "storage": storage}
-    return envs, learner, FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, **options)
+    replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, **options)
+    return envs, Learner(args, int(action_space.n), device), replay
 
 
 @dataclass
@@ -661,8 +566,7 @@ class Training:
         return bool(due) and self.learner.norm_growth() > args.injection_norm_ratio
 
     def intervene(self) -> None:
-        """Injects plasticity, or what else --intervention names, measures on replayed observations how far that changed Q (an
-        injection: not at all), and logs both."""
+        """Does what --intervention names, measures how far that changed Q (an injection: not at all), and logs both."""
         learner, log, step = self.learner, self.run.log, self.run.step
         obs = self.replayed(Stream.INJECTION, len(learner.interventions)).observations
         with torch.no_grad():
@@ -678,9 +582,7 @@ class Training:
     def loop(self) -> bool:
         """Plays and learns from the run's step to its end, or until a signal. Returns whether the run is complete.
 
-        Raises:
-            FloatingPointError: a loss stopped being finite.
-            OSError: the run was asked to stop and its checkpoint cannot be written.
+        Raises FloatingPointError where a loss is not finite, OSError where the last checkpoint before a stop cannot be written.
         """
         args, run = self.args, self.run
         while True:
@@ -708,70 +610,54 @@ class Training:
 
 
 def check_fork(args: Args, checkpoint: Checkpoint) -> None:
-    """Refuses a fork that no single run in its arguments could have come to, so that its curves mean what they say.
-
-    Raises:
-        UsageError: see above; the message lists what may differ, or says what about it cannot.
-    """
+    """Raises UsageError for a fork that no single run in its arguments could have come to: its curves would mislead."""
     saved, step, lies = Args(**checkpoint.meta["args"]), checkpoint.step, f"checkpoint {checkpoint.path} lies"
-    changed = changed_fields(args, saved)
-    if refused := [name for name in changed if name not in FORKABLE]:
-        values = ", ".join(f"{name} is {getattr(args, name)}, there {getattr(saved, name)}" for name in refused)
-        raise UsageError(f"not as in {lies[:-5]}: {values}; a fork may differ in {', '.join(FORKABLE)} only")
+    changed, early = set(usage.changed_fields(args, saved)), "give an earlier checkpoint"
+    refused = [name for name in asdict(args) if name in changed.difference(FORKABLE)]
+    values = ", ".join(f"{name} is {getattr(args, name)}, there {getattr(saved, name)}" for name in refused)
     made, by_norm = tuple(checkpoint.state["learner"]["interventions"]), args.injection_trigger == "norm"
-    said = made if by_norm else tuple(planned for planned in args.planned_interventions if planned < step)
-    if made != (said if args.applied_intervention != "none" else ()):
-        past = f"after injections at {made or 'no step'}, but the arguments say {said or 'none'} before step {step}"
-        raise UsageError(f"{lies} {past}: give an --injection-step of {step} or later, or an earlier checkpoint")
-    if made and (kinds := [flag(name) for name in changed if name in OF_KIND]):
-        raise UsageError(f"{lies} after an injection: for another {' and '.join(kinds)} give an earlier checkpoint")
-    room = len(made) + ("injection_trigger" in changed or "max_injections" in changed)
-    if by_norm and made and args.max_injections < room:
-        limit = f"max_injections is {args.max_injections}: give a --max-injections of {room} or more"
-        raise UsageError(f"{lies} after {len(made)} injections, and {limit}, or an earlier checkpoint")
-    if args.total_timesteps <= step:
-        raise UsageError(f"{lies} at step {step}: give a --total-timesteps of {step + 1} or more")
-    if step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency):
-        ends = "at the end of a run whose length is no multiple of num_envs and log_frequency, so no longer run passes it"
-        raise UsageError(f"{lies} {ends}: give an earlier checkpoint")
-    duration, before = (a.exploration_fraction * a.total_timesteps for a in (args, saved))
-    if step > 0 and not math.isclose(duration, before):
-        fix = f"give --exploration-fraction {before / args.total_timesteps} with this --total-timesteps"
-        raise UsageError(f"ε would fall over {duration:,.0f} steps, but before {lies[:-5]} over {before:,.0f}: {fix}")
+    planned = made if by_norm else tuple(planned for planned in args.planned_interventions if planned < step)
+    said = planned if args.applied_intervention != "none" else ()
+    kinds = " and ".join(map(flag, sorted(changed & OF_KIND)))
+    room = len(made) + bool(changed & {"injection_trigger", "max_injections"})
+    length, before = (a.exploration_fraction * a.total_timesteps for a in (args, saved))
+    fraction = f"give --exploration-fraction {before / args.total_timesteps} with this --total-timesteps"
+    refusals = {
+        f"not as in {lies[:-5]}: {values}; a fork may differ in {', '.join(FORKABLE)} only": refused,
+        f"{lies} after injections at {made or 'no step'}, but the arguments say {said or 'none'} before step {step}: "
+        f"give an --injection-step of {step} or later, or an earlier checkpoint": said != made,
+        f"{lies} after an injection: for another {kinds} {early}": made and kinds,
+        f"{lies} after {len(made)} injections, and max_injections is {args.max_injections}: give a --max-injections of {room} "
+        "or more, or an earlier checkpoint": by_norm and made and args.max_injections < room,
+        f"{lies} at step {step}: give a --total-timesteps of {step + 1} or more": args.total_timesteps <= step,
+        f"{lies} at the end of a run whose length is no multiple of num_envs and log_frequency, so no longer run passes it: "
+        f"{early}": step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency),
+        f"ε would fall over {length:,.0f} steps, but before {lies[:-5]} over {before:,.0f}: {fraction}": step > 0
+        and not np.isclose(length, before, rtol=1e-9),
+    }
+    for refusal in (text for text, holds in refusals.items() if holds):
+        raise UsageError(refusal)
 
 
 def train(args: Args, signals: Signals | None = None) -> Path:
-    """One whole run, or what is left of it. Returns its folder: TensorBoard curves, checkpoints, what the flags ask for.
+    """One run, or what is left of it. Returns its folder; `signals.stop` then says which signal ended it early, if any.
 
-    Args:
-        signals: `stop` says afterwards which of them stopped the run before its end, if any
-
-    Raises:
-        UsageError: something in `args` cannot work on this machine; nothing was written.
-        FloatingPointError: a loss stopped being finite.
-        OSError: nothing can be written where the run should go.
+    Raises UsageError where `args` cannot work, with nothing written; FloatingPointError, OSError where a run cannot go on.
     """
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(signals or Signals())
         origin = find_origin(args.resume, args.fork, stack)
         if args.resume is not None:
-            saved = Args(**origin.args)
-            if args != Args(resume=args.resume) and (changed := changed_fields(args, saved)):
-                raise UsageError(
-                    f"--resume goes on as the run was, {', '.join(changed)} cannot change: leave out, or use --fork"
-                )
-            args = saved
+            given, args = args, Args(**origin.args)
+            if given != Args(resume=given.resume) and (changed := ", ".join(usage.changed_fields(given, args))):
+                raise UsageError(f"--resume goes on as the run was, {changed} cannot change: leave out, or use --fork")
         if origin.forked:
             check_fork(args, origin.checkpoint)
         device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
         envs, learner, replay = make_parts(args, device)
         stack.callback(envs.close)
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        parts = {"learner": learner, "replay": replay, "envs": envs}
-        sizes, around = (args.total_timesteps, args.num_envs), circumstances(device, CODE_VERSION)
-        run = Run(origin, name, asdict(args), *sizes, parts, around, signals, stack)
-        if args.track:
-            run_log.start_wandb(args.wandb_project_name, args.wandb_entity, run.folder.name, asdict(args))
+        name, parts = f"{args.env_id}__{args.exp_name}__{args.seed}", {"learner": learner, "replay": replay, "envs": envs}
+        run = Run(origin, name, asdict(args), parts, circumstances(device, CODE_VERSION), signals, stack)
         run.introduce(f"{args.env_id} × {args.num_envs} ({args.env_backend}) on {device}", origin)
         baseline = args.applied_intervention == "none"
         if baseline or (args.injection_trigger == "step" and not args.injection_step):
@@ -779,16 +665,11 @@ def train(args: Args, signals: Signals | None = None) -> Path:
         if args.learning_starts >= args.total_timesteps:
             run.log.say(f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}")
         del origin  # and with it a copy of every parameter
-        command, folder = f"python {os.path.relpath(__file__)}", shlex.quote(str(run.folder))
-        if Training(args, run, envs, learner, replay).loop():
-            signals.stop = None  # it came too late
-            if args.save_model:
-                agent = {"q_network": learner.q_network.state_dict(), "args": asdict(args), "step": run.step}
-                save_agent(run.folder / "agent.pt", agent)
-                run.log.say(f"agent saved, play with it: {command} --evaluate {folder}")
-            run.finish(periodic=args.checkpoint_frequency > 0)
-        else:
-            run.log.say(f"stopped at step {run.step:,} of {run.total:,}, go on with: {command} --resume {folder}")
+        complete = Training(args, run, envs, learner, replay).loop()
+        if complete and args.save_model:
+            save_agent(run.folder / "agent.pt", learner.q_network, asdict(args), run.step)
+            run.log.say(f"agent saved, play with it: {run.command(__file__, 'evaluate')}")
+        run.finish(complete, __file__)
     return run.folder
 
 
@@ -832,42 +713,37 @@ def parse_args() -> Args:
     """The command line as `Args`. Flags that are not given are as in the preset, or as in the run to resume or fork."""
     line = asdict(tyro.cli(CommandLine, description=__doc__))
     given = {name: value for name, value in line.items() if name in usage.flags_given()}
-    preset, what = PRESETS[line["preset"]], given.get("intervention")
-    if "apply_injection" in given and what and given["apply_injection"] == (what == "none"):
-        choice = "apply" if given["apply_injection"] else "no-apply"
-        raise UsageError(f"--intervention {what} and --{choice}-injection contradict each other: give one of them")
+    preset, what, apply = PRESETS[line["preset"]], given.get("intervention"), given.get("apply_injection")
+    if what is not None and apply is not None and apply == (what == "none"):
+        choice = "--apply-injection" if apply else "--no-apply-injection"
+        raise UsageError(f"--intervention {what} and {choice} contradict each other: give one of them")
+    base = asdict(Args()) | preset
     if line["resume"] is not None or line["fork"] is not None:
         Args(**{name: line[name] for name in ("resume", "fork", "evaluate")})  # one of them
         if "preset" in given:
             raise UsageError("--preset is for a new run, and --resume and --fork have that run's settings: leave out --preset")
         if given.keys() == {"resume"}:
             return Args(resume=line["resume"])
-        path = Path(line["fork"], "manifest.json") if line["fork"] is not None else Path(line["resume"], "run.json")
+        path = Path(line["resume"], "run.json") if line["fork"] is None else Path(line["fork"], "manifest.json")
         with reading(path, "a run's arguments", "take another"):
             base = asdict(Args(**read_identity(path)["args"]))
-    else:
-        base = asdict(Args()) | preset
-    # what is taken over gives way to what is given: the same thing said in another way, and what nothing looks at then
-    for one, other in (("intervention", "apply_injection"), ("apply_injection", "intervention")):
-        base |= {other: getattr(Args, other)} if one in given else {}
-    args = CommandLine(**base | given)
-    unused = {*usage.unused_fields(args), *(["injection_step"] if args.injection_trigger == "norm" else [])} - given.keys()
-    args = replace(args, **{name: getattr(Args, name) for name in unused})
+    # the other way to say what is given is not taken over, nor what nothing looks at then
+    said = {"apply_injection": what, "intervention": apply, "injection_step": given.get("injection_trigger") == "norm" or None}
+    base |= {name: getattr(Args, name) for name, instead in said.items() if instead is not None}
+    base |= {name: getattr(Args, name) for name in usage.unused_fields(CommandLine(**base | given))}
+    args = base | given
     if "exploration_fraction" in preset.keys() - given.keys():  # ε falls over so many steps, however long the run is
         steps = preset["exploration_fraction"] * preset["total_timesteps"]
-        args = replace(args, exploration_fraction=min(1.0, steps / max(1, args.total_timesteps)))
-    return Args(**{knob.name: getattr(args, knob.name) for knob in fields(Args)})
+        args["exploration_fraction"] = min(1.0, steps / max(1, args["total_timesteps"]))
+    return Args(**{name: value for name, value in args.items() if name != "preset"})
 
 
 def main() -> None:
     with ends_in_one_line():
         args, signals = parse_args(), Signals()
-        if args.evaluate is not None:
-            evaluate_saved(args)
-        else:
-            train(args, signals)
-    if signals.stop is not None:
-        sys.exit(128 + signals.stop)
+        evaluate_saved(args) if args.evaluate is not None else train(args, signals)
+        if signals.stop is not None:
+            raise SystemExit(128 + signals.stop)
 
 
 if __name__ == "__main__":

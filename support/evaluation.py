@@ -10,9 +10,12 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import torch.nn as nn
 
 from support.environments import FRAME_SIZE, FRAME_SKIP, LearnerView
 from support.usage import UsageError
+
+Stop = Callable[[], bool]
 
 
 def play_games(
@@ -21,7 +24,7 @@ def play_games(
     seed: int,
     steps: int = 0,
     video: Path | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Stop = lambda: False,
 ) -> np.ndarray:
     """Raw scores of whole games, (N,) float64, one per environment, so that none is favoured; or with `steps` those of the
     first environment's games that end within so many steps, or else of the first (DQN Zoo).
@@ -86,8 +89,8 @@ def print_scores(title: str, scores: np.ndarray) -> None:
     print(f"mean {scores.mean():.1f}, standard deviation {scores.std():.1f}, min {scores.min():g}, max {scores.max():g}")
 
 
-def save_agent(path: Path, agent: dict[str, Any]) -> None:
-    """Writes plain data and tensors in one file, which `torch.load` reads with `weights_only`."""
+def save_agent(path: Path, q_network: nn.Module, args: dict[str, Any], step: int) -> None:
+    """Writes a network and the arguments it was trained with to one file, which `torch.load` reads with `weights_only`."""
     saved = io.BytesIO()  # writing to `path` itself, PyTorch would turn a full disk into a RuntimeError
-    torch.save(agent, saved)
+    torch.save({"q_network": q_network.state_dict(), "args": args, "step": step}, saved)
     path.write_bytes(saved.getbuffer())

@@ -139,16 +139,17 @@ def activations(network: nn.Module, names: dict[str, str], obs: torch.Tensor) ->
     return outputs, layers
 
 
-def norm_measures(modules: dict[str, nn.Module], initial: dict[str, float], loss: torch.Tensor) -> dict[str, float]:
-    """Weight norm of every module, its ratio to the initial one, and the norm of the loss's gradient where it learns."""
-    norms = {name: joint_norm(module.parameters()).item() for name, module in modules.items()}
-    trained = {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
+def norm_measures(network: nn.Module, names: dict[str, str], initial: dict[str, float], loss: torch.Tensor) -> dict[str, float]:
+    """Weight norms of modules, {path: name}, their ratios to the initial ones, and norms of the loss's gradient."""
+    modules = {path: network.get_submodule(path) for path in names}
+    norms = {path: joint_norm(module.parameters()).item() for path, module in modules.items()}
+    trained = {path: [p for p in module.parameters() if p.requires_grad] for path, module in modules.items()}
     gradients = iter(torch.autograd.grad(loss, [parameter for of_one in trained.values() for parameter in of_one]))
-    own = {name: [next(gradients) for _ in of_one] for name, of_one in trained.items() if of_one}
+    own = {path: [next(gradients) for _ in of_one] for path, of_one in trained.items() if of_one}
     return {
-        **{f"weight_norm/{name}": norm for name, norm in norms.items()},
-        **{f"weight_norm_ratio/{name}": norm / initial[name] for name, norm in norms.items()},
-        **{f"gradient_norm/{name}": joint_norm(tensors).item() for name, tensors in own.items()},
+        **{f"weight_norm/{names[path]}": norm for path, norm in norms.items()},
+        **{f"weight_norm_ratio/{names[path]}": norm / initial[path] for path, norm in norms.items()},
+        **{f"gradient_norm/{names[path]}": joint_norm(tensors).item() for path, tensors in own.items()},
     }
 
 
@@ -163,7 +164,37 @@ def unit_measures(layers: dict[str, torch.Tensor], learning: Collection[str]) ->
     }
 
 
-def rank_measures(name: str, features: torch.Tensor) -> dict[str, float]:
-    """srank and effective rank of features (B, d)."""
-    sigma = singular_values(features)
-    return {f"srank/{name}": srank(sigma), f"effective_rank/{name}": effective_rank(sigma)}
+def rank_measures(features: dict[str, torch.Tensor]) -> dict[str, float]:
+    """srank and effective rank of every one of these features, {name: (B, d)}."""
+    sigmas = {name: singular_values(of_one) for name, of_one in features.items()}
+    ranks = {f"srank/{name}": srank(sigma) for name, sigma in sigmas.items()}
+    return ranks | {f"effective_rank/{name}": effective_rank(sigma) for name, sigma in sigmas.items()}
+
+
+def plasticity(
+    network: nn.Module,
+    names: dict[str, str],
+    relus: dict[str, str],
+    old: str | None,
+    initial: dict[str, float],
+    loss: torch.Tensor,
+    obs: torch.Tensor,
+) -> dict[str, float]:
+    """All measures of a network that has modules called `encoder` and `head`, the head that learns.
+
+    Args:
+        names: {path: name} of its modules
+        relus: {path: name} of the activations after its layers, among them conv1, conv2, conv3 and head
+        old: path of a submodule that gives a part of Q, if the share of the rest in Q is asked for
+        initial: norms of the modules when they were drawn, by path
+        loss: 0-d, at `obs`
+        obs: uint8 (B, 4, 84, 84)
+    """
+    outputs, layers = activations(network, relus | ({old: "old"} if old else {}), obs)
+    old_outputs = layers.pop("old", None)
+    measured: dict[str, Any] = unit_measures(layers, learning=("conv1", "conv2", "conv3", "head"))
+    measured |= rank_measures({"encoder": layers["conv3"].flatten(start_dim=1), "head": layers["head"]})
+    measured |= norm_measures(network, names, initial, loss)
+    if old_outputs is not None:
+        measured["new_heads_share_of_q"] = share_of_q(old_outputs, outputs - old_outputs)
+    return {name: float(value) for name, value in measured.items()}

@@ -47,3 +47,10 @@ def load_moments(optimizer: torch.optim.Optimizer, network: nn.Module, moments: 
     names = [name for name, _ in network.named_parameters()]
     state = {i: copy.deepcopy(moments[name]) for i, name in enumerate(names) if name in moments}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def copy_moments(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Module) -> None:
+    """Gives the parameters of `new` a copy of the moments that those of `old`, of the same shapes, have."""
+    for source, target in zip(old.parameters(), new.parameters(), strict=True):
+        if source in optimizer.state:
+            optimizer.state[target] = copy.deepcopy(optimizer.state[source])

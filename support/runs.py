@@ -1,7 +1,9 @@
 """A run and its folder: begun, resumed or forked, saved, interrupted."""
 
 import contextlib
+import os
 import secrets
+import shlex
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from support.checkpoints import (
     WRITE_ERRORS,
@@ -19,9 +22,23 @@ from support.checkpoints import (
     read_identity,
     save_checkpoint,
 )
+from support.evaluation import require_film
 from support.machine import Signals, alone_in
-from support.run_log import RunLog, read_scalars
+from support.run_log import RunLog, read_scalars, require_wandb, start_wandb
 from support.usage import UsageError
+
+
+def check_machine(device: torch.device, cuda_graphs: bool, track: bool, film: bool) -> None:
+    """
+    Raises:
+        UsageError: something that a run is to use is not here.
+    """
+    if cuda_graphs and device.type == "cpu":
+        raise UsageError("--cuda-graphs needs a GPU, and this run is on the CPU: --no-cuda-graphs, with --fork if it has begun")
+    if track:
+        require_wandb()
+    if film:
+        require_film()
 
 
 @dataclass(frozen=True)
@@ -69,9 +86,9 @@ class Run:
 
     Args:
         origin: what it goes on from
-        name: of its folder under `runs`, if it is new
-        args: its arguments as plain data, for `run.json` and checkpoints
-        total, num_envs: its length, and how much of it one vector step is
+        name: of its folder under `runs`, if it is new; the time comes after it
+        args: its arguments as plain data, for `run.json` and checkpoints; here "total_timesteps", "num_envs" and what is about
+            Weights & Biases are looked at
         parts: what checkpoints hold, by name, besides the log; restored here, in this order
         circumstances: what its bits depend on besides its arguments
         signals: what it is asked
@@ -83,14 +100,13 @@ class Run:
         origin: Origin,
         name: str,
         args: dict[str, Any],
-        total: int,
-        num_envs: int,
         parts: dict[str, Any],
         circumstances: dict[str, str],
         signals: Signals,
         stack: contextlib.ExitStack,
     ):
-        self.args, self.total, self.num_envs, self.signals = args, total, num_envs, signals
+        self.args, self.signals = args, signals
+        self.total, self.num_envs = args["total_timesteps"], args["num_envs"]
         self.parts, self.circumstances = parts, circumstances
         checkpoint = origin.checkpoint
         self.first = self.step = 0 if checkpoint is None else checkpoint.step
@@ -99,12 +115,16 @@ class Run:
                 checkpoint.restore(parts)
         self.id = origin.run_id or secrets.token_hex(8)
         if origin.folder is None:
-            self.folder = create_run_folder(Path("runs") / name.replace("/", "-"), {"run": self.id, "args": args})
+            self.folder = create_run_folder(
+                Path("runs") / f"{name}__{int(time.time())}".replace("/", "-"), {"run": self.id, "args": args}
+            )
             stack.enter_context(alone_in(self.folder))
         else:
             self.folder = origin.folder
         self.saved = self.step if checkpoint is not None and not origin.forked else None  # step of the newest checkpoint
-        self.log = stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, total)))
+        if args["track"]:
+            start_wandb(args["wandb_project_name"], args["wandb_entity"], self.folder.name, args)
+        self.log = stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, self.total)))
         if checkpoint is not None:
             checkpoint.restore({"log": self.log})
             if origin.forked:
@@ -183,18 +203,23 @@ class Run:
             if changed:
                 self.log.say(f"warning: bits may differ from an uninterrupted run, because {', '.join(changed)}")
 
-    def finish(self, periodic: bool) -> None:
-        """Writes out the curves of a complete run.
+    def command(self, script: str, flag: str) -> str:
+        """What to type to have the script do something with this run."""
+        return f"python {os.path.relpath(script)} --{flag} {shlex.quote(str(self.folder))}"
 
-        Args:
-            periodic: whether it should have a last checkpoint
+    def finish(self, complete: bool, script: str) -> None:
+        """Says how to go on with a run that was stopped; makes sure of one that is complete.
 
         Raises:
-            OSError: these or the last checkpoint are not on disk.
+            OSError: the curves or the last checkpoint of a complete run are not on disk.
         """
+        if not complete:
+            self.log.say(f"stopped at step {self.step:,} of {self.total:,}, go on with: {self.command(script, 'resume')}")
+            return
+        self.signals.stop = None  # it came too late
         self.log.flush()
-        missing = ["last checkpoint"] * (periodic and self.saved != self.step) + ["curves"] * self.log.disk_full
-        if missing:
+        unsaved = self.args["checkpoint_frequency"] > 0 and self.saved != self.step
+        if missing := ["last checkpoint"] * unsaved + ["curves"] * self.log.disk_full:
             raise OSError(
                 f"{self.folder} is complete but for its {' and '.join(missing)}: make room, and --resume it if you can"
             )

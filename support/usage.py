@@ -66,6 +66,12 @@ def check_bounds(settings: Any) -> None:
             raise UsageError(f"{name} is {value}, which only {use} looks at: give that, or leave the flag out")
 
 
+def changed_fields(settings: Any, before: Any) -> list[str]:
+    """Names of the fields that are not as in `before`; where a run comes from is left out."""
+    names = [field.name for field in fields(settings) if field.name not in ("resume", "fork")]
+    return [name for name in names if getattr(settings, name) != getattr(before, name)]
+
+
 def unused_fields(settings: Any) -> dict[str, OnlyWith]:
     """{name: condition} of the fields that nothing looks at with these settings."""
     conditions = ((f.name, part) for f in fields(settings) for part in getattr(f.type, "__metadata__", ()))
