@@ -56,49 +56,49 @@ class Experiment:
     """What changes a number in a curve. `(DQN Zoo ...)` and `(cleanRL ...)` name where a value or a knob comes from."""
 
     env_id: str = "PhoenixNoFrameskip-v4"
-    """any Atari id of Gymnasium, e.g. PhoenixNoFrameskip-v4, or ALE/Phoenix-v5 with its sticky actions"""
+    """Atari id of Gymnasium; ALE/NAME-v5 has sticky actions, NAMENoFrameskip-v4 none"""
     seed: Steps = 1
     """seed of every random stream (cleanRL)"""
     exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run folder's name (cleanRL)"""
+    """part of the run folder's name (cleanRL)"""
     total_timesteps: Count = 15_000_000
     """length of the run in steps (paper: 50_000_000 = 200M frames)"""
     num_envs: Count = 1
-    """games played in parallel, each adding 1 step per decision; updates per step do not depend on it (cleanRL)"""
+    """games played in parallel; updates per step do not depend on it (cleanRL)"""
     env_backend: Literal["sb3", "ale"] = "sb3"
-    """who runs the games: Stable-Baselines3's wrappers, or ALE's multi-threaded C++ vectoriser"""
+    """who plays: Stable-Baselines3's wrappers, or ALE's C++ vectoriser"""
 
     injection_step: tuple[int, ...] = ()
-    """steps at which plasticity is injected, increasing; none by default (paper: 12_500_000 = 50M frames)"""
+    """steps at which plasticity is injected (paper: 12_500_000 = 50M frames)"""
     apply_injection: bool = True
-    """--no-apply-injection leaves out the injections and nothing else: the baseline arm (paper)"""
+    """--no-apply-injection leaves it out and nothing else: the baseline (paper)"""
     intervention: Literal["injection", "reset-head", "shrink-perturb", "none"] = "injection"
-    """what is done then; reset-head: draw it anew; shrink-perturb: and mix the encoder with a new one; none: the baseline"""
+    """what is done then: reset-head redraws the head; shrink-perturb mixes the encoder with a new one, too"""
     freeze_heads: Annotated[bool, OF_INJECTION] = True
-    """freeze θ and θ′₂ at injection; --no-freeze-heads trains all three heads (paper, appendix)"""
+    """freeze θ and θ′₂ at injection, or train all three heads (paper, appendix)"""
     injection_optimizer_state: Annotated[Literal["fresh", "copy"], OF_INJECTION] = "fresh"
-    """optimizer moments of the new head: none, or a copy of those of the head that learned before (paper, Fig. 9)"""
+    """the new head's moments: none, or those of the head before (paper, Fig. 9)"""
     injection_trigger: Literal["step", "norm"] = "step"
-    """norm = inject when the weights of encoder and learning head have grown by --injection-norm-ratio (paper, appendix)"""
+    """inject at --injection-step, or when the weights have grown (paper, appendix)"""
     injection_norm_ratio: Annotated[Positive, OF_NORM] = 3.0
-    """growth of their norm, since the start or the last injection, that triggers an injection (paper)"""
+    """growth of ‖w‖ of encoder and learning head that triggers (paper)"""
     injection_check_frequency: Annotated[PositivePeriod, OF_NORM] = 1_000
-    """steps between checks of the norm"""
+    """steps between checks of that norm"""
     max_injections: Annotated[Count, OF_NORM] = 1
     """most injections that the norm may trigger, those before a fork included"""
     shrink_factor: Annotated[Share, OnlyWith("intervention", ("shrink-perturb", "none"))] = 0.8
-    """share of the encoder that shrink-perturb keeps: encoder ← factor · encoder + (1 − factor) · new (D'Oro et al. 2023)"""
+    """share of the encoder that shrink-perturb keeps (D'Oro et al. 2023)"""
 
     optimizer: Literal["adam", "rmsprop"] = "adam"
-    """adam, eps 1.5e-4; or rmsprop, centered, decay 0.95, eps 0.01/32² inside the root (paper, DQN Zoo)"""
+    """adam: eps 1.5e-4; rmsprop: centered, decay 0.95, eps 0.01/32² in the root (paper)"""
     learning_rate: Positive = 1e-4
-    """the optimizer's step size (cleanRL; paper: 2.5e-4)"""
+    """step size of the optimizer (cleanRL; paper: 2.5e-4)"""
     shared_bias: bool = False
     """one bias for all actions in the output layers (paper, DQN Zoo)"""
     gamma: Share = 0.99
     """discount per step (DQN Zoo)"""
     tau: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    """share of the online network in the target network after a sync: target ← τ·online + (1−τ)·target (cleanRL)"""
+    """target ← τ·online + (1−τ)·target at a sync (cleanRL)"""
     target_network_frequency: PositivePeriod = 8_000
     """steps between target syncs (paper: 30_000)"""
     train_frequency: Count = 4
@@ -108,24 +108,24 @@ class Experiment:
     buffer_size: PositivePeriod = 1_000_000
     """replay capacity in steps over all environments, 7.3 kB each (DQN Zoo)"""
     learning_starts: Steps = 80_000
-    """steps of random and exploring play before the first update (paper: 50_000)"""
+    """steps before the first update (paper: 50_000)"""
     start_e: Share = 1.0
-    """ε, the probability of a random action, at step 0 (cleanRL)"""
+    """ε, the probability of a random action, at first (cleanRL)"""
     end_e: Share = 0.01
-    """ε at the end of its linear schedule and from then on (DQN Zoo double_q)"""
+    """ε at the end of its linear fall and from then on (DQN Zoo)"""
     exploration_fraction: Share = 0.10
-    """share of total_timesteps over which ε falls from start_e to end_e (cleanRL; paper: 1_000_000 steps)"""
+    """share of the run over which ε falls (cleanRL; paper: 1_000_000 steps)"""
     exploration_start: Steps = 0
     """step at which ε begins to fall (paper: 50_000)"""
 
     bf16: bool = False
-    """act and learn in bfloat16; weights, moments, output layers, TD targets and evaluation stay fp32"""
+    """act and learn in bfloat16; weights, outputs, TD targets, evaluation stay fp32"""
     tf32: bool = True
-    """on a GPU, multiply fp32 numbers with TF32's 10-bit mantissas, about twice as fast"""
+    """multiply with 10-bit mantissas on a GPU, about twice as fast"""
     overlap: bool = False
-    """let the games play on while the network learns; the newest num_envs transitions then enter replay after the updates"""
+    """let games play on while the network learns; new transitions wait for the updates"""
     checkpoint_frequency: Period = 1_000_000
-    """steps between checkpoints, at which new games begin, so it is part of the experiment; 0 = only on a signal (DQN Zoo)"""
+    """steps between checkpoints; new games begin there; 0 = only on a signal"""
 
 
 @dataclass(frozen=True)
@@ -703,7 +703,7 @@ class CommandLine(Args):
     """What the command line gives, before `Args` checks it: tyro would draw a box around what is refused."""
 
     preset: Literal["default", "paper"] = "default"
-    """values of the flags that are not given: this script's own, or the paper's, 50M steps with an injection at 12.5M"""
+    """what flags that are not given are: this script's defaults, or the paper's"""
 
     def __post_init__(self) -> None:
         pass

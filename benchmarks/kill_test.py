@@ -2,9 +2,10 @@
 
     python benchmarks/kill_test.py --kills 40
 
-A run is killed while it begins, at a random moment, while it writes a checkpoint, right around its injection, or while it
-resumes, then resumed and killed again. At the end every parameter, optimizer moment, replay array, generator and logged
-scalar is compared bit by bit. Exits with 1 where anything differs.
+A run is killed while it begins, at a random moment, while it writes a checkpoint, right around its injection, or as it
+begins a new event file after it was resumed; then resumed and killed again. At the end every parameter, optimizer moment,
+replay array, generator and every scalar that TensorBoard shows is compared bit by bit. Exits with 1 where anything differs
+or a curve shows a point twice.
 """
 
 import itertools
@@ -24,24 +25,34 @@ from typing import Any
 import torch
 import tyro
 import zstandard
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dqn_injection_atari.py"
-INJECTION = 802
-FLAGS = f"""--no-cuda --num-envs 4 --total-timesteps 1600 --buffer-size 600 --learning-starts 200 --batch-size 8
---target-network-frequency 100 --log-frequency 50 --checkpoint-frequency 200 --injection-step {INJECTION}""".split()
+INJECTION = 804  # a vector step is one whole: an injection planned inside it, at 802, happens at its end
+FLAGS = """--no-cuda --num-envs 4 --total-timesteps 1600 --buffer-size 600 --learning-starts 200 --batch-size 8
+--target-network-frequency 100 --log-frequency 50 --checkpoint-frequency 200 --injection-step 802""".split()
 WALL_CLOCK = ("charts/SPS", "charts/SPS_recent")  # the only scalars that may differ
 MOMENTS = ("beginning", "anywhere", "writing", "injection", "resuming")
 
 
-def read_events(path: Path) -> list[tuple[str, int, float]]:
-    """All scalars of one event file as they stand in it: (tag, step, value), wall-clock ones left out."""
-    return [
-        (value.tag, event.step, value.simple_value)
-        for event in LegacyEventFileLoader(str(path)).Load()
-        for value in event.summary.value
-        if value.HasField("simple_value") and value.tag not in WALL_CLOCK
-    ]
+def read_events(folder: Path) -> list[tuple[str, int, float]]:
+    """All points of a run's scalars as TensorBoard shows them: (tag, step, value), wall-clock ones left out."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in WALL_CLOCK]
+    return [(tag, point.step, point.value) for tag in sorted(tags) for point in events.Scalars(tag)]
+
+
+def shown_twice(folder: Path) -> list[str]:
+    """What TensorBoard shows more than once in a run's curves."""
+    counts = Counter((tag, step) for tag, step, _ in read_events(folder))
+    return [f"{tag} at step {step} {count} times" for (tag, step), count in counts.items() if count > 1]
+
+
+def waiting(points: list[tuple[int, float, str]]) -> list[tuple[int, str]]:
+    """What of the curves waits in a checkpoint: (step, content), without wall-clock times and scalars."""
+    contents = [(step, Summary.FromString(bytes.fromhex(content))) for step, _, content in points]
+    return [(s, c.SerializeToString().hex()) for s, c in contents if not any(value.tag in WALL_CLOCK for value in c.value)]
 
 
 def flat(tree: Any, name: str = "") -> dict[str, Any]:
@@ -55,17 +66,17 @@ def content(run_folder: Path, checkpoint: str) -> dict[str, Any]:
     """Everything that must be equal, by name: a checkpoint but for its wall-clock times, and the run folder's curves."""
     folder = run_folder / checkpoint
     state = torch.load(folder / "state.pt", weights_only=True)
-    del state["log"]["seconds"], state["log"]["interval_seconds"]
+    log = state["log"]
+    del log["seconds"], log["interval_seconds"]
+    log["points"] = waiting(log["points"])
     manifest = json.loads((folder / "manifest.json").read_text())
     with zstandard.open(folder / "replay.zst") as stream:
         replay = stream.read()
-    event_files = sorted(run_folder.glob("events.out.tfevents.*"))
     return {
         **flat(state),
-        **{name: manifest[name] for name in ("step", "played", "circumstances")},
+        **{name: manifest[name] for name in ("step", "circumstances")},
         "replay": replay,
-        "curves in the checkpoint": read_events(folder / "events"),
-        "curves in the run folder": list(itertools.chain.from_iterable(map(read_events, event_files))),
+        "curves in the run folder": [(tag, step, value.hex()) for tag, step, value in read_events(run_folder)],
     }
 
 
@@ -81,8 +92,13 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return [name for name in {**a, **b} if bits(a.get(name, missing)) != bits(b.get(name, missing))]
 
 
-def start(folder: Path, *flags: str) -> subprocess.Popen:
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, str(SCRIPT), *flags], cwd=folder, stdout=subprocess.PIPE, text=True)
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
 
 
 def run_folder(folder: Path) -> Path:
@@ -92,7 +108,7 @@ def run_folder(folder: Path) -> Path:
 def finish(folder: Path, *flags: str) -> float:
     """Runs to the end; returns how long that took after the first line of output, in seconds."""
     process = start(folder, *flags)
-    process.stdout.readline()
+    first_line(process)
     begun = time.perf_counter()
     output, _ = process.communicate()
     if process.returncode or "warning" in output:
@@ -103,15 +119,17 @@ def finish(folder: Path, *flags: str) -> float:
 def kill_one(folder: Path, flags: list[str], moment: str, seconds: float, rng: random.Random) -> str | None:
     """Starts (or resumes) the run and kills it; returns where it was then, None where it had ended by itself."""
     fresh = not list((folder / "runs").glob("[!.]*"))
-    curves = set() if fresh else set(run_folder(folder).glob("events*"))
+    curves: set[Path] = set() if fresh else set(run_folder(folder).glob("events*"))
     if not fresh:
         for leftover in run_folder(folder).glob(".checkpoint-*"):
             shutil.rmtree(leftover)  # or the kill before would count for this one
     process = start(folder, *flags)
     while fresh and not list((folder / "runs").glob("[!.]*")):
+        if process.poll() is not None:
+            raise RuntimeError(f"the run ended with {process.returncode}: {process.communicate()[0]}")
         time.sleep(0.001)
     if moment not in ("resuming", "beginning"):
-        process.stdout.readline()
+        first_line(process)
     run = run_folder(folder)
     seen = {path.name for path in run.glob("checkpoint-*")}
     delay = rng.uniform(0, {"anywhere": seconds, "resuming": 0.01, "beginning": 0.6}.get(moment, 0.15))
@@ -136,7 +154,7 @@ def kill_one(folder: Path, flags: list[str], moment: str, seconds: float, rng: r
     if ended:
         return None
     if moment == "resuming":
-        return "while resuming"
+        return "as it began an event file"
     if not list(run.glob("checkpoint-*")):
         return "before the first checkpoint"
     if any(run.glob(".checkpoint-*.partial")):
@@ -147,12 +165,13 @@ def kill_one(folder: Path, flags: list[str], moment: str, seconds: float, rng: r
     return "before the injection" if max(steps, default=0) < INJECTION else "at or after the injection"
 
 
-def kill_and_compare(backend: str, moments: list[str], rng: random.Random) -> tuple[Counter, list[str]]:
+def kill_and_compare(backend: str, moments: list[str], rng: random.Random) -> tuple[Counter[str], list[str]]:
     """One run that is killed at all of `moments`, against one that is not. Returns where it was hit and what differs."""
-    where: Counter = Counter()
+    where: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         whole, killed = Path(name, "whole"), Path(name, "killed")
-        whole.mkdir(), killed.mkdir()
+        whole.mkdir()
+        killed.mkdir()
         flags = [*FLAGS, "--env-backend", backend]
         seconds = finish(whole, *flags)
         for moment in moments:
@@ -162,6 +181,7 @@ def kill_and_compare(backend: str, moments: list[str], rng: random.Random) -> tu
         finish(killed, *flags)
         last = "checkpoint-1600"
         different = differences(content(run_folder(whole), last), content(run_folder(killed), last))
+        different += shown_twice(run_folder(whole)) + shown_twice(run_folder(killed))
     return where, different
 
 
@@ -177,7 +197,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     rng = random.Random(settings.seed)
-    total: Counter = Counter()
+    total: Counter[str] = Counter()
     failures = 0
     for backend in ("sb3", "ale"):
         moments = itertools.cycle(MOMENTS)

@@ -18,37 +18,37 @@ class RunFlags:
     cuda: bool = True
     """train on the GPU when there is one (cleanRL)"""
     cuda_graphs: bool = False
-    """frames on the GPU if they fit, acting and learning through CUDA graphs. Has not been run on a GPU yet"""
+    """act and learn through captured graphs; has not been run on a GPU yet"""
     torch_deterministic: bool = True
-    """choose deterministic GPU kernels, so that a seed fixes the run bit by bit (cleanRL)"""
+    """deterministic GPU kernels, so that a seed fixes every bit (cleanRL)"""
     log_frequency: PositivePeriod = 1_000
-    """steps between points of the losses, speed and ε curves; losses are means over that interval (cleanRL: 100)"""
+    """steps between points of losses, speed and ε (cleanRL: 100)"""
     plasticity_frequency: Period = 50_000
-    """steps between points of the plasticity curves, measured on 512 replayed transitions; 0 = none"""
+    """steps between measures of plasticity, on 512 transitions; 0 = none"""
     eval_frequency: Period = 0
     """steps between evaluations; 0 = none (DQN Zoo: 250_000)"""
     eval_episodes: Steps = 10
-    """whole games per evaluation, played in parallel (cleanRL); 0 with --eval-steps"""
+    """whole games per evaluation (cleanRL); 0 with --eval-steps"""
     eval_steps: Steps = 0
-    """steps per evaluation, of whose games those that ended count; 0 with --eval-episodes (DQN Zoo, paper: 125_000)"""
+    """steps per evaluation; 0 with --eval-episodes (paper: 125_000)"""
     eval_epsilon: Share = 0.01
-    """ε during evaluation (DQN Zoo double_q)"""
+    """ε during evaluation (DQN Zoo)"""
     capture_video: bool = False
-    """write an mp4 of the first game of each evaluation to the run's folder `videos` (cleanRL)"""
+    """film the first game of each evaluation (cleanRL)"""
     save_model: bool = False
-    """save the final agent as `agent.pt` in the run's folder, for --evaluate (cleanRL)"""
+    """save the final agent as agent.pt, for --evaluate (cleanRL)"""
     track: bool = False
-    """mirror TensorBoard to Weights & Biases, which must be installed (cleanRL)"""
+    """mirror the curves to Weights & Biases: pip install wandb (cleanRL)"""
     wandb_project_name: str = "plasticity-injection"
     """Weights & Biases project (cleanRL)"""
     wandb_entity: str | None = None
-    """Weights & Biases entity, i.e. team or user (cleanRL)"""
+    """Weights & Biases team or user (cleanRL)"""
     resume: str | None = None
-    """go on with the run in this folder from its newest good checkpoint, bit for bit; takes no other flag"""
+    """folder of a run to go on with, bit for bit; takes no other flag"""
     fork: str | None = None
-    """start a new run from this checkpoint, in its arguments but for those given; docs/nothing-is-lost.md says which may be"""
+    """checkpoint from which a new run starts, with other flags (docs/nothing-is-lost.md)"""
     evaluate: str | None = None
-    """train nothing, but play with the agent that --save-model left in this run's folder and print the scores"""
+    """folder of a run whose agent.pt is to play, without training"""
 
     def check_flags(self) -> None:
         """Refuses flags that contradict each other.
