@@ -238,14 +238,14 @@ class QNetwork(nn.Module):
     def features(self, obs: Tensor) -> Tensor:
         """φ: uint8 (B, 4, 84, 84) → (B, 3136), float32 or the encoder's dtype."""
         obs = obs.contiguous(memory_format=torch.channels_last)
-        return self.encoder(obs.to(self.encoder[0].weight.dtype, copy=True).div_(255))
+        return self.encoder(obs.to(next(self.parameters()).dtype, copy=True).div_(255))
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q-values: uint8 (B, 4, 84, 84) → float32 (B, num_actions)."""
         features = self.features(obs)
 
-        def q(head: nn.Sequential) -> Tensor:
-            hidden, relu, output = head
+        def q(head: nn.Module) -> Tensor:
+            hidden, relu, output = head.children()
             return output(relu(hidden(features)).float())
 
         q_values = q(self.theta)
@@ -298,7 +298,7 @@ def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> 
     """The network of a run, with room for its injections, or for one where none is planned."""
     injections = args.max_injections if args.injection_trigger == "norm" else max(1, len(args.injection_step))
     q_network = QNetwork(num_actions, injections, args.freeze_heads, args.shared_bias)
-    return q_network.to(device, memory_format=torch.channels_last)
+    return q_network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def td_loss(q_network: nn.Module, target_network: nn.Module, batch: ReplayBufferSamples, gamma: float) -> tuple[Tensor, Tensor]:
@@ -380,7 +380,7 @@ class Learner:
         return self.graphs.run(("update", count), functools.partial(self._update, count), *tensors)
 
     def _update(self, count: int, *batch: Tensor) -> dict[str, Tensor]:
-        trained, working = ([p for p in net.parameters() if p.requires_grad] for net in (self.q_network, self.online))
+        trained, working = (tuple(p for p in net.parameters() if p.requires_grad) for net in (self.q_network, self.online))
         for share in zip(*(tensor.chunk(count) for tensor in batch), strict=True):
             loss, q_values = td_loss(self.online, self.target, ReplayBufferSamples(*share), self.args.gamma)
             self.online.zero_grad(set_to_none=True)
@@ -397,13 +397,13 @@ class Learner:
     @torch.no_grad()
     def sync_target(self) -> None:
         """target ← τ·online + (1 − τ)·target."""
-        online, target = list(self.q_network.parameters()), list(self.target_network.parameters())
+        online, target = tuple(self.q_network.parameters()), tuple(self.target_network.parameters())
         if self.args.tau == 1:
             torch._foreach_copy_(target, online)
         else:
             torch._foreach_lerp_(target, online, self.args.tau)
         if self.args.bf16:
-            torch._foreach_copy_(list(self.target.parameters()), target)
+            torch._foreach_copy_(tuple(self.target.parameters()), target)
 
     def norm_growth(self) -> float:
         """‖w‖ of all that learns over what it was when this head began to learn: the adaptive criterion (paper, appendix)."""
@@ -487,7 +487,7 @@ def plasticity_measures(learner: Learner, batch: ReplayBufferSamples) -> dict[st
 def evaluate(q_network: QNetwork, args: Args, key: int, video: Path | None = None, stop: Stop = lambda: False) -> np.ndarray:
     """Raw scores of whole games, see `play_games`. Games and random numbers are its own, from (seed, key)."""
     seed = stream_seed(args.seed, Stream.EVALUATION, key)
-    rng, device = np.random.default_rng(seed), q_network.theta[-1].weight.device
+    rng, device = np.random.default_rng(seed), next(q_network.parameters()).device
     envs = make_envs(args, max(1, args.eval_episodes), render_mode="rgb_array" if video else None)
     shape = envs.num_envs, int(envs.single_action_space.n)
 
@@ -505,8 +505,8 @@ def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, 
     needed = FrameReplayBuffer.bytes_needed(args.buffer_size, obs_space, args.num_envs)
     storage = place_for(needed, args.buffer_size, device if args.cuda_graphs else torch.device("cpu"))
     rng = np.random.default_rng(stream_seed(args.seed, Stream.REPLAY))
-    options = {"n_envs": args.num_envs, "generator": rng, "storage": storage}
-    replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, **options)
+    sizes = (args.buffer_size, obs_space, action_space, device, args.num_envs)
+    replay = FrameReplayBuffer(*sizes, generator=rng, storage=storage)
     return envs, Learner(args, int(action_space.n), device), replay
 
 
@@ -651,7 +651,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
             given, args = args, Args(**origin.args)
             if given != Args(resume=given.resume) and (changed := ", ".join(usage.changed_fields(given, args))):
                 raise UsageError(f"--resume goes on as the run was, {changed} cannot change: leave out, or use --fork")
-        if origin.forked:
+        if origin.checkpoint is not None and origin.forked:
             check_fork(args, origin.checkpoint)
         device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
         envs, learner, replay = make_parts(args, device)

@@ -10,13 +10,16 @@ missed. A million transitions need 22 GB of memory, most of it for the compariso
 import contextlib
 import json
 import platform
+import shutil
 import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
@@ -24,6 +27,9 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
+from support.checkpoints import load_checkpoint, save_checkpoint
+from support.machine import Signals, circumstances, pick_device
+from support.runs import Origin, Run
 
 
 @dataclass
@@ -41,12 +47,12 @@ class Settings:
 
 
 @contextlib.contextmanager
-def peak_memory(figures: dict):
+def peak_memory(figures: dict[str, float]) -> Iterator[None]:
     """Adds "extra_memory_GB": how far the process's resident memory rises in the block above what it was before."""
     process, done = psutil.Process(), threading.Event()
     before = peak = process.memory_info().rss
 
-    def watch():
+    def watch() -> None:
         nonlocal peak
         while not done.wait(0.005):
             peak = max(peak, process.memory_info().rss)
@@ -59,63 +65,86 @@ def peak_memory(figures: dict):
     figures["extra_memory_GB"] = (peak - before) / 1e9
 
 
-def make_run(settings: Settings, folder: Path) -> script.Run:
-    args = script.Args(env_id=settings.env_id, env_backend="ale", num_envs=settings.num_envs, buffer_size=settings.steps)
-    args = replace(args, total_timesteps=settings.steps, end_e=0.05)
-    envs, learner, replay = script.make_parts(args, torch.device("cpu"))
-    return script.Run(args, "benchmark", folder, envs, learner, replay, script.RunLog(args, folder))
+def make_run(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> script.Training:
+    """A run that only plays."""
+    args = script.Args(
+        env_id=settings.env_id,
+        env_backend="ale",
+        num_envs=settings.num_envs,
+        buffer_size=settings.steps,
+        total_timesteps=settings.steps,
+        learning_starts=settings.steps,
+        plasticity_frequency=0,
+        end_e=0.05,
+    )
+    device = torch.device("cpu")
+    envs, learner, replay = script.make_parts(args, device)
+    parts = {"learner": learner, "replay": replay, "envs": envs}
+    origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
+    run = Run(origin, "", asdict(args), parts, circumstances(device, script.CODE_VERSION), Signals(), stack)
+    return script.Training(args, run, envs, learner, replay)
+
+
+def write(training: script.Training) -> tuple[Path, dict[str, float]]:
+    """Writes a checkpoint; returns its path, "seconds" and "extra_memory_GB"."""
+    run = training.run
+    figures: dict[str, float] = {}
+    meta = {"run": run.id, "args": run.args, "circumstances": run.circumstances}
+    shutil.rmtree(run.folder / f"checkpoint-{run.step}", ignore_errors=True)
+    start = time.perf_counter()
+    with peak_memory(figures):
+        path = save_checkpoint(run.folder, run.step, run.parts | {"log": run.log}, meta)
+    figures["seconds"] = time.perf_counter() - start
+    return path, figures
+
+
+def measure(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """All figures."""
+    training = make_run(settings, folder, stack)
+    run, envs, replay = training.run, training.envs, training.replay
+    if settings.agent is not None:
+        trained, _, _ = script.load_agent(settings.agent, "cpu")
+        training.learner.q_network.load_state_dict(trained.state_dict())
+    envs.reset(seed=0)
+    while run.step < settings.steps:
+        training.advance()
+    print(f"{replay.size() * run.num_envs:,} transitions, {replay._used:,} frames", file=sys.stderr, flush=True)
+
+    writes = [write(training)[1] for _ in range(settings.repeats)]
+    envs.reset(seed=0)  # reading is timed as at a multiple of --checkpoint-frequency: no steps to be played again
+    path, _ = write(training)
+    sizes = {file.name: file.stat().st_size / 1e6 for file in path.iterdir()}
+
+    copy = make_run(settings, folder, stack)
+    start = time.perf_counter()
+    load_checkpoint(path).restore(copy.run.parts)
+    read_seconds = time.perf_counter() - start
+    pairs = zip(replay.tensors(), copy.replay.tensors(), strict=True)
+    return {
+        "checkpoint_GB": sum(sizes.values()) / 1e3,
+        "files_MB": sizes,
+        "write_seconds": median(figures["seconds"] for figures in writes),
+        "extra_memory_GB": max(figures["extra_memory_GB"] for figures in writes),
+        "read_seconds": read_seconds,
+        "bitwise_equal": all(torch.equal(a, b) for a, b in pairs),
+        "frames_GB": replay.frames[: replay._used].nbytes / 1e9,
+        "cores": len(psutil.Process().cpu_affinity()),
+        "machine": platform.machine(),
+        "settings": {name: str(value) for name, value in vars(settings).items()},
+    }
 
 
 def main(settings: Settings) -> None:
-    script.pick_device(script.Args())
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        run = make_run(settings, Path(folder))
-        if settings.agent is not None:
-            trained, _, _ = script.load_agent(settings.agent, "cpu")
-            run.learner.q_network.load_state_dict(trained.state_dict())
-        run.envs.reset(seed=0)
-        while run.played < settings.steps:
-            script.decide(run)
-            script.finish(run)
-        run.step = run.played
-        print(
-            f"{run.replay.size() * run.args.num_envs:,} transitions, {run.replay._used:,} frames", file=sys.stderr, flush=True
-        )
-
-        writes = []
-        for _ in range(settings.repeats):
-            figures: dict = {}
-            start = time.perf_counter()
-            with peak_memory(figures):
-                path = script.save_checkpoint(run)
-            figures["seconds"] = time.perf_counter() - start
-            writes.append(figures)
-        run.envs.reset(seed=0)  # reading is timed as at a multiple of --checkpoint-frequency: no steps to be played again
-        path = script.save_checkpoint(run)
-        sizes = {file.name: file.stat().st_size / 1e6 for file in path.iterdir()}
-
-        copy = make_run(settings, Path(folder))
-        start = time.perf_counter()
-        script.load_checkpoint(path).restore(copy.envs, copy.learner, copy.replay)
-        read_seconds = time.perf_counter() - start
-        pairs = zip(run.replay.tensors(), copy.replay.tensors(), strict=True)
-        result = {
-            "checkpoint_GB": sum(sizes.values()) / 1e3,
-            "files_MB": sizes,
-            "write_seconds": median(figures["seconds"] for figures in writes),
-            "extra_memory_GB": max(figures["extra_memory_GB"] for figures in writes),
-            "read_seconds": read_seconds,
-            "bitwise_equal": all(torch.equal(a, b) for a, b in pairs),
-            "frames_GB": run.replay.frames[: run.replay._used].nbytes / 1e9,
-            "cores": len(psutil.Process().cpu_affinity()),
-            "machine": platform.machine(),
-            "settings": {name: str(value) for name, value in vars(settings).items()},
-        }
-        print(json.dumps(result, indent=1))
-        limits = {"checkpoint_GB": 0.5, "write_seconds": 20, "extra_memory_GB": 1}  # for a million transitions
-        missed = [name for name, limit in limits.items() if result[name] > limit]
-        if missed or not result["bitwise_equal"]:
-            sys.exit(f"not met: {', '.join(missed) or 'bitwise equality'}")
+    pick_device(script.Args.cuda, script.Args.torch_deterministic, script.Args.tf32)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(dir="."))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # what the run says is no figure
+        result = measure(settings, Path(folder), stack)
+    print(json.dumps(result, indent=1))
+    limits = {"checkpoint_GB": 0.5, "write_seconds": 20, "extra_memory_GB": 1}  # for a million transitions
+    missed = [name for name, limit in limits.items() if result[name] > limit]
+    if missed or not result["bitwise_equal"]:
+        sys.exit(f"not met: {', '.join(missed) or 'bitwise equality'}")
 
 
 if __name__ == "__main__":

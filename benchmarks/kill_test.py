@@ -10,6 +10,7 @@ or a curve shows a point twice.
 
 import itertools
 import json
+import logging
 import random
 import shutil
 import signal
@@ -196,6 +197,7 @@ class Settings:
 
 
 def main(settings: Settings) -> None:
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that points are purged is as it should be
     rng = random.Random(settings.seed)
     total: Counter[str] = Counter()
     failures = 0

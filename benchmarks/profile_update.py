@@ -10,16 +10,17 @@ most. On a GPU every part is waited for, so that parts which otherwise run at th
     python benchmarks/profile_update.py --buffer-size 1000000 --full-replay     # memory and time with a full replay
 """
 
+import contextlib
 import itertools
 import json
 import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
 from benchmarks.throughput import Settings, make_run, provenance, wait_for
+from support.replay import FrameReplayBuffer
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,17 @@ class ProfileSettings(Settings):
     """profile the network after an injection"""
     full_replay: bool = False
     """begin with a full replay, of noise: what it costs does not depend on what it shows"""
+    warm_up: int = 30
+    """vector steps of learning before those that are timed"""
     vector_steps: int = 300
     """vector steps that are timed"""
 
 
-def fill_up(replay: script.FrameReplayBuffer) -> None:
+def updates_per_vector_step(settings: ProfileSettings) -> float:
+    return settings.num_envs / script.Args.train_frequency
+
+
+def fill_up(replay: FrameReplayBuffer) -> None:
     rng = np.random.default_rng(0)
     obs = rng.integers(1, 256, (replay.n_envs, *replay.obs_shape), np.uint8)
     nothing = np.zeros(replay.n_envs)
@@ -56,16 +64,16 @@ def fill_up(replay: script.FrameReplayBuffer) -> None:
         obs = next_obs
 
 
-def linear_flops(x: tuple, weight: tuple, *_, **__) -> int:
+def linear_flops(x: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
     """Of x (B, in) times weight (out, in) transposed; PyTorch's counter does not know oneDNN's linear layers."""
     return 2 * x[0] * x[1] * weight[0]
 
 
-def update_flops(run: script.Run) -> int:
+def update_flops(training: script.Training) -> int:
     """Floating-point operations of the convolutions and matrix products of one update, counted while one is made."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear_flops})
     with counter:
-        run.learner._update(1, *run.replay.sample(run.args.batch_size)[:5])
+        training.learner._update(1, *training.replay.sample(training.args.batch_size)[:5])
     return counter.get_total_flops()
 
 
@@ -104,23 +112,24 @@ def emulator_speed(args: script.Args, seconds: float = 3.0) -> float:
     return speed
 
 
-def timed_parts(run: script.Run, vector_steps: int) -> dict[str, float]:
+def timed_parts(training: script.Training, vector_steps: int) -> dict[str, float]:
     """Seconds per vector step in each part of the loop, and in all of it."""
-    parts = {
-        "act": [(run.learner, "act")],
-        "emulate": [(run.envs, "send"), (run.envs, "receive")],
-        "replay": [(run.replay, "add"), (run.replay, "sample")],
-        "update": [(run.learner, "update")],
+    run, learner, envs, replay = training.run, training.learner, training.envs, training.replay
+    parts: dict[str, list[tuple[object, str]]] = {
+        "act": [(learner, "act")],
+        "emulate": [(envs, "send"), (envs, "receive")],
+        "replay": [(replay, "add"), (replay, "sample")],
+        "update": [(learner, "update")],
     }
     spent = dict.fromkeys(parts, 0.0)
 
     def watch(part: str, owner: object, name: str) -> None:
         original = getattr(owner, name)
 
-        def timed(*positional, **named):
+        def timed(*positional: Any, **named: Any) -> Any:
             start = time.perf_counter()
             result = original(*positional, **named)
-            wait_for(run.learner.device)
+            wait_for(learner.device)
             spent[part] += time.perf_counter() - start
             return result
 
@@ -129,34 +138,38 @@ def timed_parts(run: script.Run, vector_steps: int) -> dict[str, float]:
     for part, methods in parts.items():
         for owner, name in methods:
             watch(part, owner, name)
-    start, end = time.perf_counter(), run.step + vector_steps * run.args.num_envs
+    start, end = time.perf_counter(), run.step + vector_steps * run.num_envs
     while run.step < end:
-        script.advance(run)
+        training.advance()
     spent["all"] = time.perf_counter() - start
     for owner, name in itertools.chain(*parts.values()):
         delattr(owner, name)  # what shadows the method
     return {part: seconds / vector_steps for part, seconds in spent.items()}
 
 
-def main(settings: ProfileSettings) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        run = make_run(settings, settings.num_envs, folder, settings.bf16)
-        device = run.learner.device
+def measure(settings: ProfileSettings) -> dict[str, Any]:
+    """All figures of one run, with where they come from."""
+    with contextlib.ExitStack() as stack:
+        training = make_run(settings, settings.num_envs, stack, settings.bf16)
+        learner, replay, device = training.learner, training.replay, training.learner.device
+
+        def measure_plasticity() -> None:
+            script.plasticity_measures(learner, training.replayed(script.Stream.PLASTICITY, training.run.step))
+
         if settings.full_replay:
-            fill_up(run.replay)
+            fill_up(replay)
         if settings.inject:
-            script.intervene(run)
-        timed_parts(run, 30)  # to warm up
-        parts = timed_parts(run, settings.vector_steps)
-        flops = update_flops(run)
-        measuring = seconds_per_call(lambda: script.measure(run), device, repeats=5)
-        frames = run.replay.frames[: run.replay._used].nbytes
+            training.intervene()
+        timed_parts(training, settings.warm_up)
+        parts = timed_parts(training, settings.vector_steps)
+        flops = update_flops(training)
+        measuring = seconds_per_call(measure_plasticity, device, repeats=5)
+        frames = replay.frames[: replay._used].nbytes
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    updates = settings.num_envs / run.args.train_frequency
-    rate = flops * updates / parts["update"]
+    rate = flops * updates_per_vector_step(settings) / parts["update"]
     limit = highest_rate(device, torch.bfloat16 if settings.bf16 else torch.float32)
-    speed, emulators = settings.num_envs / parts["all"], emulator_speed(run.args)
-    result = {
+    speed, emulators = settings.num_envs / parts["all"], emulator_speed(training.args)
+    return {
         "seconds_per_vector_step": parts,
         "plasticity_measurement_seconds": measuring,
         "update_GFLOP": flops / 1e9,
@@ -166,19 +179,34 @@ def main(settings: ProfileSettings) -> None:
         "emulator_steps_per_second": emulators,
         "memory_GB": memory / 1e9,
         "frames_GB": frames / 1e9,
-        "frames_on": str(run.replay.storage),
+        "frames_on": str(replay.storage),
         **provenance(settings, device),
     }
+
+
+def report(settings: ProfileSettings, result: dict[str, Any]) -> None:
+    """Prints what `measure` found."""
+    updates = updates_per_vector_step(settings)
     print(f"{result['circumstances']['device']}, commit {result['commit']}, N = {settings.num_envs}, {updates:g} updates each")
+    parts = dict(result["seconds_per_vector_step"])
     parts["other"] = 2 * parts["all"] - sum(parts.values())
     for part in ("act", "emulate", "replay", "update", "other", "all"):
         print(f"{part:8}{1e3 * parts[part]:10.2f} ms{parts[part] / parts['all']:8.0%}")
-    print(f"update: {flops / 1e9:.2f} GFLOP at {rate / 1e9:,.0f} GFLOP/s, {rate / limit:.0%} of {limit / 1e9:,.0f}")
+    flops, rate, limit = (result[name] for name in ("update_GFLOP", "update_GFLOP_per_second", "highest_GFLOP_per_second"))
+    print(f"update: {flops:.2f} GFLOP at {rate:,.0f} GFLOP/s, {rate / limit:.0%} of {limit:,.0f}")
+    speed, emulators = result["steps_per_second"], result["emulator_steps_per_second"]
     print(f"run: {speed:,.0f} steps/s, {speed / emulators:.0%} of the emulators' {emulators:,.0f}")
     frequency = script.Args.plasticity_frequency
+    measuring = result["plasticity_measurement_seconds"]
     share = measuring * speed / frequency
     print(f"plasticity: {1e3 * measuring:.0f} ms a measurement, {share:.2%} of the time with one every {frequency:,} steps")
-    print(f"memory: {memory / 1e9:.2f} GB at most on the CPU; {frames / 1e9:.2f} GB of frames on {run.replay.storage}")
+    memory, frames, place = (result[name] for name in ("memory_GB", "frames_GB", "frames_on"))
+    print(f"memory: {memory:.2f} GB at most on the CPU; {frames:.2f} GB of frames on {place}")
+
+
+def main(settings: ProfileSettings) -> None:
+    result = measure(settings)
+    report(settings, result)
     if settings.json is not None:
         settings.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -21,12 +21,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
+from support.machine import Signals, circumstances, pick_device
+from support.runs import Origin, Run
 
 ROOT = Path(script.__file__).parent
 
@@ -44,8 +47,6 @@ class Settings:
     cuda_graphs: bool = False
     """as in the training script"""
     overlap: bool = False
-    """as in the training script"""
-    compile: bool = False
     """as in the training script"""
     json: Path | None = None
     """where to write all that was measured, with settings and circumstances"""
@@ -65,8 +66,8 @@ class ThroughputSettings(Settings):
     """seconds of learning before the first window"""
 
 
-def make_run(settings: Settings, num_envs: int, folder: str, bf16: bool = False) -> script.Run:
-    """A run of the training script that is about to make its first update."""
+def make_run(settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf16: bool = False) -> script.Training:
+    """A run of the training script that is about to make its first update, in a folder that is there until `stack` unwinds."""
     args = script.Args(
         env_id=settings.env_id,
         env_backend="sb3" if num_envs == 1 else "ale",
@@ -75,20 +76,25 @@ def make_run(settings: Settings, num_envs: int, folder: str, bf16: bool = False)
         learning_starts=settings.fill,
         exploration_fraction=settings.fill / script.Args.total_timesteps,  # ε is at its end when learning begins
         checkpoint_frequency=0,
-        injection_step=(script.Args.total_timesteps - 1,),
         bf16=bf16,
         cuda=settings.cuda,
         torch_deterministic=False,  # it is a switch of the whole process, and Stable-Baselines3's users leave it off
-        **{name: getattr(settings, name) for name in ("cuda_graphs", "overlap", "compile")},
+        cuda_graphs=settings.cuda_graphs,
+        overlap=settings.overlap,
     )
-    device = script.pick_device(args)
-    own_folder = Path(tempfile.mkdtemp(dir=folder))
-    run = script.Run(args, "benchmark", own_folder, *script.make_parts(args, device), script.RunLog(args, own_folder))
-    run.log.bar.disable, run.log.PLAIN_LINE_SECONDS = True, float("inf")
-    run.envs.reset(seed=0)
+    device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
+    envs, learner, replay = script.make_parts(args, device)
+    stack.callback(envs.close)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
+    parts = {"learner": learner, "replay": replay, "envs": envs}
+    run = Run(origin, "", asdict(args), parts, circumstances(device, script.CODE_VERSION), Signals(), stack)
+    run.log.bar.disable, run.log.PLAIN_LINE_SECONDS = True, sys.maxsize
+    training = script.Training(args, run, envs, learner, replay)
+    envs.reset(seed=0)
     while run.step < settings.fill:
-        script.advance(run)
-    return run
+        training.advance()
+    return training
 
 
 def wait_for(device: torch.device) -> None:
@@ -97,17 +103,20 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def ours(settings: Settings, num_envs: int, bf16: bool, injected: bool, folder: str) -> Callable[[float], float]:
+def ours(
+    settings: Settings, num_envs: int, bf16: bool, injected: bool, stack: contextlib.ExitStack
+) -> Callable[[float], float]:
     """Steps per second of a window of so many seconds."""
-    run = make_run(settings, num_envs, folder, bf16)
+    training = make_run(settings, num_envs, stack, bf16)
+    run = training.run
     if injected:
-        script.intervene(run)
+        training.intervene()
 
     def window(seconds: float) -> float:
         first, start = run.step, time.perf_counter()
         while time.perf_counter() - start < seconds:
-            script.advance(run)
-        wait_for(run.learner.device)
+            training.advance()
+        wait_for(training.learner.device)
         return (run.step - first) / (time.perf_counter() - start)
 
     return window
@@ -123,36 +132,38 @@ def sb3(settings: Settings, num_envs: int, stack: contextlib.ExitStack) -> Calla
     process = stack.enter_context(
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     )
-    stack.callback(process.stdin.close)  # which ends it
+    assert process.stdin is not None and process.stdout is not None
+    to_it, from_it = process.stdin, process.stdout
+    stack.callback(to_it.close)  # which ends it
 
     def answer() -> str:
-        if not (line := process.stdout.readline()):
+        if not (line := from_it.readline()):
             raise SystemExit("error: Stable-Baselines3's DQN ended, it says why above")
         return line
 
     answer()
 
     def window(seconds: float) -> float:
-        process.stdin.write(f"{seconds}\n")
+        to_it.write(f"{seconds}\n")
         return float(answer())
 
     return window
 
 
-def contenders(settings: ThroughputSettings, folder: str, stack: contextlib.ExitStack) -> dict[str, Callable[[float], float]]:
+def contenders(settings: ThroughputSettings, stack: contextlib.ExitStack) -> dict[str, Callable[[float], float]]:
     made = {f"SB3 DQN, N={n}": sb3(settings, n, stack) for n in settings.sb3_num_envs}
     for n in settings.num_envs:
         for bf16 in (False, True):
             for injected in (False, True):
                 name = f"ours, N={n}, {'bf16' if bf16 else 'fp32'}, {'after' if injected else 'before'} injection"
-                made[name] = ours(settings, n, bf16, injected, folder)
+                made[name] = ours(settings, n, bf16, injected, stack)
     return made
 
 
 def measure(settings: ThroughputSettings) -> dict[str, list[float]]:
     """{contender: steps per second of each window}"""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        made = contenders(settings, folder, stack)
+    with contextlib.ExitStack() as stack:
+        made = contenders(settings, stack)
         for window in made.values():
             window(settings.warm_up)
         speeds: dict[str, list[float]] = {name: [] for name in made}
@@ -176,15 +187,15 @@ def table(speeds: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def provenance(settings: Settings, device: torch.device) -> dict:
+def provenance(settings: Settings, device: torch.device) -> dict[str, Any]:
     """Commit, software and hardware that a measurement belongs to."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-    return {"commit": commit, "settings": plain, "circumstances": script.circumstances(device)}
+    return {"commit": commit, "settings": plain, "circumstances": circumstances(device, script.CODE_VERSION)}
 
 
 def main(settings: ThroughputSettings) -> None:
-    device = script.pick_device(script.Args(cuda=settings.cuda, torch_deterministic=False))
+    device = pick_device(settings.cuda, deterministic=False, tf32=script.Args.tf32)
     speeds = measure(settings)
     result = {"steps_per_second": speeds, **provenance(settings, device)}
     print(f"{result['circumstances']['device']}, commit {result['commit']}, medians of {settings.rounds} windows")

@@ -3,24 +3,27 @@
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.axes import Axes
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 
+Point = tuple[float, float]
+Style = str | tuple[float, tuple[float, ...]]  # a name, or (offset, (on, off, ...))
 TRAINED, FROZEN, ABSENT, INK = "#f4a259", "#8cb3d9", "#ececec", "#222222"
 plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "mathtext.fontset": "dejavusans"})
 
 
-def box(ax, x, y, width, height, text, colour, ink=INK):
+def box(ax: Axes, x: float, y: float, width: float, height: float, text: str, colour: str, ink: str = INK) -> None:
     ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.12", fc=colour, ec=INK, lw=1.1))
     ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", color=ink, linespacing=1.35)
 
 
-def arrow(ax, start, end, style="-"):
+def arrow(ax: Axes, start: Point, end: Point, style: Style = "-") -> None:
     ax.add_patch(
         FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, lw=1.2, ls=style, color=INK, shrinkA=0, shrinkB=0)
     )
 
 
-def network(ax, y, title, heads):
+def network(ax: Axes, y: float, title: str, heads: list[tuple[str, str, str]]) -> None:
     """One row: observation → encoder → heads → Q; heads are (label, colour, sign) from top to bottom."""
     ax.text(0, y + 2.05, title, fontsize=12, fontweight="bold", va="center")
     middle = y
@@ -37,12 +40,12 @@ def network(ax, y, title, heads):
     arrow(ax, (1.45, middle), (2.05, middle))
     ax.text(5.38, middle + 0.15, "3136", ha="center", fontsize=8.5)
     ax.plot([5.0, 5.7], [middle, middle], color=INK, lw=1.2)
-    ax.add_patch(plt.Circle((9.75, middle), 0.26, fc="white", ec=INK, lw=1.1))
+    ax.add_patch(Circle((9.75, middle), 0.26, fc="white", ec=INK, lw=1.1))
     ax.text(9.75, middle, "Σ", ha="center", va="center", fontsize=12)
     for (label, colour, sign), head_y in zip(heads, (middle + 1.25, middle, middle - 1.25), strict=True):
         live = colour != ABSENT
         box(ax, 6.1, head_y - 0.45, 2.6, 0.9, label, colour, INK if live else "#9a9a9a")
-        style = "-" if live else (0, (3, 3))
+        style: Style = "-" if live else (0, (3, 3))
         ax.plot([5.7, 5.7], [middle, head_y], color=INK, lw=1.2, ls=style)
         arrow(ax, (5.7, head_y), (6.1, head_y), style)
         if live:
@@ -58,7 +61,7 @@ def network(ax, y, title, heads):
     box(ax, 10.5, middle - 0.4, 1.3, 0.8, "Q(s, ·)", "white")
 
 
-def main():
+def main() -> None:
     figure, ax = plt.subplots(figsize=(9.4, 7.0))
     layers = "linear 512, linear |A|"
     network(

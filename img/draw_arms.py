@@ -14,11 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 COLOURS = ("#1f5a92", "#d1495b", "#e08a1e", "#4c956c")
 
 
-def main():
+def main() -> None:
     target, *folders = sys.argv[1:]
     arms = defaultdict(list)
     for folder in sorted(folders):
-        points = EventAccumulator(folder).Reload().Scalars("eval/episodic_return")
+        points = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload().Scalars("eval/episodic_return")
         arms[Path(folder).name.split("__")[1]].append({point.step: point.value for point in points})
     shared = sorted(set.intersection(*(set(curve) for curves in arms.values() for curve in curves)))
 

@@ -10,13 +10,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 GAMES_PER_POINT = 20
 
 
-def scalar(events, tag):
+def scalar(events: EventAccumulator, tag: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps (K,) and values (K,) of a TensorBoard scalar; empty where the run has none."""
     points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
     return np.array([point.step for point in points]), np.array([point.value for point in points])
 
 
-def main():
+def main() -> None:
     folder, target, *random_score = sys.argv[1:]
     events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
     steps, returns = scalar(events, "charts/episodic_return")

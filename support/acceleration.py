@@ -2,7 +2,7 @@
 
 import copy
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -65,12 +65,12 @@ def in_bfloat16(network: Network) -> Network:
     return network
 
 
-def copy_gradients(working: list[nn.Parameter], trained: list[nn.Parameter]) -> None:
+def copy_gradients(working: Sequence[torch.Tensor], trained: Sequence[torch.Tensor]) -> None:
     """Gives the float32 parameters the gradients of their working copies."""
     for parameter in trained:
         if parameter.grad is None:  # once, then kept: new memory for every update costs a tenth of its time
             parameter.grad = torch.empty_like(parameter)
-    torch._foreach_copy_([p.grad for p in trained], [p.grad for p in working])
+    torch._foreach_copy_([p.grad for p in trained], [p.grad for p in working])  # type: ignore[misc]
 
 
 class CUDAGraphs:

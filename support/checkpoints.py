@@ -78,7 +78,7 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[s
                 compressor = zstandard.ZstdCompressor(level=1, threads=torch.get_num_threads())
                 with open(partial / f"{name}.zst", "wb") as file, compressor.stream_writer(file) as stream:
                     for chunk in _chunks(part.tensors()):
-                        stream.write(chunk.cpu().numpy())
+                        stream.write(chunk.cpu().numpy().data)
         (partial / CHECKSUMS).write_text(checksums(partial))
         for path in (*partial.iterdir(), partial):
             flush_to_disk(path)
@@ -200,7 +200,7 @@ def _fill(tensors: list[torch.Tensor], path: Path) -> None:
     with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
         for chunk in _chunks(tensors):
             content = torch.empty(len(chunk), dtype=torch.uint8)
-            rest = memoryview(content.numpy())
+            rest = content.numpy().data
             while rest:
                 if not (count := stream.readinto(rest)):
                     raise EOFError(f"{path.name} is too short")

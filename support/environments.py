@@ -61,6 +61,9 @@ class LearnerView(VectorWrapper):
     actions since, and `load_state_dict` plays them again.
     """
 
+    single_observation_space: gym.spaces.Box
+    single_action_space: gym.spaces.Discrete
+
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
         self.obs, infos = self.env.reset(seed=seed, options=options)
         self.lives = infos["lives"]
@@ -108,7 +111,7 @@ class LearnerView(VectorWrapper):
     def render(self) -> tuple[np.ndarray, ...]:
         """One RGB picture per game: the screen, or the agent's newest frame where ALE's vectoriser has no renderer."""
         if not isinstance(self.unwrapped, AtariVectorEnv):
-            return self.env.render()
+            return self.env.render()  # type: ignore[return-value]
         zoom = 4
         newest = self.obs[:, -1].repeat(zoom, axis=1).repeat(zoom, axis=2)
         return tuple(np.repeat(newest[..., None], 3, axis=-1))

@@ -68,7 +68,7 @@ def open_film(path: Path, width: int, height: int) -> cv2.VideoWriter:
     Raises:
         UsageError: this build of OpenCV has no such encoder.
     """
-    film = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"vp09"), 60 / FRAME_SKIP, (width, height))
+    film = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"vp09"), 60 / FRAME_SKIP, (width, height))
     if not film.isOpened():
         raise UsageError("OpenCV cannot write VP9 video here: pip install opencv-python-headless, or leave out --capture-video")
     return film

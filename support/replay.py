@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from stable_baselines3.common.buffers import BaseBuffer, ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
 
 from support.acceleration import upload
 
@@ -162,7 +163,7 @@ class FrameReplayBuffer(ReplayBuffer):
         new[slot] = frame
         return slot
 
-    def sample(self, batch_size: int, env: None = None, batches: int = 1) -> ReplayBufferSamples:
+    def sample(self, batch_size: int, env: VecNormalize | None = None, batches: int = 1) -> ReplayBufferSamples:
         """A uniform batch, with replacement, on `device`, drawn from the buffer's own generator; or several in a row.
 
         Returns:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import logging
 import sys
 import threading
 import time
@@ -11,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tensorboard.backend.event_processing.directory_watcher import DirectoryWatcher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.backend.event_processing.io_wrapper import IsSummaryEventsFile
+from tensorboard.compat import tf
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
 from support.machine import flush_to_disk
-from support.usage import UsageError
+from support.usage import UsageError, reading
 
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a resumed run purges what it logs again is no news
 EVENT_FILES = "events.out.tfevents.*"
 SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in comparisons of runs
     "return of training games": "charts/episodic_return",
@@ -34,9 +41,27 @@ SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in compari
 }
 
 
-def read_scalars(folder: Path) -> dict[str, np.ndarray]:
-    """Every scalar in a folder's event files, {tag: (3, K) float64}: K steps, values and wall-clock times in seconds."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1}).Reload()
+class EventFile(LegacyEventFileLoader):
+    """TensorBoard's reader of one event file, which says where a file is damaged instead of leaving out what follows."""
+
+    def Load(self) -> Iterator[Event]:
+        try:
+            yield from map(Event.FromString, self._iterator)
+        except tf.errors.DataLossError as error:
+            if "truncated record" not in str(error):  # a last point that is not whole, as of a run that goes on or was killed
+                raise ValueError(f"{Path(self._file_path).name} is damaged, a checksum is another") from error
+
+
+def read_scalars(folder: Path, fix: str = "move that file away") -> dict[str, np.ndarray]:
+    """Every scalar in a folder's event files, {tag: (3, K) float64}: K steps, values and wall-clock times in seconds.
+
+    Raises:
+        UsageError: a file is damaged or cannot be read; the message ends with `fix`.
+    """
+    with reading(folder, "a run's curves", fix):
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1})
+        events._generator = DirectoryWatcher(str(folder), EventFile, IsSummaryEventsFile)
+        events.Reload()
     points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     return {tag: np.array([(e.step, e.value, e.wall_time) for e in of_one]).T for tag, of_one in points.items()}
 
@@ -57,7 +82,7 @@ class Curves:
         self.folder, self.step = folder, step
         self.points: list[tuple[int, float, Summary]] = []  # step, wall-clock time, content; steps never fall
         self.written = 0  # how many of them are in the event file
-        self.writer: SummaryWriter | None = None
+        self.writer: Any = None  # a SummaryWriter, once there is something to write
 
     def add(self, content: Summary, step: int, wall_time: float | None = None) -> None:
         self.points.append((step, time.time() if wall_time is None else wall_time, content))
@@ -142,11 +167,11 @@ class RunLog:
         now = time.perf_counter()
         self.start, self.interval_start = now - state["seconds"], now - state["interval_seconds"]
 
-    def take_over(self, origin: Path, step: int) -> None:
-        """Begins with the curves of the run in `origin` before `step`, for a fork that has taken up a checkpoint's state."""
+    def take_over(self, curves: dict[str, np.ndarray], step: int) -> None:
+        """Begins with these curves, see `read_scalars`, before `step`: for a fork that has taken up a checkpoint's state."""
         held = [
             (int(at), wall_time, summary.scalar(tag, value))
-            for tag, points in read_scalars(origin).items()
+            for tag, points in curves.items()
             for at, value, wall_time in points.T
             if at < min([step, *(later for later, *_ in self.curves.points)])
         ]

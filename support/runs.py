@@ -6,7 +6,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,13 @@ def check_machine(device: torch.device, cuda_graphs: bool, track: bool, film: bo
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run goes on from; all None for a new one."""
+    """What a run goes on from; nothing for a new one."""
 
     folder: Path | None = None  # of a run that is resumed
     run_id: str | None = None  # of that run
-    args: dict[str, Any] | None = None  # the arguments of the run that is resumed or forked
+    args: dict[str, Any] = field(default_factory=dict)  # the arguments of the run that is resumed or forked
     checkpoint: Checkpoint | None = None
+    curves: dict[str, np.ndarray] = field(default_factory=dict)  # of the run that is forked, see `read_scalars`
 
     @property
     def forked(self) -> bool:
@@ -67,8 +68,7 @@ def find_origin(resume: str | None, fork: str | None, stack: contextlib.ExitStac
     if resume is None and fork is None:
         return Origin()
     if resume is None:
-        checkpoint = load_checkpoint(Path(fork or ""))
-        return Origin(args=checkpoint.meta["args"], checkpoint=checkpoint)
+        return Origin(**_fork_point(fork))
     folder = Path(resume)
     stack.enter_context(alone_in(folder))
     identity = read_identity(folder / "run.json")
@@ -77,8 +77,17 @@ def find_origin(resume: str | None, fork: str | None, stack: contextlib.ExitStac
         return Origin(folder, identity["run"], newest.meta["args"], newest)
     if read_scalars(folder):
         raise UsageError(f"{folder} holds no checkpoint to go on from: start the run again without --resume")
-    fork = identity["args"].get("fork")
-    return Origin(folder, identity["run"], identity["args"], load_checkpoint(Path(fork)) if fork else None)
+    fork_point = _fork_point(identity["args"].get("fork"))
+    return Origin(**fork_point | {"folder": folder, "run_id": identity["run"], "args": identity["args"]})
+
+
+def _fork_point(path: str | None) -> dict[str, Any]:
+    """What `Origin` holds of the checkpoint that a run is forked from; nothing for a run that is not."""
+    if path is None:
+        return {}
+    checkpoint = load_checkpoint(Path(path))
+    curves = read_scalars(checkpoint.path.parent, "move that file away, and the fork's curves begin at the checkpoint")
+    return {"args": checkpoint.meta["args"], "checkpoint": checkpoint, "curves": curves}
 
 
 class Run:
@@ -128,7 +137,7 @@ class Run:
         if checkpoint is not None:
             checkpoint.restore({"log": self.log})
             if origin.forked:
-                self.log.take_over(checkpoint.path.parent, self.step)
+                self.log.take_over(origin.curves, self.step)
         if self.saved is None:
             self.log.hyperparameters(args, self.step)
 

@@ -1,6 +1,7 @@
 """What a user gives: bounds that stand at the fields they belong to, and refusals of one line that name the fix."""
 
 import contextlib
+import io
 import math
 import signal
 import sys
@@ -86,6 +87,8 @@ def _broken_rule(value: Any, annotation: Any) -> str:
     """What `annotation` asks for in words, where `value` does not keep to it; else nothing."""
     plain, metadata = getattr(annotation, "__origin__", annotation), getattr(annotation, "__metadata__", ())
     choices = get_args(annotation if get_origin(annotation) is Literal else plain)
+    if value is None and type(None) in choices:
+        return ""
     if Literal in (get_origin(annotation), get_origin(plain)):
         return "" if value in choices else f"one of {', '.join(map(str, choices))}"
     asked = [part for given in metadata for part in (given if isinstance(given, Interval) else [given])]
@@ -130,7 +133,8 @@ def ends_in_one_line() -> Iterator[None]:
     ε and − are printed as question marks where a terminal or a log has no such letters.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         yield
     except (UsageError, FloatingPointError, OSError) as error:

@@ -1,18 +1,30 @@
 """The benchmarks measure what they say."""
 
+import contextlib
+import functools
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import zstandard
 from conftest import TINY_GAMES
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks import profile_update, sb3_dqn, throughput
+from benchmarks import checkpoint_size, kill_test, profile_update, sb3_dqn, throughput
 from dqn_injection_atari import Learner
+from support.run_log import Curves, summary
 
 
+@pytest.fixture
+def stack():
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.slow
 def test_throughput_measures_every_contender_in_turns_and_writes_all_windows(capsys, monkeypatch):
     windows = []
     original = throughput.contenders
@@ -23,11 +35,11 @@ def test_throughput_measures_every_contender_in_turns_and_writes_all_windows(cap
 
     monkeypatch.setattr(throughput, "contenders", contenders)
     settings = throughput.ThroughputSettings(
-        num_envs=(8,), sb3_num_envs=(1, 8), rounds=2, seconds=0.1, warm_up=0.0, fill=64, buffer_size=200, json=Path("out.json")
+        num_envs=(8,), sb3_num_envs=(8,), rounds=2, seconds=0.1, warm_up=0.0, fill=64, buffer_size=200, json=Path("out.json")
     )
     throughput.main(settings)
     names = [
-        *("SB3 DQN, N=1", "SB3 DQN, N=8"),
+        "SB3 DQN, N=8",
         *(f"ours, N=8, {dtype}, {when} injection" for dtype in ("fp32", "bf16") for when in ("before", "after")),
     ]
     assert windows == names * 3, "a warm-up, then two rounds"
@@ -55,15 +67,39 @@ def test_sb3_makes_one_update_per_four_steps(monkeypatch, num_envs):
 
 
 @pytest.mark.parametrize("num_envs", [1, 8])
-def test_ours_makes_one_update_per_four_steps_from_the_first_window_on(monkeypatch, tmp_path, num_envs):
+def test_ours_makes_one_update_per_four_steps_from_the_first_window_on(monkeypatch, stack, num_envs):
     updates = []
     original = Learner.update
     monkeypatch.setattr(Learner, "update", lambda *given: updates.append(given[2]) or original(*given))
-    run = throughput.make_run(throughput.Settings(fill=64, buffer_size=200), num_envs, str(tmp_path))
-    assert run.step == 64 and run.replay.size() * num_envs == 64 and not updates
-    while run.step < 128:
-        throughput.script.advance(run)
+    training = throughput.make_run(throughput.Settings(fill=64, buffer_size=200), num_envs, stack)
+    assert training.run.step == 64 and training.replay.size() * num_envs == 64 and not updates
+    while training.run.step < 128:
+        training.advance()
     assert sum(updates) == 16
+
+
+@pytest.mark.parametrize(("bf16", "injected"), [(False, True), (True, False)])
+def test_a_window_of_ours_learns_in_the_precision_and_after_the_injection_that_its_name_says(
+    monkeypatch, stack, bf16, injected
+):
+    made = []
+    original = throughput.make_run
+    monkeypatch.setattr(throughput, "make_run", lambda *given: made.append(original(*given)) or made[0])
+    window = throughput.ours(throughput.Settings(fill=64, buffer_size=200), 2, bf16, injected, stack)
+    network = made[0].learner.q_network
+    before = network.encoder[0].weight.clone()
+    assert window(0.01) > 0 and not torch.equal(network.encoder[0].weight, before)
+    assert network.num_injections == injected
+    assert made[0].learner.online.encoder[0].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+def test_a_measured_run_is_gone_when_all_is_measured():
+    with contextlib.ExitStack() as stack:
+        training = throughput.make_run(throughput.Settings(fill=8, buffer_size=200), 2, stack)
+        training.run.log.flush()
+        folder = training.run.folder
+        assert any(folder.glob("events*"))
+    assert not folder.exists() and not any(Path().iterdir())
 
 
 def test_the_table_holds_medians_and_their_ratios():
@@ -79,24 +115,28 @@ def test_the_table_holds_medians_and_their_ratios():
     assert lines[3] == ["ours, N=8, fp32, after injection", "160", "1–170", "1.60", "0.80"]
 
 
-def test_an_updates_arithmetic_is_counted_in_full(tmp_path):
+def test_an_updates_arithmetic_is_counted_in_full(stack):
     settings = throughput.Settings(env_id=TINY_GAMES, fill=64, buffer_size=200)
-    run = throughput.make_run(settings, 8, str(tmp_path))
-    actions = run.learner.num_actions
+    training = throughput.make_run(settings, 8, stack)
+    actions = training.learner.num_actions
     layers = [20 * 20 * 32 * 256, 81 * 64 * 512, 49 * 64 * 576]
     head = 3136 * 512 + 512 * actions
     forward = sum(layers) + head
     # two passes of the online network and one of the target's; then both gradients of every layer but the first's input's
     before = 2 * 32 * (3 * forward + 2 * forward - layers[0])
-    assert profile_update.update_flops(run) == before
-    run.learner.inject()
+    assert profile_update.update_flops(training) == before
+    training.learner.inject()
     # two more heads in every pass; of θ and θ′₂, frozen, only the gradient of the input
-    assert profile_update.update_flops(run) == before + 2 * 32 * (6 * head + 2 * head)
+    assert profile_update.update_flops(training) == before + 2 * 32 * (6 * head + 2 * head)
 
 
-def test_the_profile_adds_up(capsys, tmp_path):
+@pytest.mark.slow
+def test_the_profile_adds_up(capsys, monkeypatch, tmp_path):
+    once = functools.partial(profile_update.seconds_per_call, repeats=1)
+    monkeypatch.setattr(profile_update, "seconds_per_call", lambda call, device, **_: once(call, device))
+    monkeypatch.setattr(profile_update, "emulator_speed", functools.partial(profile_update.emulator_speed, seconds=0.2))
     settings = profile_update.ProfileSettings(
-        fill=64, buffer_size=1000, vector_steps=4, inject=True, full_replay=True, json=tmp_path / "p.json"
+        fill=64, buffer_size=1000, warm_up=2, vector_steps=4, inject=True, full_replay=True, json=tmp_path / "p.json"
     )
     profile_update.main(settings)
     out = capsys.readouterr().out
@@ -126,3 +166,90 @@ def test_the_highest_rate_is_that_of_the_faster_of_two_calls_whose_arithmetic_is
 
     monkeypatch.setattr(profile_update, "seconds_per_call", seconds_per_call)
     assert profile_update.highest_rate(torch.device("cpu"), torch.float32) == pytest.approx(flops[faster] / 0.1)
+
+
+def test_the_checkpoint_that_is_measured_is_whole_and_its_figures_are_all_that_is_printed(capsys):
+    checkpoint_size.main(checkpoint_size.Settings(env_id=TINY_GAMES, num_envs=2, steps=64, repeats=1))
+    result = json.loads(capsys.readouterr().out)
+    assert result["bitwise_equal"] and result["write_seconds"] > 0 and result["read_seconds"] > 0
+    assert set(result["files_MB"]) == {"manifest.json", "state.pt", "replay.zst", "SHA256SUMS"}
+    assert result["checkpoint_GB"] == pytest.approx(sum(result["files_MB"].values()) / 1e3)
+    assert result["frames_GB"] > 64 * 84 * 84 / 1e9, "one frame a step, and those before the first"
+    assert not any(Path().iterdir())
+
+
+def test_what_a_checkpoint_restores_is_compared_with_what_was_saved(monkeypatch):
+    original = checkpoint_size.load_checkpoint
+
+    def load_another(path):
+        checkpoint = original(path)
+        monkeypatch.setattr(type(checkpoint), "restore", lambda *_: None)  # leaves the replay empty
+        return checkpoint
+
+    monkeypatch.setattr(checkpoint_size, "load_checkpoint", load_another)
+    monkeypatch.setattr(checkpoint_size.torch, "equal", lambda a, b: a.shape == b.shape and bool((a == b).all()))
+    with pytest.raises(SystemExit, match="bitwise equality"):
+        checkpoint_size.main(checkpoint_size.Settings(env_id=TINY_GAMES, num_envs=2, steps=64, repeats=1))
+
+
+@pytest.mark.parametrize(
+    "missed", [{"checkpoint_GB": 0.6}, {"write_seconds": 21}, {"extra_memory_GB": 1.1}, {"bitwise_equal": False}, {}]
+)
+def test_a_checkpoint_that_misses_a_figure_ends_with_its_name(monkeypatch, missed):
+    good = {"checkpoint_GB": 0.4, "write_seconds": 19, "extra_memory_GB": 0.9, "bitwise_equal": True}
+    monkeypatch.setattr(checkpoint_size, "measure", lambda *_: good | missed)
+    if not missed:
+        return checkpoint_size.main(checkpoint_size.Settings())
+    with pytest.raises(SystemExit, match=next(iter(missed)).replace("_equal", " equality")):
+        checkpoint_size.main(checkpoint_size.Settings())
+
+
+def write_run(folder, weight=1.0, returns=(5.0, 7.0), seconds=0.0, speed=100.0, tag="charts/epsilon", step=8, replay=b"frames"):
+    """A run's folder with one checkpoint, as far as the kill test looks at it; its curves are in two event files."""
+    checkpoint = folder / "checkpoint-8"
+    checkpoint.mkdir(parents=True)
+    curves = Curves(folder, 8)
+    for name, value in ((tag, 0.5), ("charts/SPS", speed)):
+        curves.add(summary.scalar(name, value), step, wall_time=seconds)
+    log = {"points": curves.state_dict(), "returns": [5.0], "seconds": seconds, "interval_seconds": seconds}
+    torch.save({"learner": {"weight": torch.tensor([weight])}, "log": log}, checkpoint / "state.pt")
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 8, "circumstances": {}, "run": str(folder)}))
+    (checkpoint / "replay.zst").write_bytes(zstandard.compress(replay))
+    for purge_step, suffix in ((None, ".0"), (4, ".1")):
+        with SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix) as writer:
+            for i, value in enumerate(returns):
+                writer.add_scalar("charts/episodic_return", value, 4 + i, walltime=seconds)
+            writer.add_scalar("charts/SPS", speed, 8)
+    return kill_test.content(folder, "checkpoint-8")
+
+
+def test_the_kill_test_compares_all_but_wall_clock_times(tmp_path):
+    whole = write_run(tmp_path / "whole", returns=(5.0, float("nan")))
+    later = write_run(tmp_path / "later", returns=(5.0, float("nan")), seconds=9.0, speed=300.0)
+    assert not kill_test.differences(whole, later), "NaN equals NaN"
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"weight": -0.0}, ["/learner/weight"]),
+        ({"returns": (5.0, 7.5)}, ["curves in the run folder"]),
+        ({"tag": "losses/td_loss"}, ["/log/points"]),
+        ({"step": 9}, ["/log/points"]),
+        ({"replay": b"flames"}, ["replay"]),
+    ],
+)
+def test_the_kill_test_names_what_differs(tmp_path, change, names):
+    assert (
+        kill_test.differences(write_run(tmp_path / "a", weight=0.0), write_run(tmp_path / "b", **{"weight": 0.0} | change))
+        == names
+    )
+
+
+def test_the_kill_test_reads_curves_as_tensorboard_shows_them_and_names_a_point_that_is_shown_twice(tmp_path):
+    write_run(tmp_path / "run")
+    assert kill_test.read_events(tmp_path / "run") == [("charts/episodic_return", 4, 5.0), ("charts/episodic_return", 5, 7.0)]
+    assert not kill_test.shown_twice(tmp_path / "run")
+    with SummaryWriter(str(tmp_path / "run"), filename_suffix=".2") as writer:  # without a purge
+        writer.add_scalar("charts/episodic_return", 7.0, 5)
+    assert kill_test.shown_twice(tmp_path / "run") == ["charts/episodic_return at step 5 2 times"]

@@ -1,0 +1,33 @@
+"""Means and interquartile means over seeds, with 95% intervals."""
+
+import numpy as np
+import scipy.stats
+
+MIN_SEEDS = 3  # per arm, for a verdict and for an interval
+CONFIDENCE = 0.95
+RESAMPLES = 2_000  # of a bootstrap
+
+
+def iqm(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Interquartile mean: of what is left when a quarter of the values, rounded down, is cut off at both ends."""
+    return scipy.stats.trim_mean(values, 0.25, axis=axis)
+
+
+def t_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high, (...), of the 95% t interval of the mean over the first axis of (n, ...), n of at least 2."""
+    half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * scipy.stats.sem(values, axis=0)
+    return values.mean(axis=0) - half, values.mean(axis=0) + half
+
+
+def interval(values: np.ndarray, aggregate: str = "mean") -> np.ndarray:
+    """Mean or interquartile mean over seeds and its 95% interval, (3, ...) of (n, ...); the interval is NaN below 3 seeds."""
+    centre = values.mean(axis=0) if aggregate == "mean" else iqm(values, axis=0)
+    if len(values) < MIN_SEEDS or not centre.size:
+        low = high = np.full_like(centre, np.nan)
+    elif aggregate == "mean":
+        low, high = t_interval(values)
+    else:
+        options = {"n_resamples": RESAMPLES, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(0)}
+        result = scipy.stats.bootstrap((values,), iqm, axis=0, confidence_level=CONFIDENCE, **options)
+        low, high = result.confidence_interval
+    return np.array([centre, low, high])

@@ -1,0 +1,178 @@
+"""Runs read from their folders, and arms: runs that differ in nothing but the seed."""
+
+import functools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dqn_injection_atari import Args
+from support.flags import RunFlags
+from support.run_log import read_scalars
+from support.usage import OnlyWith, UsageError, reading, unused_fields
+
+# These name a run, choose its hardware, or change what is logged, filmed and evaluated, but not what is learned
+BOOKKEEPING = {"seed", "exp_name", *(field.name for field in fields(RunFlags))}
+CONDITIONS = {f.name: part for f in fields(Args) for part in getattr(f.type, "__metadata__", ()) if isinstance(part, OnlyWith)}
+OF_INTERVENTION = ("intervention", "injection", "injection_trigger", *CONDITIONS)
+REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", "apply_injection", *OF_INTERVENTION)
+IN_WORDS = {"env_id", "intervention", "injection", "injection_trigger", "injection_norm_ratio", "freeze_heads"}
+IN_WORDS |= {"injection_optimizer_state"}  # what an arm's name says in words of its own
+ARM_NAMES = {  # one and several
+    "injection": ("injection", "injections"),
+    "reset-head": ("head reset", "head resets"),
+    "shrink-perturb": ("shrink and perturb", "shrink and perturb"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has logged: {tag: (2, K) float64}, K steps and K values in the order of logging."""
+
+    folder: str
+    args: Args
+    scalars: dict[str, np.ndarray]
+
+    @functools.cached_property
+    def last_step(self) -> int:
+        return int(max(steps.max() for steps, _ in self.scalars.values()))
+
+    def between(self, tag: str, after: int, upto: float) -> np.ndarray:
+        """(2, K) points of `tag` with after < step ≤ upto."""
+        points = self.scalars.get(tag, np.empty((2, 0)))
+        return points[:, (points[0] > after) & (points[0] <= upto)]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in nothing but the seed; `setting` is what they share."""
+
+    name: str
+    setting: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def game(self) -> str:
+        return self.setting["env_id"]
+
+    @property
+    def injection(self) -> tuple[int, ...]:
+        return self.setting["injection"]
+
+    def injections(self, run: Run) -> tuple[int, ...]:
+        """Steps of a run's injections: those planned or, where the norm decides, those logged so far."""
+        return self.injection or tuple(map(int, run.between("injection/step", -1, math.inf)[0]))
+
+
+def read_run(folder: str, metric: str) -> Run:
+    """The arguments and scalars of a run.
+
+    Raises:
+        UsageError: it is no run's folder, it is damaged, or it has logged no `metric` yet, or one that is not finite.
+    """
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} is no run's folder, it has no run.json: the run is left out")
+    with reading(path, "a run's arguments", "the run is left out"):
+        args = Args(**json.loads(path.read_text())["args"])
+    scalars = {tag: points[:2] for tag, points in read_scalars(path.parent, "the run is left out").items()}
+    if metric not in scalars:
+        raise UsageError(f"{folder} has logged no {metric} yet: the run is left out")
+    if not np.isfinite(scalars[metric]).all():
+        raise UsageError(f"{folder} has logged a {metric} that is not finite: the run is left out")
+    return Run(folder, args, scalars)
+
+
+def setting(args: Args) -> dict[str, Any]:
+    """The arguments that change what is learned, in a form in which those that come to the same are equal.
+
+    "intervention" is what the run does, "injection" the steps at which, () where it does nothing or the norm decides; what
+    the run does not look at is None.
+    """
+    by_norm, planned = args.injection_trigger == "norm", args.planned_interventions
+    what = args.applied_intervention if by_norm or planned else "none"
+    unused = CONDITIONS if what == "none" else unused_fields(args)
+    shared = {name: value for name, value in asdict(args).items() if name not in BOOKKEEPING and name not in REWRITTEN}
+    shared["exploration_steps"] = round(args.exploration_fraction * args.total_timesteps)  # a longer run only goes on
+    shared |= {"intervention": what, "injection": () if what == "none" else planned}
+    shared |= {"injection_trigger": "norm" if by_norm and what != "none" else None}
+    return shared | {name: None if name in unused else getattr(args, name) for name in CONDITIONS}
+
+
+def short(step: float) -> str:
+    """A number of steps as figures show it: 0, 802, 400k, 12.5M."""
+    unit, letter = (1e6, "M") if step >= 1e6 else (1e3, "k")
+    if step >= unit and step % (unit / 1e3) == 0:
+        return f"{step / unit:.3f}".rstrip("0").rstrip(".") + letter
+    return f"{step:,.10g}"
+
+
+def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -> str:
+    """An arm's name: its intervention, `baseline` if there is none, and what else sets it apart."""
+    what, steps = setting["intervention"], [short(step) for step in setting["injection"]]
+    if what == "none":
+        words = [baseline]
+    elif steps:
+        words = [f"{ARM_NAMES[what][len(steps) > 1]} at {' and '.join(steps)}"]
+    else:
+        words = [f"{ARM_NAMES[what][0]} where the norm has grown {setting['injection_norm_ratio']:g}×"]
+    for name in differing:
+        value, plain = setting[name], name.replace("_", " ")
+        if isinstance(value, bool):
+            words.append(plain if value else f"no {plain}")
+        elif value is not None:
+            words.append(f"{plain} {value:,}" if isinstance(value, int) else f"{plain} {value}")
+    words += ["optimizer state copied"] if setting["injection_optimizer_state"] == "copy" else []
+    words += ["all heads trained"] if setting["freeze_heads"] is False else []
+    return ", ".join(words)
+
+
+def group(runs: list[Run]) -> tuple[list[Arm], dict[str, str]]:
+    """Arms, those of a game together and the one without injection first; and {folder: reason} of runs left out."""
+    members: dict[tuple, dict[int, Run]] = defaultdict(dict)
+    left_out = {}
+    for run in runs:
+        arm = members[tuple(setting(run.args).items())]
+        shorter, longer = sorted((run, arm.get(run.args.seed, run)), key=lambda run: run.last_step)
+        arm[run.args.seed] = longer
+        if shorter is not longer:
+            twin = f"{longer.folder}, which has got to step {longer.last_step:,}"
+            left_out[shorter.folder] = f"{shorter.folder} has the arm and the seed of {twin}: the run is left out"
+    settings = [dict(key) for key in members]
+    names = [name for name in settings[0] if name not in IN_WORDS]
+    differing = [name for name in names if len({shared[name] for shared in settings} - {None}) > 1]
+    only_injections = {shared["intervention"] for shared in settings} <= {"injection", "none"}
+    baseline = "no injection" if only_injections else "no intervention"
+    arms = [Arm(describe(dict(key), differing, baseline), dict(key), list(arm.values())) for key, arm in members.items()]
+    games = list(dict.fromkeys(arm.game for arm in arms))
+
+    def order(arm: Arm) -> tuple:
+        return games.index(arm.game), arm.setting["intervention"] != "none", arm.injection, arm.name
+
+    return sorted(arms, key=order), left_out
+
+
+def read_arms(folders: Iterable[str], metric: str) -> tuple[list[Arm], dict[str, dict[str, str]]]:
+    """The arms, and {"left_out": {folder: reason}, "unfinished": {folder: how far it is}}.
+
+    Raises:
+        UsageError: no run is usable.
+    """
+    runs, left_out = [], {}
+    for folder in dict.fromkeys(folders):
+        try:
+            runs.append(read_run(folder, metric))
+        except UsageError as error:
+            left_out[folder] = str(error)
+    if not runs:
+        first = next(iter(left_out.values()))
+        raise UsageError(f"none of {len(left_out)} runs can be compared, give folders of runs, those under runs/; {first}")
+    arms, duplicates = group(runs)
+    going = [run for arm in arms for run in arm.runs if run.last_step < run.args.total_timesteps]
+    unfinished = {run.folder: f"{run.folder} is at step {run.last_step:,} of {run.args.total_timesteps:,}" for run in going}
+    return arms, {"left_out": left_out | duplicates, "unfinished": unfinished}

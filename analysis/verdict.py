@@ -1,0 +1,182 @@
+"""The verdict on two arms that differ in nothing but the intervention, over a window of steps after it."""
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import scipy.stats
+
+from analysis.intervals import CONFIDENCE, MIN_SEEDS
+from analysis.runs import OF_INTERVENTION, Arm, Run
+
+DEEDS = {"injection": "injection", "reset-head": "resetting the head", "shrink-perturb": "shrink and perturb"}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Difference of mean returns, with − without, its 95% interval, NaN where there is none, and the verdict."""
+
+    difference: float
+    low: float
+    high: float
+    verdict: Literal["raised", "no evidence", "lowered", "too few seeds", "no interval"]
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two arms that differ in nothing but the intervention, over the steps after < step ≤ upto. Pairs are (without, with)."""
+
+    arms: tuple[Arm, Arm]
+    intervention: str
+    firsts: dict[int, int]  # seed: step of its run's first injection
+    after: int
+    upto: int
+    ended_by: str | None  # the run whose last step is `upto`, where others have got further
+    means: tuple[dict[int, float], dict[int, float]]  # seed: mean return of its run
+    counts: tuple[int, int]  # of the returns in those means
+    shared: int  # seeds whose runs were one up to the injection
+    paired: bool
+    judgement: Judgement
+    left_out: dict[str, str]  # folder: reason
+
+    @property
+    def game(self) -> str:
+        return self.arms[0].game
+
+
+def show(value: float, low: float = math.nan, high: float = math.nan) -> str:
+    """`value [low, high]`, or the value alone where there is no interval, the largest of them with three digits or more."""
+    values = [value, low, high] if low <= high else [value]
+    largest = max(map(abs, values))
+    decimals = max(0, 2 - math.floor(math.log10(largest))) if largest else 0
+    centre, *bounds = (f"{round(value, decimals) + 0.0:,.{decimals}f}".replace("-", "−") for value in values)
+    return f"{centre} [{', '.join(bounds)}]" if bounds else centre
+
+
+def noun(intervention: str) -> str:
+    return "injection" if intervention == "injection" else "intervention"
+
+
+def judge(without: np.ndarray, injected: np.ndarray, paired: bool, intervention: str = "injection") -> Judgement:
+    """The verdict, for an injection on plasticity, from one mean return per run.
+
+    Args:
+        without, injected: (n,) and (m,); if paired, n = m and the values at one index are of one seed
+        intervention: what sets them apart, as in Args
+    """
+    counts, nothing, deed = (len(without), len(injected)), (math.nan, math.nan), DEEDS[intervention]
+    difference = float(injected.mean() - without.mean()) if all(counts) else math.nan
+    if min(counts) < MIN_SEEDS:
+        few = f"{counts[0]} without and {counts[1]} with {noun(intervention)}, it takes {MIN_SEEDS} of each"
+        return Judgement(difference, *nothing, "too few seeds", f"too few seeds to say: {few}")
+    spread = np.ptp(injected - without) if paired else np.ptp(without) + np.ptp(injected)
+    if spread <= 1e-9 * max(abs(without).max(), abs(injected).max()):
+        sentence = f"no interval: the return changed by {show(difference)} with every seed, no spread to judge that by"
+        return Judgement(difference, *nothing, "no interval", sentence)
+    test = scipy.stats.ttest_rel if paired else functools.partial(scipy.stats.ttest_ind, equal_var=False)
+    low, high = map(float, test(injected, without).confidence_interval(CONFIDENCE))
+    if low > 0:
+        meaning = ": evidence of lost plasticity" if intervention == "injection" else ""
+        sentence = f"{deed} raised the return by {show(difference, low, high)}{meaning}"
+        return Judgement(difference, low, high, "raised", sentence)
+    if high < 0:
+        sentence = f"{deed} lowered the return by {show(-difference, -high, -low)}"
+        return Judgement(difference, low, high, "lowered", sentence)
+    claim, what = (
+        ("of lost plasticity", "the return") if intervention == "injection" else (f"that {deed} changed the return", "it")
+    )
+    sentence = f"no evidence {claim}: {what} changed by {show(difference, low, high)}"
+    return Judgement(difference, low, high, "no evidence", sentence)
+
+
+def share_history(run: Run, other: Run, upto: int) -> bool:
+    """Whether two runs were one up to a step, as forks are: the same training games ended at the same steps.
+
+    Where none ended by then: whether one was forked from the other, or both from one checkpoint.
+    """
+    points, others = (r.between("charts/episodic_return", -1, upto) for r in (run, other))
+    if points.size or others.size:
+        return np.array_equal(points, others)
+    origins = [Path(r.args.fork).resolve() if r.args.fork else None for r in (run, other)]
+    folders = [Path(r.folder).resolve() for r in (other, run)]
+    forked = any(origin and origin.parent == folder for origin, folder in zip(origins, folders, strict=True))
+    return forked or origins[0] == origins[1] is not None
+
+
+def in_window(runs: list[Run], metric: str, after: int, upto: int, begin: str) -> tuple[dict[int, Run], dict[str, str]]:
+    """{seed: run} of the runs that count in the window after < step ≤ upto, and {folder: reason} of the others."""
+    side, left_out = {}, {}
+    for run in runs:
+        if run.last_step < max(upto, after + 1):
+            end = f"beyond {begin}" if run.last_step <= after else f"to the window's end at {upto:,}"
+            left_out[run.folder] = f"{run.folder} is at step {run.last_step:,} and has not got {end}"
+        elif not run.between(metric, after, upto).size:
+            left_out[run.folder] = f"{run.folder} has logged no {metric} in the window"
+        else:
+            side[run.args.seed] = run
+    return side, left_out
+
+
+def pair_up(sides: list[dict[int, Run]], firsts: dict[int, int]) -> tuple[set[int], dict[str, str]]:
+    """Seeds whose runs were one up to their first injection; if those are enough, all other runs leave the sides.
+
+    Args:
+        sides: {seed: run} without and with injection, changed in place
+
+    Returns:
+        the seeds, and {folder: reason} of the runs that left
+    """
+    shared = {seed for seed in sides[0].keys() & sides[1].keys() if share_history(sides[0][seed], sides[1][seed], firsts[seed])}
+    left_out = {}
+    for side in sides:
+        for seed in [seed for seed in side if len(shared) >= MIN_SEEDS and seed not in shared]:
+            folder = side.pop(seed).folder
+            left_out[folder] = f"{folder} shares its history with no run of the other arm"
+    return shared, left_out
+
+
+def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Comparison:
+    """The verdict on two arms that differ in nothing but the intervention."""
+    arms, what = (without, injected), injected.runs[0].args.intervention
+    firsts = {run.args.seed: steps[0] for run in injected.runs if (steps := injected.injections(run))}
+    yet = "not been injected yet" if what == "injection" else "had no intervention yet"
+    left_out = {
+        run.folder: f"{run.folder} has {yet}: the verdict is on runs that had"
+        for run in injected.runs
+        if run.args.seed not in firsts
+    }
+    used, after = [[run for run in arm.runs if run.folder not in left_out] for arm in arms], max(firsts.values(), default=0)
+    reached = {run.folder: run.last_step for runs in used for run in runs if run.last_step > after}
+    upto = min(reached.values(), default=after) if window is None else after + window
+    cut = window is None and upto < max(reached.values(), default=after)
+    ended_by = min(reached, key=lambda folder: reached[folder]) if cut else None
+    begin = f"the {'' if injected.injection else 'latest first '}{noun(what)} at {after:,}"
+    sides = []
+    for runs in used:
+        side, reasons = in_window(runs, metric, after, upto, begin)
+        sides.append(side)
+        left_out |= reasons
+    shared, reasons = pair_up(sides, firsts)
+    left_out |= reasons
+    returns = [{seed: side[seed].between(metric, after, upto)[1] for seed in sorted(side)} for side in sides]
+    means = [{seed: float(values.mean()) for seed, values in side.items()} for side in returns]
+    counts = [sum(map(len, side.values())) for side in returns]
+    paired = len(shared) >= MIN_SEEDS
+    judgement = judge(np.array([*means[0].values()]), np.array([*means[1].values()]), paired, what)
+    found = ((means[0], means[1]), (counts[0], counts[1]), len(shared), paired, judgement, left_out)
+    return Comparison(arms, what, firsts, after, upto, ended_by, *found)
+
+
+def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Comparison]:
+    """One for every arm with an intervention that has a counterpart without."""
+
+    def rest(arm: Arm) -> dict[str, Any]:
+        return {name: value for name, value in arm.setting.items() if name not in OF_INTERVENTION}
+
+    baselines = [arm for arm in arms if arm.setting["intervention"] == "none"]
+    pairs = [(a, b) for b in arms if b not in baselines for a in baselines if rest(a) == rest(b)]
+    return [compare(*pair, metric, window) for pair in pairs]
