@@ -30,9 +30,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dqn_injection_atari.py"
-INJECTION = 804  # a vector step is one whole: an injection planned inside it, at 802, happens at its end
+INJECTION = 804  # planned for 802, inside a vector step, it happens at its end; losses are logged there, too
 FLAGS = """--no-cuda --num-envs 4 --total-timesteps 1600 --buffer-size 600 --learning-starts 200 --batch-size 8
---target-network-frequency 100 --log-frequency 50 --checkpoint-frequency 200 --injection-step 802""".split()
+--target-network-frequency 100 --log-frequency 67 --checkpoint-frequency 200 --injection-step 802""".split()
 WALL_CLOCK = ("charts/SPS", "charts/SPS_recent")  # the only scalars that may differ
 MOMENTS = ("beginning", "anywhere", "writing", "injection", "resuming")
 

@@ -68,8 +68,8 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[s
     torch.save({name: part.state_dict() for name, part in parts.items()}, state)
     _remove_leftovers(folder)
     partial = folder / f".{final.name}.partial"
-    partial.mkdir()
     try:
+        partial.mkdir()
         manifest = {"format": FORMAT, "step": step, **meta}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         (partial / "state.pt").write_bytes(state.getbuffer())
@@ -104,9 +104,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UsageError: it is truncated, damaged, incomplete, or no checkpoint; the message says which.
     """
     with reading(path, "a checkpoint", "take another"):
-        recorded, found = (path / CHECKSUMS).read_text().splitlines(), checksums(path).splitlines()
+        recorded, found = (path / CHECKSUMS).read_bytes().decode(), checksums(path)
         if recorded != found:
-            damaged = sorted({line.partition("  ")[2] for line in set(recorded) ^ set(found)})
+            damaged = sorted({line.partition("  ")[2] for line in {*recorded.splitlines()} ^ {*found.splitlines()}})
             raise ValueError(f"{' and '.join(damaged) or CHECKSUMS} is damaged, the checksum is another")
         meta = json.loads((path / "manifest.json").read_text())
         if meta["format"] != FORMAT:

@@ -114,8 +114,7 @@ class Curves:
 
     def _new_file(self, older: set[Path]) -> SummaryWriter:
         newest = max((int(path.name.split(".")[3]) for path in older), default=0)
-        while time.time() < newest + 1:  # readers go by the files' names, which begin with the second
-            time.sleep(0.01)
+        time.sleep(min(max(0.0, newest + 1 - time.time()), 60))  # readers go by the files' names, which begin with the second
         return SummaryWriter(str(self.folder), purge_step=min([self.step, *(step for step, *_ in self.points)]))
 
     def close(self) -> None:
@@ -168,7 +167,11 @@ class RunLog:
         self.start, self.interval_start = now - state["seconds"], now - state["interval_seconds"]
 
     def take_over(self, curves: dict[str, np.ndarray], step: int) -> None:
-        """Begins with these curves, see `read_scalars`, before `step`: for a fork that has taken up a checkpoint's state."""
+        """Begins with these curves, see `read_scalars`, before `step`: for a fork that has taken up a checkpoint's state.
+
+        Of what waits in that state it keeps the scalars: hyperparameters are a fork's own.
+        """
+        self.curves.points = [point for point in self.curves.points if point[2].value[0].HasField("simple_value")]
         held = [
             (int(at), wall_time, summary.scalar(tag, value))
             for tag, points in curves.items()

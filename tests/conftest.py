@@ -1,5 +1,8 @@
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start take it over
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a GPU's first product, whichever test makes it
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -16,8 +19,6 @@ def variant(env_id, of, **kwargs):
         gym.register(env_id, "ale_py.env:AtariEnv", kwargs={**gym.spec(of).kwargs, **kwargs})
     return env_id
 
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a GPU's first product, whichever test makes it
 
 SHORT_GAMES = variant("BriefPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames_per_episode=400)
 TINY_GAMES = variant("TinyPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames_per_episode=120)  # 30 steps
@@ -73,3 +74,8 @@ def random_batch(rng=0, size=8):
         dones=torch.from_numpy(rng.integers(2, size=(size, 1)).astype(np.float32)),
         rewards=torch.from_numpy(rng.normal(size=(size, 1)).astype(np.float32) * 2),
     )
+
+
+def joined(batches):
+    """Several batches as one."""
+    return ReplayBufferSamples(*(torch.cat(tensors) for tensors in zip(*(batch[:5] for batch in batches), strict=True)))

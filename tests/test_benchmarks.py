@@ -130,6 +130,30 @@ def test_an_updates_arithmetic_is_counted_in_full(stack):
     assert profile_update.update_flops(training) == before + 2 * 32 * (6 * head + 2 * head)
 
 
+def test_the_profile_counts_every_call_in_its_part_once(monkeypatch, stack):
+    training = throughput.make_run(throughput.Settings(env_id=TINY_GAMES, fill=64, buffer_size=200), 4, stack)
+    learner, envs, replay = training.learner, training.envs, training.replay
+    seconds = 0
+    monkeypatch.setattr(profile_update.time, "perf_counter", lambda: seconds)
+
+    def lasts(owner, name, duration):
+        original = getattr(type(owner), name)
+
+        def call(*given, **named):
+            nonlocal seconds
+            seconds += duration
+            return original(*given, **named)
+
+        monkeypatch.setattr(type(owner), name, call)
+
+    calls = [(learner, "act"), (envs, "send"), (envs, "receive"), (replay, "add"), (replay, "sample"), (learner, "update")]
+    for k, (owner, name) in enumerate(calls):
+        lasts(owner, name, 2**k)
+    expected = {"act": 1, "emulate": 2 + 4, "replay": 8 + 16, "update": 32, "all": 63}
+    assert profile_update.timed_parts(training, 3) == expected
+    assert profile_update.timed_parts(training, 1) == expected, "nothing is timed twice then"
+
+
 @pytest.mark.slow
 def test_the_profile_adds_up(capsys, monkeypatch, tmp_path):
     once = functools.partial(profile_update.seconds_per_call, repeats=1)

@@ -20,7 +20,7 @@ def heads(q_network):
     return [q_network.theta, *q_network.theta_prime_1, *q_network.theta_prime_2]
 
 
-def trained(q_network, steps=3):
+def trained(q_network, steps=2):
     """A few steps of plain SGD on everything trainable, so that no head is at its initial value."""
     optimizer = torch.optim.SGD(q_network.parameters(), lr=0.01)  # at 0.1, seven trainable heads diverge now and then
     device = next(q_network.parameters()).device
@@ -46,18 +46,14 @@ def num_trainable(q_network):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("freeze_heads", [True, False])
 def test_q_is_bitwise_equal_across_every_injection(device, freeze_heads):
-    q_network = QNetwork(6, max_injections=3, freeze_heads=freeze_heads).to(device)
+    q_network = trained(QNetwork(6, max_injections=3, freeze_heads=freeze_heads).to(device))
     for k in range(3):
-        trained(q_network)
-        for batch in (1, 7, 64):
-            obs = observations(batch).to(device)
-            before = q_network(obs)
-            injected = QNetwork(6, max_injections=3, freeze_heads=freeze_heads).to(device)
-            injected.load_state_dict(q_network.state_dict())
-            injected.inject(seeded(k))
-            assert torch.equal(injected(obs), before)
+        batches = [observations(size, seed=k).to(device) for size in (1, 7, 33)]
+        before = [q_network(obs) for obs in batches]
         q_network.inject(seeded(k))
-    assert not torch.equal(trained(q_network)(obs), before)
+        assert all(torch.equal(q_network(obs), q_values) for obs, q_values in zip(batches, before, strict=True))
+        trained(q_network)
+        assert not torch.equal(q_network(batches[1]), before[1])
 
 
 def test_forward_maps_uint8_stacks_to_float32_q_values_and_leaves_them_alone():
@@ -193,6 +189,37 @@ def test_a_state_dict_carries_the_injections_and_what_they_froze(tmp_path):
     assert torch.equal(loaded(observations()), q_network(observations()))
     flags = [[p.requires_grad for p in network.parameters()] for network in (q_network, loaded)]
     assert flags[0] == flags[1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_shared_bias_is_one_number_added_to_every_action(device):
+    plain, shared = QNetwork(6), QNetwork(6, shared_bias=True).to(device)
+    shared.inject(seeded())
+    for head in heads(shared):
+        assert head[2].bias.shape == (1,) and head[2].weight.shape == plain.theta[2].weight.shape == (6, 512)
+    assert plain.theta[2].bias.shape == (6,)
+    hidden = torch.randn(5, 512, generator=seeded(1)).to(device).requires_grad_()
+    output = shared.theta_prime_1[0][2]
+    expected = hidden.detach() @ output.weight.T + output.bias
+    assert expected.shape == (5, 6) and torch.allclose(output(hidden), expected, atol=1e-6)
+    output(hidden).sum().backward()
+    assert output.bias.grad.tolist() == [30], "one number, 5 · 6 times"
+    assert 0 < output.bias.abs().item() <= 512**-0.5, "drawn at injection as PyTorch draws biases"
+    with torch.no_grad():
+        before = shared(observations(4).to(device))
+        shared.theta[2].bias += 1
+        assert torch.allclose(shared(observations(4).to(device)), before + 1, atol=1e-6)
+
+
+def test_heads_that_were_not_injected_yet_are_zero_and_named_by_no_one():
+    q_network = QNetwork(6, max_injections=2)
+    later = [*q_network.theta_prime_1.parameters(), *q_network.theta_prime_2.parameters()]
+    assert not any(parameter.any() for parameter in later)
+    assert list(q_network.live()) == ["encoder", "theta"] and q_network.newest_head() == "theta"
+    q_network.inject(seeded())
+    assert list(q_network.live()) == ["encoder", "theta", "theta_prime_1.0", "theta_prime_2.0"]
+    assert q_network.live()["theta_prime_2.0"] is q_network.theta_prime_2[0]
+    assert q_network.newest_head() == "theta_prime_1.0"
 
 
 def test_one_injection_too_many_is_refused():

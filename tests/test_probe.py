@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import TINY_GAMES
 
-import compare as probing
-import dqn_injection_atari as script
-from compare import CONTENDERS, FRESH, Settings, probe, probe_checkpoint
-from dqn_injection_atari import Args, Learner, UsageError, load_checkpoint, train
+from analysis import probe as probing
+from analysis.probe import CONTENDERS, FRESH, probe, probe_checkpoint
+from dqn_injection_atari import Args, Learner, make_parts, make_q_network, train
+from support.checkpoints import CHECKSUMS, checksums, load_checkpoint
+from support.usage import UsageError
 
 AGENT, INJECTED, _ = CONTENDERS
 CPU = torch.device("cpu")
@@ -32,8 +33,9 @@ SMALL = Args(
     injection_step=(180,),
     cuda=False,
 )
-QUICK = Settings(probe_observations=16, probe_updates=5, probe_seeds=2)
-ENOUGH = replace(QUICK, probe_observations=8, probe_updates=60)
+QUICK = {"observations": 16, "updates": 5, "seeds": 2}
+ONCE = QUICK | {"seeds": 1}
+ENOUGH = ONCE | {"observations": 8, "updates": 60}
 
 
 @pytest.fixture(scope="session")
@@ -55,21 +57,23 @@ def injected_checkpoint(run_folder):
     return run_folder / "checkpoint-240"
 
 
-def change(checkpoint, network=None, **args):
-    """Rewrites a checkpoint: `network(q_network's state)` is called on what it holds, arguments are replaced."""
+def change(checkpoint, network=None, learner=None, **args):
+    """Rewrites a checkpoint: `network(q_network's state)` is called on what it holds, learner and arguments are replaced."""
     state = torch.load(checkpoint / "state.pt", weights_only=True)
     if network is not None:
         network(state["learner"]["q_network"])
+    if learner is not None:
+        state["learner"] = learner.state_dict()
     torch.save(state, checkpoint / "state.pt")
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["args"] |= args
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    (checkpoint / script.CHECKSUMS).write_text(script.checksums(checkpoint))
+    (checkpoint / CHECKSUMS).write_text(checksums(checkpoint))
 
 
 def make_fresh(q_network):
     torch.manual_seed(12345)
-    fresh = script.make_q_network(SMALL, len(q_network["theta.2.bias"]), CPU)
+    fresh = make_q_network(SMALL, len(q_network["theta.2.bias"]), CPU)
     q_network.update(fresh.state_dict())
 
 
@@ -92,20 +96,20 @@ def ratios(result):
 
 def test_a_network_like_a_fresh_one_has_a_ratio_of_about_1(checkpoint):
     change(checkpoint, make_fresh)
-    result = probe_checkpoint(checkpoint, ENOUGH)
+    result = probe_checkpoint(checkpoint, **ENOUGH)
     assert np.mean(result["errors"][FRESH]["end"]) < 0.5 * np.mean(result["errors"][FRESH]["start"])
     assert 0.5 < ratios(result)[0] < 2
 
 
 def test_a_dead_head_has_lost_capacity_and_an_injection_restores_it(checkpoint):
     change(checkpoint, kill_head)
-    agent, injected = ratios(probe_checkpoint(checkpoint, ENOUGH))
+    agent, injected = ratios(probe_checkpoint(checkpoint, **ENOUGH))
     assert agent > 5 and injected < 2.5
 
 
 def test_no_injection_helps_where_the_encoder_is_dead(checkpoint):
     change(checkpoint, kill_encoder)
-    assert min(ratios(probe_checkpoint(checkpoint, ENOUGH))) > 5
+    assert min(ratios(probe_checkpoint(checkpoint, **ENOUGH))) > 5
 
 
 def test_the_relative_error_is_the_paired_t_interval_of_log_ratios():
@@ -133,7 +137,7 @@ def test_a_level_of_the_values_does_not_count(checkpoint):
         q_network["theta.2.bias"] += 100
 
     change(checkpoint, lift)
-    errors = probe_checkpoint(checkpoint, QUICK)["errors"]
+    errors = probe_checkpoint(checkpoint, **QUICK)["errors"]
     assert errors[AGENT]["start"] == pytest.approx(errors[FRESH]["start"], rel=0.1)
 
 
@@ -156,7 +160,7 @@ def fits(monkeypatch):
 
 
 def test_contenders_share_observations_targets_and_batches_and_seeds_differ(checkpoint, fits):
-    probe_checkpoint(checkpoint, QUICK)
+    probe_checkpoint(checkpoint, **QUICK)
     (first, *others), (second, *_) = fits[:3], fits[3:]
     assert len(fits) == 6
     for other in others:
@@ -167,7 +171,7 @@ def test_contenders_share_observations_targets_and_batches_and_seeds_differ(chec
 
 
 def test_seeds_differ_in_fresh_weights_and_injection(checkpoint, fits):
-    probe_checkpoint(checkpoint, QUICK)
+    probe_checkpoint(checkpoint, **QUICK)
     agent, injected, fresh = ((fits[i][0], fits[i + 3][0]) for i in range(3))
     assert all(torch.equal(agent[0][name], agent[1][name]) for name in agent[0])
     assert not torch.equal(fresh[0]["theta.0.weight"], fresh[1]["theta.0.weight"])
@@ -176,12 +180,12 @@ def test_seeds_differ_in_fresh_weights_and_injection(checkpoint, fits):
 
 def test_an_injection_does_not_change_the_first_error(checkpoint, injected_checkpoint):
     for path in (checkpoint, injected_checkpoint):
-        errors = probe_checkpoint(path, QUICK)["errors"]
+        errors = probe_checkpoint(path, **QUICK)["errors"]
         assert errors[AGENT]["start"] == errors[INJECTED]["start"] != errors[INJECTED]["end"]
 
 
 def test_only_what_the_agent_would_train_moves(injected_checkpoint, fits):
-    probe_checkpoint(injected_checkpoint, replace(QUICK, probe_seeds=1))
+    probe_checkpoint(injected_checkpoint, **ONCE)
     learning = ("theta_prime_1.0.", "theta_prime_1.1.", "theta.")  # the heads of agent, injected agent, fresh network
     for (before, learner, *_), head in zip(fits, learning, strict=True):
         moved = {name for name, p in learner.q_network.named_parameters() if not torch.equal(p, before[name])}
@@ -197,27 +201,36 @@ def test_every_contender_starts_without_moments(checkpoint):
 
 def test_runs_in_bfloat16_are_probed_in_float32(checkpoint, fits):
     change(checkpoint, bf16=True)
-    probe_checkpoint(checkpoint, replace(QUICK, probe_seeds=1))
+    probe_checkpoint(checkpoint, **ONCE)
     assert all(p.dtype == torch.float32 for _, learner, *_ in fits for p in learner.online.parameters())
 
 
 def test_runs_that_the_norm_injects_are_probed(checkpoint, fits):
     change(checkpoint, injection_trigger="norm", injection_norm_ratio=2.0, injection_step=())
-    assert probe_checkpoint(checkpoint, replace(QUICK, probe_seeds=1))["injections"] == 0
+    assert probe_checkpoint(checkpoint, **ONCE)["injections"] == 0
     assert [learner.q_network.num_injections for _, learner, *_ in fits] == [0, 1, 0]
 
 
-def test_a_bias_that_all_actions_share_does_not_make_them_one(fits):
-    folder = train(replace(SMALL, shared_bias=True, total_timesteps=120, checkpoint_frequency=120, injection_step=()))
-    probe_checkpoint(folder / "checkpoint-120", replace(QUICK, probe_seeds=1))
-    assert [targets.shape for _, _, _, targets, *_ in fits] == 3 * [(16, 8)]
+def test_interventions_that_are_no_injections_are_not_counted_as_such(checkpoint, fits):
+    learner = Learner(replace(SMALL, intervention="reset-head"), probing.num_actions(load_checkpoint(checkpoint)), CPU)
+    learner.reset_head(180)
+    change(checkpoint, learner=learner, intervention="reset-head")
+    assert probe_checkpoint(checkpoint, **ONCE)["injections"] == 0
+    assert [learner.q_network.num_injections for _, learner, *_ in fits] == [0, 1, 0]
+
+
+def test_a_bias_that_all_actions_share_does_not_make_them_one(checkpoint, fits):
+    actions = probing.num_actions(load_checkpoint(checkpoint))
+    change(checkpoint, learner=Learner(replace(SMALL, shared_bias=True), actions, CPU), shared_bias=True)
+    probe_checkpoint(checkpoint, **ONCE)
+    assert [targets.shape for _, _, _, targets, *_ in fits] == 3 * [(16, actions)]
 
 
 def test_observations_come_from_replay_and_none_twice(checkpoint):
     saved = load_checkpoint(checkpoint)
-    envs, learner, replay = script.make_parts(SMALL, CPU)
-    saved.restore(envs, learner, replay)
+    envs, _, replay = make_parts(SMALL, CPU)
     envs.close()
+    saved.restore({"replay": replay})
     rows, columns = np.divmod(np.arange(replay.size() * replay.n_envs), replay.n_envs)
     held = replay.transitions(rows, columns).observations.flatten(1)
     drawn = probing.replayed_observations(saved, len(held), CPU).flatten(1)
@@ -233,7 +246,7 @@ def test_observations_come_from_replay_and_none_twice(checkpoint):
 
 def test_twice_gives_the_same_numbers_and_leaves_the_checkpoint_as_it_is(checkpoint, capsys):
     content = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in checkpoint.iterdir()}
-    once, again = (probe(replace(QUICK, probe=(str(checkpoint),))) for _ in range(2))
+    once, again = (probe([str(checkpoint)], **QUICK) for _ in range(2))
     assert once == again
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in checkpoint.iterdir()} == content
     assert json.loads(json.dumps(once, allow_nan=False)) == once
@@ -246,31 +259,34 @@ def test_damaged_and_missing_checkpoints_are_named_and_left_out(checkpoint, tmp_
     with open(damaged / "replay.zst", "r+b") as file:
         file.write(b"?")
     given = (str(damaged), str(tmp_path / "missing"), str(checkpoint))
-    (result,) = probe(replace(QUICK, probe=given))
+    (result,) = probe(given, **QUICK)
     assert result["checkpoint"] == str(checkpoint)
     left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
     assert len(left_out) == 2 and "replay.zst is damaged" in left_out[0] and "missing" in left_out[1]
     with pytest.raises(UsageError, match=r"no checkpoint to probe.*replay\.zst is damaged"):
-        probe(replace(QUICK, probe=given[:2]))
+        probe(given[:2], **QUICK)
 
 
 def test_too_few_observations_are_refused(checkpoint):
     with pytest.raises(UsageError, match="holds 180 observations and not 181: lower --probe-observations to 180"):
-        probe_checkpoint(checkpoint, replace(QUICK, probe_observations=181))
+        probe_checkpoint(checkpoint, **QUICK | {"observations": 181})
 
 
 def test_a_replay_that_does_not_fit_in_memory_is_refused(checkpoint, monkeypatch):
     monkeypatch.setattr(probing, "free_memory", lambda: 1000)
     with pytest.raises(UsageError, match=r"needs 0\.0 GB and 0\.0 GB of memory are free"):
-        probe_checkpoint(checkpoint, QUICK)
+        probe_checkpoint(checkpoint, **QUICK)
 
 
-def test_a_setting_that_cannot_work_is_refused():
-    for name in ("probe_observations", "probe_updates", "probe_seeds"):
-        with pytest.raises(UsageError, match=f"{name} is 0.*change --{name.replace('_', '-')}"):
-            probe(replace(QUICK, probe=("x",), **{name: 0}))
-    with pytest.raises(UsageError, match="give checkpoints"):
-        probe(QUICK)
+def test_without_checkpoints_there_is_nothing_to_probe():
+    with pytest.raises(UsageError, match="no checkpoint to probe; give checkpoints"):
+        probe((), **QUICK)
+
+
+def test_a_checkpoint_of_another_scripts_run_is_refused(checkpoint):
+    change(checkpoint, colour="red")
+    with pytest.raises(UsageError, match=r"checkpoint-180 cannot be read as a checkpoint \(TypeError: .*colour.*take another"):
+        probe_checkpoint(checkpoint, **QUICK)
 
 
 def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
@@ -278,7 +294,7 @@ def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
         q_network["theta.2.weight"].fill_(1e30)
 
     change(checkpoint, spoil)
-    result = probe_checkpoint(checkpoint, QUICK)
+    result = probe_checkpoint(checkpoint, **QUICK)
     assert result["errors"][AGENT]["end"] == [None, None] and result["relative_to_fresh"][AGENT] is None
     assert "diverged" in probing.probe_table(result)
     json.dumps(result, allow_nan=False)

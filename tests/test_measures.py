@@ -1,42 +1,28 @@
-"""Plasticity measures: each against an answer known in closed form, and what measuring leaves alone."""
+"""Measures of plasticity and learning: each against an answer known in closed form, and what measuring leaves alone."""
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import BRIEF, make_learner, random_batch, scalars
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import plugin_data_pb2
 
-from benchmarks.kill_test import differences, flat
-from dqn_injection_atari import (
-    Args,
+from benchmarks.kill_test import content, differences, flat
+from dqn_injection_atari import plasticity_measures, td_loss, train
+from support.measures import (
+    LossMeter,
+    NormTracker,
     active_fraction,
     dormant_units,
     effective_rank,
     joint_norm,
-    plasticity_measures,
     share_of_q,
     singular_values,
     srank,
-    td_loss,
-    train,
 )
 
-SMALL = replace(
-    BRIEF,
-    num_envs=3,
-    buffer_size=300,
-    learning_starts=60,
-    checkpoint_frequency=360,
-    plasticity_frequency=80,
-    injection_step=(200,),
-)
+SMALL = replace(BRIEF, num_envs=3, total_timesteps=240, learning_starts=60, log_frequency=120, injection_step=(150,))
 
 
 # the measures
@@ -110,6 +96,49 @@ def test_share_of_q_is_the_part_of_the_sizes():
 
 def test_joint_norm_is_that_of_all_numbers_together():
     assert joint_norm([torch.tensor([2.0, 4.0]), torch.tensor([[5.0], [6.0]])]).item() == 9
+
+
+def test_the_norm_tracker_counts_from_when_a_module_was_drawn_and_growth_from_when_it_began_to_learn():
+    body, old, new = (torch.nn.Linear(1, 1, bias=False) for _ in range(3))
+    for module, weight in ((body, 3.0), (old, 4.0), (new, 12.0)):
+        torch.nn.init.constant_(module.weight, weight)
+    norms = NormTracker()
+    norms.begin({"body": body, "head": old}, [body, old])
+    torch.nn.init.constant_(body.weight, 5.0)
+    assert norms.initial == {"body": 3, "head": 4}
+    assert norms.norm([body, old]) == pytest.approx(41**0.5) and norms.growth([body, old]) == pytest.approx(41**0.5 / 5)
+    norms.begin({"body": body, "head": old, "new": new}, [body, new])
+    assert norms.initial == {"body": 3, "head": 4, "new": 12} and norms.growth([body, new]) == 1
+    norms.forget("head")
+    norms.begin({"body": body, "head": body}, [body])
+    assert norms.initial == {"body": 3, "head": 5, "new": 12}
+    other = NormTracker()
+    other.load_state_dict(norms.state_dict())
+    assert other.initial == norms.initial and other.at_begin == norms.at_begin == 5
+
+
+def test_the_loss_meter_gives_means_since_the_last_call_and_nothing_where_nothing_was():
+    meter = LossMeter(torch.device("cpu"))
+    assert meter.means(100, 4) == {}
+    for loss, q_values in ((1.0, 5.0), (2.0, 7.0), (6.0, 9.0)):
+        meter.add(torch.tensor(loss), torch.tensor(q_values))
+        meter.num_updates += 1
+    other = LossMeter(torch.device("cpu"))
+    other.load_state_dict(meter.state_dict())
+    assert meter.means(112, 4) == other.means(112, 4) == {"td_loss": 3, "q_values": 7}
+    assert meter.means(112, 4) == {} == other.means(112, 4)
+
+
+@pytest.mark.parametrize(("bad", "first"), [(0, 104), (1, 108), (3, 116)])
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_the_loss_meter_names_the_step_from_which_no_loss_is_finite(bad, first, loss):
+    meter = LossMeter(torch.device("cpu"))
+    for update in range(4):  # at steps 104, 108, 112 and 116
+        meter.add(torch.tensor(loss if update >= bad else 1.0), torch.tensor(0.0))
+        meter.num_updates += 1
+    for ask in (meter.check_finite, meter.means):
+        with pytest.raises(FloatingPointError, match=f"^td_loss is not finite from step {first}: lower --learning-rate$"):
+            ask(118, 4)
 
 
 # of a network
@@ -225,70 +254,41 @@ def test_measuring_changes_nothing_in_the_learner(bf16):
 # of a run
 
 
-def end_of(folder):
-    state = torch.load(folder / "checkpoint-360" / "state.pt", weights_only=True)
-    state["log"] = {name: value for name, value in state["log"].items() if "seconds" not in name}
-    return flat(state), (folder / "checkpoint-360" / "replay.zst").read_bytes()
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The folder of a run that measures in every vector step that holds a multiple of 50."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("measured"))
+        return train(replace(SMALL, checkpoint_frequency=240, plasticity_frequency=50)).absolute()
 
 
-def without_speed(curves):
-    return {tag: points for tag, points in curves.items() if "SPS" not in tag and not tag.startswith("plasticity/")}
+def test_training_is_bitwise_the_same_with_measures_on_or_off(measured):
+    """All that a run saves, and all its other curves."""
+    on, off = (
+        content(folder, "checkpoint-240")
+        for folder in (measured, train(replace(SMALL, checkpoint_frequency=240, plasticity_frequency=0)))
+    )
+    curves, waiting = "curves in the run folder", "/log/points"
+    assert [point for point in on.pop(curves) if not point[0].startswith("plasticity/")] == off.pop(curves)
+    assert on.pop(waiting) is not None and off.pop(waiting) is not None
+    assert differences(on, off) == []
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_training_is_bitwise_the_same_with_measures_on_or_off(overlap):
-    off, on = (train(replace(SMALL, overlap=overlap, plasticity_frequency=frequency)) for frequency in (0, 37))
-    (state, replay), (expected_state, expected_replay) = end_of(on), end_of(off)
-    for got, expected in zip(state.items(), expected_state.items(), strict=True):
-        assert differences(dict([got]), dict([expected])) == []
-    assert replay == expected_replay
-    assert without_speed(scalars(on)) == without_speed(scalars(off))
-
-
-def test_measures_are_logged_at_every_multiple_of_their_frequency():
-    curves = scalars(train(SMALL))
-    assert [step for step, _ in curves["plasticity/dormant_fraction"]] == [80, 160, 240, 320]
-    assert [step for step, _ in curves["plasticity/new_heads_share_of_q"]] == [240, 320]
+def test_measures_are_logged_at_the_end_of_every_vector_step_that_holds_a_multiple_of_their_frequency(measured):
+    curves = scalars(measured)
+    assert [step for step, _ in curves["plasticity/dormant_fraction"]] == [51, 102, 150, 201]
+    assert [step for step, _ in curves["plasticity/new_heads_share_of_q"]] == [201]
     modules = {tag.split("/")[2] for tag in curves if tag.startswith("plasticity/weight_norm/")}
     assert modules == {"encoder", "head", "theta", "theta_prime_2_0"}
-    first = {tag: points[0][1] for tag, points in curves.items()}
-    assert first["plasticity/weight_norm_ratio/head"] != 1, "learning has begun"
-    assert 1 < first["plasticity/srank/encoder"] <= 512 and first["plasticity/gradient_norm/encoder"] > 0
-    # θ is frozen, θ′₂ as it was drawn
-    assert len({value for step, value in curves["plasticity/weight_norm/theta"]}) == 1
-    assert {value for _, value in curves["plasticity/weight_norm_ratio/theta_prime_2_0"]} == {1.0}
+    second = {tag: dict(points).get(102) for tag, points in curves.items()}
+    assert second["plasticity/weight_norm_ratio/head"] != 1, "learning has begun"
+    assert 1 < second["plasticity/srank/encoder"] <= 512 and second["plasticity/gradient_norm/encoder"] > 0
+    # θ was frozen at 150 and is named as itself from then on, θ′₂ is as it was drawn
+    (after, theta), (_, ratio) = (curves[f"plasticity/{name}"][0] for name in ("weight_norm/theta", "weight_norm/head"))
+    assert after == 201 and theta > 0 and ratio > 0
+    assert [value for _, value in curves["plasticity/weight_norm_ratio/theta_prime_2_0"]] == [1.0]
 
 
 def test_without_a_frequency_nothing_is_measured():
-    assert not any(tag.startswith("plasticity/") for tag in scalars(train(replace(SMALL, plasticity_frequency=0))))
-
-
-# in TensorBoard
-
-
-def hparams(folder):
-    metadata = EventAccumulator(str(folder)).Reload().summary_metadata["_hparams_/session_start_info"]
-    content = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
-    return {name: getattr(value, value.WhichOneof("kind")) for name, value in content.session_start_info.hparams.items()}
-
-
-def test_tensorboard_compares_hyperparameters_also_those_of_a_fork():
-    baseline = train(replace(SMALL, apply_injection=False, total_timesteps=240, checkpoint_frequency=0))
-    assert hparams(baseline)["apply_injection"] == "False" and hparams(baseline)["injection_step"] == "(200,)"
-    assert hparams(baseline)["learning_rate"] == 1e-4 and set(hparams(baseline)) == set(Args.__dataclass_fields__)
-    origin = train(replace(SMALL, apply_injection=False))
-    checkpoint = origin / "checkpoint-200"
-    saved = Args(**json.loads((checkpoint / "manifest.json").read_text())["args"])
-    injected = train(replace(saved, fork=str(checkpoint), apply_injection=True))
-    assert hparams(injected)["apply_injection"] == "True" and hparams(injected)["fork"] == str(checkpoint)
-    assert scalars(injected)["plasticity/dormant_fraction"][:2] == scalars(origin)["plasticity/dormant_fraction"][:2]
-
-
-@pytest.mark.parametrize("eval_frequency", [0, 360])
-def test_tensorboard_shows_returns_and_plasticity_side_by_side(eval_frequency):
-    folder = Path(train(replace(SMALL, eval_frequency=eval_frequency, eval_episodes=1)))
-    tensor = EventAccumulator(str(folder)).Reload().Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    category, *others = layout_pb2.Layout.FromString(tensor).category
-    shown = {chart.multiline.tag[0].strip("^$") for chart in category.chart}
-    assert not others and {"charts/episodic_return", "plasticity/dormant_fraction"} < shown
-    assert ("eval/episodic_return" in shown) == (eval_frequency > 0) and shown <= set(scalars(folder)), "all of it logged"
+    folder = train(replace(SMALL, total_timesteps=60, injection_step=(), checkpoint_frequency=0, plasticity_frequency=0))
+    assert not any(tag.startswith("plasticity/") for tag in scalars(folder))

@@ -1,0 +1,141 @@
+"""Figures of runs: return against step, and the measures of plasticity."""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.artist import Artist
+from matplotlib.figure import SubFigure
+
+from analysis.intervals import interval
+from analysis.runs import Arm, short
+from analysis.verdict import Comparison, noun
+from support.run_log import SIDE_BY_SIDE
+
+matplotlib.use("Agg")
+
+MAX_BINS = 100  # points of a curve
+GAMES_PER_BIN = 10  # at least, on average, in the curves of return
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, safe for the colour-blind
+INK = "#222222"
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+def curve(points: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Mean of the values of (2, K) points in each of B bins edges[i] < step ≤ edges[i + 1], (B,).
+
+    Empty bins are interpolated between full ones, and NaN before the first and after the last. Values that are not finite
+    are where a measure is undefined, and count as none.
+    """
+    steps, values = points[:, np.isfinite(points[1])]
+    bins = np.searchsorted(edges, steps).clip(1) - 1
+    counts, sums = (np.bincount(bins, weights, len(edges) - 1) for weights in (None, values))
+    full, middles = np.flatnonzero(counts), (edges[:-1] + edges[1:]) / 2
+    if not len(full):
+        return np.full(len(middles), np.nan)
+    return np.interp(middles, middles[full], sums[full] / counts[full], left=np.nan, right=np.nan)
+
+
+def draw(ax: plt.Axes, arms: list[Arm], colours: dict[str, str], tag: str, bins: int, aggregate: str) -> None:
+    """One panel: a thin line per run; per arm a thick one and its interval, as far as all its runs have values; injections."""
+    edges = np.linspace(0, max(run.last_step for arm in arms for run in arm.runs), bins + 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    for arm in arms:
+        curves = np.array([curve(run.scalars[tag], edges) for run in arm.runs if tag in run.scalars])
+        if len(curves):
+            common, colour = ~np.isnan(curves).any(axis=0), colours[arm.name]
+            centre, low, high = interval(curves[:, common], aggregate)
+            ax.plot(middles, curves.T, color=colour, lw=0.6, alpha=0.45)
+            ax.plot(middles[common], centre, color=colour, lw=2, label=f"{arm.name} (n = {len(curves)})")
+            ax.fill_between(middles[common], low, high, color=colour, alpha=0.18, lw=0)
+    kinds = {arm.setting["intervention"] for arm in arms} - {"none"}
+    label = noun(*kinds) if len(kinds) == 1 else "intervention"
+    for i, step in enumerate(sorted({step for arm in arms for run in arm.runs for step in arm.injections(run)})):
+        ax.axvline(step, color=INK, lw=1, ls=(0, (4, 3)), label="_" * (i > 0) + label)
+    ax.set_xlim(0, edges[-1])
+    ax.xaxis.set_major_formatter(lambda step, _: short(step))
+
+
+def legend(target: plt.Axes | SubFigure, lines: dict[str, Artist], inches: float, **where: Any) -> None:
+    """A legend of {label: line} in as many columns as fit into a width."""
+    columns = int(16 * inches / (max(map(len, lines)) + 8))  # characters of its small type
+    target.legend(lines.values(), lines.keys(), ncols=min(max(1, columns), len(lines)), **where)
+
+
+def by_game(arms: list[Arm]) -> dict[str, list[Arm]]:
+    games: dict[str, list[Arm]] = defaultdict(list)
+    for arm in arms:
+        games[arm.game].append(arm)
+    return games
+
+
+def colours_of(arms: list[Arm]) -> dict[str, str]:
+    """{name: colour}, the same in every game."""
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(arm.name for arm in arms))}
+
+
+@matplotlib.rc_context(STYLE)
+def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: str, aggregate: str) -> None:
+    """The figure of return against step, a panel per game, with the windows of the verdicts shaded."""
+    games, colours = by_game(arms), colours_of(arms)
+    columns = min(3, len(games))
+    rows = math.ceil(len(games) / columns)
+    size = (8, 4.6) if len(games) == 1 else (4.6 * columns, 4.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    played = "a training game" if metric == "charts/episodic_return" else "an evaluation game"
+    for ax, (game, shown) in zip(axes.flat, games.items(), strict=False):
+        num_points = np.mean([run.scalars[metric].shape[1] for arm in shown for run in arm.runs])
+        bins = int(np.clip(num_points / GAMES_PER_BIN, 20, MAX_BINS))
+        draw(ax, shown, colours, metric, bins, aggregate)
+        windows = {(pair.after, pair.upto) for pair in pairs if pair.game == game and all(pair.counts)}
+        for i, (after, upto) in enumerate(sorted(windows)):
+            ax.axvspan(after, upto, color=INK, alpha=0.06, lw=0, label="_" * (i > 0) + "window of the verdict")
+        ax.set(xlabel="step (1 step = 4 frames)", ylabel=f"return of {played}")
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("-", "−"))
+        ax.set_title(game, loc="left", fontweight="bold", fontsize=10)
+        handles, labels = ax.get_legend_handles_labels()
+        inches = size[0] / columns - 0.6
+        legend(ax, dict(zip(labels, handles, strict=True)), inches, loc="upper left", bbox_to_anchor=(0, -0.13))
+    for ax in axes.flat[len(games) :]:
+        ax.set_axis_off()
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_plasticity(arms: list[Arm], path: Path, aggregate: str) -> bool:
+    """The figure of the plasticity measures that TensorBoard's custom scalars show too; False, and none, if no run has any."""
+    games, colours = by_game(arms), colours_of(arms)
+    logged = {tag for arm in arms for run in arm.runs for tag in run.scalars}
+    titles = {tag: title for title, tag in SIDE_BY_SIDE.items() if tag.startswith("plasticity/") and tag in logged}
+    if not titles:
+        return False
+    columns = min(4, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    figure = plt.figure(figsize=(max(6, 3 * columns), (2.3 * rows + 1) * len(games)), layout="constrained")
+    for block, (game, shown) in zip(figure.subfigures(len(games), 1, squeeze=False).flat, games.items(), strict=True):
+        axes, lines = block.subplots(rows, columns, squeeze=False), dict[Any, Artist]()
+        for ax, (tag, title) in zip(axes.flat, titles.items(), strict=False):
+            draw(ax, shown, colours, tag, MAX_BINS, aggregate)
+            ax.set_title(title, fontsize=9, loc="left")
+            ax.locator_params(axis="x", nbins=4)
+            lines |= {line.get_label(): line for line in ax.get_legend_handles_labels()[0]}
+        for ax in axes.flat[len(titles) :]:
+            ax.set_axis_off()
+        block.suptitle(game, x=0.01, ha="left", fontweight="bold", fontsize=10)
+        for ax in axes.flat[: len(titles)][-columns:]:
+            ax.set_xlabel("step (1 step = 4 frames)")
+        legend(block, lines, figure.get_figwidth(), loc="outside lower center")
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+    return True

@@ -1,0 +1,165 @@
+"""A report on runs: verdicts in words, a table, all numbers, and the figures beside them."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.figures import draw_plasticity, draw_returns
+from analysis.games import Aggregate, aggregates, normalised_mean
+from analysis.intervals import interval
+from analysis.runs import Arm, Run, read_arms
+from analysis.verdict import Comparison, comparisons, noun, show
+from support.usage import UsageError
+
+
+def in_words(pair: Comparison, metric: str) -> list[str]:
+    """A comparison in four lines, what, verdict, window and method; then one per run that was left out of it."""
+    word = noun(pair.intervention)
+    seeds = [f"{len(means)} seeds ({', '.join(map(str, means)) or 'none'})" for means in pair.means]
+    if pair.paired:
+        how = f"95% t interval of the differences within {seeds[0]}, whose runs share their history up to the {word}"
+    else:
+        few = f"of which {pair.shared} share{'s' * (pair.shared == 1)} a history, too few to pair"
+        related = few if pair.shared else "which do not share their history"
+        how = f"95% Welch interval, {seeds[0]} without and {seeds[1]} with {word}, {related}"
+    end = f", where {pair.ended_by} is (a longer --window leaves it out)" if pair.ended_by else ""
+    points = f"{pair.counts[0]:,} points of {metric} without and {pair.counts[1]:,} with {word}"
+    begins = ", ".join(f"{step:,} with seed {seed}" for seed, step in sorted(pair.firsts.items()))
+    points += f"; first {word} at {begins}" if pair.firsts and not pair.arms[1].injection else ""
+    return [
+        f"{pair.game}: {pair.arms[1].name} against {pair.arms[0].name}",
+        pair.judgement.sentence,
+        f"window {pair.after:,} < step ≤ {pair.upto:,}{end}, {points}",
+        how if pair.judgement.verdict in ("raised", "no evidence", "lowered") else "no interval",
+        *(f"not in this comparison: {reason}" for reason in pair.left_out.values()),
+    ]
+
+
+def aggregate_in_words(total: Aggregate) -> list[str]:
+    """An aggregate in four lines, what, scores, difference and method; then one per game that was left out of it."""
+    without, injected, difference = (show(*row) if row[1] < row[2] else show(row[0]) for row in total.scores)
+    few = "brackets are 95% stratified bootstrap intervals, which cover less than that with few runs per game"
+    runs = f"{total.runs[0]} runs without and {total.runs[1]} with"
+    spans = zip(total.games, total.windows, strict=True)
+    games = ", ".join(f"{game} in {after:,} < step ≤ {upto:,}" for game, (after, upto) in spans)
+    return [
+        f"{len(total.games)} games: {total.names[1]} against {total.names[0]}",
+        f"human-normalised return, interquartile mean over runs: {without} without and {injected} with",
+        f"difference {difference}, where 0 is random play and 1 a human's",
+        f"over {len(total.games)} games ({games}) and {runs}; {few}",
+        *(f"not in this aggregate: {game}, {reason}" for game, reason in total.left_out.items()),
+    ]
+
+
+def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], metric: str) -> str:
+    """The comparisons in Markdown: two rows each, one per arm that is in none, and below them each one in words."""
+    head = ("game", "arm", "seeds", "n", "mean return in the window", "difference", "verdict", "human-normalised")
+    rows = [head, ("---",) * len(head)]
+    for pair in pairs:
+        judged = pair.judgement
+        difference = show(judged.difference, judged.low, judged.high) if all(pair.counts) else "–"
+        for side, cells in enumerate((("", ""), (difference, judged.verdict))):
+            arm, means, score = pair.arms[side], pair.means[side], normalised_mean(pair, side)
+            mean = show(*interval(np.array(list(means.values())))) if means else "–"
+            normalised = "–" if score is None else show(score)
+            rows.append((arm.game, arm.name, ", ".join(map(str, means)), str(len(means)), mean, *cells, normalised))
+    for arm in (arm for arm in arms if not any(arm in pair.arms for pair in pairs)):
+        seeds = sorted(str(run.args.seed) for run in arm.runs)
+        rows.append((arm.game, arm.name, ", ".join(seeds), str(len(seeds)), "–", "–", "nothing to compare with", "–"))
+    words = ["", "Brackets are 95% intervals.", ""] + [f"- {'; '.join(in_words(pair, metric))}." for pair in pairs]
+    if totals:
+        words += ["", "## Over games", "", *(f"- {'; '.join(aggregate_in_words(total))}." for total in totals)]
+    return "\n".join([f"| {' | '.join(row)} |" for row in rows] + words) + "\n"
+
+
+def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
+    values, bounds = total.scores[:, 0].tolist(), total.scores[:, 1:].tolist()
+    sides = zip(total.names, total.runs, values, bounds, strict=False)
+    without, injected = ({"arm": name, "runs": runs, "iqm": iqm, "interval": bound} for name, runs, iqm, bound in sides)
+    difference = {"difference": values[2], "interval": bounds[2]}
+    windows = [{"after": after, "upto": upto} for after, upto in total.windows]
+    return {
+        "games": total.games,
+        "windows": windows,
+        "without": without,
+        "with": injected,
+        **difference,
+        "left_out": total.left_out,
+    }
+
+
+def as_json(
+    arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], remarks: dict[str, dict[str, str]], metric: str
+) -> str:
+    """All that was found; null stands for what is not a number."""
+
+    def of_run(run: Run) -> dict[str, Any]:
+        return {"run": run.folder, "seed": run.args.seed, "step": run.last_step, "of": run.args.total_timesteps}
+
+    def of_pair(pair: Comparison) -> dict[str, Any]:
+        judged = pair.judgement
+        difference, *bounds = (x if math.isfinite(x) else None for x in (judged.difference, judged.low, judged.high))
+        without, injected = (
+            {"arm": arm.name, "means": means, "points": points, "human_normalised": normalised_mean(pair, side)}
+            for side, (arm, means, points) in enumerate(zip(pair.arms, pair.means, pair.counts, strict=True))
+        )
+        return {
+            "game": pair.game,
+            "without": without,
+            "with": injected,
+            "first_injections": pair.firsts,
+            "window": {"after": pair.after, "upto": pair.upto, "ended_by": pair.ended_by},
+            "paired": pair.paired,
+            "difference": difference,
+            "interval": bounds,
+            "verdict": judged.verdict,
+            "sentence": judged.sentence,
+            "left_out": pair.left_out,
+        }
+
+    described = [{"name": arm.name, "setting": arm.setting, "runs": [of_run(run) for run in arm.runs]} for arm in arms]
+    found = {"comparisons": [of_pair(pair) for pair in pairs], "aggregates": [aggregate_as_json(total) for total in totals]}
+    content = {"metric": metric, "arms": described, **found, **remarks}
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def report(folders: Sequence[str], out: Path, metric: str, window: int | None, aggregate: str) -> None:
+    """Compares runs, prints the verdicts and writes figures, table and numbers.
+
+    Args:
+        folders: of runs
+        out: where the figure goes; the other files have its name with another ending
+        metric: tag of the returns that are compared
+        window: steps after the injection that count, None for as many as all compared runs have
+        aggregate: "mean" or "iqm", of the figures
+
+    Raises:
+        UsageError: a setting cannot work, or no run is usable.
+        OSError: something cannot be written.
+    """
+    if not folders:
+        raise UsageError("nothing to compare: give folders of runs, python compare.py runs/A runs/B ...")
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"out is {out}, but must end in .png, .pdf or .svg: change --out")
+    arms, remarks = read_arms(folders, metric)
+    pairs = comparisons(arms, metric, window)
+    totals = aggregates(pairs)
+    over_games = [total for total in totals if len(total.games) > 1]
+    lines = [f"{kind.replace('_', ' ')}: {line}" for kind, of_kind in remarks.items() for line in of_kind.values()]
+    words = [in_words(pair, metric) for pair in pairs] + [aggregate_in_words(total) for total in over_games]
+    print(*lines, *("\n  ".join(of_one) for of_one in words), sep="\n")
+    if not pairs:
+        print("no verdict: no two arms differ in the injection alone; --fork makes the counterpart of a run")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written = [out, plasticity := out.with_stem(f"{out.stem}_plasticity"), out.with_suffix(".md"), out.with_suffix(".json")]
+    draw_returns(arms, pairs, out, metric, aggregate)
+    if not draw_plasticity(arms, plasticity, aggregate):
+        written.remove(plasticity)
+        print("no figure of plasticity: no run has measured it")
+    out.with_suffix(".md").write_text(table(arms, pairs, over_games, metric))
+    out.with_suffix(".json").write_text(as_json(arms, pairs, totals, remarks, metric))
+    print(f"wrote {', '.join(map(str, written))}")

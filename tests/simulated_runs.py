@@ -1,0 +1,79 @@
+"""Runs as their logs would read, in memory or as folders."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from conftest import variant
+from torch.utils.tensorboard import summary
+
+from analysis.runs import Run
+from dqn_injection_atari import Args
+from support.run_log import Curves
+
+INJECTION, TOTAL = 1_000, 3_000
+RETURN = "charts/episodic_return"
+NORM = {"injection_trigger": "norm", "injection_step": ()}
+PHOENIX, ALIEN = "PhoenixNoFrameskip-v4", "AlienNoFrameskip-v4"
+TETRIS = variant("TetrisNoFrameskip-v5", PHOENIX, game="tetris")  # of which no human score is known
+
+
+def make_run(name, points, last=None, **args):
+    """A run with `points` {tag: [(step, value), ...]}, whose log reaches step `last`, its end if not given."""
+    args = Args(**{"total_timesteps": TOTAL, "injection_step": (INJECTION,), **args})
+    points = points | {"charts/SPS": [(args.total_timesteps if last is None else last, 100.0)]}
+    return Run(f"runs/{name}", args, {tag: np.array(pairs, float).T for tag, pairs in points.items() if pairs})
+
+
+def write(run):
+    """Writes a run's folder as training does, and returns it."""
+    folder = Path(run.folder)
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"run": folder.name, "args": asdict(run.args)}))
+    curves = Curves(folder, 0)
+    points = [(int(step), tag, value) for tag, pairs in run.scalars.items() for step, value in pairs.T]
+    for step, tag, value in sorted(points, key=lambda point: point[0]):
+        curves.add(summary.scalar(tag, value), step)
+    curves.flush()
+    curves.close()
+    return run.folder
+
+
+def write_run(name, points, last=None, **args):
+    return write(make_run(name, points, last, **args))
+
+
+def games(seed, after, effect=0.0, upto=TOTAL):
+    """A game every 100 steps: the seed's own before the injection, of another generator (seed, after) later."""
+    before, later = np.random.default_rng(seed), np.random.default_rng([seed, after])
+    level = 10 * before.normal()
+    return [
+        (step, 100 + level + (before.normal() if step <= INJECTION else effect + later.normal()))
+        for step in range(100, upto + 1, 100)
+    ]
+
+
+def make_arms(seeds=(1, 2, 3), effect=50.0, prefix="", **args):
+    """Runs with and without injection, of one history per seed."""
+    return [
+        make_run(f"{prefix}{'injected' if injected else 'baseline'}-{seed}", {RETURN: games(seed, injected, effect * injected)},
+                 seed=seed, apply_injection=injected, **args)
+        for seed in seeds for injected in (False, True)
+    ]  # fmt: skip
+
+
+def make_games(*env_ids, seeds=(1, 2, 3), **args):
+    """Those of several games."""
+    return [run for env_id in env_ids for run in make_arms(seeds, prefix=f"{env_id}-{len(args)}-", env_id=env_id, **args)]
+
+
+def make_norm_arms(firsts, upto=TOTAL):
+    """Runs without, and with injections {seed: steps} that the norm decided, of one history up to the seed's first."""
+    runs = []
+    for seed, steps in firsts.items():
+        baseline, later, first = games(seed, 0, upto=upto), games(seed, 1, 50.0, upto=upto), min(steps, default=TOTAL)
+        points = {RETURN: baseline[: first // 100] + later[first // 100 :], "injection/step": [(step, step) for step in steps]}
+        runs.append(make_run(f"n{seed}", points, upto, seed=seed, **NORM))
+        runs.append(make_run(f"b{seed}", {RETURN: baseline}, upto, seed=seed, apply_injection=False))
+    return runs

@@ -1,0 +1,110 @@
+"""What the figures show."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from simulated_runs import INJECTION, RETURN, TOTAL, games, make_arms, make_games, make_norm_arms, make_run
+
+from analysis.figures import curve, draw, draw_plasticity, draw_returns
+from analysis.runs import group
+from analysis.verdict import comparisons
+
+PLASTICITY = {"plasticity/dormant_fraction": 0.2, "plasticity/srank/encoder": 90.0, "plasticity/weight_norm_ratio/head": 1.5}
+
+
+def arms_of(*runs):
+    return group(list(runs))[0]
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """Figures by the names they would be saved under."""
+    figures = {}
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, path, **_: figures.update({Path(path).name: figure}))
+    yield figures
+    plt.close("all")
+
+
+def panel(arms, aggregate="mean"):
+    """One drawn panel of the returns."""
+    figure, ax = plt.subplots()
+    draw(ax, arms, {arm.name: "k" for arm in arms}, RETURN, 30, aggregate)
+    plt.close(figure)
+    return ax
+
+
+def test_curves_are_means_of_bins_whose_upper_edge_belongs_to_them():
+    edges = np.linspace(0, 40, 5)
+    points = np.array([[1, 10, 11, 31, 32], [1, 3, 10, 20, np.nan]], float)
+    np.testing.assert_array_equal(curve(points, edges), [2, 10, 15, 20])  # the third is between its neighbours
+    np.testing.assert_array_equal(curve(points[:, 2:3], edges), [np.nan, 10, np.nan, np.nan])  # never beyond them
+    np.testing.assert_array_equal(curve(np.array([[0.0], [5.0]]), edges), [5, np.nan, np.nan, np.nan])
+    assert np.isnan(curve(points[:, 4:], edges)).all()
+
+
+def test_an_arm_has_a_thin_line_per_run_and_a_thick_one_that_ends_where_one_of_its_runs_does():
+    brief = make_run("brief", {RETURN: games(4, 1, upto=2_000)}, last=2_000, seed=4)
+    ax = panel(arms_of(*make_arms((1, 2, 3, 4))[:-2], brief))
+    ends = {line.get_label(): max(line.get_xdata()) for line in ax.lines if line.get_label()[0] != "_"}
+    assert ends["no injection (n = 3)"] > 2_900 and 1_900 < ends["injection at 1k (n = 4)"] <= 2_000
+    assert sum(line.get_linewidth() == 0.6 for line in ax.lines) == 7 and ax.get_xlim() == (0, TOTAL)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "iqm"])
+def test_the_thick_line_is_the_mean_or_interquartile_mean_inside_its_shaded_interval(aggregate):
+    runs = [make_run(f"b{seed}", {RETURN: [(s, 10.0**seed) for s in range(1, 3_001)]}, seed=seed) for seed in (1, 2, 3, 4)]
+    ax = panel(arms_of(*runs), aggregate)
+    (line,) = (line for line in ax.lines if line.get_linewidth() == 2)
+    np.testing.assert_allclose(line.get_ydata(), {"mean": 11_110 / 4, "iqm": 550}[aggregate])
+    (band,) = ax.collections
+    low, high = band.get_paths()[0].vertices[:, 1].min(), band.get_paths()[0].vertices[:, 1].max()
+    assert low < line.get_ydata()[0] < high and (low < 0) == (aggregate == "mean")
+
+
+def test_figures_mark_every_injection_that_was_logged_where_the_norm_decides_and_those_planned_otherwise():
+    def marks(*runs):
+        ax = panel(arms_of(*runs))
+        return [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2], ax.get_legend_handles_labels()[1][-1]
+
+    assert marks(*make_norm_arms({1: [1_200, 2_600], 2: [1_700], 3: []})) == ([1_200, 1_700, 2_600], "injection")
+    assert marks(*make_arms()) == ([INJECTION], "injection")
+    reset = make_run("reset", {RETURN: games(7, 1)}, seed=7, intervention="reset-head")
+    assert marks(reset) == ([INJECTION], "intervention")
+
+
+def test_every_game_has_a_panel_with_a_legend_and_the_window_of_its_verdict(saved):
+    arms = arms_of(*make_games("PhoenixNoFrameskip-v4", "PongNoFrameskip-v4"))
+    draw_returns(arms, comparisons(arms, RETURN, 500), Path("x.png"), RETURN, "mean")
+    axes = saved["x.png"].axes
+    assert [ax.get_title(loc="left") for ax in axes] == ["PhoenixNoFrameskip-v4", "PongNoFrameskip-v4"]
+    for ax in axes:
+        labels = [text.get_text() for text in ax.get_legend().get_texts()]
+        assert labels == ["no injection (n = 3)", "injection at 1k (n = 3)", "injection", "window of the verdict"]
+        (window,) = ax.patches
+        assert (window.get_x(), window.get_x() + window.get_width()) == (INJECTION, INJECTION + 500)
+        assert ax.get_ylabel() == "return of a training game"
+    colours = [{line.get_label(): line.get_color() for line in ax.lines if "(n = 3)" in line.get_label()} for ax in axes]
+    assert colours[0] == colours[1] and len(set(colours[0].values())) == 2
+
+
+def test_no_window_is_shaded_where_one_side_has_no_run(saved):
+    for name, firsts in (("early", {1: []}), ("injected", {2: [1_500]})):
+        arms = arms_of(*make_norm_arms(firsts))
+        draw_returns(arms, comparisons(arms, RETURN, None), Path(name), RETURN, "mean")
+    shaded = {name: len(figure.axes[0].patches) for name, figure in saved.items()}
+    assert shaded == {"early": 0, "injected": 1}
+
+
+def test_plasticity_is_drawn_per_game_and_measure_that_any_run_has(saved):
+    runs = make_games("PhoenixNoFrameskip-v4", "PongNoFrameskip-v4")
+    assert not draw_plasticity(arms_of(*runs), Path("x.png"), "mean") and not saved
+    for run in runs[1:]:
+        run.scalars.update(
+            {tag: np.array([[100.0, 200.0, 300.0], [value, value, np.nan]]) for tag, value in PLASTICITY.items()}
+        )
+    assert draw_plasticity(arms_of(*runs), Path("x.png"), "iqm")
+    titles = [ax.get_title(loc="left") for ax in saved["x.png"].axes]
+    measures = ["dormant fraction", "srank of the encoder's features", "learning head's weight norm ÷ initial"]
+    assert titles == 2 * measures

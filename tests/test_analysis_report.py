@@ -1,0 +1,173 @@
+"""What is printed of comparisons, and written as a table and as numbers."""
+
+import json
+
+import numpy as np
+from simulated_runs import (
+    ALIEN,
+    INJECTION,
+    PHOENIX,
+    RETURN,
+    TETRIS,
+    TOTAL,
+    games,
+    make_arms,
+    make_games,
+    make_norm_arms,
+    make_run,
+)
+
+from analysis.games import aggregates, normalised_mean
+from analysis.intervals import interval
+from analysis.report import aggregate_in_words, as_json, in_words, table
+from analysis.runs import group
+from analysis.verdict import comparisons, show
+
+
+def compared(*runs, window=None, metric=RETURN):
+    arms = group(list(runs))[0]
+    return arms, comparisons(arms, metric, window)
+
+
+def words(*runs, **settings):
+    """A comparison's lines."""
+    _, (pair,) = compared(*runs, **settings)
+    return in_words(pair, RETURN)
+
+
+def numbers(*runs, remarks=None):
+    arms, pairs = compared(*runs)
+    return json.loads(as_json(arms, pairs, aggregates(pairs), remarks or {}, RETURN))
+
+
+def test_a_comparison_in_words_says_what_is_compared_the_verdict_the_window_and_the_method():
+    what, verdict, window, method = words(*make_arms())
+    assert what == f"{PHOENIX}: injection at 1k against no injection"
+    assert verdict.startswith("injection raised the return by ") and verdict.endswith(": evidence of lost plasticity")
+    points = f"60 points of {RETURN} without and 60 with injection"
+    assert window == f"window 1,000 < step ≤ 3,000, {points}"
+    within = "95% t interval of the differences within 3 seeds (1, 2, 3), whose runs share their history up to the injection"
+    assert method == within
+
+
+def test_words_say_how_many_runs_share_a_history_where_they_are_too_few_to_pair():
+    alone = [
+        make_run("b9", {RETURN: games(9, 0)}, seed=9, apply_injection=False),
+        make_run("i8", {RETURN: games(8, 1)}, seed=8),
+    ]
+    seeds = "95% Welch interval, 3 seeds (1, 2, 9) without and 3 seeds (1, 2, 8) with injection"
+    assert words(*make_arms((1, 2)), *alone)[3] == f"{seeds}, of which 2 share a history, too few to pair"
+    strangers = [make_run(f"s{seed}", {RETURN: games(seed + 9, 1)}, seed=seed) for seed in (1, 2, 3)]
+    assert words(*make_arms()[::2], *strangers)[3].endswith("with injection, which do not share their history")
+
+
+def test_words_name_the_run_that_ends_the_window_and_those_that_are_left_out():
+    going = make_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
+    assert "step ≤ 2,050, where runs/going is (a longer --window leaves it out), " in words(*make_arms(), going)[2]
+    left_out = words(*make_arms(), going, window=1_500)[4:]
+    assert left_out == ["not in this comparison: runs/going is at step 2,050 and has not got to the window's end at 2,500"]
+
+
+def test_words_say_when_the_norm_injected_and_which_intervention_it_was():
+    lines = words(*make_norm_arms({1: [1_200, 2_600], 2: [1_700], 3: [1_500, 2_900]}))
+    assert lines[2].endswith("; first injection at 1,200 with seed 1, 1,700 with seed 2, 1,500 with seed 3")
+    reset = [make_run(f"r{seed}", {RETURN: games(seed, 2)}, seed=seed, intervention="reset-head") for seed in (1, 2, 3)]
+    what, _, window, method = words(*make_arms()[::2], *reset)
+    assert what.endswith("head reset at 1k against no intervention") and window.endswith("with intervention")
+    assert method.endswith("up to the intervention")
+
+
+def test_without_a_verdict_words_give_no_method():
+    early = [make_run(str(i), {RETURN: games(1, 0, upto=900)}, last=INJECTION, apply_injection=i) for i in (False, True)]
+    _, verdict, window, method, *left_out = words(*early)
+    assert verdict.startswith("too few seeds to say") and method == "no interval" and len(left_out) == 2
+    assert "0 points" in window
+
+
+def test_an_aggregate_in_words_gives_scores_difference_games_and_method():
+    _, pairs = compared(*make_games(PHOENIX, seeds=(1, 2, 3, 4)), *make_games(ALIEN, TETRIS))
+    (total,) = aggregates(pairs)
+    what, scores, difference, over, left_out = aggregate_in_words(total)
+    assert what == "2 games: injection at 1k against no injection"
+    assert f"{show(*total.scores[0])} without and {show(*total.scores[1])} with" in scores
+    assert show(*total.scores[2]) in difference
+    windows = f"{PHOENIX} in 1,000 < step ≤ 3,000, {ALIEN} in 1,000 < step ≤ 3,000"
+    assert over.startswith(f"over 2 games ({windows}) and 7 runs without and 7 with; brackets are 95% stratified bootstrap")
+    assert left_out == f"not in this aggregate: {TETRIS}, no human score is known"
+
+
+def test_an_aggregate_without_width_has_no_brackets():
+    _, (pair,) = compared(*make_arms((1,)))
+    (total,) = aggregates([pair])
+    assert "[" not in aggregate_in_words(total)[1]
+
+
+def rows_of(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_table_has_two_rows_a_comparison_with_means_difference_verdict_and_human_normalised_score():
+    arms, pairs = compared(*make_games(PHOENIX, TETRIS))
+    text = table(arms, pairs, [], RETURN)
+    head, _, *rows = rows_of(text)
+    assert head[0] == "game" and head[-1] == "human-normalised" and len(rows) == 4
+    for i, pair in enumerate(pairs):
+        for side in (0, 1):
+            means, score = np.array(list(pair.means[side].values())), normalised_mean(pair, side)
+            normalised = "–" if score is None else show(score)
+            judged = pair.judgement
+            verdict = [show(judged.difference, judged.low, judged.high), "raised"] if side else ["", ""]
+            name = ("no injection", "injection at 1k")[side]
+            assert rows[2 * i + side] == [pair.game, name, "1, 2, 3", "3", show(*interval(means)), *verdict, normalised]
+        assert f"- {'; '.join(in_words(pair, RETURN))}." in text.splitlines()
+    assert rows[0][-1] != "–" and rows[2][-1] == "–" and "## Over games" not in text
+
+
+def test_the_table_lists_arms_that_are_in_no_comparison_and_adds_what_is_said_over_games():
+    arms, pairs = compared(*make_games(PHOENIX, ALIEN), make_run("alone", {RETURN: games(1, 1)}, seed=7, batch_size=64))
+    (total,) = aggregates(pairs)
+    text = table(arms, pairs, [total], RETURN)
+    name = "injection at 1k, batch size 64"
+    assert rows_of(text)[-1] == [PHOENIX, name, "7", "1", "–", "–", "nothing to compare with", "–"]
+    assert text.index("## Over games") < text.index(f"- {'; '.join(aggregate_in_words(total))}.")
+
+
+def test_a_side_without_runs_shows_as_dashes():
+    arms, pairs = compared(*make_norm_arms({5: []}))
+    *_, without, injected = rows_of(table(arms, pairs, [], RETURN))
+    assert without[3:] == ["1", without[4], "", "", without[7]] and without[4] != "–"
+    assert injected[3:] == ["0", "–", "–", "too few seeds", "–"]
+
+
+def test_the_numbers_hold_every_arm_comparison_and_remark_and_null_where_there_is_none():
+    remarks = {"left_out": {"runs/x": "why"}, "unfinished": {}}
+    content = numbers(*make_arms(), *make_norm_arms({5: []}), remarks=remarks)
+    assert content["metric"] == RETURN and content["left_out"] == {"runs/x": "why"} and content["unfinished"] == {}
+    arm = content["arms"][1]
+    assert arm["name"] == "injection where the norm has grown 3×" and arm["setting"]["injection_trigger"] == "norm"
+    assert arm["runs"] == [{"run": "runs/n5", "seed": 5, "step": TOTAL, "of": TOTAL}]
+    norm, found = content["comparisons"]
+    assert norm["difference"] is None and norm["interval"] == [None, None] and norm["verdict"] == "too few seeds"
+    assert norm["with"]["means"] == {} and norm["with"]["human_normalised"] is None
+    _, pairs = compared(*make_arms(), *make_norm_arms({5: []}))
+    judged = pairs[1].judgement
+    assert (found["difference"], *found["interval"]) == (judged.difference, judged.low, judged.high)
+    assert found["sentence"] == judged.sentence and found["paired"] and found["game"] == PHOENIX
+    assert found["with"]["means"] == {str(seed): mean for seed, mean in pairs[1].means[1].items()}
+    assert (found["without"]["arm"], found["without"]["points"], found["with"]["points"]) == ("no injection", 60, 60)
+    assert found["first_injections"] == {"1": INJECTION, "2": INJECTION, "3": INJECTION}
+    assert found["window"] == {"after": INJECTION, "upto": TOTAL, "ended_by": None} and found["left_out"].keys() == {"runs/b5"}
+
+
+def test_the_numbers_hold_every_aggregate():
+    _, pairs = compared(*make_games(PHOENIX, ALIEN, TETRIS))
+    (total,) = aggregates(pairs)
+    (found,) = numbers(*make_games(PHOENIX, ALIEN, TETRIS))["aggregates"]
+    for side, row, name in (
+        (found["without"], total.scores[0], "no injection"),
+        (found["with"], total.scores[1], "injection at 1k"),
+    ):
+        assert side == {"arm": name, "runs": 6, "iqm": row[0], "interval": row[1:].tolist()}
+    assert (found["difference"], *found["interval"]) == tuple(total.scores[2])
+    assert found["games"] == [PHOENIX, ALIEN] and found["windows"] == 2 * [{"after": INJECTION, "upto": TOTAL}]
+    assert found["left_out"] == {TETRIS: "no human score is known"}

@@ -1,0 +1,294 @@
+"""What a verdict claims, on which runs, and over which window."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from simulated_runs import INJECTION, NORM, RETURN, TOTAL, games, make_arms, make_norm_arms, make_run
+
+from analysis.runs import Arm, Run, group
+from analysis.verdict import compare, comparisons, judge, show
+from dqn_injection_atari import Args
+
+
+def compared(*runs, metric=RETURN, window=None):
+    return comparisons(group(list(runs))[0], metric, window)
+
+
+def verdict(*runs, **settings):
+    """The only comparison of these runs."""
+    (comparison,) = compared(*runs, **settings)
+    return comparison
+
+
+# what the numbers say
+
+
+def synthetic(rng, n, paired, effect):
+    """Arms of n runs of 10 games before and 10 after the injection, as their logs would read; `effect` is the truth.
+
+    Seeds differ in level. In a paired experiment two runs of a seed share it and their history, else they share nothing,
+    and the returns that rise also spread.
+    """
+    steps = np.arange(1, 21) * INJECTION / 10
+    arms = []
+    levels, histories = 300 * rng.normal(size=n), rng.normal(size=(n, 10))
+    for injected in (False, True):
+        if injected and not paired:
+            levels, histories = 450 * rng.normal(size=n), rng.normal(size=(n, 10))
+        changes = injected * (effect + 60 * paired * rng.normal(size=n))
+        runs = []
+        for seed in range(n):
+            after = levels[seed] + changes[seed] + 50 * rng.normal(size=10)
+            points = np.array([steps, np.concatenate((histories[seed], after))])
+            runs.append(Run(f"{seed}", ARGS[seed], {RETURN: points}))
+        arms.append(Arm("", {"injection": (INJECTION,) if injected else ()}, runs))
+    return arms
+
+
+ARGS = [Args(seed=seed, total_timesteps=2 * INJECTION) for seed in range(5)]
+
+
+@pytest.mark.parametrize("effect", [0.0, 150.0])
+@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize("paired", [True, False], ids=["paired", "welch"])
+def test_intervals_cover_the_truth_and_verdicts_do_not_invent_effects(paired, n, effect):
+    rng = np.random.default_rng(2)
+    found = [compare(*synthetic(rng, n, paired, effect), RETURN, None) for _ in range(1_000)]
+    assert {pair.paired for pair in found} == {paired}
+    judged = [pair.judgement for pair in found]
+    assert 930 <= sum(one.low <= effect <= one.high for one in judged) <= 970
+    if effect == 0:
+        assert sum(one.verdict in ("raised", "lowered") for one in judged) <= 60
+    elif paired and n == 5:
+        assert sum(one.verdict == "raised" for one in judged) >= 900  # two standard deviations and a half are seen
+
+
+def test_unpaired_intervals_of_a_paired_experiment_would_be_much_wider():
+    rng = np.random.default_rng(0)
+    without = 1_000 + 300 * rng.normal(size=5)
+    injected = without + 100 + 20 * rng.normal(size=5)
+    paired, welch = judge(without, injected, True), judge(without, injected, False)
+    assert paired.verdict == "raised" and welch.verdict == "no evidence"
+    assert paired.difference == pytest.approx(welch.difference) and welch.high - welch.low > 5 * (paired.high - paired.low)
+
+
+def test_verdicts_say_what_the_interval_says():
+    without, up = np.array([100.0, 110, 120]), np.array([203.0, 211, 219])
+    raised = judge(without, up, True)
+    assert raised.sentence == "injection raised the return by 101 [96, 106]: evidence of lost plasticity"
+    assert (raised.verdict, raised.difference) == ("raised", 101)
+    down = judge(up, without, True)
+    assert down.sentence == "injection lowered the return by 101 [96, 106]"
+    assert (down.verdict, down.difference, down.low, down.high) == ("lowered", -101, -raised.high, -raised.low)
+    same = judge(without, np.array([103.0, 109, 121]), True)
+    assert same.sentence == "no evidence of lost plasticity: the return changed by 1.00 [−3.97, 5.97]"
+    assert same.verdict == "no evidence"
+    low, high = scipy.stats.ttest_ind(up, without, equal_var=False).confidence_interval(0.95)
+    assert (judge(without, up, False).low, judge(without, up, False).high) == (low, high)
+
+
+def test_verdicts_on_other_interventions_say_which_and_claim_nothing_about_plasticity():
+    without, up, same = np.array([100.0, 110, 120]), np.array([203.0, 211, 219]), np.array([103.0, 109, 121])
+    reset, shrink = "reset-head", "shrink-perturb"
+    assert judge(without, up, True, reset).sentence == "resetting the head raised the return by 101 [96, 106]"
+    assert judge(up, without, True, shrink).sentence == "shrink and perturb lowered the return by 101 [96, 106]"
+    unclear = "changed the return: it changed by 1.00 [−3.97, 5.97]"
+    assert judge(without, same, True, reset).sentence == f"no evidence that resetting the head {unclear}"
+    assert judge(without, same, True, shrink).sentence == f"no evidence that shrink and perturb {unclear}"
+    assert "3 without and 2 with intervention" in judge(without, up[:2], False, reset).sentence
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 2), (0, 3), (2, 2)])
+def test_below_three_seeds_of_either_arm_there_is_no_verdict(sizes):
+    rng = np.random.default_rng(0)
+    judged = judge(rng.normal(size=sizes[0]), 1e6 + rng.normal(size=sizes[1]), False)
+    few = f"too few seeds to say: {sizes[0]} without and {sizes[1]} with injection, it takes 3 of each"
+    assert judged.verdict == "too few seeds" and judged.sentence == few
+    assert np.isnan(judged.low) and np.isnan(judged.high)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("change", [0.0, 0.3])
+@pytest.mark.parametrize("paired", [True, False])
+def test_without_any_spread_there_is_no_interval_rather_than_an_infinitely_sure_one(change, paired):
+    without = np.array([0.1, 0.7, 1.3]) if paired else np.full(3, 0.1)
+    judged = judge(without, without + change, paired)
+    assert judged.verdict == "no interval" and f"changed by {show(change)} with every seed" in judged.sentence
+
+
+def test_numbers_are_shown_to_three_digits():
+    assert show(1234.5, -0.5, 98765.4) == "1,234 [0, 98,765]"
+    assert show(1.234, -0.5, 2) == "1.23 [−0.50, 2.00]" and show(0.01234) == "0.0123" and show(0.0) == "0"
+
+
+# which arms
+
+
+def test_only_arms_that_differ_in_nothing_but_the_injection_are_compared():
+    baselines = make_arms()[::2]
+    faster = [make_run(f"b{seed}", {RETURN: games(seed, 1)}, seed=seed, learning_rate=1e-3) for seed in (1, 2, 3)]
+    assert compared(*baselines, *faster) == []
+    others = [make_run(f"c{seed}", {RETURN: games(seed, 2)}, seed=seed, freeze_heads=False) for seed in (1, 2, 3)]
+    found = verdict(*baselines, *faster, *others)
+    assert set(found.means[1]) == {1, 2, 3} and found.arms[1].name == "injection at 1k, learning rate 0.0001, all heads trained"
+    assert found.arms[0].name == "no injection, learning rate 0.0001"
+
+
+def test_every_intervention_is_compared_with_the_arm_without_any():
+    runs = make_arms()
+    for seed in (1, 2, 3):
+        runs.append(make_run(f"r{seed}", {RETURN: games(seed, 2, -50.0)}, seed=seed, intervention="reset-head"))
+    found = {pair.arms[1].name: pair for pair in compared(*runs)}
+    injected, reset = found["injection at 1k"], found["head reset at 1k"]
+    assert injected.judgement.sentence.startswith("injection raised") and injected.intervention == "injection"
+    assert reset.judgement.sentence.startswith("resetting the head lowered") and reset.intervention == "reset-head"
+    assert injected.arms[0] == reset.arms[0] and reset.arms[0].name == "no intervention"
+
+
+def test_the_metric_may_be_the_return_of_evaluations():
+    runs = []
+    for seed in (1, 2, 3):
+        for injected in (False, True):
+            evaluations = [(500, 1e6), (1_500, seed + injected * (5.0 + seed)), (2_500, seed + injected * 5.0)]
+            points = {RETURN: games(seed, injected), "eval/episodic_return": evaluations}
+            runs.append(make_run(f"{seed}{injected}", points, seed=seed, apply_injection=injected))
+    found = verdict(*runs, metric="eval/episodic_return")
+    assert found.means[1] == {1: 6.5, 2: 8.0, 3: 9.5} and found.paired
+
+
+# which runs are pairs
+
+
+def test_runs_that_share_their_history_are_paired():
+    found = verdict(*make_arms(effect=5.0))
+    assert found.paired and found.shared == 3 and found.judgement.verdict == "raised"
+    assert found.judgement.low < found.judgement.difference < found.judgement.high < 8  # though seeds spread by 10
+
+
+@pytest.mark.parametrize("change", ["value", "step", "missing", "all"])
+def test_runs_whose_logs_differ_before_the_injection_are_not_paired(change):
+    runs = []
+    for seed in (1, 2, 3):
+        points = games(seed, 1, 5.0)
+        altered = {
+            "value": [(points[0][0], points[0][1] + 1e-4), *points[1:]],
+            "step": [(points[0][0] + 1, points[0][1]), *points[1:]],
+            "missing": points[1:],
+            "all": points[10:],
+        }[change]
+        baseline = games(seed, 0)[10 if change == "all" else 0 :]  # nothing before the injection is no history
+        runs.append(make_run(f"b{seed}", {RETURN: baseline}, seed=seed, apply_injection=False))
+        runs.append(make_run(f"i{seed}", {RETURN: altered}, seed=seed))
+    found = verdict(*runs)
+    assert not found.paired and found.shared == 0 and found.judgement.verdict == "no evidence"
+
+
+@pytest.mark.parametrize(("origin", "paired"), [("b{}", True), ("b9", False), (None, False), ("common", True)])
+def test_where_no_game_ended_before_the_injection_lineage_decides(origin, paired):
+    runs = []
+    for seed in (1, 2, 3):
+        source = {"common": f"runs/c{seed}/checkpoint-500"}.get(origin)
+        forked = source or (origin and f"runs/{origin.format(seed)}/checkpoint-{INJECTION}")
+        runs.append(make_run(f"b{seed}", {RETURN: games(seed, 0)[10:]}, seed=seed, apply_injection=False, fork=source))
+        runs.append(make_run(f"i{seed}", {RETURN: games(seed, 1)[10:]}, seed=seed, fork=forked))
+    assert verdict(*runs).paired == paired
+
+
+def test_three_paired_seeds_are_preferred_to_more_that_are_not_and_those_are_named():
+    alone = make_run("alone", {RETURN: games(9, 1)}, seed=9)
+    found = verdict(*make_arms(), alone)
+    assert found.paired and set(found.means[1]) == {1, 2, 3}
+    assert found.left_out == {alone.folder: f"{alone.folder} shares its history with no run of the other arm"}
+
+
+def test_two_paired_seeds_are_not_preferred_to_more_that_are_not():
+    runs = [*make_arms((1, 2)), make_run("b9", {RETURN: games(9, 0)}, seed=9, apply_injection=False)]
+    found = verdict(*runs, make_run("i8", {RETURN: games(8, 1)}, seed=8))
+    assert not found.paired and found.shared == 2 and not found.left_out
+    assert (set(found.means[0]), set(found.means[1])) == ({1, 2, 9}, {1, 2, 8})
+
+
+# which window
+
+
+@pytest.mark.parametrize("window", [None, 500])
+def test_the_window_begins_after_the_injection_and_ends_with_its_last_step(window):
+    end = TOTAL if window is None else INJECTION + window
+    points = [(500, 7.0), (INJECTION, 1e6), (INJECTION + 1, 10.0), (end, 20.0), *([(end + 1, 1e6)] if window else [])]
+    arms = [(seed, injected) for seed in (1, 2, 3) for injected in (False, True)]
+    found = verdict(*(make_run(f"{s}{i}", {RETURN: points}, seed=s, apply_injection=i) for s, i in arms), window=window)
+    assert (found.after, found.upto, found.ended_by) == (INJECTION, end, None)
+    assert found.means[0] == found.means[1] == {1: 15.0, 2: 15.0, 3: 15.0} and found.counts == (6, 6)
+
+
+def test_the_window_of_several_injections_begins_at_the_first():
+    assert verdict(*make_arms(injection_step=(INJECTION, 2_000))).after == INJECTION
+
+
+def test_the_window_begins_at_the_end_of_the_vector_step_in_which_the_injection_lies():
+    runs = make_arms(injection_step=(INJECTION - 3,), num_envs=8)
+    found = verdict(*runs)
+    assert found.after == 1_000 and found.firsts == {1: 1_000, 2: 1_000, 3: 1_000}
+    assert found.paired, "the game at step 1,000 is one that both runs played before"
+
+
+def test_an_unfinished_run_ends_the_window_of_all_and_is_named():
+    going = make_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
+    whole = make_run("whole", {RETURN: games(4, 0)}, seed=4, apply_injection=False)
+    found = verdict(*make_arms(), going, whole)
+    assert (found.upto, found.ended_by) == (2_050, going.folder) and set(found.means[1]) == {1, 2, 3, 4}
+
+
+def test_a_run_that_has_not_reached_the_end_of_a_stated_window_is_left_out_and_named():
+    going = make_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
+    found = verdict(*make_arms(), going, window=1_500)
+    reason = f"{going.folder} is at step 2,050 and has not got to the window's end at 2,500"
+    assert found.left_out == {going.folder: reason} and found.upto == 2_500
+    assert "shares its history with no run" in verdict(*make_arms(), going, window=1_050).left_out[going.folder]
+
+
+def test_a_run_before_its_injection_neither_counts_nor_shortens_the_window():
+    early = make_run("early", {RETURN: games(4, 1, upto=900)}, last=INJECTION, seed=4)
+    found = verdict(*make_arms(), early)
+    reason = f"{early.folder} is at step 1,000 and has not got beyond the injection at 1,000"
+    assert found.left_out == {early.folder: reason} and found.upto == TOTAL
+
+
+def test_before_any_injection_there_are_too_few_seeds_and_every_run_is_named():
+    runs = [make_run(str(i), {RETURN: games(1, 0, upto=900)}, last=INJECTION, apply_injection=i) for i in (False, True)]
+    found = verdict(*runs)
+    assert found.judgement.verdict == "too few seeds" and found.means == ({}, {}) and np.isnan(found.judgement.difference)
+    assert all("not got beyond the injection" in found.left_out[run.folder] for run in runs)
+
+
+def test_a_run_without_a_game_in_the_window_is_left_out_and_named():
+    silent = make_run("silent", {RETURN: games(4, 1)[:10]}, seed=4)
+    found = verdict(*make_arms(), silent)
+    assert found.left_out == {silent.folder: f"{silent.folder} has logged no {RETURN} in the window"} and found.upto == TOTAL
+
+
+def test_where_the_norm_decides_the_window_begins_at_the_latest_first_injection_of_all_runs():
+    found = verdict(*make_norm_arms({1: [1_200, 2_600], 2: [1_700], 3: [1_500, 2_900]}))
+    assert (found.after, found.upto, found.ended_by) == (1_700, TOTAL, None) and found.judgement.verdict == "raised"
+    assert found.firsts == {1: 1_200, 2: 1_700, 3: 1_500}
+    early = make_run("early", {RETURN: games(4, 1, upto=1_600), "injection/step": [(1_100, 1_100)]}, 1_600, seed=4, **NORM)
+    found = verdict(*make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}), early)
+    assert "has not got beyond the latest first injection at 1,700" in found.left_out[early.folder]
+
+
+def test_each_seed_shares_its_history_up_to_its_own_first_injection():
+    runs = make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]})
+    assert verdict(*runs).paired  # though the runs of seeds 1 and 3 differ before the window
+    runs[5] = make_run("other", {RETURN: [(100, 0.0), *games(3, 0)[1:]]}, seed=3, apply_injection=False)
+    assert not verdict(*runs).paired
+
+
+def test_a_run_that_the_norm_has_not_injected_yet_is_left_out_named_and_does_not_shorten_the_window():
+    early = make_norm_arms({4: []}, upto=2_000)[0]
+    found = verdict(*make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}), early)
+    assert found.left_out == {early.folder: f"{early.folder} has not been injected yet: the verdict is on runs that had"}
+    assert found.upto == TOTAL and set(found.means[1]) == {1, 2, 3}
+    assert verdict(*make_norm_arms({5: []})).judgement.verdict == "too few seeds"
+    reset = make_run("reset", {RETURN: games(1, 1)}, intervention="reset-head", **NORM)
+    baseline = make_run("baseline", {RETURN: games(1, 0)}, intervention="none", **NORM)
+    assert "had no intervention yet" in verdict(reset, baseline).left_out[reset.folder]

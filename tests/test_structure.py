@@ -1,0 +1,100 @@
+"""The house: imports go one way, files and functions stay short, training needs no more than requirements.txt."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# what may be imported from what: each from those before it, and from itself
+ORDER = {"support": 0, "dqn_injection_atari": 1, "analysis": 2, "compare": 3, "sweep": 3}
+FOLDERS = ("support", "analysis", "benchmarks", "tests", "img")
+SOURCES = [*sorted(ROOT.glob("*.py")), *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))]
+LIMITS = {"dqn_injection_atari.py": 750, "compare.py": 250, "sweep.py": 250, "README.md": 200}
+FILE_LIMIT, FUNCTION_LIMIT, LOOP_LIMIT = 300, 60, 90
+OPTIONAL = {"wandb"}  # imported where it is asked for, and refused by name where it is missing
+
+each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def home(path):
+    """The name by which others import a file, or the package that it is in."""
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported(path):
+    """First names of all that a file imports, also within functions; those relative to its package are its own."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0] if node.level == 0 else home(path))
+    return names
+
+
+def functions(path):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def test_the_modules_of_the_order_are_there():
+    assert {home(path) for path in SOURCES} >= ORDER.keys() - {"sweep"}
+    assert imported(ROOT / "dqn_injection_atari.py") >= {"support", "torch", "tyro"}
+    assert "dqn_injection_atari" in set.union(*(imported(path) for path in (ROOT / "analysis").glob("*.py")))
+
+
+@each_source
+def test_imports_go_one_way(path):
+    own = home(path)
+    if own not in ORDER:  # tests, benchmarks and figures may import what they like
+        return
+    for name in imported(path) - {own}:
+        assert name not in ("tests", "conftest", "benchmarks", "img"), name
+        assert ORDER.get(name, -1) < ORDER[own], f"{own} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "support").glob("*.py")), ids=lambda path: path.name)
+def test_support_knows_no_args(path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.value for node in nodes if isinstance(node, ast.Constant)}  # annotations may be strings
+    assert not names & {"Args", "Experiment", "QNetwork", "Learner"}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_files_one_reads_first_are_short(name):
+    path = ROOT / name
+    if name != "sweep.py" or path.exists():
+        assert len(path.read_text().splitlines()) <= LIMITS[name]
+
+
+@pytest.mark.parametrize("folder", ["support", "analysis"])
+def test_no_module_has_more_than_300_lines(folder):
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / folder).glob("*.py")}
+    assert lengths and {name: n for name, n in lengths.items() if n > FILE_LIMIT} == {}
+
+
+@each_source
+def test_functions_are_short(path):
+    for function in functions(path):
+        loop = path.name == "dqn_injection_atari.py" and function.name == "loop"
+        assert function.end_lineno - function.lineno + 1 <= (LOOP_LIMIT if loop else FUNCTION_LIMIT), function.name
+
+
+def test_training_imports_only_what_requirements_name():
+    required = {line.partition("==")[0] for line in (ROOT / "requirements.txt").read_text().split()}
+    owners = importlib.metadata.packages_distributions()
+    known = sys.stdlib_module_names | OPTIONAL | {"support"}
+    for path in (ROOT / "dqn_injection_atari.py", *(ROOT / "support").glob("*.py")):
+        for name in imported(path) - known:
+            distributions = {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners[name]}
+            assert distributions & required, f"{path.name} imports {name}"
+
+
+def test_every_required_version_is_pinned():
+    lines = [*(ROOT / "requirements.txt").read_text().split("\n"), *(ROOT / "requirements-dev.txt").read_text().split("\n")]
+    assert all(re.fullmatch(r"[\w-]+==[\w.+]+|-r requirements\.txt|", line) for line in lines)
