@@ -250,7 +250,7 @@ class QNetwork(nn.Module):
 
         q_values = q(self.theta)
         for k in range(self.num_injections):
-            q_values = q_values + (q(self.theta_prime_1[k]) - q(self.theta_prime_2[k]))
+            q_values = q_values + (q(self.theta_prime_1[k]) - q(self.theta_prime_2[k]))  # frozen heads, too, pass gradient to φ
         return q_values
 
     @torch.no_grad()
@@ -287,7 +287,7 @@ class QNetwork(nn.Module):
             parameter.grad = None
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.num_injections)
+        return torch.tensor(self.num_injections)  # so that a state dict says which heads are live, also to the target network
 
     def set_extra_state(self, state: Tensor) -> None:
         self.num_injections = int(state)
@@ -350,7 +350,7 @@ class Learner:
         self._renew()
 
     def _renew(self) -> None:
-        """To be called whenever the networks or the optimizer's state are not what they were made of."""
+        """Makes anew what derives from networks and optimizer: initial norms, bf16 copies, captured graphs."""
         self.norms.begin(self.q_network.live(), self.learning())
         self.online, self.target = self.q_network, self.target_network
         if self.args.bf16:
@@ -358,7 +358,7 @@ class Learner:
         self.graphs.clear()
 
     def learning(self) -> list[nn.Module]:
-        """The encoder and the head that learns."""
+        """The encoder and the newest head; with --no-freeze-heads older heads learn, too."""
         return [self.q_network.encoder, self.q_network.get_submodule(self.q_network.newest_head())]
 
     def _tensors(self) -> list[Tensor]:
@@ -371,9 +371,9 @@ class Learner:
         return epsilon_greedy(lambda: q(upload(obs, self.device)), (len(obs), self.num_actions), epsilon, self.rng)
 
     def update(self, batch: ReplayBufferSamples, count: int = 1) -> dict[str, Tensor]:
-        """`count` gradient steps, each on its share of the batch, one after the other.
+        """`count` gradient steps, one after the other, each on its part of the batch.
 
-        Returns {"td_loss", "q_values", the mean Q} of the last one, 0-d, left on the device.
+        Returns the last one's loss and mean Q, {"td_loss", "q_values"}, 0-d, left on the device.
         """
         self.losses.num_updates += count
         tensors = (tensor for tensor in batch if tensor is not None)  # Stable-Baselines3's n-step discounts are
@@ -381,8 +381,8 @@ class Learner:
 
     def _update(self, count: int, *batch: Tensor) -> dict[str, Tensor]:
         trained, working = (tuple(p for p in net.parameters() if p.requires_grad) for net in (self.q_network, self.online))
-        for share in zip(*(tensor.chunk(count) for tensor in batch), strict=True):
-            loss, q_values = td_loss(self.online, self.target, ReplayBufferSamples(*share), self.args.gamma)
+        for minibatch in zip(*(tensor.chunk(count) for tensor in batch), strict=True):
+            loss, q_values = td_loss(self.online, self.target, ReplayBufferSamples(*minibatch), self.args.gamma)
             self.online.zero_grad(set_to_none=True)
             loss.backward()
             if self.args.bf16:
@@ -406,16 +406,16 @@ class Learner:
             torch._foreach_copy_(tuple(self.target.parameters()), target)
 
     def norm_growth(self) -> float:
-        """‖w‖ of all that learns over what it was when this head began to learn: the adaptive criterion (paper, appendix)."""
+        """‖w‖ of encoder and newest head over what it was when that head began: the adaptive criterion (paper, appendix)."""
         return self.norms.growth(self.learning())
 
     def intervene(self, step: int) -> None:
         """Does what `args.intervention` names."""
-        deeds = {"injection": self.inject, "reset-head": self.reset_head, "shrink-perturb": self.shrink_perturb}
-        deeds[self.args.intervention](step)
+        methods = {"injection": self.inject, "reset-head": self.reset_head, "shrink-perturb": self.shrink_perturb}
+        methods[self.args.intervention](step)
 
     def inject(self, step: int = 0) -> None:
-        """Injects plasticity into the online network and mirrors it in the target network.
+        """Injects plasticity into the online network; the target network becomes its copy, whatever `tau` (paper).
 
         All optimizer moments stay. The new head, which has had no gradient yet, starts without any, or with a copy of those
         of the head that learned before (paper, Fig. 9).
@@ -558,16 +558,16 @@ class Training:
 
     def intervention_due(self) -> bool:
         """Whether one of --injection-step has passed, or the norm has grown beyond --injection-norm-ratio."""
-        args, step = self.args, self.run.step
-        if args.applied_intervention == "none" or args.injection_trigger == "step":
-            return args.applied_intervention != "none" and step in args.planned_interventions
-        possible = 0 < step < args.total_timesteps and len(self.learner.interventions) < args.max_injections
+        args, step, made = self.args, self.run.step, len(self.learner.interventions)
+        if args.injection_trigger == "step":
+            return step in args.planned_interventions and args.applied_intervention != "none"
+        possible = 0 < step < args.total_timesteps and made < args.max_injections and args.applied_intervention != "none"
         due = possible and self.run.due(args.injection_check_frequency)
         return bool(due) and self.learner.norm_growth() > args.injection_norm_ratio
 
     def intervene(self) -> None:
         """Does what --intervention names, measures how far that changed Q (an injection: not at all), and logs both."""
-        learner, log, step = self.learner, self.run.log, self.run.step
+        args, learner, log, step = self.args, self.learner, self.run.log, self.run.step
         obs = self.replayed(Stream.INJECTION, len(learner.interventions)).observations
         with torch.no_grad():
             before = learner.online(obs)
@@ -575,9 +575,9 @@ class Training:
             delta = (learner.online(obs) - before).abs().max().item()
         log.scalar("injection/step", step, step)
         log.scalar("injection/max_abs_delta_q", delta, step)
-        said = {"injection": "plasticity injected", "reset-head": "head drawn anew"}
-        done = said.get(self.args.intervention, "encoder shrunk and perturbed, head drawn anew")
-        log.say(f"step {step:,}: {done}, largest change of Q over {len(obs)} observations: {float(f'{delta:.4g}')}")
+        done = {"injection": "plasticity injected", "reset-head": "head drawn anew"}
+        done["shrink-perturb"] = "encoder shrunk and perturbed, head drawn anew"
+        log.say(f"step {step:,}: {done[args.intervention]}, largest change of Q over {len(obs)} observations: {delta:.4}")
 
     def loop(self) -> bool:
         """Plays and learns from the run's step to its end, or until a signal. Returns whether the run is complete.
@@ -611,8 +611,8 @@ class Training:
 
 def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     """Raises UsageError for a fork that no single run in its arguments could have come to: its curves would mislead."""
-    saved, step, lies = Args(**checkpoint.meta["args"]), checkpoint.step, f"checkpoint {checkpoint.path} lies"
-    changed, early = set(usage.changed_fields(args, saved)), "give an earlier checkpoint"
+    saved, step, where = Args(**checkpoint.meta["args"]), checkpoint.step, f"checkpoint {checkpoint.path}"
+    changed = set(usage.changed_fields(args, saved))
     refused = [name for name in asdict(args) if name in changed.difference(FORKABLE)]
     values = ", ".join(f"{name} is {getattr(args, name)}, there {getattr(saved, name)}" for name in refused)
     made, by_norm = tuple(checkpoint.state["learner"]["interventions"]), args.injection_trigger == "norm"
@@ -620,23 +620,22 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     said = planned if args.applied_intervention != "none" else ()
     kinds = " and ".join(map(flag, sorted(changed & OF_KIND)))
     room = len(made) + bool(changed & {"injection_trigger", "max_injections"})
-    length, before = (a.exploration_fraction * a.total_timesteps for a in (args, saved))
-    fraction = f"give --exploration-fraction {before / args.total_timesteps} with this --total-timesteps"
-    refusals = {
-        f"not as in {lies[:-5]}: {values}; a fork may differ in {', '.join(FORKABLE)} only": refused,
-        f"{lies} after injections at {made or 'no step'}, but the arguments say {said or 'none'} before step {step}: "
-        f"give an --injection-step of {step} or later, or an earlier checkpoint": said != made,
-        f"{lies} after an injection: for another {kinds} {early}": made and kinds,
-        f"{lies} after {len(made)} injections, and max_injections is {args.max_injections}: give a --max-injections of {room} "
-        "or more, or an earlier checkpoint": by_norm and made and args.max_injections < room,
-        f"{lies} at step {step}: give a --total-timesteps of {step + 1} or more": args.total_timesteps <= step,
-        f"{lies} at the end of a run whose length is no multiple of num_envs and log_frequency, so no longer run passes it: "
-        f"{early}": step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency),
-        f"ε would fall over {length:,.0f} steps, but before {lies[:-5]} over {before:,.0f}: {fraction}": step > 0
-        and not np.isclose(length, before, rtol=1e-9),
-    }
-    for refusal in (text for text, holds in refusals.items() if holds):
-        raise UsageError(refusal)
+    ragged = step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency)
+    fall, before = (a.exploration_fraction * a.total_timesteps for a in (args, saved))
+    for wrong, message in (
+        (refused, f"not as in {where}: {values}; a fork may differ in {', '.join(FORKABLE)} only"),
+        (made != said, f"{where} lies after injections at {made or 'no step'}, but the arguments say {said or 'none'} before "
+        f"step {step}: give an --injection-step of {step} or later, or an earlier checkpoint"),
+        (made and kinds, f"{where} lies after an injection: for another {kinds} give an earlier checkpoint"),
+        (by_norm and made and args.max_injections < room, f"{where} lies after {len(made)} injections, and max_injections is "
+        f"{args.max_injections}: give a --max-injections of {room} or more, or an earlier checkpoint"),
+        (args.total_timesteps <= step, f"{where} lies at step {step}: give a --total-timesteps of {step + 1} or more"),
+        (ragged, f"{where} ends a run whose length is no multiple of num_envs and log_frequency: give an earlier checkpoint"),
+        (step and not np.isclose(fall, before, rtol=1e-9), f"ε would fall over {fall:,.0f} steps, but before {where} over "
+        f"{before:,.0f}: give --exploration-fraction {before / args.total_timesteps} with this --total-timesteps"),
+    ):  # fmt: skip
+        if wrong:
+            raise UsageError(message)
 
 
 def train(args: Args, signals: Signals | None = None) -> Path:

@@ -114,7 +114,9 @@ class Curves:
 
     def _new_file(self, older: set[Path]) -> SummaryWriter:
         newest = max((int(path.name.split(".")[3]) for path in older), default=0)
-        time.sleep(min(max(0.0, newest + 1 - time.time()), 60))  # readers go by the files' names, which begin with the second
+        time.sleep(
+            min(max(0.0, newest + 1.01 - time.time()), 60)
+        )  # readers go by the files' names, which begin with the second
         return SummaryWriter(str(self.folder), purge_step=min([self.step, *(step for step, *_ in self.points)]))
 
     def close(self) -> None:

@@ -452,5 +452,7 @@ def test_what_holds_no_arguments_is_refused_by_name(content):
     path = Path("run.json")
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"^run.json cannot be read as a run's arguments \(.+\): give a run's folder to --resume"):
+    with pytest.raises(
+        UsageError, match=r"^run.json cannot be read as a run's arguments \(.+\): give a run's folder to --resume"
+    ):
         read_identity(path)

@@ -8,7 +8,8 @@ from conftest import SHORT_GAMES, variant
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.atari_wrappers import NoopResetEnv
 
-from dqn_injection_atari import Args, UsageError, make_envs, stream_seed
+from support.environments import atari_spec, make_envs
+from support.usage import UsageError
 
 BACKENDS = ("sb3", "ale")
 

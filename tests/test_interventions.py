@@ -243,7 +243,7 @@ NORM = replace(
 )
 
 
-@pytest.mark.parametrize("num_envs", [1, 4])
+@pytest.mark.parametrize("num_envs", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_an_injection_is_made_at_the_first_check_at_which_the_norm_has_grown_enough(num_envs):
     folder = train(replace(NORM, num_envs=num_envs, checkpoint_frequency=240 if num_envs == 4 else 0))
     curves = scalars(folder)

@@ -190,7 +190,8 @@ def test_signals_are_requests_while_the_block_lasts_and_handlers_are_put_back():
 
 
 @pytest.mark.parametrize(
-    "numbers,status", [(("SIGTERM",) * 2, 143), (("SIGINT",) * 2, 130), (("SIGTERM", "SIGINT"), 130), (("SIGINT", "SIGTERM"), 143)]
+    "numbers,status",
+    [(("SIGTERM",) * 2, 143), (("SIGINT",) * 2, 130), (("SIGTERM", "SIGINT"), 130), (("SIGINT", "SIGTERM"), 143)],
 )
 def test_a_second_signal_ends_the_process_with_its_own_status(numbers, status):
     first, second = (getattr(signal, number) for number in numbers)
@@ -270,7 +271,9 @@ def test_a_file_system_without_locks_is_no_error(monkeypatch):
 
 def test_a_folder_that_is_not_there_is_refused_by_name():
     with (
-        pytest.raises(UsageError, match=r"^nowhere cannot be read as a run's folder \(FileNotFoundError.*: give one to --resume$"),
+        pytest.raises(
+            UsageError, match=r"^nowhere cannot be read as a run's folder \(FileNotFoundError.*: give one to --resume$"
+        ),
         alone_in(Path("nowhere")),
     ):
         pytest.fail("it came in")

@@ -256,27 +256,28 @@ def test_measuring_changes_nothing_in_the_learner(bf16):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """The folder of a run that measures in every vector step that holds a multiple of 50."""
+    """The folder of a run that measures in every vector step that holds a multiple of 100."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("measured"))
-        return train(replace(SMALL, checkpoint_frequency=240, plasticity_frequency=50)).absolute()
+        return train(replace(SMALL, checkpoint_frequency=240, plasticity_frequency=100)).absolute()
 
 
+@pytest.mark.slow
 def test_training_is_bitwise_the_same_with_measures_on_or_off(measured):
     """All that a run saves, and all its other curves."""
     on, off = (
         content(folder, "checkpoint-240")
         for folder in (measured, train(replace(SMALL, checkpoint_frequency=240, plasticity_frequency=0)))
     )
-    curves, waiting = "curves in the run folder", "/log/points"
+    curves = "curves in the run folder"
     assert [point for point in on.pop(curves) if not point[0].startswith("plasticity/")] == off.pop(curves)
-    assert on.pop(waiting) is not None and off.pop(waiting) is not None
     assert differences(on, off) == []
 
 
+@pytest.mark.slow
 def test_measures_are_logged_at_the_end_of_every_vector_step_that_holds_a_multiple_of_their_frequency(measured):
     curves = scalars(measured)
-    assert [step for step, _ in curves["plasticity/dormant_fraction"]] == [51, 102, 150, 201]
+    assert [step for step, _ in curves["plasticity/dormant_fraction"]] == [102, 201]
     assert [step for step, _ in curves["plasticity/new_heads_share_of_q"]] == [201]
     modules = {tag.split("/")[2] for tag in curves if tag.startswith("plasticity/weight_norm/")}
     assert modules == {"encoder", "head", "theta", "theta_prime_2_0"}

@@ -383,7 +383,9 @@ def test_a_last_point_that_is_not_whole_is_left_out_and_all_before_it_read(whole
     curves, expected = scalars(FOLDER), scalars(whole)
     assert curves.pop("eval/episodic_return") == expected.pop("eval/episodic_return")[:-1]
     assert curves == expected
-    assert {tag: list(zip(*points[:2].tolist(), strict=True)) for tag, points in read_scalars(FOLDER).items()} == scalars(FOLDER)
+    assert {tag: list(zip(*points[:2].tolist(), strict=True)) for tag, points in read_scalars(FOLDER).items()} == scalars(
+        FOLDER
+    )
 
 
 def test_a_damaged_event_file_is_refused_by_name_instead_of_leaving_out_what_follows(whole):
@@ -552,5 +554,3 @@ def test_weights_and_biases_is_asked_to_mirror_tensorboard(monkeypatch):
     start_wandb("p", "e", "name", ARGS)
     assert given.pop("sync_tensorboard") is True and given.pop("save_code") is True
     assert given == {"project": "p", "entity": "e", "name": "name", "config": ARGS}
-
-
