@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot as plt
 from simulated_runs import INJECTION, RETURN, TOTAL, games, make_arms, make_games, make_norm_arms, make_run
 
-from analysis.figures import curve, draw, draw_plasticity, draw_returns
+from analysis.figures import COLOURS, curve, draw, draw_plasticity, draw_returns
 from analysis.runs import group
 from analysis.verdict import comparisons
 
@@ -86,7 +86,28 @@ def test_every_game_has_a_panel_with_a_legend_and_the_window_of_its_verdict(save
         assert (window.get_x(), window.get_x() + window.get_width()) == (INJECTION, INJECTION + 500)
         assert ax.get_ylabel() == "return of a training game"
     colours = [{line.get_label(): line.get_color() for line in ax.lines if "(n = 3)" in line.get_label()} for ax in axes]
-    assert colours[0] == colours[1] and len(set(colours[0].values())) == 2
+    assert colours[0] == colours[1] == dict(zip(("no injection (n = 3)", "injection at 1k (n = 3)"), COLOURS, strict=False))
+
+
+@pytest.mark.parametrize(("aggregate", "level"), [("mean", 11_110 / 4), ("iqm", 550)])
+def test_both_figures_show_what_was_asked_for(saved, aggregate, level):
+    tag = "plasticity/dormant_fraction"
+    arms = arms_of(
+        *(make_run(f"{s}", {t: [(1, 10.0**s), (TOTAL, 10.0**s)] for t in (RETURN, tag)}, seed=s) for s in (1, 2, 3, 4))
+    )
+    draw_returns(arms, [], Path("x.png"), RETURN, aggregate)
+    draw_plasticity(arms, Path("y.png"), aggregate)
+    for figure in saved.values():
+        (line,) = (line for line in figure.axes[0].lines if line.get_linewidth() == 2)
+        np.testing.assert_allclose(line.get_ydata(), level)
+
+
+@pytest.mark.parametrize(("num_games", "points"), [(30, 20), (500, 50), (3_000, 100)])
+def test_curves_of_return_have_20_to_100_points_of_ten_games_on_average(saved, num_games, points):
+    steps = np.linspace(TOTAL / num_games, TOTAL, num_games)
+    arms = arms_of(make_run("a", {RETURN: [(step, 1.0) for step in steps]}))
+    draw_returns(arms, [], Path("x.png"), RETURN, "mean")
+    assert len(saved["x.png"].axes[0].lines[0].get_xdata()) == points
 
 
 def test_no_window_is_shaded_where_one_side_has_no_run(saved):

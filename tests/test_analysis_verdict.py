@@ -165,6 +165,12 @@ def test_runs_that_share_their_history_are_paired():
     assert found.judgement.low < found.judgement.difference < found.judgement.high < 8  # though seeds spread by 10
 
 
+def test_pairs_are_of_one_seed_in_whatever_order_runs_are_given():
+    runs = make_arms((1, 2, 3, 4), effect=5.0)
+    found, other = verdict(*runs), verdict(*runs[::2], *runs[:0:-2])
+    assert list(other.means[0]) == list(other.means[1]) == [1, 2, 3, 4] and other.judgement == found.judgement
+
+
 @pytest.mark.parametrize("change", ["value", "step", "missing", "all"])
 def test_runs_whose_logs_differ_before_the_injection_are_not_paired(change):
     runs = []

@@ -117,9 +117,15 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(command):
     assert status == 1 and errors.startswith("error: ") and "img" in errors and errors.count("\n") == 1
 
 
-def test_the_probe_is_given_its_settings(command, monkeypatch):
+def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
     given = []
-    monkeypatch.setattr(compare, "probe", lambda *settings: given.append(settings))
+    for name in ("report", "probe"):
+        monkeypatch.setattr(compare, name, lambda *settings: given.append(settings))
+    command("a", "b", "--out", "c.pdf", "--metric", "eval/episodic_return", "--window", 5, "--aggregate", "iqm")
+    command("a")
+    evaluated = (("a", "b"), Path("c.pdf"), "eval/episodic_return", 5, "iqm")
+    assert given == [evaluated, (("a",), Path("comparison.png"), RETURN, None, "mean")]
+    given.clear()
     command("--probe", "a", "b", "--probe-observations", 5, "--probe-updates", 6, "--probe-seeds", 7)
     command("--probe", "a")
     assert given == [(("a", "b"), 5, 6, 7), (("a",), 512, 1_000, 3)]
