@@ -172,8 +172,8 @@ def uninterrupted_run(shared, args):
     return Path(name)
 
 
-@pytest.fixture(scope="session")
-def uninterrupted(tmp_path_factory):
+@pytest.fixture(scope="session", name="uninterrupted")
+def uninterrupted_runs(tmp_path_factory):
     """`uninterrupted(args)` is the folder of such a run, for the tests that share it: to be read, not changed."""
     own = tmp_path_factory.getbasetemp()
     return functools.partial(uninterrupted_run, (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "uninterrupted")

@@ -73,12 +73,13 @@ def test_the_working_copy_computes_in_bfloat16_but_for_its_output_layers():
 
 def test_gradients_are_copied_in_float32_to_memory_that_stays():
     trained, working = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    addresses = set()
     for value in (0.5, -2.0):
         working.grad = torch.full((3,), value, dtype=torch.bfloat16)
         copy_gradients([working], [trained])
         assert trained.grad.dtype == torch.float32 and trained.grad.tolist() == [value] * 3
-        address = trained.grad.data_ptr() if value == 0.5 else address
-    assert trained.grad.data_ptr() == address
+        addresses.add(trained.grad.data_ptr())
+    assert len(addresses) == 1
 
 
 @pytest.mark.parametrize("injections", [0, 1])
@@ -154,14 +155,15 @@ def test_acting_in_bf16_asks_the_working_copy():
 def test_an_update_takes_its_memory_from_what_earlier_ones_freed(bf16):
     """Where the system has to give new pages, an update of 32 faults 700 of them in, which takes a tenth of its time."""
     learner, batch = make_learner(bf16=bf16), random_batch(np.random.default_rng(0), 32)
-    for _ in range(20):
+    for _ in range(10):
         learner.update(batch)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(40):
+    for _ in range(20):
         learner.update(batch)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 40 < 100
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20 < 100
 
 
+@pytest.mark.slow
 def test_denormals_are_flushed_in_every_thread():
     code = """
 import dqn_injection_atari, torch

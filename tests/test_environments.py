@@ -122,6 +122,7 @@ def test_a_game_at_its_frame_limit_is_truncated_and_not_terminal(backend):
     assert infos["episode"]["l"].tolist() == [30, 30, 30]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "num_envs", "seed"), [("sb3", 5, 37), ("ale", 6, 86)])
 def test_v5_keeps_its_sticky_actions_and_skips_four_frames_once(backend, num_envs, seed):
     """Of games that start on the same frame, as two pairs do with these seeds, all go one way, but not with sticky actions."""

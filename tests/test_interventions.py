@@ -257,14 +257,16 @@ def test_an_injection_is_made_at_the_first_check_at_which_the_norm_has_grown_eno
     assert kept == ({*due, 240} if num_envs == 4 else set()), "from which a baseline can be forked"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"injection_norm_ratio": 3.0}, {"apply_injection": False}, {"intervention": "none"}], ids=str
 )
 def test_no_injection_is_made_below_the_ratio_or_in_a_baseline(changes):
-    curves = scalars(train(replace(NORM, total_timesteps=150, **changes)))
+    curves = scalars(train(replace(NORM, total_timesteps=120, **changes)))
     assert "injection/step" not in curves and max(value for _, value in curves["injection/norm_growth"]) > 1.0001
 
 
+@pytest.mark.slow
 def test_the_norm_triggers_any_intervention_no_more_than_max_injections_times():
     curves = scalars(train(replace(NORM, intervention="reset-head", max_injections=1)))
     assert len(curves["injection/step"]) == 1 and curves["injection/max_abs_delta_q"][0][1] > 0
@@ -272,6 +274,7 @@ def test_the_norm_triggers_any_intervention_no_more_than_max_injections_times():
     assert first < 200 and last[1] > 1.0001, "it had grown enough for another one"
 
 
+@pytest.mark.slow
 def test_the_norm_triggers_nothing_at_the_end_of_a_run():
     args = replace(NORM, injection_check_frequency=240, intervention="reset-head")
     curves = scalars(train(args))
@@ -293,6 +296,7 @@ def test_an_injection_with_a_shared_bias_changes_nothing_and_learns():
     assert learner.q_network.theta_prime_1[0][2].bias.item() != bias
 
 
+@pytest.mark.slow
 def test_a_short_run_in_the_papers_settings_trains_injects_and_evaluates():
     small = {name: getattr(SMALL, name) for name in ("env_id", "env_backend", "num_envs", "total_timesteps", "buffer_size")}
     sizes = {"learning_starts": 60, "exploration_start": 60, "injection_step": (142,), "eval_frequency": 200, "eval_steps": 40}

@@ -248,7 +248,7 @@ def test_two_processes_never_run_in_one_folder_at_once():
     helper = threading.Thread(target=lambda: dies(elsewhere))
     helper.start()
     os.read(ready[0], 1)
-    with pytest.raises(UsageError, match="^another process is running run: wait for it, or stop it first$"), alone_in(folder):
+    with pytest.raises(UsageError, match=r"^another process is running run: wait for it, or stop it first$"), alone_in(folder):
         pytest.fail("it came in")
     os.write(go[1], b".")
     helper.join()

@@ -1,0 +1,1031 @@
+"""Nothing is lost: whole runs that are resumed, forked, stopped, killed, on full disks or damaged ones."""
+
+import contextlib
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import types
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from conftest import scalars
+from interruptions import (
+    END,
+    SMALL,
+    Killed,
+    assert_same_end,
+    at_step,
+    fork,
+    full_disk,
+    kill,
+    names,
+    new_folder,
+    send,
+    train_until,
+    uninterrupted_runs,  # noqa: F401 (a fixture)
+    until_signal,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import dqn_injection_atari as script
+import support.runs as runs
+from benchmarks.kill_test import WALL_CLOCK, content, differences, kill_and_compare
+from dqn_injection_atari import FORKABLE, Args, Learner, check_fork, train
+from support.checkpoints import CHECKSUMS, Checkpoint, checksums, create_run_folder, load_checkpoint, save_checkpoint
+from support.machine import Signals, alone_in
+from support.run_log import SIDE_BY_SIDE, Curves, RunLog
+from support.runs import Run, find_origin
+from support.usage import UsageError
+
+slow = pytest.mark.slow
+
+BASELINE = replace(SMALL, apply_injection=False)  # keeps the checkpoint at step 142, where the injection would be
+TWICE = replace(SMALL, injection_step=(142, 190))
+PLAYING = replace(SMALL, learning_starts=240, injection_step=())  # nothing is learned: for what does not depend on it
+NORM = replace(
+    SMALL,
+    injection_step=(),
+    injection_trigger="norm",
+    injection_norm_ratio=1.0001,
+    injection_check_frequency=20,
+    max_injections=2,
+    learning_rate=3e-4,
+)
+
+
+def all_files(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def copy_of(folder, name):
+    return Path(shutil.copytree(folder, f"runs/{name}"))
+
+
+def made(checkpoint):
+    """Steps of the interventions before a checkpoint."""
+    return load_checkpoint(checkpoint).state["learner"]["interventions"]
+
+
+def main(monkeypatch, *flags):
+    """The script's exit status in these flags, or its error."""
+    monkeypatch.setattr(sys, "argv", ["", *flags])
+    try:
+        script.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def write_no_checkpoints(patch):
+    patch.setattr(Run, "save", lambda run, keep: setattr(run, "saved", run.step))
+
+
+def flags_of(args):
+    """The command line of a run."""
+    flags = []
+    for name, value in asdict(args).items():
+        if value == getattr(Args, name):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            flags += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return flags
+
+
+# resume
+
+COURSES = {  # what differs from SMALL, and where the run is killed
+    "again and again": ({}, (4, 100, 142, 145, 235)),
+    "sb3": ({"env_backend": "sb3", "num_envs": 3}, (100, 200)),
+    "one game, three injections, all heads train": (
+        {"num_envs": 1, "tau": 0.5, "injection_step": (90, 120, 170), "freeze_heads": False},
+        (121, 200),
+    ),
+    "bf16 and copied moments": ({"bf16": True, "tau": 0.5, "injection_optimizer_state": "copy"}, (190,)),
+    "shrink-perturb": ({"intervention": "shrink-perturb"}, (143, 170)),
+    "rmsprop": ({"optimizer": "rmsprop", "shared_bias": True, "exploration_start": 90}, (190,)),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=slow if k else ()) for k, case in enumerate(COURSES)])
+def test_killed_and_resumed_equals_uninterrupted(uninterrupted, case):
+    changes, steps = COURSES[case]
+    args = replace(SMALL, **changes)
+    folder = train_until(steps[0], args)
+    for step in steps[1:]:
+        train_until(step, replace(args, resume=str(folder)))
+    assert train(Args(resume=str(folder))) == folder
+    assert_same_end(folder, uninterrupted(args))
+
+
+@slow
+@pytest.mark.parametrize("backend,num_envs,overlap", [("ale", 7, True), ("ale", 7, False), ("sb3", 3, True)])
+def test_a_vector_step_is_one_whole_to_a_checkpoint(uninterrupted, backend, num_envs, overlap):
+    """Step 142 lies within one: the injection and its checkpoint come at that one's end."""
+    args = replace(SMALL, env_backend=backend, num_envs=num_envs, overlap=overlap)
+    step = {7: 147, 3: 144}[num_envs]
+    folder = train_until(step + 1, args)
+    assert names(folder)[-1] == f"checkpoint-{step}" and made(folder / f"checkpoint-{step}") == []
+    until_signal(step + 21, replace(args, resume=str(folder)))
+    assert names(folder)[-1] == f"checkpoint-{step + 21}" and made(folder / f"checkpoint-{step + 21}") == [step]
+    train(Args(resume=str(folder)))
+    assert_same_end(folder, uninterrupted(args))
+
+
+@slow
+def test_resume_is_exact_where_the_norm_decides(uninterrupted):
+    first, second = made(uninterrupted(NORM) / END)
+    folder = until_signal(first, NORM)  # at its very step, and a little later
+    until_signal(first + 3, replace(NORM, resume=str(folder)))
+    train_until(second + 1, replace(NORM, resume=str(folder)))
+    train(Args(resume=str(folder)))
+    assert_same_end(folder, uninterrupted(NORM))
+
+
+MEASURED = replace(  # everything is logged, much of it at the very step of a checkpoint, before and after it
+    SMALL, injection_step=(160,), plasticity_frequency=160, eval_frequency=80, eval_episodes=1, log_frequency=20
+)
+
+
+def test_every_scalar_is_there_once_after_a_resume(uninterrupted):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunLog, "FLUSH_SECONDS", 0)  # or a run of seconds would write curves with its checkpoints only
+        folder = train_until(185, MEASURED)
+        view = EventAccumulator(str(folder)).Reload()  # as in a browser, with points that the resumed run writes again
+        assert [point.step for point in view.Scalars("injection/step")] == [160]
+        assert [point.step for point in view.Scalars("eval/episodic_return")] == [80, 160]
+        train_until(230, replace(MEASURED, resume=str(folder)))
+    train(Args(resume=str(folder)))
+    resumed, whole = scalars(folder), scalars(uninterrupted(MEASURED))
+    for tag in WALL_CLOCK:
+        resumed[tag], whole[tag] = ([step for step, _ in curves[tag]] for curves in (resumed, whole))
+    assert resumed == whole and set(SIDE_BY_SIDE.values()) <= set(whole)
+    assert [step for step, _ in whole["plasticity/dormant_fraction"]] == [160] and whole["charts/SPS"] == [*range(20, 241, 20)]
+    assert [step for step, _ in whole["charts/episodic_return"]] == [59, 60, 139, 140, 219, 220], "two games end at a time"
+    view.Reload()
+    assert all([(p.step, p.value) for p in view.Scalars(tag)] == points for tag, points in scalars(folder).items())
+    assert_same_end(folder, uninterrupted(MEASURED))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}])
+def test_resume_is_exact_on_a_gpu_with_graphs(uninterrupted, changes):
+    args = replace(SMALL, cuda_graphs=True, overlap=True, num_envs=7, **changes)
+    folder = train_until(148, args)
+    until_signal(168, replace(args, resume=str(folder)))
+    train(Args(resume=str(folder)))
+    assert_same_end(folder, uninterrupted(args))
+    fork(folder / "checkpoint-147", args, cuda=False, cuda_graphs=False)
+
+
+@slow
+def test_the_comparison_sees_one_changed_bit(uninterrupted):
+    """Guards the tests above: a single differing scalar, weight or moment is found."""
+    a, b = (content(uninterrupted(SMALL), END) for _ in range(2))
+    assert differences(a, b) == []
+    assert {"replay", "/learner/rng/state/state", "/replay/generator/state/state", "curves in the run folder"} <= set(a)
+    for name in ("/learner/q_network/encoder.0.weight", "/learner/optimizer/theta_prime_1.0.0.weight/exp_avg_sq"):
+        b[name] = a[name].clone()
+        b[name][0] = torch.nextafter(a[name][0], torch.tensor(9.0))
+    b["curves in the run folder"] = a["curves in the run folder"][:-1]
+    assert len(differences(a, b)) == 3
+
+
+def test_a_finished_run_resumed_stays_as_it_is_and_other_software_is_named(uninterrupted, capsys, monkeypatch):
+    folder = copy_of(uninterrupted(SMALL), "done")
+    before = content(folder, END)
+    train(replace(SMALL, resume=str(folder)))
+    out = capsys.readouterr().out
+    assert f"resumed at step 240 from {folder / END}" in out and "warning" not in out
+    version = torch.__version__
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    train(Args(resume=str(folder)))
+    expected = f"warning: bits may differ from an uninterrupted run, because torch was {version} and is 9.9.9\n"
+    assert expected in capsys.readouterr().out
+    assert differences(before, content(folder, END)) == []
+
+
+def test_resume_takes_no_other_arguments_and_no_folder_in_which_another_process_runs(uninterrupted):
+    folder = copy_of(uninterrupted(SMALL), "busy")
+    before = all_files(folder)
+    with pytest.raises(UsageError, match="seed, num_envs cannot change: leave out, or use --fork"):
+        train(replace(SMALL, seed=5, num_envs=3, resume=str(folder)))
+    with alone_in(folder), pytest.raises(UsageError, match="another process is running runs/busy"):
+        train(Args(resume=str(folder)))
+    assert all_files(folder) == before
+
+
+def test_a_new_run_is_alone_in_its_folder_while_it_lasts(monkeypatch):
+    refused = []
+
+    def resume():
+        (folder,) = Path("runs").iterdir()
+        with pytest.raises(UsageError, match="another process is running"), alone_in(folder):
+            pytest.fail("it came in")
+        refused.append(folder)
+
+    at_step(monkeypatch, 10, resume)
+    folder = train(replace(PLAYING, total_timesteps=20, checkpoint_frequency=0))
+    assert refused == [folder]
+    with alone_in(folder):
+        pass
+
+
+@pytest.mark.parametrize("backend", ["ale", pytest.param("sb3", marks=slow)])
+def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_place(uninterrupted, backend):
+    args = replace(SMALL, env_backend=backend)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunLog, "close", lambda log: log.bar.close())
+        patch.setattr(runs, "save_checkpoint", lambda *_: kill())
+        train(args)
+    folder = new_folder(set())
+    assert names(folder) == [] and (folder / "run.json").exists()
+    train(Args(resume=str(folder)))
+    assert_same_end(folder, uninterrupted(args))
+    assert scalars(folder)["charts/epsilon"] == scalars(uninterrupted(args))["charts/epsilon"]
+
+
+# what is due, and what is kept
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 7])
+@pytest.mark.parametrize("period,after", [(7, 0), (8, 0), (8, 50), (7, 49), (3, 1), (50, 1000), (0, 0)])
+def test_multiples_of_a_period_fall_due_once_at_the_end_of_their_vector_step(num_envs, period, after):
+    run = Run.__new__(Run)
+    run.num_envs, run.step, run.total = num_envs, 0, 200
+    due = []
+    while run.step < run.total:
+        run.step = min(run.step + num_envs, run.total)  # the last vector step may be cut
+        assert run.previous == (run.step - 1) // num_envs * num_envs
+        due += [run.step] * run.due(period, after)
+    multiples = range(period, 201, period) if period else ()
+    assert due == [min(-(-m // num_envs) * num_envs, 200) for m in multiples if m > after]
+
+
+def test_the_newest_checkpoint_and_those_at_injection_steps_are_kept(monkeypatch):
+    """Also in a baseline, which has no injection there."""
+    seen = []
+    original = runs.save_checkpoint
+
+    def save(folder, *given):
+        path = original(folder, *given)
+        seen.append(names(folder))
+        return path
+
+    monkeypatch.setattr(runs, "save_checkpoint", save)
+    folder = train(replace(PLAYING, injection_step=(80, 142), apply_injection=False))
+    assert seen == [
+        ["checkpoint-0"],
+        ["checkpoint-80"],
+        ["checkpoint-80", "checkpoint-142"],
+        ["checkpoint-80", "checkpoint-142", "checkpoint-160"],
+        ["checkpoint-80", "checkpoint-142", "checkpoint-240"],
+    ]
+    assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == ["events", "run.js"]
+    assert json.loads((folder / END / "manifest.json").read_text()).keys() == {"format", "step", "run", "args", "circumstances"}
+
+
+@pytest.mark.parametrize("frequency,expected", [(0, []), (200, ["checkpoint-142", END])])
+def test_checkpoint_frequency_is_a_choice(frequency, expected):
+    assert names(train(replace(PLAYING, injection_step=(142,), checkpoint_frequency=frequency))) == expected
+
+
+@slow
+def test_interventions_that_the_norm_triggers_keep_their_checkpoints(uninterrupted):
+    folder = uninterrupted(NORM)
+    steps = made(folder / END)
+    assert len(steps) == 2 and names(folder) == [*(f"checkpoint-{step}" for step in steps), END]
+    assert [made(folder / f"checkpoint-{step}") for step in steps] == [[], steps[:1]]
+
+
+@slow
+@pytest.mark.parametrize("num_envs,boundaries", [(2, (0, 80, 160, 240)), (7, (0, 84, 161, 240))])
+def test_games_begin_anew_at_every_boundary_with_a_seed_from_seed_and_step(monkeypatch, num_envs, boundaries):
+    seeds = []
+    original = script.LearnerView.reset
+    monkeypatch.setattr(script.LearnerView, "reset", lambda view, seed: (seeds.append(seed), original(view, seed=seed))[1])
+    write_no_checkpoints(monkeypatch)
+    args = replace(PLAYING, num_envs=num_envs)
+    expected = [script.stream_seed(args.seed, script.Stream.ENVIRONMENTS, step) for step in boundaries]
+    train(args)
+    assert seeds == expected and len(set(expected)) == 4
+    seeds.clear()
+    train(replace(args, checkpoint_frequency=0, total_timesteps=100))
+    assert seeds == expected[:1]
+    train(replace(args, checkpoint_frequency=0, total_timesteps=10, seed=2))
+    assert seeds[1] != expected[0]
+
+
+def test_games_cut_at_a_boundary_bootstrap_and_are_no_returns(monkeypatch):
+    trainings = []
+    original = script.Training.loop
+    monkeypatch.setattr(script.Training, "loop", lambda training: (trainings.append(training), original(training))[1])
+    write_no_checkpoints(monkeypatch)
+    train(replace(PLAYING, checkpoint_frequency=50, total_timesteps=56, num_envs=1))
+    replay, log = trainings[0].replay, trainings[0].run.log
+    batch = replay.transitions(np.arange(45, 55), np.zeros(10, int))
+    cut = 49 - 45
+    assert not batch.dones[cut] and batch.next_observations[cut, :3].any(), "the successor is the cut game's own frame"
+    assert not batch.observations[cut + 1, :3].any(), "the next game begins on an empty stack"
+    assert len(log.returns) == 1, "of the game that ended at step 30"
+
+
+# fork
+
+
+ARMS = {
+    "the injection": {"apply_injection": True},
+    "another one later": {"apply_injection": True, "injection_step": (142, 190)},
+    "reset-head": {"apply_injection": True, "intervention": "reset-head"},
+    "shrink-perturb": {"apply_injection": True, "intervention": "shrink-perturb"},
+    "the baseline itself": {},
+    "none": {"apply_injection": True, "intervention": "none"},
+}
+
+
+@pytest.mark.parametrize("arm", [pytest.param(arm, marks=slow if k else ()) for k, arm in enumerate(ARMS)])
+def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_from_the_start(uninterrupted, arm):
+    folder = fork(uninterrupted(BASELINE) / "checkpoint-142", BASELINE, **ARMS[arm])
+    same = BASELINE if arm == "none" else replace(BASELINE, **ARMS[arm])
+    assert_same_end(folder, uninterrupted(same))
+    assert made(folder / END) == [*(same.injection_step if same.applied_intervention != "none" else ())]
+
+
+@slow
+def test_an_injected_runs_checkpoint_leads_to_its_baseline(uninterrupted):
+    forked = fork(uninterrupted(SMALL) / "checkpoint-142", SMALL, apply_injection=False)
+    assert_same_end(forked, uninterrupted(BASELINE))
+
+
+@slow
+def test_a_fork_in_the_middle_of_overlap_equals_the_run_that_had_the_injection_from_the_start(uninterrupted):
+    injected = replace(SMALL, overlap=True, num_envs=7)
+    baseline = replace(injected, apply_injection=False)
+    assert_same_end(fork(uninterrupted(baseline) / "checkpoint-147", baseline, apply_injection=True), uninterrupted(injected))
+
+
+@slow
+def test_a_checkpoint_where_the_norm_decided_leads_to_its_baseline_and_back(uninterrupted):
+    baseline = replace(NORM, apply_injection=False)
+    checkpoint = uninterrupted(NORM) / f"checkpoint-{made(uninterrupted(NORM) / END)[0]}"
+    assert_same_end(fork(checkpoint, NORM, apply_injection=False), uninterrupted(baseline))
+    assert_same_end(fork(checkpoint, NORM), uninterrupted(NORM))
+
+
+@slow
+def test_a_longer_run_forked_from_a_finished_one_equals_it(uninterrupted):
+    short = replace(SMALL, total_timesteps=160)
+    longer = replace(SMALL, exploration_fraction=16 / 240)
+    assert_same_end(fork(uninterrupted(short) / "checkpoint-160", longer), uninterrupted(longer))
+
+
+@slow
+def test_a_fork_is_a_run_of_its_own_that_can_be_killed_at_once(uninterrupted, capsys):
+    """From between two boundaries, after an injection; killed before its first checkpoint it begins there again."""
+    origin = until_signal(151, SMALL)
+    arm = replace(TWICE, exp_name="arm", fork=str(origin / "checkpoint-152"))
+    before = all_files(origin)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunLog, "close", lambda log: log.bar.close())
+        patch.setattr(runs, "save_checkpoint", lambda *_: kill())
+        train(arm)
+    folder = new_folder({origin})
+    assert "__arm__" in folder.name and names(folder) == []
+    capsys.readouterr()
+    train_until(155, Args(resume=str(folder)))
+    assert f"forked at step 152 from {origin / 'checkpoint-152'}" in capsys.readouterr().out
+    assert names(folder) == ["checkpoint-152"], "from now on it does without its origin"
+    shutil.move(origin, "elsewhere")
+    train(Args(resume=str(folder)))
+    assert_same_end(folder, uninterrupted(TWICE))
+    shutil.move("elsewhere", origin)
+    assert all_files(origin) == before
+    texts = EventAccumulator(str(folder)).Reload().Tensors("hyperparameters/text_summary")
+    shown = {(text.step, text.tensor_proto.string_val[0].decode()) for text in texts}
+    ((step, table),) = shown
+    assert step == 152 and "|exp_name|arm|" in table and "checkpoint-152|" in table
+
+
+def test_a_fork_from_a_checkpoint_whose_run_is_gone_works_and_its_curves_begin_there(uninterrupted):
+    shutil.copytree(uninterrupted(BASELINE) / "checkpoint-142", "alone/checkpoint-142")
+    folder = fork("alone/checkpoint-142", BASELINE, apply_injection=True)
+    ours, theirs = (content(run, END) for run in (folder, uninterrupted(SMALL)))
+    assert differences(ours, theirs) == ["curves in the run folder"]
+    expected = [point for point in theirs["curves in the run folder"] if point[1] >= 140]  # those that the checkpoint holds
+    assert ours["curves in the run folder"] == expected and "injection/step" in {tag for tag, *_ in expected}
+
+
+def checkpoint_of(args, step, interventions=()):
+    meta = {"args": json.loads(json.dumps(asdict(args))), "step": step}
+    return Checkpoint(Path(f"runs/x/checkpoint-{step}"), meta, {"learner": {"interventions": list(interventions)}})
+
+
+FORKED = checkpoint_of(SMALL, 160, (142,))
+FINISHED = checkpoint_of(SMALL, 240, (142,))
+LATER = {"total_timesteps": 480, "exploration_fraction": 0.05}
+BY_NORM = {"injection_step": (), "injection_trigger": "norm", "max_injections": 1}
+REFUSED_FORKS = {
+    "another game": (
+        FORKED,
+        {"env_id": "PongNoFrameskip-v4"},
+        "env_id is PongNoFrameskip-v4, there TinyPhoenix-v5; a fork may",
+    ),
+    "two differences": (
+        FORKED,
+        {"seed": 2, "batch_size": 8},
+        "seed is 2, there 1, batch_size is 8, there 4; a fork may differ",
+    ),
+    "an injection undone": (
+        FORKED,
+        {"apply_injection": False},
+        "after injections at (142,), but the arguments say none before",
+    ),
+    "an intervention undone": (
+        FORKED,
+        {"intervention": "none"},
+        "after injections at (142,), but the arguments say none before",
+    ),
+    "an injection moved into the past": (FORKED, {"injection_step": (130, 142)}, "say (130, 142) before step 160: give an"),
+    "an injection that never was": (
+        checkpoint_of(BASELINE, 160),
+        {"apply_injection": True},
+        "after injections at no step, but",
+    ),
+    "freezing after the fact": (FORKED, {"freeze_heads": False}, "after an injection: for another --freeze-heads give an"),
+    "another kind": (FORKED, {"intervention": "reset-head"}, "for another --intervention give an earlier checkpoint"),
+    "other moments": (FORKED, {"injection_optimizer_state": "copy"}, "for another --injection-optimizer-state give an"),
+    "as many as the norm may trigger": (
+        FORKED,
+        BY_NORM,
+        "after 1 injections, and max_injections is 1: give a --max-injections of 2",
+    ),
+    "an end that has passed": (FORKED, {"total_timesteps": 150}, "give a --total-timesteps of 161 or more"),
+    "an end that is now": (FINISHED, {}, "give a --total-timesteps of 241 or more"),
+    "another ε schedule": (
+        FORKED,
+        {"exploration_fraction": 0.2},
+        "over 48 steps, but before checkpoint runs/x/checkpoint-160 over",
+    ),
+    "a longer run": (FORKED, {"total_timesteps": 480}, "give --exploration-fraction 0.05 with this --total-timesteps"),
+    "the end of a cut vector step": (checkpoint_of(replace(SMALL, num_envs=7), 240, (147,)), LATER, "no multiple of num_envs"),
+    "the end within a log interval": (
+        checkpoint_of(replace(SMALL, log_frequency=100), 240, (142,)),
+        LATER,
+        "and log_frequency",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_FORKS)
+def test_a_fork_that_no_single_run_could_have_come_to_is_refused(case):
+    checkpoint, changes, message = REFUSED_FORKS[case]
+    with pytest.raises(UsageError) as error:
+        check_fork(replace(Args(**checkpoint.meta["args"]), **changes), checkpoint)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "checkpoint,changes",
+    [
+        (FORKED, {}),
+        (FORKED, {"injection_step": (142, 160)}),
+        (FORKED, BY_NORM | {"max_injections": 2}),
+        (FINISHED, LATER),
+        (FINISHED, LATER | {"injection_step": (142, 240, 300)}),
+        (checkpoint_of(SMALL, 0), {"apply_injection": False, "exploration_fraction": 0.7}),
+        (checkpoint_of(SMALL, 142), {"freeze_heads": False, "injection_optimizer_state": "copy"}),
+        (checkpoint_of(SMALL, 142), {"intervention": "shrink-perturb", "shrink_factor": 0.5}),
+        (checkpoint_of(replace(SMALL, num_envs=7), 147), {"apply_injection": False}),
+        (FORKED, {"eval_frequency": 20, "save_model": True, "exp_name": "b", "cuda": False}),
+    ],
+)
+def test_a_fork_that_a_single_run_could_have_come_to_is_not_refused(checkpoint, changes):
+    check_fork(replace(Args(**checkpoint.meta["args"]), **changes), checkpoint)
+
+
+NOT_FORKABLE = {
+    **{"env_id": "x", "seed": 9, "num_envs": 1, "env_backend": "sb3", "optimizer": "rmsprop", "learning_rate": 1.0},
+    **{"shared_bias": True, "gamma": 0.5, "tau": 0.5, "target_network_frequency": 51, "train_frequency": 5, "batch_size": 5},
+    **{"buffer_size": 151, "learning_starts": 61, "start_e": 0.9, "end_e": 0.02, "exploration_start": 5, "bf16": True},
+    **{"tf32": False, "overlap": True, "checkpoint_frequency": 90, "torch_deterministic": False, "log_frequency": 50},
+}
+
+
+def test_every_flag_is_one_that_a_fork_may_change_or_is_refused_by_name():
+    assert {*FORKABLE} & {*NOT_FORKABLE} == set()
+    assert {*FORKABLE} | {*NOT_FORKABLE} | {"resume", "fork", "evaluate"} == set(asdict(SMALL))
+    for name, value in NOT_FORKABLE.items():
+        with pytest.raises(UsageError, match=rf"not as in checkpoint .*: {name} is .*; a fork may differ in .* only"):
+            check_fork(replace(SMALL, **{name: value}), FORKED)
+
+
+def test_a_refused_fork_leaves_nothing_behind(uninterrupted):
+    with pytest.raises(UsageError, match="seed is 2, there 1"):
+        fork(uninterrupted(SMALL) / END, SMALL, seed=2)
+    assert os.listdir() == []
+
+
+@slow
+def test_on_the_command_line_a_fork_takes_over_what_is_not_given_and_its_agent_plays(monkeypatch, capsys):
+    args = replace(SMALL, apply_injection=False, checkpoint_frequency=200)
+    assert main(monkeypatch, *flags_of(args)) == 0
+    folder = new_folder(set())
+    checkpoint = str(folder / "checkpoint-142")
+    changes = {"apply_injection": True, "injection_step": (142, 190), "exp_name": "b", "save_model": True}
+    flags = "--apply-injection --injection-step 142 190 --exp-name b --save-model".split()
+    assert main(monkeypatch, "--fork", checkpoint, *flags) == 0
+    forked = new_folder({folder})
+    assert Args(**load_checkpoint(forked / END).meta["args"]) == replace(args, fork=checkpoint, **changes)
+    assert made(forked / END) == [142, 190]
+    capsys.readouterr()
+    assert main(monkeypatch, "--evaluate", str(forked), "--eval-episodes", "2") == 0
+    assert "scores of 2 games" in capsys.readouterr().out
+    refusal = "error: --resume goes on as the run was, {} cannot change: leave out, or use --fork"
+    assert main(monkeypatch, "--resume", str(folder), "--num-envs", "1") == refusal.format("num_envs")
+    # a flag at its default value, against a run that differs from the defaults in nothing else
+    other = create_run_folder(Path("runs/other"), {"run": "", "args": asdict(Args(seed=5))})
+    assert main(monkeypatch, "--resume", str(other), "--seed", "1") == refusal.format("seed")
+
+
+# signals
+
+STOPS = {  # what differs from SMALL, and where the run is stopped
+    "ale": ({}, (4, 152, 160, 236)),
+    "sb3": ({"env_backend": "sb3", "num_envs": 3}, (31, 121, 142, 204)),
+    "one game": ({"num_envs": 1}, (31, 142, 143)),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=slow if k else ()) for k, case in enumerate(STOPS)])
+def test_a_stop_ends_the_run_with_a_checkpoint_from_which_it_goes_on_exactly(uninterrupted, capsys, case):
+    changes, steps = STOPS[case]
+    args = replace(SMALL, save_model=True, **changes)
+    resumed = {}
+    for step in steps:
+        number = signal.SIGINT if step % 8 == 0 else signal.SIGTERM
+        folder = until_signal(step, replace(args, **resumed), number)
+        resumed = {"resume": str(folder)}
+        at = -(-step // args.num_envs) * args.num_envs
+        out = capsys.readouterr().out
+        assert f"step {at}: {number.name}, writing a checkpoint; once more ends the run without it\n" in out
+        assert f"stopped at step {at} of 240, go on with: python {os.path.relpath(script.__file__)} --resume {folder}\n" in out
+        assert names(folder)[-1] == f"checkpoint-{at}" and not (folder / "agent.pt").exists()
+    train(Args(resume=str(folder)))
+    assert_same_end(folder, uninterrupted(replace(args, save_model=False)))
+    assert (folder / "agent.pt").exists()
+
+
+def test_the_exit_status_says_what_ended_a_run_and_0_that_it_is_complete(monkeypatch, capsys):
+    args = replace(PLAYING, total_timesteps=100, save_model=True)
+    for step, number, status in ((20, signal.SIGTERM, 143), (40, signal.SIGINT, 130), (99, signal.SIGTERM, 143)):
+        with monkeypatch.context() as patch:
+            at_step(patch, step, send(number))
+            flags = ["--resume", str(new_folder(set()))] if Path("runs").exists() else flags_of(args)
+            assert main(monkeypatch, *flags) == status
+        folder = new_folder(set())
+        assert names(folder) == [f"checkpoint-{step + step % 2}"] and not (folder / "agent.pt").exists()
+        assert f"stopped at step {step + step % 2} of 100" in capsys.readouterr().out
+    original = script.save_agent
+    monkeypatch.setattr(script, "save_agent", lambda *given: (send(signal.SIGTERM)(), original(*given)))
+    assert main(monkeypatch, "--resume", str(folder)) == 0, "the signal came too late"
+    assert (folder / "agent.pt").exists() and "stopped" not in capsys.readouterr().out
+
+
+@slow
+@pytest.mark.parametrize("numbers,status", [(["SIGTERM"], 143), (["SIGINT"] * 2, 130)])
+def test_the_shell_sees_the_exit_status_after_one_signal_and_after_two(numbers, status):
+    slowly = "runs.save_checkpoint = lambda *_: (print('saving', flush=True), time.sleep(60))" if len(numbers) == 2 else ""
+    code = f"import time, support.runs as runs, dqn_injection_atari as s\n{slowly}\ns.main()"
+    flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --log-frequency 50".split()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(script.__file__).parent)},
+    )
+    process.stdout.readline()
+    for number in numbers:
+        process.send_signal(getattr(signal, number))
+        if slowly:
+            while process.poll() is None and "saving" not in process.stdout.readline():
+                pass
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and err == ""
+    if len(numbers) == 1:
+        assert "dqn_injection_atari.py --resume runs/" in out
+
+
+def saved_steps(patch):
+    """A list to which the step of every checkpoint that is written is added."""
+    steps = []
+    original = runs.save_checkpoint
+    patch.setattr(runs, "save_checkpoint", lambda folder, step, *given: (steps.append(step), original(folder, step, *given))[1])
+    return steps
+
+
+@slow
+def test_sigusr1_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_been(uninterrupted, monkeypatch):
+    steps = saved_steps(monkeypatch)
+    at_step(monkeypatch, 160, send(signal.SIGUSR1))  # where there is one anyway
+    folder = train_until(78, SMALL, send(signal.SIGUSR1))
+    assert steps == [0, 78, 80, 142, 160, 240]
+    assert_same_end(folder, uninterrupted(SMALL))
+
+
+@slow
+def test_a_signal_while_the_games_are_played_again_ends_the_process_at_once(monkeypatch):
+    folder = until_signal(31, PLAYING)
+    before = all_files(folder)
+    original = script.LearnerView.load_state_dict
+    monkeypatch.setattr(
+        script.LearnerView, "load_state_dict", lambda view, state: (send(signal.SIGTERM)(), original(view, state))
+    )
+    with pytest.raises(SystemExit) as stop:
+        train(Args(resume=str(folder)))
+    assert stop.value.code == 143 and before == all_files(folder)
+
+
+@slow
+def test_without_periodic_checkpoints_a_signal_still_saves_the_run():
+    args = replace(SMALL, checkpoint_frequency=0)
+    folder = until_signal(151, args)
+    assert names(folder) == ["checkpoint-152"]
+    until_signal(200, replace(args, resume=str(folder)))
+    resumed, whole = until_signal(238, replace(args, resume=str(folder))), until_signal(238, args)
+    assert_same_end(resumed, whole, "checkpoint-238")
+
+
+@contextlib.contextmanager
+def signal_in_the_first_evaluation(number):
+    """Yields what is added to with each evaluation: its step, and whether there was a checkpoint of step 100 then."""
+    original, calls = script.evaluate, []
+
+    def evaluate(*given):
+        if not calls:
+            send(number)()
+        calls.append((given[2], bool(list(Path("runs").glob("*/checkpoint-100")))))
+        return original(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "evaluate", evaluate)
+        yield calls
+
+
+@slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_an_evaluation_is_answered_at_once_and_the_evaluation_repeated(uninterrupted, number):
+    args = replace(PLAYING, eval_frequency=100, eval_episodes=2)
+    with signal_in_the_first_evaluation(number) as calls:
+        folder = train(args)
+        if number == signal.SIGTERM:
+            assert names(folder) == ["checkpoint-100"] and "eval/episodic_return" not in scalars(folder)
+            train(Args(resume=str(folder)))
+    assert calls == [(100, False), (100, True), (200, False)]
+    assert_same_end(folder, uninterrupted(args))
+
+
+def test_a_run_in_a_thread_does_without_signals():
+    results = []
+    args = replace(PLAYING, total_timesteps=20, checkpoint_frequency=0)
+    thread = threading.Thread(target=lambda: results.append(train(args)))
+    thread.start()
+    thread.join()
+    assert len(results) == 1 and results[0].is_dir()
+
+
+def test_who_calls_train_learns_which_signal_ended_it():
+    signals = Signals()
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 10, send(signal.SIGTERM))
+        train(replace(PLAYING, checkpoint_frequency=0), signals)
+    assert signals.stop is signal.SIGTERM
+
+
+# failed writes
+
+
+@slow
+def test_on_a_full_disk_the_run_goes_on_and_tries_again_and_in_the_end_nothing_is_missing(uninterrupted, capsys):
+    """First there is room for curves, but for no checkpoint, and later for neither."""
+    with contextlib.ExitStack() as disk, pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 79, lambda: disk.enter_context(full_disk(1_000_000)))
+        at_step(patch, 90, disk.close)
+        at_step(patch, 159, lambda: disk.enter_context(full_disk(100)))
+        at_step(patch, 170, lambda: present.extend(names(new_folder(set()))))
+        at_step(patch, 180, disk.close)
+        present = []
+        folder = train(SMALL)
+    out = capsys.readouterr().out
+    assert "warning: no checkpoint at step 80 ([Errno 27] File too large" in out and "checkpoint-0 is still good" in out
+    assert "warning: no checkpoint at step 160 ([Errno 27] File too large" in out and "checkpoint-142 is still good" in out
+    assert out.count("the curves cannot be written for now") == 1 and present == ["checkpoint-142"]
+    assert_same_end(folder, uninterrupted(SMALL))
+    assert not list(folder.glob(".*"))
+
+
+def test_whatever_keeps_a_checkpoint_from_being_written_does_not_end_the_run(monkeypatch, capsys):
+    errors = iter([OSError(errno.EIO, "Input/output error"), MemoryError(), zstandard.ZstdError("zstd cannot")])
+    original, saved = runs.save_checkpoint, []
+
+    def save(folder, step, *given):
+        if (error := next(errors, None)) is not None:
+            raise error
+        saved.append(step)
+        return original(folder, step, *given)
+
+    monkeypatch.setattr(runs, "save_checkpoint", save)
+    train(replace(PLAYING, total_timesteps=50, checkpoint_frequency=10))
+    assert saved == [30, 40, 50]
+    out = capsys.readouterr().out
+    assert (
+        "warning: no checkpoint at step 0 ([Errno 5] Input/output error): make room, the run will try again; there is none yet"
+        in out
+    )
+    assert "warning: no checkpoint at step 10 ()" in out and "warning: no checkpoint at step 20 (zstd cannot)" in out
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_a_disk_that_is_full_at_the_start_or_the_end_is_one_line(monkeypatch, start):
+    args = replace(PLAYING, total_timesteps=60, learning_starts=60, save_model=True, checkpoint_frequency=1000)
+    with contextlib.ExitStack() as disk:
+        if start:
+            disk.enter_context(full_disk(100))
+        else:
+            original = script.save_agent
+            monkeypatch.setattr(script, "save_agent", lambda *given: (original(*given), disk.close()))
+            at_step(monkeypatch, 59, lambda: disk.enter_context(full_disk(20_000_000)))
+        message = main(monkeypatch, *flags_of(args))
+    if start:
+        assert message.startswith("error: cannot write run folder ") and "File too large" in message
+        assert os.listdir("runs") == []
+    else:
+        folder = new_folder(set())
+        assert message == f"error: {folder} is complete but for its last checkpoint: make room, and --resume it if you can"
+        assert names(folder) == ["checkpoint-0"] and (folder / "agent.pt").exists()
+        train(Args(resume=str(folder)))
+        assert names(folder) == ["checkpoint-60"]
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_is_an_error(monkeypatch):
+    at_step(monkeypatch, 20, lambda: (disk.enter_context(full_disk(1_000_000)), send(signal.SIGTERM)()))
+    with (
+        contextlib.ExitStack() as disk,
+        pytest.raises(OSError, match=r"^stopped at step 20 without a checkpoint \(.*too large"),
+    ):
+        train(PLAYING)
+    assert names(new_folder(set())) == ["checkpoint-0"]
+
+
+def test_curves_that_never_reached_the_disk_are_an_error(monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    at_step(monkeypatch, 30, lambda: monkeypatch.setattr(Curves, "flush", fail))
+    with pytest.raises(OSError, match="is complete but for its curves: make room"):
+        train(replace(PLAYING, total_timesteps=60, checkpoint_frequency=0))
+
+
+def test_a_video_that_cannot_be_written_does_not_end_the_run(monkeypatch, capsys):
+    args = replace(PLAYING, eval_frequency=40, eval_episodes=1, capture_video=True, total_timesteps=50, checkpoint_frequency=0)
+    at_step(monkeypatch, 20, lambda: (new_folder(set()) / "videos").write_text("in the way"))
+    folder = train(args)
+    assert "warning: no video at step 40" in capsys.readouterr().out
+    assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [40]
+
+
+def test_parameters_that_are_not_finite_never_replace_a_good_checkpoint(monkeypatch):
+    original = Learner.update
+
+    def update(self, batch, count=1):
+        for parameter in self.q_network.parameters():
+            parameter.data.fill_(float("nan"))
+        return original(self, batch, count)
+
+    at_step(monkeypatch, 126, lambda: monkeypatch.setattr(Learner, "update", update))
+    with pytest.raises(FloatingPointError, match="not finite from step 132"):
+        train(replace(SMALL, log_frequency=300))
+    assert names(new_folder(set())) == ["checkpoint-80"]
+
+
+# damaged files
+
+
+@slow
+def test_resume_falls_back_to_the_older_good_checkpoint_says_so_and_ends_the_same(uninterrupted, capsys):
+    """The newer one may be unreadable for a moment only: it goes when the run has come past it, not before."""
+    folder = copy_of(uninterrupted(SMALL), "damaged")
+    newest, older = folder / END, folder / "checkpoint-142"
+    damaged = bytearray((newest / "state.pt").read_bytes())
+    damaged[len(damaged) // 3] ^= 4
+    (newest / "state.pt").write_bytes(damaged)
+    until_signal(150, Args(resume=str(folder)))
+    out = capsys.readouterr().out
+    assert f"warning: {newest} cannot be read as a checkpoint (" in out and f"resumed at step 142 from {older}" in out
+    assert names(folder) == ["checkpoint-142", "checkpoint-150", END]
+    train(Args(resume=str(folder)))
+    assert "resumed at step 150" in capsys.readouterr().out
+    assert_same_end(folder, uninterrupted(SMALL))
+    assert not list(folder.glob(".*"))
+
+
+class Nothing:
+    def state_dict(self):
+        return {}
+
+
+def bare_run(args=SMALL, checkpoint=True):
+    """A run's folder as far as `find_origin` looks at it."""
+    identity = {"run": "1f2e3d", "args": json.loads(json.dumps(asdict(args)))}
+    folder = create_run_folder(Path("runs/bare"), identity)
+    if checkpoint:
+        save_checkpoint(folder, 240, {"learner": Nothing()}, identity)
+    return folder, identity
+
+
+def test_a_damaged_run_json_never_leads_to_a_different_run():
+    folder, identity = bare_run()
+    path = folder / "run.json"
+    whole = path.read_bytes()
+    rng = random.Random(1)
+    refused = found = 0
+    for _ in range(300):
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        with contextlib.ExitStack() as stack:
+            try:
+                origin = find_origin(str(folder), None, stack)
+            except UsageError as error:
+                assert "\n" not in str(error)
+                refused += 1
+            else:
+                assert (origin.args, origin.run_id, origin.checkpoint.step) == (identity["args"], "1f2e3d", 240)
+                found += 1
+    assert refused > 50 and found > 50
+
+
+def test_a_run_with_curves_but_without_checkpoints_cannot_be_resumed():
+    folder, _ = bare_run(checkpoint=False)
+    with contextlib.ExitStack() as stack:
+        assert find_origin(str(folder), None, stack).checkpoint is None, "it begins anew"
+    log = RunLog(folder, 0, 240)
+    log.scalar("charts/epsilon", 0.5, 40)
+    log.close()
+    with (
+        contextlib.ExitStack() as stack,
+        pytest.raises(UsageError, match="runs/bare holds no checkpoint to go on from: start the run again without --resume"),
+    ):
+        find_origin(str(folder), None, stack)
+
+
+def test_another_runs_checkpoint_is_not_gone_on_from(uninterrupted, capsys):
+    folder, _ = bare_run(checkpoint=False)
+    shutil.copytree(uninterrupted(SMALL) / END, folder / END)
+    with contextlib.ExitStack() as stack, pytest.raises(UsageError, match="runs/bare holds no good checkpoint"):
+        find_origin(str(folder), None, stack)
+    assert f"{folder / END} belongs to another run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["nothing", "empty folder", "file", "agent", "other format"])
+def test_what_is_no_checkpoint_is_refused_by_name(monkeypatch, given):
+    path = Path("given")
+    if given == "empty folder":
+        path.mkdir()
+    elif given == "file":
+        path.write_bytes(b"no checkpoint")
+    elif given == "agent":
+        torch.save({"q_network": {}}, path)
+    elif given == "other format":
+        folder, _ = bare_run()
+        shutil.copytree(folder / END, path)
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+        (path / CHECKSUMS).write_text(checksums(path))
+        shutil.rmtree("runs")
+    for flag in ("--fork", "--resume"):
+        message = main(monkeypatch, flag, str(path))
+        assert message.startswith("error: given") and "cannot be read as" in message and "\n" not in message
+        assert given != "other format" or flag == "--resume" or "its format is 99" in message
+    assert not Path("runs").exists()
+
+
+def without(state, *keys):
+    for key in keys[:-1]:
+        state = state[key]
+    del state[keys[-1]]
+
+
+FOREIGN_STATES = {
+    "no learner": lambda state: without(state, "learner"),
+    "no generator": lambda state: without(state, "replay", "generator"),
+    "other layers": lambda state: state["learner"]["q_network"].update({"encoder.0.weight": torch.zeros(3)}),
+    "more games": lambda state: state["envs"].update(actions=torch.zeros(5, 7, dtype=torch.uint8)),
+    "other games": lambda state: state["envs"].update(seed=state["envs"]["seed"] + 1),
+}
+
+
+@slow
+def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_before_anything_changes(uninterrupted):
+    folder = copy_of(uninterrupted(SMALL), "foreign")
+    path = folder / END
+    for name, change in FOREIGN_STATES.items():
+        state = torch.load(uninterrupted(SMALL) / END / "state.pt", weights_only=True)
+        change(state)
+        torch.save(state, path / "state.pt")
+        (path / CHECKSUMS).write_text(checksums(path))
+        before = all_files(folder)
+        given = [{"resume": str(folder)}, {"fork": str(path), **LATER}]
+        for args in given[: 1 if "games" in name else 2]:
+            with pytest.raises(
+                UsageError, match=r"read as this run's checkpoint \(.+\): move it away, and go on from"
+            ) as error:
+                train(replace(SMALL, **args))
+            assert "\n" not in str(error.value)
+        assert before == all_files(folder)
+    assert [folder.name for folder in Path("runs").iterdir()] == ["foreign"]
+
+
+# SIGKILL
+
+
+@slow
+def test_killed_while_files_are_exchanged(uninterrupted, monkeypatch):
+    """Before and after a checkpoint appears, while it is flushed, and as a resumed run begins to write its curves."""
+    monkeypatch.setattr(RunLog, "close", lambda log: log.bar.close())
+
+    def killed_in(owner, name, call, args):
+        original, calls = getattr(owner, name), []
+
+        def killed(*given, **options):
+            calls.append(given)
+            if len(calls) == call:
+                raise Killed
+            return original(*given, **options)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr("support.checkpoints.shutil.rmtree", lambda *given, **options: None)  # nor does it tidy up
+            patch.setattr(owner, name, killed)
+            train(args)
+
+    killed_in(Path, "rename", 4, SMALL)  # run.json, checkpoint-0, checkpoint-80 and then the removal of checkpoint-0
+    folder = new_folder(set())
+    assert names(folder) == ["checkpoint-0", "checkpoint-80"]
+    resumed = Args(resume=str(folder))
+    killed_in(Path, "rename", 1, resumed)
+    assert names(folder) == ["checkpoint-0", "checkpoint-80"] and list(folder.glob(".checkpoint-142.partial"))
+    killed_in(os, "fsync", 5, resumed)
+    killed_in(Curves, "_new_file", 1, resumed)
+    killed_in(runs, "save_checkpoint", 2, resumed)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder.parent.parent)
+    train(resumed)
+    assert_same_end(folder, uninterrupted(SMALL))
+    assert not list(folder.glob(".*"))
+
+
+@slow
+def test_a_killed_process_resumed_equals_one_that_nobody_touched():
+    """The short form of benchmarks/kill_test.py."""
+    where, different = kill_and_compare("ale", ["beginning", "writing", "injection", "resuming"], random.Random(0))
+    assert different == [] and where["(had ended)"] < 2, where
+
+
+# Weights & Biases
+
+
+def test_weights_and_biases_starts_before_tensorboard_does(monkeypatch):
+    """Or it would miss the beginning."""
+    given = []
+    monkeypatch.setattr(script, "check_machine", lambda *_: None)
+    monkeypatch.setattr(runs, "start_wandb", lambda *args: given.append((*args, list(Path("runs").glob("*/events*")))))
+    args = replace(PLAYING, total_timesteps=20, checkpoint_frequency=0, track=True, wandb_project_name="p", wandb_entity="e")
+    folder = train(args)
+    train(replace(args, track=False))
+    assert given == [("p", "e", folder.name, asdict(args), [])]
+
+
+def test_what_a_run_needs_and_the_machine_lacks_is_refused(monkeypatch):
+    asked = []
+    monkeypatch.setattr(runs, "require_wandb", lambda: asked.append("wandb"))
+    monkeypatch.setattr(runs, "require_film", lambda: asked.append("film"))
+    cpu = types.SimpleNamespace(type="cpu")
+    runs.check_machine(cpu, False, False, False)
+    assert asked == []
+    runs.check_machine(cpu, False, True, True)
+    assert asked == ["wandb", "film"]
+    with pytest.raises(UsageError, match="--cuda-graphs needs a GPU"):
+        runs.check_machine(cpu, True, False, False)
+    runs.check_machine(types.SimpleNamespace(type="cuda"), True, False, False)

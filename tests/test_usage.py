@@ -1,0 +1,245 @@
+"""Bounds that stand at the fields they belong to, flags that nothing would look at, and refusals of one line."""
+
+import math
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from annotated_types import Ge, Gt, Interval, Le, Lt
+
+from dqn_injection_atari import Args, Experiment
+from support import usage
+from support.flags import Period, PositivePeriod, RunFlags
+from support.usage import Count, NotBelow, OnlyWith, Positive, Share, Steps, UsageError, check_bounds, ends_in_one_line
+
+
+@dataclass
+class Settings:
+    """One field of every kind."""
+
+    count: Count = 3
+    steps: Steps = 0
+    share: Share = 0.5
+    positive: Positive = 1.0
+    tau: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    below: Annotated[int, Lt(10), Gt(2)] = 5
+    most: Annotated[int, Le(10)] = 5
+    kind: Literal["plain", "fancy", "none"] = "plain"
+    period: Annotated[Steps, NotBelow("count")] = 0
+    least: Annotated[Annotated[Steps, NotBelow("count")], Ge(1)] = 3
+    plume: Annotated[float, Interval(ge=0, le=1), OnlyWith("kind", ("fancy", "none"))] = 0.25
+    often: Annotated[int, NotBelow("count"), OnlyWith("kind", ("fancy",))] = 4
+    hat: Annotated[Literal["red", "blue"], OnlyWith("kind", ("fancy",))] = "red"
+    name: str | None = None
+
+
+def refusal(settings):
+    with pytest.raises(UsageError) as error:
+        check_bounds(settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+BOUNDS = {  # field: (kept at, broken at, what is asked for)
+    "count": ([1, 2], [0, -1], "at least 1"),
+    "steps": ([0, 1], [-1], "0 or more"),
+    "share": ([0, 0.3, 1], [-0.1, 1.1, math.nan, math.inf], "0 or more and at most 1"),
+    "positive": ([1e-9, 1e30], [0.0, -1.0, math.nan, math.inf], "positive and finite"),
+    "tau": ([0.01, 1], [0.0, 1.01, math.nan], "positive and at most 1"),
+    "below": ([3, 9], [2, 10], "below 10 and above 2"),
+    "most": ([10], [11], "at most 10"),
+    "kind": (["plain", "fancy"], ["", "Plain"], "one of plain, fancy, none"),
+    "period": ([0, 3, 4], [-1], "0 or more"),
+    "least": ([3, 4], [0], "0 or more and at least 1"),
+    "name": ([None, "", "anything"], [], ""),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_value_keeps_to_the_bounds_at_its_field(name):
+    kept, broken, asked = BOUNDS[name]
+    for value in kept:
+        check_bounds(Settings(**{name: value}))
+    for value in broken:
+        assert refusal(Settings(**{name: value})) == f"{name} is {value}, but must be {asked}: change --{name}"
+
+
+def test_the_bounds_of_a_field_are_held_whatever_else_stands_at_it():
+    assert "plume is 2" in refusal(Settings(kind="fancy", plume=2.0))
+    assert refusal(Settings(kind="fancy", hat="green")) == "hat is green, but must be one of red, blue: change --hat"
+
+
+@pytest.mark.parametrize("name", ["period", "least"])
+def test_a_number_is_not_below_another_field(name):
+    for value in (5, 7):
+        check_bounds(Settings(**{"count": 5, "least": 9} | {name: value}))
+    got = refusal(Settings(**{"count": 5, "least": 9} | {name: 4}))
+    assert got == f"{name} is 4, but must be at least count (5): raise --{name} or lower --count"
+
+
+def test_what_nothing_looks_at_may_stay_below_another_field():
+    check_bounds(Settings(count=5, least=9))  # often is 4
+    assert "often is 4, but must be at least count (5)" in refusal(Settings(count=5, least=9, kind="fancy"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("plume", 0.5), ("often", 9), ("hat", "blue")])
+def test_what_nothing_would_look_at_is_refused_and_named_with_what_would(name, value):
+    for kind in ("fancy", "none") if name == "plume" else ("fancy",):
+        check_bounds(Settings(kind=kind, **{name: value}))
+    for kind in ("plain",) if name == "plume" else ("plain", "none"):
+        check_bounds(Settings(kind=kind))
+        got = refusal(Settings(kind=kind, **{name: value}))
+        assert got == f"{name} is {value}, which only --kind fancy looks at: give that, or leave the flag out"
+
+
+def test_unused_fields_are_those_that_nothing_looks_at():
+    assert usage.unused_fields(Settings()).keys() == {"plume", "often", "hat"}
+    assert usage.unused_fields(Settings(kind="none")).keys() == {"often", "hat"}
+    assert usage.unused_fields(Settings(kind="fancy")) == {}
+
+
+def test_changed_fields_leave_out_where_a_run_comes_from():
+    before = Args()
+    assert usage.changed_fields(Args(resume="a"), before) == usage.changed_fields(Args(fork="a"), before) == []
+    assert usage.changed_fields(Args(gamma=0.5, seed=2, fork="a"), before) == ["seed", "gamma"]
+
+
+# of a run
+
+
+PERIODS = """log_frequency target_network_frequency plasticity_frequency eval_frequency checkpoint_frequency
+injection_check_frequency buffer_size""".split()
+
+
+@pytest.mark.parametrize("name", PERIODS)
+def test_a_period_below_a_vector_step_is_refused_with_the_fix(name):
+    norm = {"injection_trigger": "norm"} if name == "injection_check_frequency" else {}
+    Args(**norm, num_envs=8, **{name: 8})
+    with pytest.raises(UsageError) as error:
+        Args(**norm, num_envs=8, **{name: 7})
+    flag = f"--{name.replace('_', '-')}"
+    assert str(error.value) == f"{name} is 7, but must be at least num_envs (8): raise {flag} or lower --num-envs"
+
+
+@pytest.mark.parametrize("name", PERIODS)
+def test_only_what_may_be_left_out_may_be_zero(name):
+    norm = {"injection_trigger": "norm"} if name == "injection_check_frequency" else {}
+    optional = name in ("plasticity_frequency", "eval_frequency", "checkpoint_frequency")
+    if optional:
+        Args(**norm, num_envs=8, **{name: 0})
+    else:
+        with pytest.raises(UsageError, match=f"{name} is 0, but must be 0 or more and at least 1"):
+            Args(**norm, **{name: 0})
+
+
+def test_every_period_of_a_run_has_its_bound():
+    of_periods = {f.name for f in fields(Args) if {*getattr(f.type, "__metadata__", ())} & {NotBelow("num_envs")}}
+    assert of_periods == {*PERIODS}
+    assert NotBelow("num_envs") in Period.__metadata__ and Ge(1) in PositivePeriod.__metadata__
+    not_periods = {"train_frequency"}  # one vector step may hold several updates
+    assert {f.name for f in fields(Args) if f.name.endswith("_frequency")} == of_periods - {"buffer_size"} | not_periods
+
+
+NUMBERS = [f.name for f in fields(Args) if type(f.default) in (int, float)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_no_number_of_a_run_is_without_a_bound(name):
+    norm = {"injection_trigger": "norm"} if name.startswith("injection_") or name == "max_injections" else {}
+    shrink = {"intervention": "none"} if name == "shrink_factor" else {}
+    bad = -1 if type(getattr(Args, name)) is int else math.nan
+    with pytest.raises(UsageError, match=f"^{name} is {bad}, but must be "):
+        Args(**norm, **shrink, **{name: bad})
+
+
+def test_the_fields_of_a_run_are_those_of_the_experiment_and_then_those_of_every_run():
+    names = [[field.name for field in fields(of)] for of in (Experiment, RunFlags, Args)]
+    assert names[2] == [*names[0], *names[1]] and not set(names[0]) & set(names[1])
+    assert names[0][:6] == ["env_id", "seed", "exp_name", "total_timesteps", "num_envs", "env_backend"]
+    assert names[0][6] == "injection_step", "what this script is about comes next"
+
+
+CONTRADICTIONS = [
+    ({"eval_steps": 100}, "give --eval-episodes 0 with --eval-steps, or the other way round"),
+    ({"eval_episodes": 0}, "give --eval-episodes 0 with --eval-steps, or the other way round"),
+    ({"capture_video": True}, "give --eval-frequency"),
+    ({"resume": "a", "fork": "b"}, "give one of --resume, --fork and --evaluate"),
+    ({"resume": "a", "evaluate": "b"}, "give one of --resume, --fork and --evaluate"),
+    ({"fork": "a", "evaluate": "b"}, "give one of --resume, --fork and --evaluate"),
+]
+
+
+@pytest.mark.parametrize(("flags", "fix"), CONTRADICTIONS, ids=str)
+def test_flags_that_contradict_each_other_are_refused_with_the_fix(flags, fix):
+    with pytest.raises(UsageError, match=f"{fix}$"):
+        RunFlags(**flags).check_flags()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"eval_steps": 100, "eval_episodes": 0},
+        {"capture_video": True, "eval_frequency": 9},
+        {"capture_video": True, "evaluate": "a"},
+        {"fork": "a"},
+        {"resume": ""},
+    ],
+    ids=str,
+)
+def test_flags_that_go_together_are_taken(flags):
+    RunFlags(**flags).check_flags()
+
+
+# one line
+
+
+@pytest.mark.parametrize(
+    "error", [UsageError("no"), FloatingPointError("no"), OSError("no"), KeyboardInterrupt(), SystemExit(143), ValueError("no")]
+)
+def test_what_a_command_cannot_do_ends_it_in_one_line_and_what_is_a_bug_does_not(error):
+    with pytest.raises(BaseException) as end, ends_in_one_line():
+        raise error
+    expected = {KeyboardInterrupt: 130, SystemExit: 143}.get(type(error), "error: no")
+    if type(error) is ValueError:
+        assert end.value is error
+    else:
+        assert type(end.value) is SystemExit and end.value.code == expected
+
+
+def test_letters_that_a_terminal_has_not_are_question_marks(monkeypatch, tmp_path):
+    with open(tmp_path / "log", "w", encoding="ascii") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        with ends_in_one_line():
+            print("ε − x")
+    assert (tmp_path / "log").read_text() == "? ? x\n"
+
+
+def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_the_fix():
+    with pytest.raises(UsageError) as error, usage.reading(Path("a/b.json"), "a list", "give another"):
+        raise KeyError("x\nsecond line. More")
+    assert str(error.value) == r"a/b.json cannot be read as a list (KeyError: 'x\nsecond line): give another"
+    assert type(error.value.__cause__) is KeyError
+    with usage.reading(Path("a"), "b", "c"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("", set()),
+        ("--seed 1 --no-cuda --gamma=0.5", {"seed", "cuda", "gamma"}),
+        ("--env-id --injection-step 5 -7", {"env_id", "injection_step"}),
+        ("--no-freeze-heads --num_envs 3", {"freeze_heads", "num_envs"}),
+        ("runs/no-such-flag", set()),
+    ],
+)
+def test_flags_given_are_those_that_the_command_line_names(monkeypatch, words, names):
+    monkeypatch.setattr(sys, "argv", ["script.py", *words.split()])
+    assert usage.flags_given() == names
+
+
+def test_a_flag_is_its_fields_name_in_the_shells_spelling():
+    assert usage.flag("num_envs") == "--num-envs" and usage.flag("seed") == "--seed"
