@@ -1,11 +1,11 @@
-"""The command line: every flag explained, bad input refused in one line, the README's commands valid."""
+"""The command line: every flag explained, presets and forks completed, bad input refused in one line."""
 
 import ast
 import itertools
 import json
 import os
 import re
-import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY_GAMES
 
-import dqn_injection_atari
-from dqn_injection_atari import Args, UsageError, main, parse_args, train
+import dqn_injection_atari as script
+from dqn_injection_atari import OF_KIND, PRESETS, Args, CommandLine, Learner, Training, main, make_q_network, parse_args
+from support import flags, run_log
+from support.usage import UsageError
 
-SCRIPT = Path(dqn_injection_atari.__file__)
-README = SCRIPT.with_name("README.md")
+SCRIPT = Path(script.__file__)
 CLEANRL = """exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity capture_video save_model env_id
 total_timesteps learning_rate num_envs buffer_size gamma tau target_network_frequency batch_size start_e end_e
 exploration_fraction learning_starts train_frequency""".split()
@@ -46,7 +48,7 @@ def test_defaults_are_the_default_setting():
     assert (args.learning_rate, args.target_network_frequency, args.train_frequency, args.batch_size) == (1e-4, 8_000, 4, 32)
     assert (args.buffer_size, args.learning_starts, args.total_timesteps) == (1_000_000, 80_000, 15_000_000)
     assert (args.start_e, args.end_e, args.exploration_fraction, args.gamma) == (1.0, 0.01, 0.1, 0.99)
-    learner = dqn_injection_atari.Learner(args, 6, "cpu")
+    learner = Learner(args, 6, "cpu")
     assert learner.optimizer.defaults["eps"] == 1.5e-4 and learner.optimizer.defaults["lr"] == 1e-4
 
 
@@ -62,6 +64,7 @@ PAPER = {
     "eval_frequency": 250_000,
     "eval_episodes": 0,
     "eval_steps": 125_000,
+    "injection_optimizer_state": "copy",
 }
 
 
@@ -79,6 +82,34 @@ def test_single_flags_override_a_preset_also_with_values_that_are_defaults(monke
     args = parse(monkeypatch, *flags, "--env-id", "PongNoFrameskip-v4")
     assert (args.target_network_frequency, args.shared_bias, args.optimizer) == (8_000, False, "adam")
     assert args.learning_rate == 2.5e-4 and args.env_id == "PongNoFrameskip-v4"
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ("--intervention reset-head", {"intervention": "reset-head", "injection_step": (12_500_000,)}),
+        ("--intervention shrink-perturb --shrink-factor 0.5", {"shrink_factor": 0.5, "injection_step": (12_500_000,)}),
+        ("--injection-trigger norm", {"injection_trigger": "norm", "injection_step": (), "injection_optimizer_state": "copy"}),
+        ("--injection-trigger norm --max-injections 3", {"max_injections": 3, "injection_step": ()}),
+        ("--intervention none", {"intervention": "none", "injection_optimizer_state": "copy"}),
+        ("--no-apply-injection", {"apply_injection": False, "injection_optimizer_state": "copy"}),
+        ("--eval-frequency 0 --num-envs 8", {"num_envs": 8, "eval_steps": 125_000}),
+    ],
+)
+def test_a_preset_takes_another_intervention_or_trigger_and_leaves_out_what_nothing_would_look_at_then(
+    monkeypatch, flags, kept
+):
+    args = parse(monkeypatch, "--preset", "paper", *flags.split())
+    assert {name: getattr(args, name) for name in kept} == kept
+    assert args.optimizer == "rmsprop" and args.shared_bias
+    if args.applied_intervention in ("reset-head", "shrink-perturb"):
+        assert args.injection_optimizer_state == "fresh"
+
+
+def test_every_preset_is_one_of_arguments_that_work_and_names_no_default():
+    for preset in PRESETS.values():
+        args = Args(**preset)
+        assert all(getattr(args, name) != getattr(Args, name) for name in preset)
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--fork"])
@@ -102,12 +133,10 @@ def test_a_run_that_goes_on_takes_no_preset(monkeypatch, flag):
             "only --intervention injection",
         ),
         ({"shrink_factor": 0.5, "injection_step": (5,)}, "only --intervention shrink-perturb"),
-        ({"shrink_factor": 1.5}, "between 0 and 1"),
-        ({"injection_norm_ratio": 0.0, "injection_trigger": "norm"}, "positive and finite"),
         ({"intervention": "reset"}, "one of injection, reset-head, shrink-perturb, none"),
+        ({"injection_optimizer_state": "keep", "injection_step": (5,)}, "one of fresh, copy"),
         ({"optimizer": "sgd"}, "one of adam, rmsprop"),
         ({"eval_steps": 100}, "give --eval-episodes 0 with --eval-steps"),
-        ({"eval_episodes": 0}, "give --eval-episodes 0 with --eval-steps"),
     ],
     ids=str,
 )
@@ -182,10 +211,10 @@ def test_a_baseline_may_have_the_flags_of_the_arm_it_belongs_to():
     assert Args(intervention="reset-head", injection_step=(5,)).applied_intervention == "reset-head"
 
 
-def field_docstrings():
-    """{field: docstring} of Args, read off the source."""
+def field_docstrings(source, name):
+    """{field: docstring} of a class, read off its source."""
     body = next(
-        node for node in ast.parse(SCRIPT.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args"
+        node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef) and node.name == name
     ).body
     return {
         field.target.id: doc.value.value
@@ -194,15 +223,21 @@ def field_docstrings():
     }
 
 
-def test_help_explains_every_flag():
+def test_help_explains_every_flag_in_the_order_in_which_a_user_meets_them():
     command, environment = [sys.executable, str(SCRIPT), "--help"], {**os.environ, "COLUMNS": "160"}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     plain = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
-    explanations = field_docstrings()
+    explanations = field_docstrings(SCRIPT, "Experiment") | field_docstrings(Path(flags.__file__), "RunFlags")
     assert list(explanations) == [field.name for field in fields(Args)]
+    explanations |= field_docstrings(SCRIPT, "CommandLine")
+    assert list(explanations) == [field.name for field in fields(CommandLine)]
     for name, explanation in explanations.items():
         assert f"--{name.replace('_', '-')}" in plain
         assert " ".join(explanation.split()) in plain, name
+    shown = [name for name in re.findall(r"^│? *--([a-z0-9-]+)", out, re.MULTILINE) if not name.startswith("no-")]
+    assert [name.replace("-", "_") for name in shown] == list(explanations)
+    assert shown[:6] == ["env-id", "seed", "exp-name", "total-timesteps", "num-envs", "env-backend"]
+    assert "Double DQN with plasticity injection" in plain and "1 step = 1 decision of the agent" in plain
 
 
 BAD = {
@@ -229,6 +264,10 @@ BAD = {
     "evaluation epsilon": ("--eval-epsilon 1.1", "eval_epsilon is 1.1"),
     "seed": ("--seed -1", "seed is -1"),
     "injection at the end": ("--total-timesteps 1000 --injection-step 1000", "within 1 ... 999"),
+    "injection in the last vector step": ("--total-timesteps 100 --injection-step 97 --num-envs 8", "within 1 ... 96"),
+    "injections in one vector step": ("--injection-step 9 16 --num-envs 8", "increasing by num_envs (8) or more"),
+    "target frequency within a vector step": ("--target-network-frequency 4 --num-envs 8", "at least num_envs (8): raise"),
+    "measures within a vector step": ("--plasticity-frequency 4 --num-envs 8", "plasticity_frequency is 4"),
     "injection past the end": ("--injection-step 20000000", "injection_step is (20000000,)"),
     "injection before the start": ("--injection-step 0", "injection_step is (0,)"),
     "injections not increasing": ("--injection-step 10 10", "increasing"),
@@ -237,12 +276,11 @@ BAD = {
     "video without evaluation": ("--capture-video", "--eval-frequency"),
     "checkpoints within a vector step": ("--checkpoint-frequency 4 --num-envs 8", "checkpoint_frequency is 4"),
     "checkpoint frequency": ("--checkpoint-frequency -1", "checkpoint_frequency is -1"),
-    "resuming nothing": ("--resume nowhere", "nowhere/run.json cannot be read as"),
+    "resuming nothing": ("--resume nowhere", "nowhere cannot be read as a run's folder"),
     "forking nothing": ("--fork nowhere", "nowhere/manifest.json cannot be read as"),
     "resuming and forking": ("--resume a --fork b", "give one of --resume, --fork and --evaluate"),
     "resuming and evaluating": ("--resume a --evaluate b", "give one of --resume, --fork and --evaluate"),
     "graphs without a GPU": ("--cuda-graphs --no-cuda --buffer-size 100", "--cuda-graphs needs a GPU"),
-    "compiling without a compiler": ("--compile --no-cuda --buffer-size 100", "--compile needs a C++ compiler"),
     "evaluating nothing": ("--evaluate nowhere.pt", "nowhere.pt"),
     "evaluating an unset shell variable": ("--evaluate=", "agent.pt"),
 }
@@ -251,9 +289,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(monkeypatch, case):
     flags, message = BAD[case]
-    monkeypatch.setattr(dqn_injection_atari, "training_loop", lambda *_: pytest.fail("work was begun"))
-    monkeypatch.setattr(dqn_injection_atari.importlib.util, "find_spec", lambda _: None)  # as where wandb is missing
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(Training, "loop", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(run_log.importlib.util, "find_spec", lambda _: None)  # as where wandb is missing
     monkeypatch.setattr(sys, "argv", ["", *flags.split()])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -266,40 +303,6 @@ def test_the_shell_sees_one_line_and_a_status():
     run = subprocess.run([sys.executable, str(SCRIPT), "--num-envs", "0"], capture_output=True, text=True, check=False)
     assert run.returncode == 1 and run.stdout == ""
     assert run.stderr == "error: num_envs is 0, but must be at least 1: change --num-envs\n"
-
-
-def test_a_replay_that_does_not_fit_names_needed_free_and_what_would_fit(monkeypatch):
-    monkeypatch.setattr(dqn_injection_atari, "free_memory", lambda: 2_000_000_000)
-    with pytest.raises(UsageError, match=r"needs 7\.3 GB and 2\.0 GB of memory are free") as error:
-        train(Args())
-    fits = int(re.search(r"lower --buffer-size to (\d+)$", str(error.value)).group(1))
-    space = dqn_injection_atari.make_envs(Args()).single_observation_space
-    needed = dqn_injection_atari.FrameReplayBuffer.bytes_needed
-    assert 1.7e9 < needed(fits, space) <= 2e9
-
-
-@pytest.mark.parametrize(
-    "line,folder,limit,usage,cache",
-    [
-        ("0::/job/step", "job/step", "memory.max", "memory.current", "file"),
-        ("0::/job/step", "job", "memory.max", "memory.current", "file"),
-        ("0::/../outside", "", "memory.max", "memory.current", "file"),
-        ("4:memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
-    ],
-)
-def test_free_memory_is_the_control_groups_where_that_is_less(tmp_path, line, folder, limit, usage, cache):
-    machine = dqn_injection_atari.free_memory(tmp_path / "no control groups")
-    assert machine > 2e8
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/job\n{line}\n")
-    group = tmp_path / "sys/fs/cgroup" / folder
-    group.mkdir(parents=True)
-    (group / limit).write_text("150000000\n")
-    (group / usage).write_text("80000000\n")
-    (group / "memory.stat").write_text(f"anon 50000000\n{cache} 30000000\n")
-    assert dqn_injection_atari.free_memory(tmp_path) == 100_000_000
-    (group / limit).write_text("max\n")
-    assert dqn_injection_atari.free_memory(tmp_path) > 2e8
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(monkeypatch):
@@ -315,59 +318,44 @@ def test_args_takes_one_injection_step_or_several(given, kept):
     assert Args(injection_step=given).injection_step == kept
 
 
+@pytest.mark.parametrize(
+    ("num_envs", "total", "planned", "ends"),
+    [(1, 100, (1, 99), (1, 99)), (8, 100, (1, 9, 96), (8, 16, 96)), (8, 104, (96,), (96,)), (7, 100, (92,), (98,))],
+)
+def test_interventions_are_planned_for_the_ends_of_their_vector_steps(num_envs, total, planned, ends):
+    args = Args(num_envs=num_envs, total_timesteps=total, injection_step=planned)
+    assert args.planned_interventions == ends
+    with pytest.raises(UsageError, match="before the run's end at --total-timesteps: change --injection-step"):
+        Args(num_envs=num_envs, total_timesteps=total, injection_step=(*planned, ends[-1]))
+
+
+@pytest.mark.parametrize(
+    ("args", "pairs"),
+    [
+        ({}, 1),
+        ({"injection_step": (5, 10, 20)}, 3),
+        ({"injection_trigger": "norm"}, 1),
+        ({"injection_trigger": "norm", "max_injections": 4}, 4),
+        ({"injection_step": (5, 10), "apply_injection": False}, 2),
+    ],
+    ids=str,
+)
+def test_a_network_has_room_for_all_injections_that_are_planned_and_for_one_where_none_is(args, pairs):
+    assert len(make_q_network(Args(**args), 6, "cpu").theta_prime_1) == pairs
+
+
+def test_what_may_differ_in_a_fork_are_fields():
+    forkable = set(script.FORKABLE)
+    assert len(forkable) == len(script.FORKABLE) and forkable <= {field.name for field in fields(Args)}
+    assert forkable >= OF_KIND
+    assert not forkable & {"seed", "env_id", "num_envs", "learning_rate", "checkpoint_frequency", "log_frequency"}
+
+
 def test_args_refuses_with_a_value_error():
     with pytest.raises(ValueError, match="num_envs"):
         Args(num_envs=0)
     with pytest.raises(ValueError, match="env_backend"):
         Args(env_backend="gym")
-
-
-def readme_commands():
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README.read_text(), re.DOTALL)
-    commands = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
-    return [command.split(" #")[0].strip() for line in commands for command in line.split("&&")]
-
-
-def test_every_training_command_of_the_readme_parses(monkeypatch):
-    commands = [c for c in readme_commands() if "dqn_injection_atari.py" in c and "--help" not in c]
-    assert len(commands) >= 5
-    names = dict.fromkeys(("run.json", "checkpoint-5000000/manifest.json", "checkpoint-100000/manifest.json"), Args())
-    names["checkpoint-12500000/manifest.json"] = Args(**dqn_injection_atari.PRESETS["paper"])
-    for name, args in names.items():
-        Path("runs/FOLDER", name).parent.mkdir(parents=True, exist_ok=True)
-        Path("runs/FOLDER", name).write_text(json.dumps({"args": asdict(args)}))
-    for command in commands:
-        words = shlex.split(command)
-        parse(monkeypatch, *words[words.index("dqn_injection_atari.py") + 1 :])
-
-
-def test_every_file_the_readme_names_exists():
-    text = README.read_text()
-    named = set(re.findall(r"\]\(((?!http|#)[^)]+)\)", text)) | set(re.findall(r'src="((?!http)[^"]+)"', text))
-    assert named and all((README.parent / name).exists() for name in named)
-
-
-def test_the_readme_names_every_curve_and_leaves_no_blank():
-    text = README.read_text()
-    tags = set(re.findall(r'"((?:charts|injection|eval)/\w+)"', SCRIPT.read_text())) | {"losses/td_loss", "losses/q_values"}
-    assert len(tags) == 11 and all(f"`{tag}`" in text for tag in tags)
-    assert not re.search(r"^[A-Z_]+$", text, re.MULTILINE), "a placeholder"
-
-
-def test_the_other_commands_of_the_readme_use_what_is_there():
-    for command in readme_commands():
-        for name in re.findall(r"\S+\.(?:txt|py|png)\b", command):
-            assert (README.parent / name).exists(), command
-        assert re.match(r"(python3? |\. \.venv/bin/activate|pip install -r |pytest$|tensorboard --logdir runs|#|$)", command), (
-            command
-        )
-
-
-def test_a_folder_named_wandb_does_not_pass_for_the_package(monkeypatch, tmp_path):
-    (tmp_path / "wandb").mkdir()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UsageError, match="pip install wandb"):
-        train(Args(track=True, buffer_size=100))
 
 
 def test_what_is_no_flag_is_refused(monkeypatch, capsys):
@@ -380,8 +368,36 @@ def test_interrupting_an_evaluation_of_a_saved_agent_is_no_traceback(monkeypatch
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dqn_injection_atari, "evaluate_saved", interrupted)
+    monkeypatch.setattr(script, "evaluate_saved", interrupted)
     monkeypatch.setattr(sys, "argv", ["", "--evaluate", "agent.pt"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 130
+
+
+def test_a_run_to_resume_takes_no_other_flag(monkeypatch):
+    Path("run").mkdir()
+    Path("run/run.json").write_text(json.dumps({"args": asdict(Args(seed=7))}))
+    assert parse(monkeypatch, "--resume", "run") == Args(resume="run")
+    assert parse(monkeypatch, "--resume", "run", "--gamma", "0.5") == Args(seed=7, resume="run", gamma=0.5), (
+        "which train refuses"
+    )
+
+
+@pytest.mark.parametrize("signals", [None, signal.SIGTERM, signal.SIGINT])
+def test_the_status_tells_a_run_that_was_stopped_from_one_that_is_complete(monkeypatch, signals):
+    given = []
+
+    def train(args, asked):
+        given.append(args)
+        asked.stop = signals
+
+    monkeypatch.setattr(script, "train", train)
+    monkeypatch.setattr(sys, "argv", ["", "--env-id", TINY_GAMES])
+    if signals is None:
+        main()
+    else:
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[signals]
+    assert given == [Args(env_id=TINY_GAMES)]

@@ -13,6 +13,7 @@ from support.usage import UsageError
 
 PHOENIX = "PhoenixNoFrameskip-v4"
 both_backends = pytest.mark.parametrize("backend", ["sb3", "ale"])
+sb3_in_full_runs = pytest.mark.parametrize("backend", [pytest.param("sb3", marks=pytest.mark.slow), "ale"])
 
 
 def noop_wrapper(env):
@@ -72,7 +73,7 @@ def test_backends_agree_on_rewards_ends_and_raw_returns(env_id, num_envs):
     pytest.fail("too few ends to compare")
 
 
-@both_backends
+@sb3_in_full_runs
 def test_returns_are_raw_scores_of_whole_games_while_rewards_are_signs(backend):
     envs, rng = make_envs(PHOENIX, backend, 2), np.random.default_rng(1)
     envs.reset(seed=3)
@@ -142,7 +143,7 @@ def test_v5_keeps_its_sticky_actions_and_skips_four_frames_once(backend, num_env
     assert equal_courses(PHOENIX) == [True, True] and equal_courses("ALE/Phoenix-v5") == [False, False]
 
 
-@both_backends
+@sb3_in_full_runs
 def test_a_seed_fixes_every_game_and_another_seed_changes_them(backend):
     def play(seed):
         envs, rng = make_envs("ALE/Phoenix-v5", backend, 2), np.random.default_rng(0)
@@ -239,7 +240,7 @@ def test_a_picture_of_every_game_can_be_drawn(backend):
         assert np.array_equal(pictures[1][::4, ::4, 1], envs.obs[1, -1]), "the agent's newest frame, larger"
 
 
-@both_backends
+@sb3_in_full_runs
 @pytest.mark.parametrize("env_id", [SHORT_GAMES, pytest.param("ALE/Breakout-v5", marks=pytest.mark.slow)])
 def test_games_come_back_from_their_state_and_go_on_the_same(backend, env_id):
     rng = np.random.default_rng(0)
