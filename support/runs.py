@@ -75,9 +75,10 @@ def find_origin(resume: str | None, fork: str | None, stack: contextlib.ExitStac
     newest = newest_good_checkpoint(folder, identity["run"])
     if newest is not None:  # whose arguments have a checksum
         return Origin(folder, identity["run"], newest.meta["args"], newest)
-    if read_scalars(folder):
-        raise UsageError(f"{folder} holds no checkpoint to go on from: start the run again without --resume")
     fork_point = _fork_point(identity["args"].get("fork"))
+    begun = fork_point["checkpoint"].step if fork_point else 0
+    if any(points[0].max() > begun for points in read_scalars(folder).values()):
+        raise UsageError(f"{folder} holds no checkpoint to go on from: start the run again without --resume")
     return Origin(**fork_point | {"folder": folder, "run_id": identity["run"], "args": identity["args"]})
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHORT_GAMES, variant
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.atari_wrappers import NoopResetEnv
 
 from support.environments import LearnerView, atari_spec, make_envs
@@ -90,6 +90,46 @@ def test_returns_are_raw_scores_of_whole_games_while_rewards_are_signs(backend):
             assert infos["episode"]["r"][i] >= 20 * clipped[i] > 0
             clipped[i] = length[i] = lives_lost[i] = 0
             checked += 1
+
+
+class Scripted(VectorEnv):
+    """Plays rows of (score, terminated, truncated, lives afterwards), one game."""
+
+    num_envs, metadata, render_mode = 1, {}, None
+
+    def __init__(self, lives, *rows):
+        self.lives, self.rows = lives, iter(rows)
+
+    def reset(self, seed=None, options=None):
+        return np.zeros((1, 4, 84, 84), np.uint8), {"lives": np.array([self.lives])}
+
+    def step(self, actions):
+        score, terminated, truncated, lives = next(self.rows)
+        obs = np.full((1, 4, 84, 84), lives, np.uint8)
+        infos = {"lives": np.array([lives])}
+        if terminated or truncated:
+            infos["final_obs"] = np.array([np.full((4, 84, 84), 99, np.uint8)])
+        return obs, np.array([float(score)]), np.array([terminated]), np.array([truncated]), infos
+
+
+@pytest.mark.parametrize(
+    ("lives", "row", "reward", "termination", "truncation", "last_pixel"),
+    [
+        (3, (0, False, False, 3), 0, False, False, 3),
+        (3, (700, False, False, 2), 1, True, False, 2),  # a life lost
+        (3, (-5, False, False, 4), -1, False, False, 4),  # a life won
+        (1, (0.5, True, False, 5), 1, True, False, 99),  # the game is over, the next one begins
+        (3, (0, False, True, 5), 0, False, True, 99),  # the game is cut
+        (6, (0, False, True, 5), 0, False, True, 99),  # cut, and the next game has fewer lives
+        (1, (0, True, True, 5), 0, True, False, 99),  # over at the frame limit
+    ],
+)
+def test_the_learner_sees_lives_ends_and_signs(lives, row, reward, termination, truncation, last_pixel):
+    view = LearnerView(Scripted(lives, row))
+    view.reset(seed=0)
+    obs, rewards, terminations, truncations, infos = view.step(np.zeros(1, int))
+    assert (rewards.item(), terminations.item(), truncations.item()) == (reward, termination, truncation)
+    assert infos["final_obs"][0, 3, 0, 0] == last_pixel and obs[0, 3, 0, 0] == row[3] == view.obs[0, 3, 0, 0]
 
 
 @both_backends
@@ -265,6 +305,13 @@ def test_games_come_back_from_their_state_and_go_on_the_same(backend, env_id):
             assert all(np.array_equal(mine[4]["episode"][key], theirs[4]["episode"][key]) for key in "rl")
     assert ends or env_id != SHORT_GAMES
     assert torch.equal(first.state_dict()["actions"], second.state_dict()["actions"])
+
+
+def test_both_backends_are_asked_for_up_to_30_no_ops_at_a_games_start():
+    sb3, ale = (make_envs(PHOENIX, backend, 1) for backend in ("sb3", "ale"))
+    assert noop_wrapper(sb3.unwrapped.envs[0]).noop_max == 30
+    starts = [int(ale.reset(seed=seed)[1]["episode_frame_number"][0]) for seed in range(40, 46)]
+    assert len(set(starts)) > 3 and max(starts) == starts[-1] == 30
 
 
 def test_games_that_do_not_repeat_themselves_are_no_way_back():

@@ -113,7 +113,9 @@ def test_a_film_shows_every_step_of_the_first_game_and_nothing_of_the_second(tmp
     assert [round(picture.mean() / 8) for picture in read] == list(range(10)), "what each decision was taken for"
 
 
-@pytest.mark.parametrize(("backend", "size"), [("sb3", (210, 160, 3)), pytest.param("ale", (336, 336, 3), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "size"), [("sb3", (210, 160, 3)), pytest.param("ale", (336, 336, 3), marks=pytest.mark.slow)]
+)
 def test_a_film_of_a_real_game_moves_and_has_its_colours(backend, size):
     args = Args(env_id=SHORT_GAMES, env_backend=backend, eval_episodes=1, eval_epsilon=1.0)
     evaluate(QNetwork(8), args, 0, video=Path("film.mp4"))

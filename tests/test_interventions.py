@@ -262,7 +262,7 @@ def test_an_injection_is_made_at_the_first_check_at_which_the_norm_has_grown_eno
     "changes", [{"injection_norm_ratio": 3.0}, {"apply_injection": False}, {"intervention": "none"}], ids=str
 )
 def test_no_injection_is_made_below_the_ratio_or_in_a_baseline(changes):
-    curves = scalars(train(replace(NORM, total_timesteps=120, **changes)))
+    curves = scalars(train(replace(NORM, total_timesteps=150, **changes)))
     assert "injection/step" not in curves and max(value for _, value in curves["injection/norm_growth"]) > 1.0001
 
 

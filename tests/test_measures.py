@@ -127,6 +127,9 @@ def test_the_loss_meter_gives_means_since_the_last_call_and_nothing_where_nothin
     other.load_state_dict(meter.state_dict())
     assert meter.means(112, 4) == other.means(112, 4) == {"td_loss": 3, "q_values": 7}
     assert meter.means(112, 4) == {} == other.means(112, 4)
+    meter.add(torch.tensor(4.0), torch.tensor(8.0))
+    meter.num_updates += 1
+    assert meter.means(116, 4) == {"td_loss": 4, "q_values": 8}
 
 
 @pytest.mark.parametrize(("bad", "first"), [(0, 104), (1, 108), (3, 116)])
@@ -249,6 +252,9 @@ def test_measuring_changes_nothing_in_the_learner(bf16):
         assert (gradient is None) == (parameter.grad is None) and (gradient is None or torch.equal(gradient, parameter.grad))
     assert not any(module._forward_hooks for module in learner.q_network.modules())
     assert plasticity_measures(learner, random_batch()) == first
+    in_float32 = make_learner(bf16=False)
+    in_float32.load_state_dict(learner.state_dict())
+    assert plasticity_measures(in_float32, random_batch()) == first, "whatever the learner computes in"
 
 
 # of a run

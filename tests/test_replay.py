@@ -75,6 +75,19 @@ def test_equals_sb3_after_every_add_with_ends_of_all_kinds_and_wrap_around(n_env
         assert ours.full
 
 
+def test_arrays_may_be_used_again_for_the_next_transition():
+    ours, theirs = both_buffers(24, 2)
+    reused = None
+    for transition in random_stream(np.random.default_rng(0), 2, 30, "zero"):
+        arrays = transition[:5]
+        reused = [np.array(array) for array in arrays] if reused is None else reused
+        for own, array in zip(reused, arrays, strict=True):
+            own[:] = array
+        ours.add(*reused, transition[5])
+        theirs.add(*transition)
+    assert_same_transitions(ours, theirs)
+
+
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_samples_are_sb3_transitions_drawn_uniformly(n_envs):
     ours, theirs = both_buffers(30, n_envs)

@@ -155,7 +155,7 @@ def test_resume_is_exact_where_the_norm_decides(uninterrupted):
 
 
 MEASURED = replace(  # everything is logged, much of it at the very step of a checkpoint, before and after it
-    SMALL, injection_step=(160,), plasticity_frequency=160, eval_frequency=80, eval_episodes=1, log_frequency=20
+    SMALL, injection_step=(142, 160), plasticity_frequency=160, eval_frequency=80, eval_episodes=1, log_frequency=20
 )
 
 
@@ -164,7 +164,7 @@ def test_every_scalar_is_there_once_after_a_resume(uninterrupted):
         patch.setattr(RunLog, "FLUSH_SECONDS", 0)  # or a run of seconds would write curves with its checkpoints only
         folder = train_until(185, MEASURED)
         view = EventAccumulator(str(folder)).Reload()  # as in a browser, with points that the resumed run writes again
-        assert [point.step for point in view.Scalars("injection/step")] == [160]
+        assert [point.step for point in view.Scalars("injection/step")] == [142, 160]
         assert [point.step for point in view.Scalars("eval/episodic_return")] == [80, 160]
         train_until(230, replace(MEASURED, resume=str(folder)))
     train(Args(resume=str(folder)))
@@ -554,9 +554,14 @@ def test_on_the_command_line_a_fork_takes_over_what_is_not_given_and_its_agent_p
     assert "scores of 2 games" in capsys.readouterr().out
     refusal = "error: --resume goes on as the run was, {} cannot change: leave out, or use --fork"
     assert main(monkeypatch, "--resume", str(folder), "--num-envs", "1") == refusal.format("num_envs")
-    # a flag at its default value, against a run that differs from the defaults in nothing else
-    other = create_run_folder(Path("runs/other"), {"run": "", "args": asdict(Args(seed=5))})
-    assert main(monkeypatch, "--resume", str(other), "--seed", "1") == refusal.format("seed")
+
+
+def test_a_flag_at_its_default_value_is_a_flag_like_others_to_resume(monkeypatch):
+    """Against a run that differs from the defaults in nothing else."""
+    monkeypatch.setattr(script, "make_parts", lambda *_: pytest.fail("work was begun"))
+    create_run_folder(Path("runs/other"), {"run": "abc", "args": asdict(Args(seed=5))})
+    message = main(monkeypatch, "--resume", "runs/other", "--seed", "1")
+    assert message == "error: --resume goes on as the run was, seed cannot change: leave out, or use --fork"
 
 
 # signals
@@ -961,25 +966,26 @@ def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_bef
 # SIGKILL
 
 
+def killed_in(owner, name, call, args):
+    """A run that is killed as it calls a function for the `call`-th time."""
+    original, tidy_up, calls = getattr(owner, name), shutil.rmtree, []
+
+    def killed(*given, **options):
+        calls.append(given)
+        if len(calls) == call:
+            raise Killed
+        return original(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunLog, "close", lambda log: log.bar.close())
+        patch.setattr(shutil, "rmtree", lambda *given, **options: len(calls) < call and tidy_up(*given, **options))
+        patch.setattr(owner, name, killed)
+        train(args)
+
+
 @slow
-def test_killed_while_files_are_exchanged(uninterrupted, monkeypatch):
+def test_killed_while_files_are_exchanged(uninterrupted):
     """Before and after a checkpoint appears, while it is flushed, and as a resumed run begins to write its curves."""
-    monkeypatch.setattr(RunLog, "close", lambda log: log.bar.close())
-
-    def killed_in(owner, name, call, args):
-        original, calls = getattr(owner, name), []
-
-        def killed(*given, **options):
-            calls.append(given)
-            if len(calls) == call:
-                raise Killed
-            return original(*given, **options)
-
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-            patch.setattr("support.checkpoints.shutil.rmtree", lambda *given, **options: None)  # nor does it tidy up
-            patch.setattr(owner, name, killed)
-            train(args)
-
     killed_in(Path, "rename", 4, SMALL)  # run.json, checkpoint-0, checkpoint-80 and then the removal of checkpoint-0
     folder = new_folder(set())
     assert names(folder) == ["checkpoint-0", "checkpoint-80"]
@@ -989,8 +995,6 @@ def test_killed_while_files_are_exchanged(uninterrupted, monkeypatch):
     killed_in(os, "fsync", 5, resumed)
     killed_in(Curves, "_new_file", 1, resumed)
     killed_in(runs, "save_checkpoint", 2, resumed)
-    monkeypatch.undo()
-    monkeypatch.chdir(folder.parent.parent)
     train(resumed)
     assert_same_end(folder, uninterrupted(SMALL))
     assert not list(folder.glob(".*"))

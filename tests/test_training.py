@@ -258,7 +258,7 @@ def test_transitions_measured_are_drawn_by_seed_stream_and_key_and_training_does
     replay = FrameReplayBuffer(40, space, script.environments.gym.spaces.Discrete(6), "cpu", 2)
     zeros = np.zeros((2, 4, 84, 84), np.uint8)
     for i in range(13):
-        replay.add(zeros, zeros, np.zeros(2, int), np.array([2.0 * i, 2.0 * i + 1]), np.zeros(2, bool), [{}, {}])
+        replay.add(zeros, zeros, np.zeros(2, int), np.array([2.0 * i + 1, 2.0 * i + 2]), np.zeros(2, bool), [{}, {}])
     before = replay.generator.bit_generator.state
 
     def rewards(seed, *which):
@@ -266,7 +266,7 @@ def test_transitions_measured_are_drawn_by_seed_stream_and_key_and_training_does
         return batch.rewards[:, 0].tolist()
 
     first = rewards(1, Stream.PLASTICITY, 5)
-    assert len(first) == 512 and set(first) == set(range(26)), "all that is there and no more"
+    assert len(first) == 512 and set(first) == set(range(1, 27)), "all that is there and no more"
     others = [(2, Stream.PLASTICITY, 5), (1, Stream.INJECTION, 5), (1, Stream.PLASTICITY, 6)]
     assert first == rewards(1, Stream.PLASTICITY, 5) and all(first != rewards(*other) for other in others)
     assert replay.generator.bit_generator.state == before
@@ -318,6 +318,22 @@ def test_evaluating_filming_and_saving_change_nothing_in_training(record):
     assert [step for step, _ in curve] == [70, 140] and all(value >= 0 for _, value in curve)
     assert {path.name for path in (folder / "videos").iterdir()} == {"step-70.mp4", "step-140.mp4"}
     assert (folder / "agent.pt").exists()
+
+
+def test_what_is_evaluated_and_saved_at_an_intervention_is_the_network_before_it(monkeypatch):
+    calls = []
+    for owner, name in ((script, "evaluate"), (Training, "intervene"), (Run, "save")):
+        original = getattr(owner, name)
+
+        def spy(*given, name=name, original=original, **named):
+            calls.append(name)
+            return original(*given, **named)
+
+        monkeypatch.setattr(owner, name, spy)
+    args = replace(SMALL, env_id=TINY_GAMES, total_timesteps=70, checkpoint_frequency=60, **PLAYS_ONLY)
+    args = replace(args, injection_step=(50,), intervention="reset-head", eval_frequency=50, eval_episodes=1)
+    train(args)
+    assert calls == ["save", "save", "evaluate", "intervene", "save", "save"], "at 0, 50, 60 and 70"
 
 
 @pytest.mark.parametrize(
