@@ -140,8 +140,10 @@ def test_a_vector_step_is_one_whole_to_a_checkpoint(uninterrupted, backend, num_
     step = {7: 147, 4: 144, 3: 144}[num_envs]
     folder = train_until(step + 1, args)
     assert names(folder)[-1] == f"checkpoint-{step}" and made(folder / f"checkpoint-{step}") == []
-    until_signal(step + 21, replace(args, resume=str(folder)))
-    assert names(folder)[-1] == f"checkpoint-{step + 21}" and made(folder / f"checkpoint-{step + 21}") == [step]
+    until_signal(step + 3 * num_envs, replace(args, resume=str(folder)))
+    assert names(folder)[-1] == f"checkpoint-{step + 3 * num_envs}" and made(folder / f"checkpoint-{step + 3 * num_envs}") == [
+        step
+    ]
     train(Args(resume=str(folder)))
     assert_same_end(folder, uninterrupted(args))
 
@@ -998,7 +1000,7 @@ def test_killed_while_files_are_exchanged(uninterrupted):
 def test_a_killed_process_resumed_equals_one_that_nobody_touched(monkeypatch):
     """The short form of benchmarks/kill_test.py."""
     monkeypatch.setattr(kill_test, "FLAGS", [*kill_test.FLAGS, "--train-frequency", "20"])
-    where, different = kill_test.kill_and_compare("ale", ["writing", "injection", "resuming"], random.Random(0))
+    where, different = kill_test.kill_and_compare("ale", ["injection", "resuming"], random.Random(0))
     assert different == [] and where["(had ended)"] < 2, where
 
 
