@@ -117,7 +117,6 @@ class Experiment:
     """share of the run over which ε falls (cleanRL; paper: 1_000_000 steps)"""
     exploration_start: Steps = 0
     """step at which ε begins to fall (paper: 50_000)"""
-
     bf16: bool = False
     """act and learn in bfloat16; weights, outputs, TD targets, evaluation stay fp32"""
     tf32: bool = True
@@ -505,8 +504,7 @@ def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, 
     needed = FrameReplayBuffer.bytes_needed(args.buffer_size, obs_space, args.num_envs)
     storage = place_for(needed, args.buffer_size, device if args.cuda_graphs else torch.device("cpu"))
     rng = np.random.default_rng(stream_seed(args.seed, Stream.REPLAY))
-    sizes = (args.buffer_size, obs_space, action_space, device, args.num_envs)
-    replay = FrameReplayBuffer(*sizes, generator=rng, storage=storage)
+    replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, args.num_envs, generator=rng, storage=storage)
     return envs, Learner(args, int(action_space.n), device), replay
 
 
@@ -611,11 +609,13 @@ class Training:
 
 def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     """Raises UsageError for a fork that no single run in its arguments could have come to: its curves would mislead."""
-    saved, step, where = Args(**checkpoint.meta["args"]), checkpoint.step, f"checkpoint {checkpoint.path}"
+    saved = usage.settings_of(Args, checkpoint.meta["args"], checkpoint.path)
+    step, where, by_norm = checkpoint.step, f"checkpoint {checkpoint.path}", args.injection_trigger == "norm"
+    with reading(checkpoint.path, "this run's checkpoint", "move it away, and go on from another"):
+        made = tuple(checkpoint.state["learner"]["interventions"])
     changed = set(usage.changed_fields(args, saved))
     refused = [name for name in asdict(args) if name in changed.difference(FORKABLE)]
     values = ", ".join(f"{name} is {getattr(args, name)}, there {getattr(saved, name)}" for name in refused)
-    made, by_norm = tuple(checkpoint.state["learner"]["interventions"]), args.injection_trigger == "norm"
     planned = made if by_norm else tuple(planned for planned in args.planned_interventions if planned < step)
     said = planned if args.applied_intervention != "none" else ()
     kinds = " and ".join(map(flag, sorted(changed & OF_KIND)))
@@ -647,9 +647,9 @@ def train(args: Args, signals: Signals | None = None) -> Path:
         signals = stack.enter_context(signals or Signals())
         origin = find_origin(args.resume, args.fork, stack)
         if args.resume is not None:
-            given, args = args, Args(**origin.args)
-            if given != Args(resume=given.resume) and (changed := ", ".join(usage.changed_fields(given, args))):
-                raise UsageError(f"--resume goes on as the run was, {changed} cannot change: leave out, or use --fork")
+            given, args = args, usage.settings_of(Args, origin.args, Path(args.resume))
+            if given != Args(resume=given.resume):
+                usage.refuse_changes(given, args)
         if origin.checkpoint is not None and origin.forked:
             check_fork(args, origin.checkpoint)
         device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
@@ -721,11 +721,11 @@ def parse_args() -> Args:
         Args(**{name: line[name] for name in ("resume", "fork", "evaluate")})  # one of them
         if "preset" in given:
             raise UsageError("--preset is for a new run, and --resume and --fork have that run's settings: leave out --preset")
-        if given.keys() == {"resume"}:
-            return Args(resume=line["resume"])
         path = Path(line["resume"], "run.json") if line["fork"] is None else Path(line["fork"], "manifest.json")
-        with reading(path, "a run's arguments", "take another"):
-            base = asdict(Args(**read_identity(path)["args"]))
+        base = asdict(usage.settings_of(Args, read_identity(path)["args"], path))
+        if line["resume"] is not None:
+            usage.refuse_changes(CommandLine(**base | given), CommandLine(**base))
+            return Args(resume=line["resume"])
     # the other way to say what is given is not taken over, nor what nothing looks at then
     said = {"apply_injection": what, "intervention": apply, "injection_step": given.get("injection_trigger") == "norm" or None}
     base |= {name: getattr(Args, name) for name, instead in said.items() if instead is not None}

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
+Settings = TypeVar("Settings")
 Count = Annotated[int, Ge(1)]
 Steps = Annotated[int, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -71,6 +72,25 @@ def changed_fields(settings: Any, before: Any) -> list[str]:
     """Names of the fields that are not as in `before`; where a run comes from is left out."""
     names = [field.name for field in fields(settings) if field.name not in ("resume", "fork")]
     return [name for name in names if getattr(settings, name) != getattr(before, name)]
+
+
+def refuse_changes(settings: Any, before: Any) -> None:
+    """
+    Raises:
+        UsageError: a run is to be resumed with other settings than its own.
+    """
+    if changed := changed_fields(settings, before):
+        raise UsageError(f"--resume goes on as the run was, {', '.join(changed)} cannot change: leave out, or use --fork")
+
+
+def settings_of(kind: type[Settings], values: dict[str, Any], path: Path) -> Settings:
+    """The dataclass `kind` with these values, which were read at `path`.
+
+    Raises:
+        UsageError: they are not its fields, or out of bounds: another version wrote them.
+    """
+    with reading(path, "a run's arguments", "take another"):
+        return kind(**values)
 
 
 def unused_fields(settings: Any) -> dict[str, OnlyWith]:

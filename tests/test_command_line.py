@@ -276,7 +276,7 @@ BAD = {
     "video without evaluation": ("--capture-video", "--eval-frequency"),
     "checkpoints within a vector step": ("--checkpoint-frequency 4 --num-envs 8", "checkpoint_frequency is 4"),
     "checkpoint frequency": ("--checkpoint-frequency -1", "checkpoint_frequency is -1"),
-    "resuming nothing": ("--resume nowhere", "nowhere cannot be read as a run's folder"),
+    "resuming nothing": ("--resume nowhere", "nowhere/run.json cannot be read as a run's arguments"),
     "forking nothing": ("--fork nowhere", "nowhere/manifest.json cannot be read as"),
     "resuming and forking": ("--resume a --fork b", "give one of --resume, --fork and --evaluate"),
     "resuming and evaluating": ("--resume a --evaluate b", "give one of --resume, --fork and --evaluate"),
@@ -379,9 +379,9 @@ def test_a_run_to_resume_takes_no_other_flag(monkeypatch):
     Path("run").mkdir()
     Path("run/run.json").write_text(json.dumps({"args": asdict(Args(seed=7))}))
     assert parse(monkeypatch, "--resume", "run") == Args(resume="run")
-    assert parse(monkeypatch, "--resume", "run", "--gamma", "0.5") == Args(seed=7, resume="run", gamma=0.5), (
-        "which train refuses"
-    )
+    assert parse(monkeypatch, "--resume", "run", "--seed", "7") == Args(resume="run"), "which is its own"
+    with pytest.raises(UsageError, match="gamma cannot change: leave out, or use --fork"):
+        parse(monkeypatch, "--resume", "run", "--gamma", "0.5")
 
 
 @pytest.mark.parametrize("signals", [None, signal.SIGTERM, signal.SIGINT])

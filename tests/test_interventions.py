@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import BRIEF, make_learner, random_batch, scalars
 
-from dqn_injection_atari import PRESETS, Args, Training, train
+from dqn_injection_atari import PRESETS, Args, Training, plasticity_measures, train
 
 # 20 updates before the injection and as many after it
 SMALL = replace(BRIEF, total_timesteps=240, learning_starts=60, checkpoint_frequency=0, injection_step=(141,))
@@ -136,8 +136,9 @@ def test_shrinking_by_nothing_leaves_the_encoder_as_it_is():
 @pytest.mark.parametrize("intervention", ["injection", "reset-head", "shrink-perturb"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_target_mirrors_whatever_was_done_and_learning_goes_on(intervention, bf16):
-    learner = trained(intervention=intervention, bf16=bf16)
+    learner = trained(intervention=intervention, bf16=bf16, tau=0.5)  # which counts for syncs alone
     learner.intervene(step=10)
+    assert learner.interventions == [10]
     assert same(learner.target_network.state_dict(), learner.q_network.state_dict())
     assert not any(parameter.requires_grad for parameter in learner.target_network.parameters())
     obs = random_batch(1).observations
@@ -212,6 +213,16 @@ def test_arms_with_one_seed_are_bitwise_equal_up_to_the_intervention_and_differ_
 
 
 # when the norm has grown
+
+
+@pytest.mark.parametrize("intervention", ["injection", "reset-head", "shrink-perturb"])
+def test_norms_of_what_was_drawn_anew_count_from_then_on_and_those_of_the_encoder_from_its_first_draw(intervention):
+    learner = trained(intervention=intervention)
+    encoder = learner.norms.initial["encoder"]
+    learner.intervene(step=10)
+    measures = plasticity_measures(learner, random_batch())
+    assert learner.norm_growth() == measures["weight_norm_ratio/head"] == 1
+    assert learner.norms.initial["encoder"] == encoder and measures["weight_norm_ratio/encoder"] != 1
 
 
 def test_growth_is_the_norm_of_encoder_and_head_over_what_it_was_when_the_head_began():
