@@ -85,7 +85,7 @@ def test_a_window_of_ours_learns_in_the_precision_and_after_the_injection_that_i
     made = []
     original = throughput.make_run
     monkeypatch.setattr(throughput, "make_run", lambda *given: made.append(original(*given)) or made[0])
-    window = throughput.ours(throughput.Settings(fill=64, buffer_size=200), 2, bf16, injected, stack)
+    window = throughput.ours(throughput.Settings(fill=64, buffer_size=200), 4, bf16, injected, stack)  # an update a vector step
     network = made[0].learner.q_network
     before = network.encoder[0].weight.clone()
     assert window(0.01) > 0 and not torch.equal(network.encoder[0].weight, before)

@@ -132,7 +132,7 @@ def test_the_learner_sees_lives_ends_and_signs(lives, row, reward, termination, 
     assert infos["final_obs"][0, 3, 0, 0] == last_pixel and obs[0, 3, 0, 0] == row[3] == view.obs[0, 3, 0, 0]
 
 
-@both_backends
+@sb3_in_full_runs
 def test_stacks_shift_by_one_survive_life_losses_and_restart_on_zeros_after_games(backend):
     envs, rng = make_envs(PHOENIX, backend, 2), np.random.default_rng(2)
     obs, _ = envs.reset(seed=5)

@@ -185,10 +185,15 @@ def arms(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.chdir(tmp_path_factory.mktemp(intervention))
             patch.setattr(Training, "intervene", noted)
-            runs[intervention] = scalars(train(replace(SMALL, intervention=intervention))), printed.getvalue(), begun
+            runs[intervention] = (
+                scalars(train(replace(SMALL, intervention=intervention, total_timesteps=200))),
+                printed.getvalue(),
+                begun,
+            )
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("intervention", INTERVENTIONS)
 def test_a_run_does_at_its_step_what_was_asked_for_and_says_so(arms, intervention):
     curves, out, begun = arms[intervention]
@@ -205,11 +210,12 @@ def test_a_baseline_does_nothing_and_says_so(arms):
     assert not begun and "injection/step" not in curves and "baseline arm" in out
 
 
+@pytest.mark.slow
 def test_arms_with_one_seed_are_bitwise_equal_up_to_the_intervention_and_differ_after_it(arms):
     first, *others = (arms[name][2][0][1] for name in INTERVENTIONS)
     assert all(same(first, other) for other in others)
     losses = [dict(curves["losses/td_loss"]) for curves, *_ in arms.values()]
-    assert len({of_one[120] for of_one in losses}) == 1 and len({of_one[240] for of_one in losses}) == 4
+    assert len({of_one[120] for of_one in losses}) == 1 and len({of_one[200] for of_one in losses}) == 4
 
 
 # when the norm has grown
@@ -254,7 +260,8 @@ NORM = replace(
 )
 
 
-@pytest.mark.parametrize("num_envs", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_envs", [1, 4])
 def test_an_injection_is_made_at_the_first_check_at_which_the_norm_has_grown_enough(num_envs):
     folder = train(replace(NORM, num_envs=num_envs, checkpoint_frequency=240 if num_envs == 4 else 0))
     curves = scalars(folder)

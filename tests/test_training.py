@@ -196,7 +196,10 @@ def test_the_run_acts_learns_and_remembers_as_its_arguments_say(record, num_envs
     assert folder.name.startswith("PhoenixNoFrameskip-v4__named__1__")
 
 
-@pytest.mark.parametrize(("num_envs", "planned", "ends"), [(1, (1, 121, 149), (1, 121, 149)), (4, (1, 121), (4, 124))])
+@pytest.mark.parametrize(
+    ("num_envs", "planned", "ends"),
+    [(1, (1, 121, 149), (1, 121, 149)), pytest.param(4, (1, 121), (4, 124), marks=pytest.mark.slow)],
+)
 def test_each_injection_happens_once_at_the_end_of_its_vector_step(record, num_envs, planned, ends):
     args = replace(SMALL, num_envs=num_envs, injection_step=planned, total_timesteps=150)
     calls, folder = record(args)
@@ -289,7 +292,7 @@ def test_the_logged_change_of_q_is_measured(monkeypatch):
 
 def test_a_seed_fixes_a_whole_run_and_only_an_injection_changes_it(record):
     """Two runs with one seed are bitwise equal, one with and one without injection up to it."""
-    args = replace(SMALL, injection_step=(150,), num_envs=2)
+    args = replace(SMALL, injection_step=(150,), num_envs=2, total_timesteps=170)
     (injected, again), baseline, other = (
         [record(args)[0] for _ in range(2)],
         record(replace(args, apply_injection=False))[0],

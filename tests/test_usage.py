@@ -106,6 +106,26 @@ def test_changed_fields_leave_out_where_a_run_comes_from():
     assert usage.changed_fields(Args(gamma=0.5, seed=2, fork="a"), before) == ["seed", "gamma"]
 
 
+def test_a_run_is_resumed_with_its_own_settings_only():
+    usage.refuse_changes(Args(seed=2, resume="a"), Args(seed=2))
+    with pytest.raises(
+        UsageError, match=r"^--resume goes on as the run was, seed, gamma cannot change: leave out, or use --fork$"
+    ):
+        usage.refuse_changes(Args(gamma=0.5, resume="a"), Args(seed=2))
+
+
+@pytest.mark.parametrize("values", [{"count": 0}, {"size": 3}, {"kind": ["plain"]}], ids=str)
+def test_settings_of_another_version_are_refused_by_the_file_they_are_in(values):
+    @dataclass
+    class Checked(Settings):
+        def __post_init__(self):
+            check_bounds(self)
+
+    assert usage.settings_of(Checked, {"count": 5, "least": 7}, Path("run.json")) == Checked(count=5, least=7)
+    with pytest.raises(UsageError, match=r"^run.json cannot be read as a run's arguments \(.*\): take another$"):
+        usage.settings_of(Checked, values, Path("run.json"))
+
+
 # of a run
 
 
