@@ -431,6 +431,13 @@ def test_a_run_folder_appears_with_everything_in_it_or_not_at_all():
     assert read_identity(target / "run.json") == identity
 
 
+def test_a_runs_arguments_are_on_the_disk_before_its_folder_appears(monkeypatch):
+    seen = []
+    monkeypatch.setattr(checkpoints, "flush_to_disk", lambda path: seen.append((path.name, Path("runs/name").exists())))
+    create_run_folder(Path("runs/name"), {"run": "number", "args": {}})
+    assert seen == [("run.json", False)]
+
+
 def test_runs_that_start_in_the_same_second_get_folders_of_their_own():
     folders = [create_run_folder(Path("runs/name"), {"run": str(k), "args": {}}) for k in range(3)]
     assert [folder.name for folder in folders] == ["name", "name-1", "name-2"]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ from interruptions import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_injection_atari as script
+import support.run_log as run_log
 import support.runs as runs
 from benchmarks import kill_test
 from benchmarks.kill_test import WALL_CLOCK, content, differences
@@ -298,6 +300,23 @@ def test_the_newest_checkpoint_and_those_at_injection_steps_are_kept(monkeypatch
     ]
     assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == ["events", "run.js"]
     assert json.loads((folder / END / "manifest.json").read_text()).keys() == {"format", "step", "run", "args", "circumstances"}
+
+
+def test_curves_are_on_the_disk_itself_before_a_checkpoint_leaves_them_out(monkeypatch):
+    order = []
+    monkeypatch.setattr(run_log, "flush_to_disk", lambda path: order.append(path.name[:6]))
+    original = runs.save_checkpoint
+    monkeypatch.setattr(runs, "save_checkpoint", lambda *given: (order.append(given[1]), original(*given))[1])
+    train(replace(PLAYING, total_timesteps=20, checkpoint_frequency=10))
+    assert order == ["events", 0, "events", 10, "events", 20]
+
+
+def test_the_recent_speed_leaves_out_what_a_checkpoint_takes(monkeypatch):
+    original = runs.save_checkpoint
+    monkeypatch.setattr(runs, "save_checkpoint", lambda *given: (time.sleep(2.5), original(*given))[1])
+    curves = scalars(train(replace(PLAYING, total_timesteps=20, checkpoint_frequency=10, log_frequency=10)))
+    recent, overall = dict(curves["charts/SPS_recent"])[20], dict(curves["charts/SPS"])[20]
+    assert overall <= 20 / 5 and recent > 10 / 2.5
 
 
 @pytest.mark.parametrize("frequency,expected", [(0, []), (200, ["checkpoint-142", END])])
@@ -955,7 +974,7 @@ def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_bef
         (path / CHECKSUMS).write_text(checksums(path))
         before = all_files(folder)
         given = [{"resume": str(folder)}, {"fork": str(path), **LATER}]
-        for args in given if name == "other layers" else given[:1]:
+        for args in given[: 1 if "games" in name else 2]:
             with pytest.raises(
                 UsageError, match=r"read as this run's checkpoint \(.+\): move it away, and go on from"
             ) as error:
