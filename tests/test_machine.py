@@ -245,13 +245,13 @@ def test_two_processes_never_run_in_one_folder_at_once():
             os.read(go[0], 1)
             send(signal.SIGKILL)()
 
-    helper = threading.Thread(target=lambda: dies(elsewhere))
-    helper.start()
+    other = threading.Thread(target=lambda: dies(elsewhere))
+    other.start()
     os.read(ready[0], 1)
     with pytest.raises(UsageError, match=r"^another process is running run: wait for it, or stop it first$"), alone_in(folder):
         pytest.fail("it came in")
     os.write(go[1], b".")
-    helper.join()
+    other.join()
     with alone_in(folder), pytest.raises(UsageError, match="another process is running run"), alone_in(folder):
         pytest.fail("it came in")
     with pytest.raises(ZeroDivisionError), alone_in(folder):
