@@ -14,11 +14,11 @@ import numpy as np
 from dqn_injection_atari import Args
 from support.flags import RunFlags
 from support.run_log import read_scalars
-from support.usage import OnlyWith, UsageError, reading, unused_fields
+from support.usage import UsageError, conditions, reading, unused_fields
 
 # These name a run, choose its hardware, or change what is logged, filmed and evaluated, but not what is learned
 BOOKKEEPING = {"seed", "exp_name", *(field.name for field in fields(RunFlags))}
-CONDITIONS = {f.name: part for f in fields(Args) for part in getattr(f.type, "__metadata__", ()) if isinstance(part, OnlyWith)}
+CONDITIONS = conditions(Args)
 OF_INTERVENTION = ("intervention", "injection", "injection_trigger", *CONDITIONS)
 REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", "apply_injection", *OF_INTERVENTION)
 IN_WORDS = {"env_id", "intervention", "injection", "injection_trigger", "injection_norm_ratio", "freeze_heads"}

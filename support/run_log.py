@@ -84,8 +84,8 @@ class Curves:
         self.written = 0  # how many of them are in the event file
         self.writer: Any = None  # a SummaryWriter, once there is something to write
 
-    def add(self, content: Summary, step: int, wall_time: float | None = None) -> None:
-        self.points.append((step, time.time() if wall_time is None else wall_time, content))
+    def add(self, content: Summary, step: int) -> None:
+        self.points.append((step, time.time(), content))
         self.step = max(step, self.step)
 
     def flush(self) -> None:
@@ -94,18 +94,18 @@ class Curves:
         Raises:
             OSError: it cannot be written; the next call tries again.
         """
-        older = set(self.folder.glob(EVENT_FILES)) if self.writer is None else None
+        before = set(self.folder.glob(EVENT_FILES))
         report, threading.excepthook = threading.excepthook, lambda _: None  # the writer's thread tells this one as well
         try:
-            if older is not None:
-                self.writer, self.written = self._new_file(older), 0
+            if self.writer is None:
+                self.writer, self.written = self._new_file(before), 0
             for step, wall_time, content in self.points[self.written :]:
                 self.writer.file_writer.add_summary(content, step, wall_time)
             self.writer.flush()
         except OSError:
             self.writer = None
-            for path in set() if older is None else set(self.folder.glob(EVENT_FILES)) - older:
-                path.unlink()  # nothing of it counts
+            for new in set(self.folder.glob(EVENT_FILES)) - before:
+                new.unlink()  # nothing of it counts
             raise
         finally:
             threading.excepthook = report
@@ -114,9 +114,8 @@ class Curves:
 
     def _new_file(self, older: set[Path]) -> SummaryWriter:
         newest = max((int(path.name.split(".")[3]) for path in older), default=0)
-        time.sleep(
-            min(max(0.0, newest + 1.01 - time.time()), 60)
-        )  # readers go by the files' names, which begin with the second
+        # readers go by the files' names, which begin with the second
+        time.sleep(min(max(0.0, newest + 1.01 - time.time()), 60))
         return SummaryWriter(str(self.folder), purge_step=min([self.step, *(step for step, *_ in self.points)]))
 
     def close(self) -> None:

@@ -93,14 +93,15 @@ def settings_of(kind: type[Settings], values: dict[str, Any], path: Path) -> Set
         return kind(**values)
 
 
+def conditions(kind: Any) -> dict[str, OnlyWith]:
+    """{name: condition} of the fields of a dataclass, or of an instance, that not every setting looks at."""
+    parts = ((f.name, part) for f in fields(kind) for part in getattr(f.type, "__metadata__", ()))
+    return {name: part for name, part in parts if isinstance(part, OnlyWith)}
+
+
 def unused_fields(settings: Any) -> dict[str, OnlyWith]:
     """{name: condition} of the fields that nothing looks at with these settings."""
-    conditions = ((f.name, part) for f in fields(settings) for part in getattr(f.type, "__metadata__", ()))
-    return {
-        name: part
-        for name, part in conditions
-        if isinstance(part, OnlyWith) and getattr(settings, part.field) not in part.values
-    }
+    return {name: part for name, part in conditions(settings).items() if getattr(settings, part.field) not in part.values}
 
 
 def _broken_rule(value: Any, annotation: Any) -> str:

@@ -234,7 +234,7 @@ def write_run(folder, weight=1.0, returns=(5.0, 7.0), seconds=0.0, speed=100.0, 
     checkpoint.mkdir(parents=True)
     curves = Curves(folder, 8)
     for name, value in ((tag, 0.5), ("charts/SPS", speed)):
-        curves.add(summary.scalar(name, value), step, wall_time=seconds)
+        curves.points.append((step, seconds, summary.scalar(name, value)))
     log = {"points": curves.state_dict(), "returns": [5.0], "seconds": seconds, "interval_seconds": seconds}
     torch.save({"learner": {"weight": torch.tensor([weight])}, "log": log}, checkpoint / "state.pt")
     (checkpoint / "manifest.json").write_text(json.dumps({"step": 8, "circumstances": {}, "run": str(folder)}))
