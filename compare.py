@@ -33,7 +33,8 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed: pip install -r requirements-dev.txt")
 
-from support.usage import Count, UsageError, check_bounds, ends_in_one_line
+from support.process import ends_in_one_line
+from support.usage import Count, UsageError, check_bounds
 
 
 @dataclass(frozen=True)

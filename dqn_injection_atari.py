@@ -10,7 +10,7 @@ parameters stay as they were, and θ′₁ learns with the plasticity of a new h
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000 --no-apply-injection  # baseline
     python dqn_injection_atari.py --resume runs/FOLDER                                         # go on, bit for bit
     python dqn_injection_atari.py --fork runs/FOLDER/checkpoint-5000000 --no-apply-injection   # its baseline, from there
-    tensorboard --logdir runs                                                                  # read the curves
+    tensorboard --logdir runs --samples_per_plugin scalars=100000000                           # read the curves, every point
 
 Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
 """
@@ -39,11 +39,12 @@ from support.checkpoints import Checkpoint, read_identity
 from support.environments import STACK, LearnerView
 from support.evaluation import Stop, play_games, print_scores, save_agent
 from support.flags import Period, PositivePeriod, RunFlags
-from support.machine import Signals, circumstances, code_version, pick_device, place_for
+from support.machine import circumstances, code_version, pick_device, place_for
 from support.optimizers import CenteredRMSProp, copy_moments, load_moments, moments_by_name
+from support.process import Signals, ends_in_one_line
 from support.replay import FrameReplayBuffer
 from support.runs import Run, check_machine, find_origin
-from support.usage import Count, OnlyWith, Positive, Share, Steps, UsageError, check_bounds, ends_in_one_line, flag, reading
+from support.usage import Count, OnlyWith, Positive, Share, Steps, UsageError, check_bounds, flag, reading
 
 prepare_cpu()
 CODE_VERSION = code_version(Path(__file__))  # of the code that runs, edits come later
@@ -132,9 +133,7 @@ class Args(RunFlags, Experiment):
     """Every knob of a run: those of `Experiment`, then those of `support/flags.py`."""
 
     def __post_init__(self) -> None:
-        steps = self.injection_step
-        steps = (steps,) if isinstance(steps, int | np.integer) else steps
-        object.__setattr__(self, "injection_step", tuple(int(step) for step in steps))
+        object.__setattr__(self, "injection_step", tuple(np.atleast_1d(self.injection_step).astype(int).tolist()))
         check_bounds(self)
         self.check_flags()
         what, when, planned = self.intervention, self.injection_trigger, self.planned_interventions
@@ -588,6 +587,7 @@ class Training:
             if step == 0 or boundary:
                 # ALE's vectoriser cannot be saved, so games begin anew here, whether the run was resumed or not. Those that
                 # this cuts bootstrap from their last frames, since no `done` was stored
+                run.log.unreported(self.envs.going, step)
                 self.envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS, step))
             intervening = self.intervention_due()
             notable = boundary or intervening or step in (run.first, *args.planned_interventions, args.total_timesteps)
@@ -603,6 +603,7 @@ class Training:
             if intervening:
                 self.intervene()
             if step == args.total_timesteps:
+                run.log.unreported(self.envs.going, step)
                 return True
             self.advance()
 

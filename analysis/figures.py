@@ -19,6 +19,7 @@ from support.run_log import SIDE_BY_SIDE
 matplotlib.use("Agg")
 
 MAX_BINS = 100  # points of a curve
+NOWHERE = np.empty(0)
 GAMES_PER_BIN = 10  # at least, on average, in the curves of return
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, safe for the colour-blind
 INK = "#222222"
@@ -31,33 +32,55 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def curve(points: np.ndarray, edges: np.ndarray) -> np.ndarray:
+def curve(points: np.ndarray, edges: np.ndarray, undefined: np.ndarray = NOWHERE) -> np.ndarray:
     """Mean of the values of (2, K) points in each of B bins edges[i] < step ≤ edges[i + 1], (B,).
 
-    Empty bins are interpolated between full ones, and NaN before the first and after the last. Values that are not finite
-    are where a measure is undefined, and count as none.
+    Empty bins are interpolated between full ones. They are NaN before the first full one, after the last, and where a step of
+    `undefined` lies between the two, as are bins that hold such a step.
     """
-    steps, values = points[:, np.isfinite(points[1])]
-    bins = np.searchsorted(edges, steps).clip(1) - 1
-    counts, sums = (np.bincount(bins, weights, len(edges) - 1) for weights in (None, values))
-    full, middles = np.flatnonzero(counts), (edges[:-1] + edges[1:]) / 2
+    size, (steps, values) = len(edges) - 1, points[:, np.isfinite(points[1])]
+    bins, broken = (np.searchsorted(edges, at).clip(1) - 1 for at in (steps, undefined))
+    counts, sums, breaks = (np.bincount(at, weights, size) for at, weights in ((bins, None), (bins, values), (broken, None)))
+    full = np.flatnonzero((counts > 0) & (breaks == 0))
     if not len(full):
-        return np.full(len(middles), np.nan)
-    return np.interp(middles, middles[full], sums[full] / counts[full], left=np.nan, right=np.nan)
+        return np.full(size, np.nan)
+    means = np.interp(np.arange(size), full, sums[full] / counts[full], left=np.nan, right=np.nan)
+    before = full[np.searchsorted(full, np.arange(size), "right").clip(1) - 1]
+    behind = full[np.searchsorted(full, np.arange(size)).clip(max=len(full) - 1)]
+    passed = np.cumsum(breaks)
+    return np.where(passed[before] == passed[behind], means, np.nan)
+
+
+def plot_broken(ax: plt.Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
+    """A line with gaps where `y` (B,) is NaN; a value between two gaps is a dot."""
+    gaps = np.pad(np.isnan(y), 1, constant_values=True)
+    alone = np.flatnonzero(~gaps[1:-1] & gaps[:-2] & gaps[2:])
+    ax.plot(x, y, marker=".", markevery=alone.tolist(), **style)
 
 
 def draw(ax: plt.Axes, arms: list[Arm], colours: dict[str, str], tag: str, bins: int, aggregate: str) -> None:
-    """One panel: a thin line per run; per arm a thick one and its interval, as far as all its runs have values; injections."""
+    """One panel: a thin line per run; per arm a thick one and its interval, where all its runs have values; injections.
+
+    Crosses at the bottom are where a measure is undefined.
+    """
     edges = np.linspace(0, max(run.last_step for arm in arms for run in arm.runs), bins + 1)
     middles = (edges[:-1] + edges[1:]) / 2
     for arm in arms:
-        curves = np.array([curve(run.scalars[tag], edges) for run in arm.runs if tag in run.scalars])
+        runs, colour = [run for run in arm.runs if tag in run.scalars], colours[arm.name]
+        undefined = [run.undefined(tag) for run in runs]
+        curves = np.array([curve(run.scalars[tag], edges, at) for run, at in zip(runs, undefined, strict=True)])
         if len(curves):
-            common, colour = ~np.isnan(curves).any(axis=0), colours[arm.name]
-            centre, low, high = interval(curves[:, common], aggregate)
-            ax.plot(middles, curves.T, color=colour, lw=0.6, alpha=0.45)
-            ax.plot(middles[common], centre, color=colour, lw=2, label=f"{arm.name} (n = {len(curves)})")
-            ax.fill_between(middles[common], low, high, color=colour, alpha=0.18, lw=0)
+            common = ~np.isnan(curves).any(axis=0)
+            centre, low, high = np.full((3, bins), np.nan)
+            centre[common], low[common], high[common] = interval(curves[:, common], aggregate)
+            for own in curves:
+                plot_broken(ax, middles, own, color=colour, lw=0.6, alpha=0.45)
+            plot_broken(ax, middles, centre, color=colour, lw=2, label=f"{arm.name} (n = {len(curves)})")
+            ax.fill_between(middles, low, high, color=colour, alpha=0.18, lw=0)
+        if any(map(len, undefined)):
+            at = np.concatenate(undefined)
+            label = "undefined" if "undefined" not in ax.get_legend_handles_labels()[1] else None
+            ax.plot(at, 0 * at, "x", color=colour, ms=4, transform=ax.get_xaxis_transform(), clip_on=False, label=label)
     kinds = {arm.setting["intervention"] for arm in arms} - {"none"}
     label = noun(*kinds) if len(kinds) == 1 else "intervention"
     for i, step in enumerate(sorted({step for arm in arms for run in arm.runs for step in arm.injections(run)})):

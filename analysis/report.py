@@ -16,8 +16,33 @@ from analysis.verdict import Comparison, comparisons, noun, show
 from support.usage import UsageError
 
 
+def carried(pair: Comparison) -> bool:
+    """Whether the games without a return could carry the verdict.
+
+    Where new games begin again and again, the reported ones are too short by about the share of those that are missing, if
+    their lengths are as good as memoryless; a mean return may be as much too low, in one arm and not in the other.
+    """
+    sides, judged = zip(pair.unreported, pair.counts, pair.means, strict=True), pair.judgement
+    levels = [(cut, ended, abs(np.mean(list(means.values())))) for cut, ended, means in sides if ended]
+    reach = max((level * cut / ended for cut, ended, level in levels), default=0.0)
+    low, high = (judged.difference,) * 2 if math.isnan(judged.low) else (judged.low, judged.high)
+    changed = low - reach <= 0 if low > 0 else high + reach >= 0 if high < 0 else low + reach > 0 or high - reach < 0
+    return bool(reach > 0 and changed)
+
+
+def caution(pair: Comparison, metric: str) -> list[str]:
+    """A line where training games that have no return could carry the verdict, and where to look instead."""
+    if metric != "charts/episodic_return" or not carried(pair):
+        return []
+    without, injected = (f"{cut:,} of {cut + ended:,} games" for cut, ended in zip(pair.unreported, pair.counts, strict=True))
+    return [
+        f"caution: {without} without and {injected} with {noun(pair.intervention)} were cut or still going; they are the long "
+        "ones, and what they lack could carry this: compare --metric eval/episodic_return"
+    ]
+
+
 def in_words(pair: Comparison, metric: str) -> list[str]:
-    """A comparison in four lines, what, verdict, window and method; then one per run that was left out of it."""
+    """A comparison in four lines, what, verdict, window and method; then cautions, and one line per run left out of it."""
     word = noun(pair.intervention)
     seeds = [f"{len(means)} seeds ({', '.join(map(str, means)) or 'none'})" for means in pair.means]
     if pair.paired:
@@ -35,6 +60,7 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
         pair.judgement.sentence,
         f"window {pair.after:,} < step ≤ {pair.upto:,}{end}, {points}",
         how if pair.judgement.verdict in ("raised", "no evidence", "lowered") else "no interval",
+        *caution(pair, metric),
         *(f"not in this comparison: {reason}" for reason in pair.left_out.values()),
     ]
 
@@ -104,8 +130,16 @@ def as_json(
         judged = pair.judgement
         difference, *bounds = (x if math.isfinite(x) else None for x in (judged.difference, judged.low, judged.high))
         without, injected = (
-            {"arm": arm.name, "means": means, "points": points, "human_normalised": normalised_mean(pair, side)}
-            for side, (arm, means, points) in enumerate(zip(pair.arms, pair.means, pair.counts, strict=True))
+            {
+                "arm": arm.name,
+                "means": means,
+                "points": points,
+                "games_unreported": cut,
+                "human_normalised": normalised_mean(pair, side),
+            }
+            for side, (arm, means, points, cut) in enumerate(
+                zip(pair.arms, pair.means, pair.counts, pair.unreported, strict=True)
+            )
         )
         return {
             "game": pair.game,

@@ -47,6 +47,20 @@ class Run:
         points = self.scalars.get(tag, np.empty((2, 0)))
         return points[:, (points[0] > after) & (points[0] <= upto)]
 
+    def undefined(self, tag: str) -> np.ndarray:
+        """(K,) steps at which a measure of plasticity had no value, after it once had one: others were logged there."""
+        own, measured = (
+            self.scalars[tag],
+            [points[0] for name, points in self.scalars.items() if name.startswith("plasticity/")],
+        )
+        missing = np.setdiff1d(np.concatenate([*measured, own[0]]), own[0, np.isfinite(own[1])])
+        return missing[missing > own[0].min()] if tag.startswith("plasticity/") else np.empty(0)
+
+    def unreported(self, after: int, upto: int) -> int:
+        """How many training games in after < step ≤ upto have no return there: cut by new games, or going on at its end."""
+        steps, games = self.between("charts/games_cut", after, upto)
+        return int(games.sum()) + (0 if upto in steps or upto >= self.args.total_timesteps else self.args.num_envs)
+
 
 @dataclass(frozen=True)
 class Arm:

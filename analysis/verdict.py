@@ -38,6 +38,7 @@ class Comparison:
     ended_by: str | None  # the run whose last step is `upto`, where others have got further
     means: tuple[dict[int, float], dict[int, float]]  # seed: mean return of its run
     counts: tuple[int, int]  # of the returns in those means
+    unreported: tuple[int, int]  # training games in the window that have no return: cut by new ones, or going on at its end
     shared: int  # seeds whose runs were one up to the injection
     paired: bool
     judgement: Judgement
@@ -115,7 +116,8 @@ def in_window(runs: list[Run], metric: str, after: int, upto: int, begin: str) -
             end = f"beyond {begin}" if run.last_step <= after else f"to the window's end at {upto:,}"
             left_out[run.folder] = f"{run.folder} is at step {run.last_step:,} and has not got {end}"
         elif not run.between(metric, after, upto).size:
-            left_out[run.folder] = f"{run.folder} has logged no {metric} in the window"
+            games = f": its {n} training games there were cut or are still going" if (n := run.unreported(after, upto)) else ""
+            left_out[run.folder] = f"{run.folder} has logged no {metric} in the window{games}"
         else:
             side[run.args.seed] = run
     return side, left_out
@@ -165,9 +167,18 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
     returns = [{seed: side[seed].between(metric, after, upto)[1] for seed in sorted(side)} for side in sides]
     means = [{seed: float(values.mean()) for seed, values in side.items()} for side in returns]
     counts = [sum(map(len, side.values())) for side in returns]
+    cut_games = [sum(run.unreported(after, upto) for run in side.values()) for side in sides]
     paired = len(shared) >= MIN_SEEDS
     judgement = judge(np.array([*means[0].values()]), np.array([*means[1].values()]), paired, what)
-    found = ((means[0], means[1]), (counts[0], counts[1]), len(shared), paired, judgement, left_out)
+    found = (
+        (means[0], means[1]),
+        (counts[0], counts[1]),
+        (cut_games[0], cut_games[1]),
+        len(shared),
+        paired,
+        judgement,
+        left_out,
+    )
     return Comparison(arms, what, firsts, after, upto, ended_by, *found)
 
 

@@ -28,7 +28,8 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
-from support.machine import Signals, circumstances, pick_device
+from support.machine import circumstances, pick_device
+from support.process import Signals
 from support.runs import Origin, Run
 
 ROOT = Path(script.__file__).parent

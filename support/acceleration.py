@@ -9,11 +9,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from support.machine import limit_threads
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def prepare_cpu() -> None:
     """Settings of the whole process, to be made before PyTorch's worker threads start, which take them over."""
+    limit_threads()
     torch.set_flush_denormal(True)  # dead units leave denormal moments, which halve Adam's speed on a CPU
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc gives freed blocks of over 128 kB back to the system, whose pages each update would then fault in again

@@ -5,7 +5,6 @@ large to be held twice also has `tensors()`: contiguous tensors, which are strea
 once `load_state_dict` has made room for them, filled in place.
 """
 
-import contextlib
 import hashlib
 import io
 import itertools
@@ -20,6 +19,7 @@ import torch
 import zstandard
 
 from support.machine import flush_to_disk
+from support.process import say
 from support.usage import UsageError, reading
 
 FORMAT = 5
@@ -85,15 +85,17 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[s
         if final.exists():  # a damaged one, or the run would have gone on from it
             final.rename(folder / f".{final.name}.damaged")
         partial.rename(final)
-        flush_to_disk(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    with contextlib.suppress(OSError):  # the new one is safe: what cannot be removed now goes the next time
+    try:
+        flush_to_disk(folder)
         for earlier, old in list_checkpoints(folder).items():
             if earlier < step and earlier not in keep:
                 old.rename(old.with_name(f".{old.name}.old"))
-    _remove_leftovers(folder)
+        _remove_leftovers(folder)
+    except OSError as error:  # the new one is there: what is older goes the next time
+        say(f"warning: {final} is written, older ones stay for now ({error})")
     return final
 
 
@@ -131,7 +133,7 @@ def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
                 raise UsageError(f"{path} holds step {checkpoint.step}, it was renamed")
             return checkpoint
         except UsageError as error:
-            print(f"warning: {error}; falling back to an older one", flush=True)
+            say(f"warning: {error}; falling back to an older one")
     if paths:
         raise UsageError(f"{folder} holds no good checkpoint to go on from: start the run again without --resume")
     return None

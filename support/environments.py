@@ -15,6 +15,8 @@ from gymnasium.wrappers import FrameStackObservation, ReshapeObservation, TimeLi
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from stable_baselines3.common.atari_wrappers import MaxAndSkipEnv, NoopResetEnv, WarpFrame
 
+from support.machine import usable_processors
+from support.process import say
 from support.usage import UsageError
 
 gym.register_envs(ale_py)
@@ -70,6 +72,11 @@ class LearnerView(VectorWrapper):
         self.seed, self.played = seed, bytearray()
         return self.obs, infos
 
+    @property
+    def going(self) -> int:
+        """How many games have begun and are not over."""
+        return int(np.count_nonzero(self.env.episode_lengths))  # type: ignore[attr-defined]
+
     def state_dict(self) -> dict[str, Any]:
         actions = np.frombuffer(self.played, np.uint8).reshape(-1, self.num_envs)
         return {"seed": self.seed, "actions": torch.from_numpy(actions.copy()), "obs": torch.from_numpy(self.obs.copy())}
@@ -77,7 +84,7 @@ class LearnerView(VectorWrapper):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reset(seed=state["seed"])
         if len(state["actions"]) > 10_000:
-            print(f"playing {len(state['actions']):,} decisions again, since new games began", flush=True)
+            say(f"playing {len(state['actions']):,} decisions again, since new games began")
         for actions in state["actions"].numpy():
             self.step(actions.astype(np.int64))
         if not np.array_equal(self.obs, state["obs"].numpy()):
@@ -166,6 +173,7 @@ def make_envs(env_id: str, backend: Literal["sb3", "ale"], num_envs: int, render
         envs = EagerAtariVectorEnv(
             game=kwargs["game"],
             num_envs=num_envs,
+            num_threads=min(num_envs, usable_processors()),
             max_num_frames_per_episode=max_frames,
             repeat_action_probability=kwargs.get("repeat_action_probability", 0.25),
             full_action_space=kwargs.get("full_action_space", False),

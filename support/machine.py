@@ -1,4 +1,4 @@
-"""What the machine offers and asks: device, memory, signals, locks, and what the bits of a run depend on."""
+"""What the machine offers: GPU, memory, processors, disk, locks, and what the bits of a run depend on."""
 
 import contextlib
 import errno
@@ -7,13 +7,9 @@ import hashlib
 import os
 import platform
 import re
-import signal
-import sys
-import threading
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import ale_py
 import cv2
@@ -23,39 +19,98 @@ import psutil
 import stable_baselines3
 import torch
 
+from support.process import say
 from support.usage import UsageError, reading
 
 
 def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
-    """The GPU when there is one and it is wanted; also sets PyTorch's switches for determinism and precision."""
+    """The GPU when there is one and it is wanted; also sets PyTorch's switches for determinism and precision.
+
+    Raises:
+        UsageError: there is one that can run nothing.
+    """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    return torch.device("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    if not cuda or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda")
+    try:
+        try_out(device)
+    except Exception as error:  # of many kinds: another job holds it, its memory is full, the wheel has no code for it
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        fix = "free it, choose another one by CUDA_VISIBLE_DEVICES, or hide it by CUDA_VISIBLE_DEVICES= to use the CPU"
+        raise UsageError(f"a GPU is listed, but cannot be used ({type(error).__name__}: {reason}): {fix}") from error
+    return device
+
+
+def try_out(device: torch.device) -> None:
+    """A product and a convolution, waited for: what a GPU that can run nothing fails at."""
+    one = torch.ones(1, 1, 1, 1, device=device)
+    (torch.nn.functional.conv2d(one, one).flatten(1) @ one[0, 0]).item()
+
+
+def idle_gpu(root: Path = Path("/")) -> str | None:
+    """What shows that there is a GPU here, where PyTorch sees none although nobody hid it; else None."""
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "?") in ("", "-1", "NoDevFiles"):
+        return None
+    found = [*root.glob("dev/nvidia[0-9]*"), *root.glob("proc/driver/nvidia/gpus/*"), *root.glob("dev/kfd")]
+    if found:
+        return f"/{found[0].relative_to(root)}"
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
+        return listed.splitlines()[0].partition(" (")[0] if listed.startswith("GPU ") else None
+    return None
+
+
+def control_groups(root: Path) -> Iterator[tuple[list[str], Path]]:
+    """Folders of this process's control groups and of those around them (Slurm, Docker), each with its controllers.
+
+    Those of version 2 have the one controller "".
+    """
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, name = line.split(":", 2)
+        group = root / "sys/fs/cgroup" / controllers / name.lstrip("/")
+        for folder in (group, *group.parents):
+            yield controllers.split(","), folder
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes this process may still take: the machine's, or its control group's where that is less (Slurm, Docker)."""
+    """Bytes this process may still take: the machine's, or its control group's where that is less."""
     versions = {  # limit, usage, and what of the usage is file cache that the kernel gives back
         "": ("memory.max", "memory.current", "file"),
         "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
     }
     free = psutil.virtual_memory().available
-    groups = root / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controller, name = line.split(":", 2)
-        if controller in versions:
-            limit, usage, cache = versions[controller]
-            group = root / "sys/fs/cgroup" / controller / name.lstrip("/")
-            for folder in (group, *group.parents):
-                with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, or "max": no limit
-                    statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-                    used = int((folder / usage).read_text()) - int(statistics[cache])
-                    free = min(free, int((folder / limit).read_text()) - used)
+    for controllers, folder in control_groups(root):
+        for limit, usage, cache in (versions[name] for name in controllers if name in versions):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, or "max": no limit
+                statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(statistics[cache])
+                free = min(free, int((folder / limit).read_text()) - used)
     return free
+
+
+def usable_processors(root: Path = Path("/")) -> int:
+    """How many processors this process may keep busy: its affinity's, or its control group's quota where that is less."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    versions = {"": ("cpu.max",), "cpu": ("cpu.cfs_quota_us", "cpu.cfs_period_us")}
+    for controllers, folder in control_groups(root):
+        for names in (versions[name] for name in controllers if name in versions):
+            with contextlib.suppress(OSError, ValueError):  # no control group, or "max": no quota
+                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                count = min(count, max(1, quota // period)) if quota > 0 else count
+    return count
+
+
+def limit_threads() -> None:
+    """Has PyTorch compute in as many threads as there are processors to use, unless OMP_NUM_THREADS says how many."""
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(min(torch.get_num_threads(), usable_processors()))
 
 
 def place_for(needed: int, steps: int, device: torch.device) -> torch.device:
@@ -95,71 +150,43 @@ def circumstances(device: torch.device, script: str) -> dict[str, str]:
     }
 
 
+CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}  # said by network file systems, of folders
+
+
 def flush_to_disk(path: Path) -> None:
-    """Has the operating system write a file, or a folder's list of names, to the disk itself."""
+    """Has the operating system write a file, or a folder's list of names, to the disk itself, where the file system can.
+
+    Raises:
+        OSError: it failed.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot do it for folders
+        if error.errno not in CANNOT:
             raise
     finally:
         os.close(descriptor)
 
 
-class Signals:
-    """Signals as requests to the training loop, for the time of a `with` block.
-
-    SIGTERM and SIGINT ask it to stop, a second one ends the process with 128 + its number; SIGUSR1, which Slurm can send
-    ahead of a time limit, asks for a checkpoint.
-    """
-
-    def __init__(self) -> None:
-        self.stop: signal.Signals | None = None
-        self.checkpoint = False
-        self.at_once = False
-
-    def __enter__(self) -> "Signals":
-        wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
-        self.previous = {number: signal.signal(number, self._note) for number in wanted if in_main}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def nothing_to_save(self) -> Iterator[None]:
-        """While a checkpoint is loaded: the first signal ends the process then."""
-        self.at_once = True
-        yield
-        self.at_once = False
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGUSR1:
-            self.checkpoint = True
-        elif self.stop is None and not self.at_once:
-            self.stop = signal.Signals(number)
-        else:
-            sys.exit(128 + number)
-
-
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, file: str = "run.json") -> Iterator[None]:
     """Keeps other processes from running in `folder` during this block, or until this process ends in any other way.
 
+    The lock is on a file there, opened for writing, because NFS locks nothing else. Where there are no locks, it says so.
+
     Raises:
-        UsageError: another process holds it, or there is no such folder.
+        UsageError: another process holds it, or there is no such folder or file.
     """
     with reading(folder, "a run's folder", "give one to --resume"):
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder / file, os.O_RDWR)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UsageError(f"another process is running {folder}: wait for it, or stop it first") from None
+            say(f"warning: {folder} cannot be locked ({error}): see to it that no other process resumes it")
         yield
     finally:
         os.close(descriptor)

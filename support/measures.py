@@ -82,16 +82,16 @@ class LossMeter:
 
 
 def dormant_units(activations: torch.Tensor, tau: float = 0.025) -> torch.Tensor:
-    """Which units of a layer are dormant (Sokar et al. 2023): E|h_i| at most τ times its mean over the layer's units.
+    """Which units of a layer are dormant (Sokar et al. 2023): E|h_i| / (its mean over the layer's units + 1e-9) ≤ τ.
 
     Args:
         activations: (B, units), or (B, channels, H, W), where a channel is a unit, averaged over batch and space
 
     Returns:
-        (units,) float32 of 1 and 0; all NaN where no unit of the layer is ever active, because the score is 0 / 0
+        (units,) float32 of 1 and 0, all 1 where no unit of the layer is ever active; all NaN where they are not finite
     """
     sizes = activations.abs().transpose(0, 1).flatten(start_dim=1).mean(dim=1)  # (units,)
-    scores = sizes / sizes.mean()
+    scores = sizes / (sizes.mean() + 1e-9)
     return (scores <= tau).float().where(scores.isfinite(), math.nan)
 
 
@@ -180,7 +180,7 @@ def plasticity(
     loss: torch.Tensor,
     obs: torch.Tensor,
 ) -> dict[str, float]:
-    """All measures of a network that has modules called `encoder` and `head`, the head that learns.
+    """All measures of a network that has modules called `encoder` and `head`, the head that learns; none that is undefined.
 
     Args:
         names: {path: name} of its modules
@@ -197,4 +197,5 @@ def plasticity(
     measured |= norm_measures(network, names, initial, loss)
     if old_outputs is not None:
         measured["new_heads_share_of_q"] = share_of_q(old_outputs, outputs - old_outputs)
-    return {name: float(value) for name, value in measured.items()}
+    values = {name: float(value) for name, value in measured.items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -1,9 +1,7 @@
-"""What a run says: curves in TensorBoard, a progress bar or plain lines on the terminal, Weights & Biases."""
+"""What a run says: curves in TensorBoard, a progress bar or plain lines on the terminal."""
 
 import contextlib
-import importlib.util
 import logging
-import sys
 import threading
 import time
 from collections import deque
@@ -23,7 +21,8 @@ from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
 from support.machine import flush_to_disk
-from support.usage import UsageError, reading
+from support.process import on_a_terminal, say
+from support.usage import reading
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a resumed run purges what it logs again is no news
 EVENT_FILES = "events.out.tfevents.*"
@@ -143,8 +142,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int, total: int):
         self.folder, self.total = folder, total
         self.curves = Curves(folder, step)
-        silent = not sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=silent)
+        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=not on_a_terminal())
         self.returns: deque[float] = deque(maxlen=100)
         self.start = self.interval_start = self.last_line = self.last_flush = time.perf_counter()
         self.interval_step = 0
@@ -168,9 +166,9 @@ class RunLog:
         self.start, self.interval_start = now - state["seconds"], now - state["interval_seconds"]
 
     def take_over(self, curves: dict[str, np.ndarray], step: int) -> None:
-        """Begins with these curves, see `read_scalars`, before `step`: for a fork that has taken up a checkpoint's state.
+        """Begins with these curves, see `read_scalars`, before `step`, once a checkpoint's state is taken up.
 
-        Of what waits in that state it keeps the scalars: hyperparameters are a fork's own.
+        Of what waits in that state it keeps the scalars: hyperparameters are logged anew.
         """
         self.curves.points = [point for point in self.curves.points if point[2].value[0].HasField("simple_value")]
         held = [
@@ -206,6 +204,11 @@ class RunLog:
                 self.returns.append(float(infos["episode"]["r"][i]))
                 self.scalar("charts/episodic_return", self.returns[-1], step)
                 self.scalar("charts/episodic_length", int(infos["episode"]["l"][i]), step)
+
+    def unreported(self, games: int, step: int) -> None:
+        """Logs how many games end here without a return: cut by new ones, or by the run's end."""
+        if games:
+            self.scalar("charts/games_cut", games, step)
 
     def interval(self, step: int, epsilon: float, losses: dict[str, float]) -> None:
         """Logs ε, the speed since the last call, and these mean losses."""
@@ -255,9 +258,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Prints a line without tearing the progress bar."""
-        with contextlib.suppress(OSError):  # a log on a full disk, or a closed pipe, is no reason to stop training
-            self.bar.write(line)
-            sys.stdout.flush()
+        say(line, self.bar.write)
 
     def close(self) -> None:
         """Writes out the curves."""
@@ -265,20 +266,3 @@ class RunLog:
         self.flush()
         with contextlib.suppress(OSError):
             self.curves.close()
-
-
-def require_wandb() -> None:
-    """
-    Raises:
-        UsageError: Weights & Biases is not installed.
-    """
-    found = importlib.util.find_spec("wandb")
-    if found is None or found.origin is None:  # a folder named wandb is found, without an origin
-        raise UsageError("--track needs Weights & Biases, which is not installed: pip install wandb, or leave out --track")
-
-
-def start_wandb(project: str, entity: str | None, name: str, config: dict[str, Any]) -> None:
-    """Mirrors to Weights & Biases everything that is written to TensorBoard from now on."""
-    import wandb
-
-    wandb.init(project=project, entity=entity, name=name, config=config, sync_tensorboard=True, save_code=True)

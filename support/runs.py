@@ -23,16 +23,20 @@ from support.checkpoints import (
     save_checkpoint,
 )
 from support.evaluation import require_film
-from support.machine import Signals, alone_in
-from support.run_log import RunLog, read_scalars, require_wandb, start_wandb
-from support.usage import UsageError
+from support.machine import alone_in, idle_gpu
+from support.process import Signals
+from support.run_log import RunLog, read_scalars
+from support.usage import UsageError, out_of_resources
+from support.versions import refuse_wrong_versions, unsupported_versions
+from support.weights_and_biases import require_wandb, start_wandb
 
 
 def check_machine(device: torch.device, cuda_graphs: bool, track: bool, film: bool) -> None:
     """
     Raises:
-        UsageError: something that a run is to use is not here.
+        UsageError: something that a run is to use is not here, or gives wrong numbers.
     """
+    refuse_wrong_versions()
     if cuda_graphs and device.type == "cpu":
         raise UsageError("--cuda-graphs needs a GPU, and this run is on the CPU: --no-cuda-graphs, with --fork if it has begun")
     if track:
@@ -124,23 +128,33 @@ class Run:
             with signals.nothing_to_save():
                 checkpoint.restore(parts)
         self.id = origin.run_id or secrets.token_hex(8)
+        self.folder = origin.folder or Path("runs") / f"{name}__{int(time.time())}".replace("/", "-")
+        mirror = self._mirror(stack) if args["track"] else None
         if origin.folder is None:
-            self.folder = create_run_folder(
-                Path("runs") / f"{name}__{int(time.time())}".replace("/", "-"), {"run": self.id, "args": args}
-            )
+            self.folder = create_run_folder(self.folder, {"run": self.id, "args": args})
             stack.enter_context(alone_in(self.folder))
-        else:
-            self.folder = origin.folder
         self.saved = self.step if checkpoint is not None and not origin.forked else None  # step of the newest checkpoint
-        if args["track"]:
-            start_wandb(args["wandb_project_name"], args["wandb_entity"], self.folder.name, args)
+        stack.push(self._name_what_is_left)
         self.log = stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, self.total)))
         if checkpoint is not None:
             checkpoint.restore({"log": self.log})
-            if origin.forked:
-                self.log.take_over(origin.curves, self.step)
-        if self.saved is None:
+        anew = self.saved is None or (mirror is not None and not mirror.resumed)  # that mirror has none of the curves yet
+        if checkpoint is not None and anew:
+            self.log.take_over(origin.curves if origin.forked else read_scalars(self.folder), self.step)
+        if anew:
             self.log.hyperparameters(args, self.step)
+
+    def _mirror(self, stack: contextlib.ExitStack) -> Any:
+        """The run in Weights & Biases; it ends there with this one's exit status."""
+        mirror = start_wandb(self.args["wandb_project_name"], self.args["wandb_entity"], self.folder.name, self.id, self.args)
+
+        def finish(_: Any, error: BaseException | None, __: Any) -> None:
+            stop = self.signals.stop
+            mirror.finish(exit_code=1 if error is not None else 0 if stop is None else 128 + stop)
+
+        if mirror is not None:
+            stack.push(finish)
+        return mirror
 
     @property
     def previous(self) -> int:
@@ -177,15 +191,24 @@ class Run:
         try:
             with self.log.pause():
                 path = save_checkpoint(self.folder, self.step, self.parts | {"log": self.log}, meta, keep)
-                size = sum(file.stat().st_size for file in path.iterdir())
         except WRITE_ERRORS as error:
-            kept = f"checkpoint-{self.saved} is still good" if self.saved is not None else "there is none yet"
             if stop is not None:
-                raise OSError(f"stopped at step {self.step:,} without a checkpoint ({error}): {kept}") from error
-            say(f"warning: no checkpoint at step {self.step:,} ({error}): make room, the run will try again; {kept}")
+                raise OSError(f"stopped at step {self.step:,} without a checkpoint ({error}): {self.kept}") from error
+            say(f"warning: no checkpoint at step {self.step:,} ({error}): make room, the run will try again; {self.kept}")
         else:
             self.saved = self.step
-            say(f"step {self.step:,}: {path.name}, {size / 1e6:,.0f} MB in {time.perf_counter() - start:.1f} s")
+            size, seconds = sum(file.stat().st_size for file in path.iterdir()), time.perf_counter() - start
+            say(f"step {self.step:,}: {path.name}, {size / 1e6:,.0f} MB in {seconds:.1f} s")
+
+    @property
+    def kept(self) -> str:
+        """What is left of the run where it ends now."""
+        return f"checkpoint-{self.saved} is still good" if self.saved is not None else "there is none yet"
+
+    def _name_what_is_left(self, _: Any, error: BaseException | None, __: Any) -> None:
+        """Where memory or a GPU gives out in mid-run, says so in one line, with what there is to go on from."""
+        if error is not None and (reason := out_of_resources(error)):
+            raise OSError(f"stopped at step {self.step:,}, {reason}; of {self.folder}, to --resume, {self.kept}") from error
 
     def evaluate(self, play: Callable[[Path | None, Callable[[], bool]], np.ndarray], film: bool) -> bool:
         """Logs the mean score of play(film's path, whether to stop). False where a signal cut it short, nothing logged then."""
@@ -204,8 +227,16 @@ class Run:
         return True
 
     def introduce(self, what: str, origin: Origin) -> None:
-        """Says what runs where, and what of the circumstances is not as it was."""
-        self.log.say(f"{what}, curves in {self.folder}")
+        """Says what runs where, and what of the circumstances is not as it should be, or as it was."""
+        threads = torch.get_num_threads()
+        self.log.say(f"{what} with {threads} thread{'s' * (threads > 1)}, curves in {self.folder}")
+        for remark in unsupported_versions():
+            self.log.say(f"warning: {remark}")
+        if self.args["cuda"] and (sign := idle_gpu()):
+            self.log.say(
+                f"warning: there is a GPU ({sign}), but PyTorch {torch.__version__} cannot use it, and training on the CPU "
+                "takes days: see to its driver and to a build of PyTorch for it"
+            )
         if origin.checkpoint is not None:
             self.log.say(f"{'forked' if origin.forked else 'resumed'} at step {self.step:,} from {origin.checkpoint.path}")
             then, now = origin.checkpoint.meta["circumstances"], self.circumstances

@@ -1,15 +1,14 @@
 """What a user gives: bounds that stand at the fields they belong to, and refusals of one line that name the fix."""
 
 import contextlib
-import io
 import math
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
+import torch
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 Settings = TypeVar("Settings")
@@ -131,12 +130,26 @@ def _broken_rule(value: Any, annotation: Any) -> str:
     return "" if all(kept) else " and ".join(words)
 
 
+def out_of_resources(error: BaseException) -> str | None:
+    """What ran out or broke down, and the fix, where an error comes from memory or a GPU; else None."""
+    reason = str(error).partition("\n")[0].partition(". ")[0]
+    if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in reason:
+        return f"the GPU's memory has run out ({reason}): free it of other jobs, or lower --batch-size or --num-envs"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in reason):
+        return f"memory has run out ({reason or 'MemoryError'}): free some, or lower --buffer-size"
+    if isinstance(error, RuntimeError) and any(name in reason for name in ("CUDA", "CUBLAS", "cuDNN", "HIP error")):
+        return f"the GPU has failed ({reason}): try another one by CUDA_VISIBLE_DEVICES, or --no-cuda"
+    return None
+
+
 @contextlib.contextmanager
 def reading(path: Path, kind: str, fix: str) -> Iterator[None]:
     """Turns all that a foreign or damaged file makes its reader stumble over into a UsageError of one line."""
     try:
         yield
     except Exception as error:
+        if out_of_resources(error):  # no fault of the file
+            raise
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UsageError(f"{path} cannot be read as {kind} ({type(error).__name__}: {reason}): {fix}") from error
 
@@ -145,20 +158,3 @@ def flags_given() -> set[str]:
     """Names of the fields that this process's command line sets, also to what they were anyway."""
     words = (word.partition("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--"))
     return {word.removeprefix("no_") for word in words}
-
-
-@contextlib.contextmanager
-def ends_in_one_line() -> Iterator[None]:
-    """For the whole of a command: what it cannot do ends it with one line and status 1, Ctrl-C with status 130.
-
-    ε and − are printed as question marks where a terminal or a log has no such letters.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    try:
-        yield
-    except (UsageError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)

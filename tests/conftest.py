@@ -1,4 +1,5 @@
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start take it over
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a GPU's first product, whichever test makes it
@@ -11,6 +12,9 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dqn_injection_atari import Args, Learner  # registers the games, too
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background, and so their runs, would ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def variant(env_id, of, **kwargs):

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot as plt
 from simulated_runs import INJECTION, RETURN, TOTAL, games, make_arms, make_games, make_norm_arms, make_run
 
-from analysis.figures import COLOURS, curve, draw, draw_plasticity, draw_returns
+from analysis.figures import COLOURS, curve, draw, draw_plasticity, draw_returns, plot_broken
 from analysis.runs import group
 from analysis.verdict import comparisons
 
@@ -44,10 +44,65 @@ def test_curves_are_means_of_bins_whose_upper_edge_belongs_to_them():
     assert np.isnan(curve(points[:, 4:], edges)).all()
 
 
+def test_a_curve_has_a_gap_where_steps_are_undefined_from_the_value_before_to_the_one_after():
+    edges = np.linspace(0, 80, 9)
+    points = np.array([[5, 25, 65], [1.0, 2, 4]])
+    np.testing.assert_array_equal(curve(points, edges), [1, 1.5, 2, 2.5, 3, 3.5, 4, np.nan])
+    gap = [1, 1.5, 2, np.nan, np.nan, np.nan, 4, np.nan]
+    np.testing.assert_array_equal(curve(points, edges, np.array([45.0])), gap)
+    np.testing.assert_array_equal(curve(points, edges, np.array([35.0, 55.0])), gap)
+    mixed = [1, np.nan, np.nan, np.nan, np.nan, np.nan, 4, np.nan]
+    np.testing.assert_array_equal(curve(points, edges, np.array([28.0])), mixed, "a bin that holds such a step has no value")
+    np.testing.assert_array_equal(curve(points, edges, np.array([75.0])), curve(points, edges))
+
+
+MEASURE, OTHER = "plasticity/srank/head", "plasticity/weight_norm/head"
+MEASURED = range(100, 3_001, 100)
+
+
+@pytest.mark.parametrize("by", ["no point", "a point that is not finite"])
+def test_a_measure_that_breaks_down_is_visibly_broken(by):
+    dead = range(1_000, 1_500, 100)
+    own = [(s, 90.0 if s not in dead else np.nan) for s in MEASURED if by != "no point" or s not in dead]
+    healthy = [(s, 80.0) for s in MEASURED]
+    other = [(s, 1.0) for s in MEASURED]
+    runs = [
+        make_run(f"r{seed}", {RETURN: games(seed, 0), MEASURE: own if seed == 1 else healthy, OTHER: other}, seed=seed)
+        for seed in (1, 2, 3)
+    ]
+    figure, ax = plt.subplots()
+    arms = arms_of(*runs)
+    draw(ax, arms, {arm.name: "k" for arm in arms}, MEASURE, 100, "mean")
+    plt.close(figure)
+    thick = next(line for line in ax.lines if line.get_linewidth() == 2)
+    x, y = thick.get_data()
+    inside = (x > 930) & (x < 1_470)
+    assert np.isnan(y[inside]).all() and inside.sum() > 10, "no line across the gap"
+    assert np.isfinite(y[(x > 100) & (x < 880)]).all() and np.isfinite(y[(x > 1_520) & (x < 2_950)]).all()
+    thin = [line.get_ydata() for line in ax.lines if line.get_linewidth() == 0.6]
+    assert sorted(int(np.isnan(line[inside]).sum()) for line in thin) == [0, 0, inside.sum()]
+    (crosses,) = (line for line in ax.lines if line.get_marker() == "x")
+    assert crosses.get_xdata().tolist() == list(dead) and crosses.get_label() == "undefined"
+
+
+def test_a_measure_that_begins_late_is_not_undefined_before_and_returns_never_are():
+    points = {RETURN: games(1, 0), MEASURE: [(s, 1.0) for s in MEASURED if s > 1_000], OTHER: [(s, 1.0) for s in MEASURED]}
+    run = make_run("r", points, seed=1)
+    assert run.undefined(MEASURE).tolist() == [] and run.undefined(RETURN).tolist() == []
+
+
+def test_a_value_between_two_gaps_is_a_dot():
+    figure, ax = plt.subplots()
+    plot_broken(ax, np.arange(6), np.array([1, 2, np.nan, 3, np.nan, 4.0]))
+    plt.close(figure)
+    assert ax.lines[0].get_markevery() == [3, 5] and ax.lines[0].get_marker() == "."
+
+
 def test_an_arm_has_a_thin_line_per_run_and_a_thick_one_that_ends_where_one_of_its_runs_does():
     brief = make_run("brief", {RETURN: games(4, 1, upto=2_000)}, last=2_000, seed=4)
     ax = panel(arms_of(*make_arms((1, 2, 3, 4))[:-2], brief))
-    ends = {line.get_label(): max(line.get_xdata()) for line in ax.lines if line.get_label()[0] != "_"}
+    drawn = {line.get_label(): np.array(line.get_data()) for line in ax.lines if line.get_label()[0] != "_"}
+    ends = {name: points[0, np.isfinite(points[1])].max() for name, points in drawn.items() if np.isfinite(points[1]).any()}
     assert ends["no injection (n = 3)"] > 2_900 and 1_900 < ends["injection at 1k (n = 4)"] <= 2_000
     assert sum(line.get_linewidth() == 0.6 for line in ax.lines) == 7 and ax.get_xlim() == (0, TOTAL)
 

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 from simulated_runs import (
     ALIEN,
     INJECTION,
@@ -48,6 +49,43 @@ def test_a_comparison_in_words_says_what_is_compared_the_verdict_the_window_and_
     assert window == f"window 1,000 < step ≤ 3,000, {points}"
     within = "95% t interval of the differences within 3 seeds (1, 2, 3), whose runs share their history up to the injection"
     assert method == within
+
+
+@pytest.mark.parametrize(
+    ("effect", "cut", "said"),
+    [
+        (50.0, (0, 0), False),
+        (50.0, (2, 1), False),  # 150 may be 7.5 too low
+        (50.0, (1, 9), True),  # or 67.5
+        (50.0, (15, 0), True),  # 100 may be 75 too low
+        (-50.0, (2, 1), False),
+        (-50.0, (15, 0), True),
+        (0.0, (9, 9), True),  # no evidence, and 45 might be hidden
+    ],
+)
+def test_words_warn_where_games_without_a_return_could_carry_the_verdict(effect, cut, said):
+    """Each arm has 3 runs of 20 games in the window."""
+    runs = make_arms(effect=effect)
+    for run in runs:
+        run.scalars["charts/games_cut"] = np.array([[2_000.0], [cut[run.args.apply_injection]]])
+    lines = [line for line in words(*runs) if line.startswith("caution")]
+    counts = (
+        f"{3 * cut[0]} of {3 * cut[0] + 60} games without and {3 * cut[1]} of {3 * cut[1] + 60} games with injection were cut"
+    )
+    assert len(lines) == said
+    if said:
+        assert counts in lines[0] and lines[0].endswith("compare --metric eval/episodic_return")
+    _, (pair,) = compared(*runs)
+    assert not [line for line in in_words(pair, "eval/episodic_return") if line.startswith("caution")], "it has whole games"
+    sides = numbers(*runs)["comparisons"][0]
+    assert (sides["without"]["games_unreported"], sides["with"]["games_unreported"]) == (3 * cut[0], 3 * cut[1])
+
+
+def test_without_a_verdict_words_warn_where_the_difference_could_be_owed_to_missing_games():
+    runs = make_arms(seeds=(1,))
+    for cut, said in ((2, False), (15, True)):
+        runs[0].scalars["charts/games_cut"] = np.array([[2_000.0], [cut]])
+        assert any(line.startswith("caution") for line in words(*runs)) == said
 
 
 def test_words_say_how_many_runs_share_a_history_where_they_are_too_few_to_pair():

@@ -267,6 +267,16 @@ def test_before_any_injection_there_are_too_few_seeds_and_every_run_is_named():
     assert all("not got beyond the injection" in found.left_out[run.folder] for run in runs)
 
 
+@pytest.mark.parametrize("last", [TOTAL, 2_500])
+def test_games_in_the_window_that_have_no_return_are_counted(last):
+    """Those cut in it, and those still going at its end where the run is not complete."""
+    runs = make_arms()
+    for run in runs:
+        run.scalars["charts/games_cut"] = np.array([[500, 1_000, 1_500, 2_000, 3_000], [9, 9, 1, 2, 4.0]])
+    (comparison,) = comparisons(group(runs)[0], RETURN, None if last == TOTAL else last - INJECTION)
+    assert comparison.unreported == ((3 * 7, 3 * 7) if last == TOTAL else (3 * 4, 3 * 4))
+
+
 def test_a_run_without_a_game_in_the_window_is_left_out_and_named():
     silent = make_run("silent", {RETURN: games(4, 1)[:10]}, seed=4)
     found = verdict(*make_arms(), silent)

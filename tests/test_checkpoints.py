@@ -242,6 +242,28 @@ def test_wherever_saving_fails_the_checkpoint_before_stays_good_and_nothing_is_l
     assert (True, (1,)) in outcomes and number > 40
 
 
+@pytest.mark.parametrize("fails", ["flush_to_disk", "list_checkpoints", "_remove_leftovers"])
+def test_what_fails_once_a_checkpoint_is_in_place_does_not_report_that_there_is_none(monkeypatch, capsys, fails):
+    save(1)
+    original = getattr(checkpoints, fails)
+
+    def fail(path):
+        if path == FOLDER and (FOLDER / "checkpoint-2").exists():
+            raise OSError(errno.EIO, "Input/output error")
+        return original(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, fails, fail)
+        assert save(2) == FOLDER / "checkpoint-2"
+    assert_good(FOLDER / "checkpoint-2")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: run/checkpoint-2 is written, older ones stay for now ([Errno 5]")
+    if fails != "_remove_leftovers":
+        assert_good(FOLDER / "checkpoint-1")
+    save(3)
+    assert there() == [3] and leftovers() == []
+
+
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(monkeypatch):
     save(1)
     for size in (0, 300, 2_000):

@@ -17,7 +17,7 @@ from conftest import TINY_GAMES
 
 import dqn_injection_atari as script
 from dqn_injection_atari import OF_KIND, PRESETS, Args, CommandLine, Learner, Training, main, make_q_network, parse_args
-from support import flags, run_log
+from support import flags, weights_and_biases
 from support.usage import UsageError
 
 SCRIPT = Path(script.__file__)
@@ -290,7 +290,7 @@ BAD = {
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(monkeypatch, case):
     flags, message = BAD[case]
     monkeypatch.setattr(Training, "loop", lambda *_: pytest.fail("work was begun"))
-    monkeypatch.setattr(run_log.importlib.util, "find_spec", lambda _: None)  # as where wandb is missing
+    monkeypatch.setattr(weights_and_biases.importlib.util, "find_spec", lambda _: None)  # as where wandb is missing
     monkeypatch.setattr(sys, "argv", ["", *flags.split()])
     with pytest.raises(SystemExit) as stop:
         main()

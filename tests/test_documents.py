@@ -131,7 +131,7 @@ def test_every_curve_of_training_and_evaluation_is_explained_and_no_other():
     sources = "".join(path.read_text() for path in (ROOT / "dqn_injection_atari.py", *(ROOT / "support").glob("*.py")))
     logged = set(re.findall(r'"((?:charts|injection|eval)/\w+)"', sources))
     logged |= {f"losses/{name}" for name in learner.losses.means(4, 4)}
-    assert len(logged) == 11
+    assert len(logged) == 12
     assert set(in_tables(page, r"`((?:charts|injection|eval|losses)/\w+)`")) == logged
 
 

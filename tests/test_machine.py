@@ -1,13 +1,17 @@
-"""What the machine offers and asks: device, memory, signals, locks."""
+"""What the machine offers: GPU, memory, processors, disk, locks."""
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
 import signal
+import stat
+import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +20,20 @@ from conftest import BRIEF
 from interruptions import dies, send
 
 import dqn_injection_atari as script
+import support.environments as environments
 import support.machine as machine
-from support.machine import Signals, alone_in, circumstances, code_version, flush_to_disk, free_memory, pick_device, place_for
+from support.machine import (
+    alone_in,
+    circumstances,
+    code_version,
+    flush_to_disk,
+    free_memory,
+    idle_gpu,
+    limit_threads,
+    pick_device,
+    place_for,
+    usable_processors,
+)
 from support.replay import FrameReplayBuffer
 from support.usage import UsageError
 
@@ -30,10 +46,90 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.mark.parametrize("cuda", [True, False])
 def test_the_gpu_is_used_where_there_is_one_and_it_is_wanted(monkeypatch, cuda):
+    tried = []
+    monkeypatch.setattr(machine, "try_out", tried.append)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device(cuda, True, True).type == ("cuda" if cuda else "cpu")
+    assert tried == [GPU] * cuda
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert pick_device(cuda, True, True).type == "cpu"
+    assert pick_device(cuda, True, True).type == "cpu" and tried == [GPU] * cuda
+
+
+def test_the_trial_works_on_a_device_that_works():
+    machine.try_out(CPU)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nMore"),
+        RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might"),
+        RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
+        AssertionError("Torch not compiled with CUDA enabled"),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_a_gpu_that_can_run_nothing_is_refused_in_one_line_with_nothing_written(monkeypatch, error):
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "try_out", fails)
+    with pytest.raises(UsageError) as refusal:
+        script.train(BRIEF)
+    message = str(refusal.value)
+    assert message.startswith(f"a GPU is listed, but cannot be used ({type(error).__name__}: {str(error)[:18]}")
+    assert "CUDA_VISIBLE_DEVICES" in message and "\n" not in message and os.listdir() == []
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+def test_the_trial_fails_where_there_is_no_such_device():
+    with pytest.raises(Exception, match="CUDA"):
+        machine.try_out(GPU)
+
+
+def no_nvidia_smi(monkeypatch, tmp_path, output=None):
+    """PATH with nothing but an nvidia-smi that prints this, or with nothing at all."""
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    if output is not None:
+        (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{output}'\n")
+        (tmp_path / "bin/nvidia-smi").chmod(0o755)
+
+
+@pytest.mark.parametrize("sign", ["dev/nvidia0", "proc/driver/nvidia/gpus/0000:01:00.0", "dev/kfd"])
+def test_a_gpu_that_pytorch_does_not_see_is_noticed_unless_it_was_hidden(monkeypatch, tmp_path, sign):
+    no_nvidia_smi(monkeypatch, tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert idle_gpu(tmp_path) is None
+    (tmp_path / sign).parent.mkdir(parents=True)
+    (tmp_path / sign).touch()
+    assert idle_gpu(tmp_path) == f"/{sign}"
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert idle_gpu(tmp_path) is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert idle_gpu(tmp_path) == f"/{sign}"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert idle_gpu(tmp_path) is None
+
+
+def test_nvidia_smi_is_asked_too(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    no_nvidia_smi(monkeypatch, tmp_path, "GPU 0: NVIDIA A100 (UUID: GPU-1)")
+    assert idle_gpu(tmp_path) == "GPU 0: NVIDIA A100"
+    no_nvidia_smi(monkeypatch, tmp_path, "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver")
+    assert idle_gpu(tmp_path) is None
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_the_first_lines_of_a_run_warn_of_a_gpu_that_is_not_used(monkeypatch, capsys, cuda):
+    monkeypatch.setattr("support.runs.idle_gpu", lambda: "/dev/nvidia0")
+    script.train(replace(BRIEF, total_timesteps=4, checkpoint_frequency=0, cuda=cuda))
+    lines = capsys.readouterr().out.splitlines()[:3]
+    assert any(line.startswith("warning: there is a GPU (/dev/nvidia0), but PyTorch") for line in lines) == cuda
 
 
 @pytest.mark.parametrize("deterministic", [False, True])  # True, the default, last
@@ -96,6 +192,90 @@ def test_of_nested_control_groups_the_tightest_counts(tmp_path):
     assert free_memory(tmp_path) == 70_000_000
 
 
+# processors
+
+
+def control_group(root, line, files):
+    """A process's control group, with these files {path under /sys/fs/cgroup: content}."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(f"{line}\n")
+    for name, content in files.items():
+        (root / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "sys/fs/cgroup" / name).write_text(f"{content}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "processors"),
+    [
+        ("0::/job", {"job/cpu.max": "200000 100000"}, 2),
+        ("0::/job", {"job/cpu.max": "350000 100000"}, 3),
+        ("0::/job", {"job/cpu.max": "50000 100000"}, 1),
+        ("0::/job", {"job/cpu.max": "max 100000"}, 6),
+        ("0::/job", {"job/cpu.max": "900000 100000"}, 6),
+        ("0::/job/step", {"job/cpu.max": "200000 100000", "job/step/cpu.max": "max 100000"}, 2),
+        ("0::/../outside", {"cpu.max": "200000 100000"}, 2),
+        ("3:cpu,cpuacct:/job", {"cpu,cpuacct/job/cpu.cfs_quota_us": 400_000, "cpu,cpuacct/job/cpu.cfs_period_us": 100_000}, 4),
+        ("3:cpu:/job", {"cpu/job/cpu.cfs_quota_us": -1, "cpu/job/cpu.cfs_period_us": 100_000}, 6),
+        ("3:memory:/job", {"memory/job/cpu.cfs_quota_us": 100_000, "memory/job/cpu.cfs_period_us": 100_000}, 6),
+    ],
+)
+def test_usable_processors_are_the_quotas_where_that_is_less(monkeypatch, tmp_path, line, files, processors):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert usable_processors(tmp_path) == 6
+    control_group(tmp_path, line, files)
+    assert usable_processors(tmp_path) == processors
+
+
+def test_usable_processors_are_those_of_the_affinity(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    assert usable_processors(tmp_path) == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert usable_processors(tmp_path) == 7
+
+
+@pytest.mark.parametrize(("usable", "chosen", "expected"), [(3, None, 3), (3, "", 3), (99, None, 5), (3, "4", None)])
+def test_pytorchs_threads_follow_what_is_usable_unless_the_user_chose(monkeypatch, usable, chosen, expected):
+    monkeypatch.setattr(machine, "usable_processors", lambda: usable)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+    limit_threads()
+    assert given == ([] if expected is None else [expected])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+@pytest.mark.parametrize(("chosen", "said"), [(None, "on cpu with 1 thread, curves"), ("2", "on cpu with 2 threads, curves")])
+def test_the_first_line_of_a_run_names_the_threads_which_follow_the_affinity_unless_the_user_chose(chosen, said):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": chosen} if chosen else {}
+    flags = "--env-backend ale --total-timesteps 4 --buffer-size 100 --checkpoint-frequency 0 --learning-starts 0 --no-cuda"
+    run = subprocess.run(
+        [sys.executable, script.__file__, *flags.split()],
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]),
+    )
+    assert said in run.stdout.splitlines()[0], run.stderr
+
+
+def test_the_vectorisers_threads_follow_what_is_usable(monkeypatch):
+    given = []
+    original = environments.EagerAtariVectorEnv
+    monkeypatch.setattr(
+        environments, "EagerAtariVectorEnv", lambda **kwargs: (given.append(kwargs["num_threads"]), original(**kwargs))[1]
+    )
+    monkeypatch.setattr(environments, "usable_processors", lambda: 2)
+    for num_envs in (1, 2, 3):
+        environments.make_envs("PhoenixNoFrameskip-v4", "ale", num_envs).close()
+    assert given == [1, 2, 2]
+
+
 def test_a_replay_goes_to_the_gpu_where_it_fits_beside_learning_and_else_to_the_cpu(monkeypatch):
     monkeypatch.setattr(machine, "free_memory", lambda: 50 * GB)
     for free, place in ((12 * GB, GPU), (10 * GB, GPU), (10 * GB - 1, CPU)):
@@ -155,7 +335,8 @@ def test_flushing_to_disk_reaches_the_disk_and_fails_where_that_fails(monkeypatc
     flush_to_disk(Path(path))
     assert flushed == [Path(path).stat().st_ino]
     open_before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    for number, allowed in ((errno.EINVAL, True), (errno.ENOSPC, False), (errno.EIO, False)):
+    cannot, failed = ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EBADF"), ("ENOSPC", "EIO", "EDQUOT", "ESTALE")
+    for number, allowed in [(getattr(errno, name), name in cannot) for name in cannot + failed]:
 
         def fsync(_, number=number):
             raise OSError(number, os.strerror(number))
@@ -171,72 +352,13 @@ def test_flushing_what_is_not_there_fails():
         flush_to_disk(Path("nothing"))
 
 
-# signals
-
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
-def test_signals_are_requests_while_the_block_lasts_and_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in ASKING]
-    with pytest.raises(ZeroDivisionError), Signals() as signals:
-        assert signals.stop is None and not signals.checkpoint
-        send(signal.SIGUSR1)()
-        assert signals.checkpoint and signals.stop is None
-        send(signal.SIGUSR1)()
-        send(signal.SIGTERM)()
-        assert signals.stop is signal.SIGTERM
-        raise ZeroDivisionError
-    assert before == [signal.getsignal(number) for number in ASKING]
-
-
-@pytest.mark.parametrize(
-    "numbers,status",
-    [(("SIGTERM",) * 2, 143), (("SIGINT",) * 2, 130), (("SIGTERM", "SIGINT"), 130), (("SIGINT", "SIGTERM"), 143)],
-)
-def test_a_second_signal_ends_the_process_with_its_own_status(numbers, status):
-    first, second = (getattr(signal, number) for number in numbers)
-    with Signals() as signals, pytest.raises(SystemExit) as stop:
-        send(first)()
-        assert signals.stop is first
-        send(second)()
-    assert stop.value.code == status
-
-
-@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_with_nothing_to_save_the_first_signal_ends_the_process(number, status):
-    with Signals() as signals:
-        with pytest.raises(SystemExit) as stop, signals.nothing_to_save():
-            send(signal.SIGUSR1)()
-            send(number)()
-        assert stop.value.code == status and signals.checkpoint
-    with Signals() as signals:
-        with signals.nothing_to_save():
-            pass
-        send(number)()
-        assert signals.stop is number, "afterwards it is a request again"
-
-
-def test_a_thread_does_without_signals():
-    before = [signal.getsignal(number) for number in ASKING]
-    stops = []
-
-    def work():
-        with Signals() as signals:
-            stops.append(signals.stop)
-            assert before == [signal.getsignal(number) for number in ASKING]
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert stops == [None] and before == [signal.getsignal(number) for number in ASKING]
-
-
 # locks
 
 
 def test_two_processes_never_run_in_one_folder_at_once():
     folder = Path("run")
     folder.mkdir()
+    (folder / "run.json").touch()
     ready, go = os.pipe(), os.pipe()
 
     def elsewhere():
@@ -257,16 +379,48 @@ def test_two_processes_never_run_in_one_folder_at_once():
     with pytest.raises(ZeroDivisionError), alone_in(folder):
         raise ZeroDivisionError
     with alone_in(folder):
-        assert os.listdir(folder) == [], "the lock is no file that might be left behind"
+        pass
 
 
-def test_a_file_system_without_locks_is_no_error(monkeypatch):
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+def test_what_is_locked_is_a_file_that_is_open_for_writing(monkeypatch):
+    """NFS locks nothing else: EBADF."""
+    original, locked = machine.fcntl.flock, []
+
+    def flock(descriptor, how):
+        access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        locked.append((stat.S_ISREG(os.fstat(descriptor).st_mode), access))
+        original(descriptor, how)
 
     monkeypatch.setattr(machine.fcntl, "flock", flock)
+    Path("run.json").write_text("content")
+    Path("other").touch()
+    with alone_in(Path()), alone_in(Path(), "other"):
+        pass
+    assert locked == [(True, os.O_RDWR)] * 2 and Path("run.json").read_text() == "content"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_locks_is_one_warning(monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(machine.fcntl, "flock", flock)
+    Path("run.json").touch()
     with alone_in(Path()):
         pass
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: . cannot be locked") and os.strerror(number) in line
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_another_holds_is_refused_however_the_file_system_says_so(monkeypatch, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(machine.fcntl, "flock", flock)
+    Path("run.json").touch()
+    with pytest.raises(UsageError, match="another process is running"), alone_in(Path()):
+        pytest.fail("it came in")
 
 
 def test_a_folder_that_is_not_there_is_refused_by_name():

@@ -46,8 +46,17 @@ def test_a_channel_is_one_unit_averaged_over_batch_and_space():
     assert dormant_units(layer).shape == (3,)
 
 
-def test_a_layer_that_is_never_active_has_no_dormant_fraction():
-    assert dormant_units(torch.zeros(4, 7)).isnan().all() and dormant_units(torch.zeros(4, 7)).shape == (7,)
+@pytest.mark.parametrize("tau", [0.0, 0.025, 0.1])
+@pytest.mark.parametrize("shape", [(4, 7), (4, 7, 2, 2)])
+def test_a_layer_that_is_never_active_is_wholly_dormant(shape, tau):
+    assert dormant_units(torch.zeros(shape), tau).tolist() == [1] * 7
+
+
+def test_a_unit_that_alone_is_active_is_not_dormant():
+    assert dormant_units(torch.eye(7)[:1]).tolist() == [0, 1, 1, 1, 1, 1, 1]
+
+
+def test_of_activations_that_are_not_finite_no_dormant_units_are_known():
     assert dormant_units(torch.full((4, 7), math.nan)).isnan().all()
 
 
@@ -175,13 +184,25 @@ def test_measures_of_a_network_made_to_have_them(injections):
     assert measures["weight_norm/encoder"] == pytest.approx((24 + 64 + 32) ** 0.5)
 
 
-def test_a_silent_layer_is_no_layer_without_dormant_units():
+def test_a_silent_layer_is_wholly_dormant_and_what_is_undefined_is_left_out():
     learner = make_learner()
     only_biases(learner.q_network.theta[0], 0)
     measures = plasticity_measures(learner, random_batch())
-    for name in ("dormant_fraction/head", "dormant_fraction", "srank/head", "effective_rank/head"):
-        assert math.isnan(measures[name]), name
-    assert measures["active_fraction/head"] == 0 and measures["dormant_fraction/conv1"] < 1
+    assert measures["dormant_fraction/head"] == 1 and measures["active_fraction/head"] == 0
+    layers = {"conv1": 32, "conv2": 64, "conv3": 64, "head": 512}
+    share = sum(measures[f"dormant_fraction/{name}"] * units for name, units in layers.items()) / sum(layers.values())
+    assert measures["dormant_fraction"] == pytest.approx(share) and 0.7 < share < 1
+    assert not {"srank/head", "effective_rank/head"} & measures.keys() and "srank/encoder" in measures
+
+
+def test_a_network_that_is_dead_is_wholly_dormant_and_not_active():
+    learner = make_learner()
+    for layer in (*learner.q_network.encoder, *learner.q_network.theta):
+        for parameter in layer.parameters():
+            parameter.data.zero_()
+    measures = plasticity_measures(learner, random_batch())
+    assert measures["dormant_fraction"] == 1 and measures["active_fraction"] == 0
+    assert all(math.isfinite(value) for value in measures.values())
 
 
 @pytest.mark.parametrize("freeze_heads", [True, False])

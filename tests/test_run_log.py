@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import functools
 import io
 import os
 import pickle
@@ -12,7 +11,6 @@ import shutil
 import sys
 import time
 import types
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util import tensor_util
 
 import support.run_log as run_log
-from support.run_log import SIDE_BY_SIDE, Curves, RunLog, read_scalars, require_wandb, start_wandb, summary
+from support.run_log import SIDE_BY_SIDE, Curves, RunLog, read_scalars, summary
 from support.usage import UsageError
 
 FOLDER = Path("run")
@@ -528,29 +526,3 @@ def test_a_closed_pipe_is_no_reason_to_stop(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Closed())
     log.say("into the void")
     log.close()
-
-
-# Weights & Biases
-
-
-def test_a_folder_named_wandb_does_not_pass_for_the_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_log.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UsageError, match="pip install wandb, or leave out --track"):
-        require_wandb()
-    monkeypatch.undo()
-    (tmp_path / "wandb").mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(UsageError, match="pip install wandb"):
-        require_wandb()
-
-
-def test_weights_and_biases_is_asked_to_mirror_tensorboard(monkeypatch):
-    given = {}
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = ModuleSpec("wandb", None, origin="somewhere")
-    wandb.init = functools.partial(given.update)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    require_wandb()
-    start_wandb("p", "e", "name", ARGS)
-    assert given.pop("sync_tensorboard") is True and given.pop("save_code") is True
-    assert given == {"project": "p", "entity": "e", "name": "name", "config": ARGS}

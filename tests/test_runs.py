@@ -39,13 +39,15 @@ from interruptions import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_injection_atari as script
+import support.checkpoints as checkpoints
 import support.run_log as run_log
 import support.runs as runs
 from benchmarks import kill_test
 from benchmarks.kill_test import WALL_CLOCK, content, differences
 from dqn_injection_atari import FORKABLE, Args, Learner, check_fork, train
 from support.checkpoints import CHECKSUMS, Checkpoint, checksums, create_run_folder, load_checkpoint, save_checkpoint
-from support.machine import Signals, alone_in
+from support.machine import alone_in, flush_to_disk
+from support.process import Signals
 from support.run_log import SIDE_BY_SIDE, Curves, RunLog
 from support.runs import Run, find_origin
 from support.usage import UsageError
@@ -631,7 +633,7 @@ def test_the_exit_status_says_what_ended_a_run_and_0_that_it_is_complete(monkeyp
 
 @slow
 @pytest.mark.parametrize("numbers,status", [(["SIGTERM"], 143), (["SIGINT"] * 2, 130)])
-def test_the_shell_sees_the_exit_status_after_one_signal_and_after_two(numbers, status):
+def test_the_shell_sees_the_exit_status_after_one_signal_and_after_two(numbers, status, request):
     slowly = "runs.save_checkpoint = lambda *_: (print('saving', flush=True), time.sleep(60))" if len(numbers) == 2 else ""
     code = f"import time, support.runs as runs, dqn_injection_atari as s\n{slowly}\ns.main()"
     flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --log-frequency 50".split()
@@ -642,8 +644,10 @@ def test_the_shell_sees_the_exit_status_after_one_signal_and_after_two(numbers, 
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(script.__file__).parent)},
     )
+    request.addfinalizer(process.kill)
     process.stdout.readline()
-    for number in numbers:
+    for k, number in enumerate(numbers):
+        time.sleep(k * (Signals.SAME_REQUEST + 0.1))
         process.send_signal(getattr(signal, number))
         if slowly:
             while process.poll() is None and "saving" not in process.stdout.readline():
@@ -803,6 +807,69 @@ def test_a_disk_that_is_full_at_the_start_or_the_end_is_one_line(monkeypatch, st
         assert names(folder) == ["checkpoint-0"] and (folder / "agent.pt").exists()
         train(Args(resume=str(folder)))
         assert names(folder) == ["checkpoint-60"]
+
+
+def test_a_last_step_that_fails_once_the_checkpoint_is_in_place_does_not_report_that_there_is_none(monkeypatch, capsys):
+    def flush(path):
+        if (path / "checkpoint-20").exists():
+            raise OSError(errno.EIO, "Input/output error")
+        flush_to_disk(path)
+
+    at_step(monkeypatch, 20, lambda: (monkeypatch.setattr(checkpoints, "flush_to_disk", flush), send(signal.SIGTERM)()))
+    folder = train(PLAYING)
+    out = capsys.readouterr().out
+    assert "step 20: checkpoint-20" in out and "go on with:" in out and "no checkpoint" not in out
+    assert names(folder) == ["checkpoint-0", "checkpoint-20"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"), "the GPU's memory has run out"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "the GPU's memory has run out",
+        ),
+        (RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors"), "the GPU has failed"),
+        (MemoryError(), "memory has run out"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you"),
+            "memory has run out",
+        ),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_memory_or_a_gpu_that_gives_out_in_mid_run_is_one_line_that_names_the_last_checkpoint(monkeypatch, error, reason):
+    def fail():
+        raise error
+
+    at_step(monkeypatch, 30, fail)
+    with pytest.raises(OSError) as refusal:
+        train(replace(PLAYING, checkpoint_frequency=20))
+    folder, message = new_folder(set()), str(refusal.value)
+    assert message.startswith(f"stopped at step 30, {reason}") and "\n" not in message
+    assert message.endswith(f"; of {folder}, to --resume, checkpoint-20 is still good")
+
+
+def test_memory_that_runs_out_at_the_start_is_one_line_and_nothing_is_written(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
+
+    monkeypatch.setattr(script, "Learner", fail)
+    message = main(monkeypatch, *flags_of(PLAYING))
+    assert message.startswith("error: the GPU's memory has run out (CUDA out of memory): free it of other jobs, or lower")
+    assert os.listdir() == []
+
+
+def test_memory_that_runs_out_while_a_checkpoint_is_taken_up_is_no_fault_of_the_checkpoint(monkeypatch):
+    folder = until_signal(20, PLAYING)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
+
+    monkeypatch.setattr(Learner, "load_state_dict", fail)
+    message = main(monkeypatch, "--resume", str(folder))
+    assert message.startswith("error: the GPU's memory has run out")
 
 
 def test_a_stop_whose_checkpoint_cannot_be_written_is_an_error(monkeypatch):
@@ -1040,7 +1107,8 @@ def test_weights_and_biases_starts_before_tensorboard_does(monkeypatch):
     args = replace(PLAYING, total_timesteps=20, checkpoint_frequency=0, track=True, wandb_project_name="p", wandb_entity="e")
     folder = train(args)
     train(replace(args, track=False))
-    assert given == [("p", "e", folder.name, asdict(args), [])]
+    run_id = json.loads((folder / "run.json").read_text())["run"]
+    assert given == [("p", "e", folder.name, run_id, asdict(args), [])]
 
 
 def test_what_a_run_needs_and_the_machine_lacks_is_refused(monkeypatch):

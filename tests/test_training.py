@@ -1,6 +1,6 @@
 """Whole runs: what is done when, what is logged, and what leaves training untouched."""
 
-import importlib.machinery
+import io
 import itertools
 import subprocess
 import sys
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BRIEF, SHORT_GAMES, TINY_GAMES, scalars
+from interruptions import until_signal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dqn_injection_atari as script
@@ -378,7 +379,7 @@ def test_tensorboard_holds_every_promised_curve_and_the_hyperparameters():
     curves = scalars(folder)
     assert set(curves) == {
         *("charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/SPS", "charts/SPS_recent"),
-        *("losses/td_loss", "losses/q_values", "injection/step", "injection/max_abs_delta_q"),
+        *("losses/td_loss", "losses/q_values", "injection/step", "injection/max_abs_delta_q", "charts/games_cut"),
     }
     for tag in ("charts/epsilon", "charts/SPS", "charts/SPS_recent"):
         assert [step for step, _ in curves[tag]] == list(range(20, 201, 20))
@@ -389,6 +390,92 @@ def test_tensorboard_holds_every_promised_curve_and_the_hyperparameters():
     texts = EventAccumulator(str(folder)).Reload()
     hyperparameters = texts.Tensors("hyperparameters/text_summary")[0].tensor_proto.string_val[0].decode()
     assert f"|env_id|{TINY_GAMES}|" in hyperparameters and "|injection_step|(170,)|" in hyperparameters
+
+
+def test_where_a_measure_is_undefined_no_point_of_it_is_logged(monkeypatch):
+    """The head dies at step 100 and lives again from step 150 on."""
+    args = replace(BRIEF, total_timesteps=200, plasticity_frequency=40, learning_starts=200)
+    original = script.plasticity_measures
+
+    def measured(learner, batch):
+        bias, weight = learner.q_network.theta[0].bias.data, learner.q_network.theta[0].weight.data
+        saved = bias.clone(), weight.clone()
+        if run_step(learner) in (120, 160):
+            bias.zero_(), weight.zero_()
+        measures = original(learner, batch)
+        bias.copy_(saved[0]), weight.copy_(saved[1])
+        return measures
+
+    steps = iter((40, 80, 120, 160, 200))
+
+    def run_step(_):
+        return next(steps)
+
+    monkeypatch.setattr(script, "plasticity_measures", measured)
+    logged = scalars(train(args))
+    assert [step for step, _ in logged["plasticity/srank/head"]] == [40, 80, 200]
+    assert [step for step, _ in logged["plasticity/srank/encoder"]] == [40, 80, 120, 160, 200]
+    dormant = dict(logged["plasticity/dormant_fraction/head"])
+    assert dormant[120] == dormant[160] == 1 and dormant[80] < 1
+
+
+@pytest.mark.parametrize("boundary", [True, False])
+def test_games_that_end_without_a_return_are_counted_where_they_are_cut_and_at_the_end(boundary):
+    """Games of 30 steps in 2 environments, cut after 50 steps in each, and at the end."""
+    frequency = 100 if boundary else 0
+    folder = train(replace(BRIEF, total_timesteps=250, checkpoint_frequency=frequency, learning_starts=250))
+    logged = scalars(folder)
+    ended = [step for step, _ in logged["charts/episodic_return"]]
+    if boundary:
+        assert logged["charts/games_cut"] == [(100, 2), (200, 2), (250, 2)]
+        assert len(ended) == 2 * 2 and max(ended) <= 160
+    else:
+        assert logged["charts/games_cut"] == [(250, 2)] and len(ended) == 2 * (125 // 30)
+
+
+def test_where_games_end_just_there_none_is_cut():
+    folder = train(replace(BRIEF, total_timesteps=120, checkpoint_frequency=60, learning_starts=120))
+    logged = scalars(folder)
+    assert "charts/games_cut" not in logged and len(logged["charts/episodic_return"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [100, 150, 240])
+def test_games_cut_are_counted_once_whatever_interrupts_the_run(stop):
+    args = replace(BRIEF, total_timesteps=240, checkpoint_frequency=100, learning_starts=240)
+    folder = until_signal(stop, args)
+    train(Args(resume=str(folder)))
+    train(Args(resume=str(folder)))  # also a run that is complete
+    assert scalars(folder)["charts/games_cut"] == [(100, 2), (200, 2), (240, 2)]
+    forked = train(replace(args, fork=str(folder / "checkpoint-240"), total_timesteps=480, exploration_fraction=0.05))
+    assert scalars(forked)["charts/games_cut"] == [(100, 2), (200, 2), (300, 2), (400, 2), (480, 2)]
+
+
+class Odd(io.TextIOBase):
+    """What a notebook or a launcher may put there for a terminal."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def write(self, _):
+        raise self.error
+
+    flush = isatty = fileno = lambda self: self.write("")
+
+
+@pytest.mark.parametrize(
+    "stream", [lambda: None, lambda: Odd(BrokenPipeError()), lambda: Odd(ValueError("I/O operation on closed file"))]
+)
+def test_a_run_does_not_depend_on_its_output(monkeypatch, stream):
+    args = replace(BRIEF, total_timesteps=130, eval_frequency=60, eval_episodes=1)
+    expected = scalars(train(args))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream())
+        patch.setattr(sys, "stderr", stream())
+        folder = train(args)
+    found = scalars(folder)
+    for tag in expected.keys() | found.keys():
+        assert "SPS" in tag or found[tag] == expected[tag]
 
 
 def test_logged_losses_are_means_over_the_interval(record):
@@ -479,22 +566,6 @@ def test_a_run_in_a_shell_prints_plain_lines_and_ends_with_status_0():
     assert plain.stderr == ""
     assert "step 200 of 200" in plain.stdout and "SPS" in plain.stdout and "left, ε 0.01, return" in plain.stdout
     assert "step 120: plasticity injected" in plain.stdout and "\r" not in plain.stdout
-
-
-@pytest.mark.slow
-def test_weights_and_biases_starts_before_tensorboard_does_or_it_would_miss_the_beginning(monkeypatch):
-    given = {}
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="somewhere")
-    wandb.init = lambda **kwargs: given.update(kwargs, files=list(Path("runs", kwargs["name"]).glob("*tfevents*")))
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    short = replace(SMALL, total_timesteps=60)
-    folder = train(replace(short, track=True, wandb_project_name="p", wandb_entity="e"))
-    assert (given["project"], given["entity"], given["name"]) == ("p", "e", folder.name)
-    assert given["files"] == [] and given["config"]["total_timesteps"] == 60
-    given.clear()
-    train(short)
-    assert not given
 
 
 # what the script offers

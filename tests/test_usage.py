@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Interval, Le, Lt
 from dqn_injection_atari import Args, Experiment
 from support import usage
 from support.flags import Period, PositivePeriod, RunFlags
-from support.usage import Count, NotBelow, OnlyWith, Positive, Share, Steps, UsageError, check_bounds, ends_in_one_line
+from support.usage import Count, NotBelow, OnlyWith, Positive, Share, Steps, UsageError, check_bounds
 
 
 @dataclass
@@ -214,27 +214,6 @@ def test_flags_that_go_together_are_taken(flags):
 
 
 # one line
-
-
-@pytest.mark.parametrize(
-    "error", [UsageError("no"), FloatingPointError("no"), OSError("no"), KeyboardInterrupt(), SystemExit(143), ValueError("no")]
-)
-def test_what_a_command_cannot_do_ends_it_in_one_line_and_what_is_a_bug_does_not(error):
-    with pytest.raises(BaseException) as end, ends_in_one_line():
-        raise error
-    expected = {KeyboardInterrupt: 130, SystemExit: 143}.get(type(error), "error: no")
-    if type(error) is ValueError:
-        assert end.value is error
-    else:
-        assert type(end.value) is SystemExit and end.value.code == expected
-
-
-def test_letters_that_a_terminal_has_not_are_question_marks(monkeypatch, tmp_path):
-    with open(tmp_path / "log", "w", encoding="ascii") as log:
-        monkeypatch.setattr(sys, "stdout", log)
-        with ends_in_one_line():
-            print("ε − x")
-    assert (tmp_path / "log").read_text() == "? ? x\n"
 
 
 def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_the_fix():

@@ -1,0 +1,118 @@
+"""This process: what it is asked by signals, what it says, and how it ends."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import IO, Any
+
+from support.usage import UsageError, out_of_resources
+
+
+def say(line: str, write: Callable[[str], Any] = print) -> None:
+    """Prints a line, if anybody listens: a closed pipe, a full disk or a notebook's own stream is no reason to stop."""
+    with contextlib.suppress(Exception):
+        write(line)
+        sys.stdout.flush()
+
+
+def on_a_terminal() -> bool:
+    """Whether a progress bar would be seen."""
+    try:
+        return sys.stderr.isatty()
+    except Exception:  # as of a closed stream, or where there is none
+        return False
+
+
+class Signals:
+    """Signals as requests to the training loop, for the time of a `with` block.
+
+    SIGTERM, SIGINT and SIGHUP ask it to stop. Launchers may deliver one request several times, so what comes within
+    `SAME_REQUEST` seconds belongs to the first; a later one ends the process with 128 + its number. SIGUSR1 and SIGUSR2, which
+    Slurm can send ahead of a time limit, ask for a checkpoint. A signal that was ignored before, as by nohup, stays ignored.
+    """
+
+    STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    CHECKPOINT = (signal.SIGUSR1, signal.SIGUSR2)
+    SAME_REQUEST = 2.0
+
+    def __init__(self) -> None:
+        self.stop: signal.Signals | None = None
+        self.checkpoint = False
+        self.at_once = False
+
+    def __enter__(self) -> "Signals":
+        in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
+        noted = [number for number in (*self.STOP, *self.CHECKPOINT) if signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._note) for number in noted if in_main}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # none that Python knows of
+
+    @contextlib.contextmanager
+    def nothing_to_save(self) -> Iterator[None]:
+        """While a checkpoint is loaded: the first signal ends the process then."""
+        self.at_once = True
+        yield
+        self.at_once = False
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if number in self.CHECKPOINT:
+            self.checkpoint = True
+        elif self.at_once:
+            sys.exit(128 + number)
+        elif self.stop is None:
+            self.stop, self.asked = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self.asked >= self.SAME_REQUEST:
+            sys.exit(128 + number)
+
+
+def _nowhere(mode: str) -> IO[str]:
+    return os.fdopen(os.open(os.devnull, os.O_RDWR), mode)
+
+
+def _keep_open() -> None:
+    """Gives standard streams that are closed a place to write to; the next file to be opened would get their output."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, _nowhere("r" if name == "stdin" else "w"))
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # ε and − are question marks where there are no such letters
+
+
+def _let_go() -> None:
+    """Python ends with status 120 where it cannot write what is left: nobody reads it, so it goes nowhere."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except Exception:
+            setattr(sys, name, _nowhere("w"))
+
+
+@contextlib.contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """For the whole of a command: what it cannot do ends it with one line and status 1, Ctrl-C with status 130."""
+    _keep_open()
+    try:
+        yield
+    except (UsageError, FloatingPointError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if (reason := out_of_resources(error)) is None:
+            raise
+        sys.exit(f"error: {reason}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        _let_go()

@@ -1,0 +1,49 @@
+"""Packages that are not those the project is tested with: named, or refused where they give wrong numbers."""
+
+import importlib
+import importlib.metadata
+import re
+from pathlib import Path
+
+from support.usage import UsageError
+
+REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
+MODULES = {"opencv-python-headless": "cv2"}  # where the name is another; opencv-python is as good
+WRONG = {
+    "gymnasium": ((1, 4), "leaves the first step of a game out of its return")
+}  # {package: (the first that is right, how)}
+
+
+def installed(package: str) -> str:
+    """The version of the code that runs."""
+    module = importlib.import_module(MODULES.get(package, package.replace("-", "_")))
+    return getattr(module, "__version__", None) or importlib.metadata.version(package)
+
+
+def release(version: str) -> tuple[int, int]:
+    """(2, 13) of "2.13.0+cpu"."""
+    major, minor = re.findall(r"\d+", version + ".0")[:2]
+    return int(major), int(minor)
+
+
+def unsupported_versions() -> list[str]:
+    """A line per package that is older than what requirements.txt has, or of a later major version."""
+    lines = REQUIREMENTS.read_text().split() if REQUIREMENTS.exists() else []
+    remarks = []
+    for package, _, tested in (line.partition("==") for line in lines):
+        (major, minor), found = release(tested), installed(package)
+        if not (major, minor) <= release(found) < (major + 1, 0):
+            remarks.append(
+                f"{package} is {found}, supported is {major}.{minor} up to {major + 1}: pip install -r requirements.txt"
+            )
+    return remarks
+
+
+def refuse_wrong_versions() -> None:
+    """
+    Raises:
+        UsageError: a package is of a version that is known to give wrong numbers.
+    """
+    for package, (right, how) in WRONG.items():
+        if release(found := installed(package)) < right:
+            raise UsageError(f"{package} {found} {how}: pip install -r requirements.txt")

@@ -1,0 +1,238 @@
+"""This process: signals, what it says, how it ends."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from interruptions import send
+
+import support.process as process
+from support.process import Signals, ends_in_one_line, say
+from support.usage import UsageError
+
+ASKING = (*Signals.STOP, *Signals.CHECKPOINT)
+
+
+# signals
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still: [seconds]."""
+    now = [100.0]
+    monkeypatch.setattr(process.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_signals_are_requests_while_the_block_lasts_and_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in ASKING]
+    with pytest.raises(ZeroDivisionError), Signals() as signals:
+        assert signals.stop is None and not signals.checkpoint
+        send(signal.SIGUSR1)()
+        assert signals.checkpoint and signals.stop is None
+        send(signal.SIGUSR1)()
+        send(signal.SIGTERM)()
+        assert signals.stop is signal.SIGTERM
+        raise ZeroDivisionError
+    assert before == [signal.getsignal(number) for number in ASKING]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_each_signal_that_ends_a_process_is_a_request_to_stop(number):
+    with Signals() as signals:
+        send(number)()
+    assert signals.stop is number and not signals.checkpoint
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_both_user_signals_ask_for_a_checkpoint(number):
+    with Signals() as signals:
+        send(number)()
+    assert signals.checkpoint and signals.stop is None
+
+
+@pytest.mark.parametrize("first", Signals.STOP)
+@pytest.mark.parametrize("second", Signals.STOP)
+def test_what_comes_within_two_seconds_is_one_request_and_a_later_one_ends_the_process(clock, first, second):
+    with Signals() as signals, pytest.raises(SystemExit) as stop:
+        for later in (0, 0.2, 1.99):
+            clock[0] = 100 + later
+            send(second if later else first)()
+            assert signals.stop is first
+        clock[0] = 102
+        send(second)()
+    assert stop.value.code == 128 + second
+
+
+@pytest.mark.parametrize("number", ASKING)
+def test_a_signal_that_was_ignored_stays_ignored(number):
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            send(number)()
+            assert signals.stop is None and not signals.checkpoint
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_with_nothing_to_save_the_first_signal_ends_the_process(number, status):
+    with Signals() as signals:
+        with pytest.raises(SystemExit) as stop, signals.nothing_to_save():
+            send(signal.SIGUSR1)()
+            send(number)()
+        assert stop.value.code == status and signals.checkpoint
+    with Signals() as signals:
+        with signals.nothing_to_save():
+            pass
+        send(number)()
+        assert signals.stop is number, "afterwards it is a request again"
+
+
+def test_a_thread_does_without_signals():
+    before = [signal.getsignal(number) for number in ASKING]
+    stops = []
+
+    def work():
+        with Signals() as signals:
+            stops.append(signals.stop)
+            assert before == [signal.getsignal(number) for number in ASKING]
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert stops == [None] and before == [signal.getsignal(number) for number in ASKING]
+
+
+# what it says
+
+
+def test_a_line_is_said_at_once(capsys):
+    say("a line")
+    assert capsys.readouterr().out == "a line\n"
+    written = []
+    say("another", written.append)
+    assert written == ["another"]
+
+
+class Failing(io.TextIOBase):
+    """A stream of another kind, such as a notebook's whose page was closed."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def write(self, _):
+        raise self.error
+
+    def isatty(self):
+        raise self.error
+
+
+def closed():
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+STREAMS = {
+    "none": lambda: None,
+    "closed": closed,
+    "a pipe without a reader": lambda: Failing(BrokenPipeError("gone")),
+    "a terminal that was closed": lambda: Failing(OSError(5, "Input/output error")),
+    "another library's": lambda: Failing(RuntimeError("no kernel")),
+    "no stream at all": lambda: object(),
+}
+each_stream = pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+
+
+@each_stream
+def test_nobody_has_to_listen(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stdout", stream())
+    say("a line")
+
+
+# the end
+
+
+@pytest.mark.parametrize(
+    "error", [UsageError("no"), FloatingPointError("no"), OSError("no"), KeyboardInterrupt(), SystemExit(143), ValueError("no")]
+)
+def test_what_a_command_cannot_do_ends_it_in_one_line_and_what_is_a_bug_does_not(error):
+    with pytest.raises(BaseException) as end, ends_in_one_line():
+        raise error
+    expected = {KeyboardInterrupt: 130, SystemExit: 143}.get(type(error), "error: no")
+    if type(error) is ValueError:
+        assert end.value is error
+    else:
+        assert type(end.value) is SystemExit and end.value.code == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"), "error: the GPU's memory has run out"),
+        (MemoryError(), "error: memory has run out"),
+        (
+            RuntimeError("CUDA error: an illegal memory access"),
+            "error: the GPU has failed (CUDA error: an illegal memory access)",
+        ),
+    ],
+)
+def test_what_runs_out_ends_a_command_in_one_line(error, line):
+    with pytest.raises(SystemExit) as end, ends_in_one_line():
+        raise error
+    assert end.value.code.startswith(line) and "\n" not in end.value.code
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), ends_in_one_line():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_letters_that_a_terminal_has_not_are_question_marks(monkeypatch, tmp_path):
+    with open(tmp_path / "log", "w", encoding="ascii") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        with ends_in_one_line():
+            print("ε − x")
+    assert (tmp_path / "log").read_text() == "? ? x\n"
+
+
+ROOT = Path(process.__file__).parent.parent
+COMMAND = f"""import contextlib, sys; sys.path.insert(0, {str(ROOT)!r})
+from support.process import ends_in_one_line, say
+with ends_in_one_line():
+    file = open("file", "w")
+    for _ in range(3): say("a line")
+    import os
+    for number in (1, 2):
+        with contextlib.suppress(OSError): os.write(number, b"from C")
+    file.write(str(file.fileno()))
+    file.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirected", ["| true", ">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", "2>&1 | true"])
+def test_a_command_ends_well_and_writes_to_no_foreign_file_whatever_its_output_is(redirected):
+    Path("command.py").write_text(COMMAND)
+    ended = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {{ sleep 1; {sys.executable} command.py; }} {redirected}"],
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0 and "Error" not in ended.stderr
+    assert int(Path("file").read_text()) > 2, "the number of a stream that was closed is not given to another file"
+
+
+def test_standard_streams_that_are_there_stay_as_they_are():
+    before = sys.stdin, sys.stdout, sys.stderr
+    with ends_in_one_line():
+        assert before == (sys.stdin, sys.stdout, sys.stderr)
+    assert before == (sys.stdin, sys.stdout, sys.stderr) and os.fstat(1)

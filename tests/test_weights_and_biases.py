@@ -1,0 +1,185 @@
+"""Weights & Biases, the real package: without a login, without a network, offline, resumed, stopped."""
+
+import functools
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BRIEF, scalars
+from interruptions import new_folder, until_signal
+
+import dqn_injection_atari as script
+import support.weights_and_biases as weights_and_biases
+from support.usage import UsageError
+from support.weights_and_biases import require_wandb, start_wandb
+
+TRACKED = replace(BRIEF, total_timesteps=240, plasticity_frequency=120, track=True)
+OFFLINE = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {"WANDB_MODE": "offline"}
+
+
+def all_there_is():
+    return sorted(str(path) for path in Path().rglob("*"))
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch, tmp_path):
+    """No login, no settings of whoever runs the tests; quick to give up."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    (tmp_path.parent / "home").mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(tmp_path.parent / "home"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path.parent / "home"))
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
+    yield
+    if "wandb" in sys.modules and hasattr(sys.modules["wandb"], "teardown"):
+        sys.modules["wandb"].teardown()
+
+
+def test_a_folder_named_wandb_does_not_pass_for_the_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights_and_biases.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UsageError, match="pip install wandb, or leave out --track"):
+        require_wandb()
+    monkeypatch.undo()
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(UsageError, match="pip install wandb"):
+        require_wandb()
+
+
+def test_it_is_asked_to_mirror_tensorboard_in_a_run_that_can_be_gone_on_with(monkeypatch):
+    given = {}
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = ModuleSpec("wandb", None, origin="somewhere")
+    wandb.init = functools.partial(given.update)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    require_wandb()
+    start_wandb("p", "e", "name", "abc", {"seed": 1})
+    assert given.pop("sync_tensorboard") is True and given.pop("save_code") is True
+    assert given == {"project": "p", "entity": "e", "name": "name", "id": "abc", "resume": "allow", "config": {"seed": 1}}
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, "No API key configured"),
+        ({"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}, ""),  # nothing answers there
+    ],
+    ids=["no login", "no network"],
+)
+def test_a_service_that_cannot_be_used_is_one_line_and_nothing_is_left_behind(monkeypatch, settings, reason, there_before):
+    if there_before:
+        Path("wandb/run-of-another").mkdir(parents=True)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    before = all_there_is()
+    with pytest.raises(UsageError) as refusal:
+        script.train(TRACKED)
+    message = str(refusal.value)
+    assert message.startswith(f"--track: Weights & Biases cannot be used ({reason}") and "\n" not in message
+    assert "wandb login" in message and "WANDB_MODE=offline" in message
+    assert all_there_is() == before
+
+
+def rows(folder):
+    """{tag: [(step, value), ...]} in the file of one run there, and the exit status that it ended with.
+
+    The file is LevelDB's log: blocks of 32 kB with records of a 7-byte head, (checksum, length, kind).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("*.wandb")
+    data, at, record, curves, status = path.read_bytes(), 7, b"", {}, None
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            parsed, record = Record.FromString(record), b""
+            if parsed.WhichOneof("record_type") == "exit":
+                status = parsed.exit.exit_code
+            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in parsed.history.item}
+            for tag, value in row.items():
+                curves.setdefault(tag, []).append((row.get("global_step"), value))
+    return curves, status
+
+
+def newest_run():
+    return max(Path("wandb").glob("offline-run-*"))
+
+
+def assert_whole(curves, folder):
+    logged = scalars(folder)
+    assert len(logged) > 10
+    for tag, points in logged.items():
+        np.testing.assert_allclose(curves[tag], points, err_msg=tag)
+
+
+@pytest.mark.slow
+def test_offline_curves_are_whole_after_a_stop_and_a_resume(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = until_signal(130, TRACKED)
+    _, status = rows(first := newest_run())
+    assert status == 143
+    time.sleep(1.1)  # the folders there are named by the second
+    script.train(script.Args(resume=str(folder)))
+    curves, status = rows(second := newest_run())
+    assert status == 0 and first != second and first.name[-16:] == second.name[-16:], "one run there, of two processes"
+    assert_whole(curves, folder)
+    untouched = script.train(replace(TRACKED, track=False))
+    expected, found = scalars(untouched), scalars(folder)
+    assert {tag: points for tag, points in found.items() if "SPS" not in tag} == {
+        tag: points for tag, points in expected.items() if "SPS" not in tag
+    }
+
+
+@pytest.mark.slow
+def test_a_forks_curves_are_whole_there_too(monkeypatch):
+    folder = script.train(replace(TRACKED, track=False))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    origin = str(folder / "checkpoint-240")
+    forked = script.train(replace(TRACKED, fork=origin, total_timesteps=360, exploration_fraction=24 / 360))
+    curves, status = rows(newest_run())
+    assert status == 0
+    assert_whole(curves, forked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request):
+    flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --log-frequency 50 --learning-starts 100 --track"
+    process = subprocess.Popen(
+        [sys.executable, "-u", script.__file__, *flags.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=OFFLINE,
+        start_new_session=True,  # a group of its own, W&B's process in it
+    )
+    request.addfinalizer(process.kill)
+    while process.poll() is None and "curves in" not in process.stdout.readline():
+        pass
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in err
+    assert "--resume runs/" in out
+    curves, status = rows(newest_run())
+    assert status == 128 + number
+    folder = new_folder(set())
+    assert set(curves) >= set(scalars(folder)) and re.fullmatch(r"checkpoint-\d+", next(folder.glob("checkpoint-*")).name)
