@@ -30,6 +30,7 @@ from annotated_types import Ge
 try:
     from analysis.probe import probe
     from analysis.report import report
+    from analysis.runs import runs_in
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed: pip install -r requirements-dev.txt")
 
@@ -42,9 +43,10 @@ class Settings:
     """What to compare, and how."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """folders of runs, those under runs/"""
-    out: str = "comparison.png"
-    """where the figure goes (.png, .pdf or .svg); the other files have its name with another ending"""
+    """folders of runs, those under runs/; or of sweeps, those under sweeps/"""
+    out: str | None = None
+    """where the figure goes (.png, .pdf or .svg); the other files have its name with another ending; by default comparison.png,
+    for a sweep in its folder"""
     metric: Literal["charts/episodic_return", "eval/episodic_return"] = "charts/episodic_return"
     """which return is compared: that of every training game, or the mean of every evaluation"""
     window: Annotated[int | None, Ge(1)] = None
@@ -71,7 +73,9 @@ def main() -> None:
         if settings.probe:
             probe(settings.probe, settings.probe_observations, settings.probe_updates, settings.probe_seeds)
         else:
-            report(settings.runs, Path(settings.out), settings.metric, settings.window, settings.aggregate)
+            folders, place = runs_in(settings.runs)
+            out = Path(settings.out) if settings.out is not None else place / "comparison.png"
+            report(folders, out, settings.metric, settings.window, settings.aggregate)
 
 
 if __name__ == "__main__":

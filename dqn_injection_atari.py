@@ -42,6 +42,7 @@ from support.flags import Period, PositivePeriod, RunFlags
 from support.machine import circumstances, code_version, pick_device, place_for
 from support.optimizers import CenteredRMSProp, copy_moments, load_moments, moments_by_name
 from support.process import Signals, ends_in_one_line
+from support.randomness import redraw, stream_seed
 from support.replay import FrameReplayBuffer
 from support.runs import Run, check_machine, find_origin
 from support.usage import Count, OnlyWith, Positive, Share, Steps, UsageError, check_bounds, flag, reading
@@ -161,7 +162,7 @@ class Args(RunFlags, Experiment):
 
 
 FORKABLE = (  # what a fork may change: nothing of this changes what lies before a checkpoint, or `check_fork` sees to it
-    *("exp_name", "cuda", "cuda_graphs", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_model"),
+    *("seed", "exp_name", "cuda", "cuda_graphs", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_model"),
     *("total_timesteps", "exploration_fraction", "injection_step", "apply_injection", "intervention", "freeze_heads"),
     *("injection_optimizer_state", "injection_trigger", "injection_norm_ratio", "injection_check_frequency", "max_injections"),
     *("shrink_factor", "plasticity_frequency", "eval_frequency", "eval_episodes", "eval_steps", "eval_epsilon"),
@@ -182,26 +183,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 Stream = IntEnum("Stream", "NETWORK EXPLORATION REPLAY ENVIRONMENTS INJECTION EVALUATION PLASTICITY PERTURBATION", start=0)
 
 
-def stream_seed(seed: int, stream: Stream, key: int = 0) -> int:
-    """A seed in [0, 2³⁰) for one use; neighbouring run seeds, streams and keys give unrelated ones."""
-    return int(np.random.SeedSequence([seed, stream, key]).generate_state(1)[0]) >> 2
-
-
 def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None = None) -> LearnerView:
     """`num_envs` (default: `args.num_envs`) of the run's games, see `support/environments.py`."""
     return environments.make_envs(args.env_id, args.env_backend, args.num_envs if num_envs is None else num_envs, render_mode)
-
-
-@torch.no_grad()
-def redraw(module: nn.Module, generator: torch.Generator | None = None, keep: float = 0.0) -> None:
-    """w ← keep · w + (1 − keep) · new for every layer in `module`, the new ones distributed as PyTorch's own: U(±1/√fan_in)."""
-    device = "cpu" if generator is None else generator.device
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            bound = layer.weight[0].numel() ** -0.5
-            for parameter in layer.parameters():
-                new = torch.empty(parameter.shape, device=device).uniform_(-bound, bound, generator=generator)
-                parameter.copy_(keep * parameter + (1 - keep) * new.to(parameter.device))
 
 
 class QNetwork(nn.Module):
@@ -523,6 +507,13 @@ class Training:
         rows, columns = (rng.integers(limit, size=512) for limit in (self.replay.size(), self.replay.n_envs))
         return self.replay.transitions(rows, columns)
 
+    def begin_streams(self) -> None:
+        """Has exploration, replay's draws and the games go on from here in this seed's own streams: new games begin."""
+        self.learner.rng = np.random.default_rng(stream_seed(self.args.seed, Stream.EXPLORATION))
+        self.replay.generator = np.random.default_rng(stream_seed(self.args.seed, Stream.REPLAY))
+        self.run.log.unreported(self.envs.going, self.run.step)
+        self.envs.reset(seed=stream_seed(self.args.seed, Stream.ENVIRONMENTS, self.run.step))
+
     def advance(self) -> None:
         """One vector step, a decision in every environment, with all that is learned and measured in it."""
         args, run, envs, learner, replay, log = self.args, self.run, self.envs, self.learner, self.replay, self.run.log
@@ -664,8 +655,11 @@ def train(args: Args, signals: Signals | None = None) -> Path:
             run.log.say("no plasticity injection in this run" + ": baseline arm" * baseline)
         if args.learning_starts >= args.total_timesteps:
             run.log.say(f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}")
+        training = Training(args, run, envs, learner, replay)
+        if origin.forked and args.seed != origin.args["seed"]:  # one agent that goes on in several ways
+            training.begin_streams()
         del origin  # and with it a copy of every parameter
-        complete = Training(args, run, envs, learner, replay).loop()
+        complete = training.loop()
         if complete and args.save_model:
             save_agent(run.folder / "agent.pt", learner.q_network, asdict(args), run.step)
             run.log.say(f"agent saved, play with it: {run.command(__file__, 'evaluate')}")

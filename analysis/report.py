@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from analysis.figures import draw_plasticity, draw_returns
+from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import interval
 from analysis.runs import Arm, Run, read_arms
-from analysis.verdict import Comparison, comparisons, noun, show
+from analysis.verdict import Comparison, comparisons, noun, show, varied
 from support.usage import UsageError
 
 
@@ -45,7 +45,9 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
     """A comparison in four lines, what, verdict, window and method; then cautions, and one line per run left out of it."""
     word = noun(pair.intervention)
     seeds = [f"{len(means)} seeds ({', '.join(map(str, means)) or 'none'})" for means in pair.means]
-    if pair.paired:
+    if pair.paired and pair.one_agent:
+        how = f"95% t interval of the differences within {seeds[0]}, continuations of one agent from the {word} on"
+    elif pair.paired:
         how = f"95% t interval of the differences within {seeds[0]}, whose runs share their history up to the {word}"
     else:
         few = f"of which {pair.shared} share{'s' * (pair.shared == 1)} a history, too few to pair"
@@ -148,6 +150,7 @@ def as_json(
             "first_injections": pair.firsts,
             "window": {"after": pair.after, "upto": pair.upto, "ended_by": pair.ended_by},
             "paired": pair.paired,
+            "one_agent": pair.one_agent,
             "difference": difference,
             "interval": bounds,
             "verdict": judged.verdict,
@@ -191,6 +194,9 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
     out.parent.mkdir(parents=True, exist_ok=True)
     written = [out, plasticity := out.with_stem(f"{out.stem}_plasticity"), out.with_suffix(".md"), out.with_suffix(".json")]
     draw_returns(arms, pairs, out, metric, aggregate)
+    if number := varied(pairs):
+        written.insert(1, by_number := out.with_stem(f"{out.stem}_by_{number}"))
+        draw_differences(pairs, number, by_number)
     if not draw_plasticity(arms, plasticity, aggregate):
         written.remove(plasticity)
         print("no figure of plasticity: no run has measured it")

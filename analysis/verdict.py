@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ class Comparison:
     unreported: tuple[int, int]  # training games in the window that have no return: cut by new ones, or going on at its end
     shared: int  # seeds whose runs were one up to the injection
     paired: bool
+    one_agent: bool  # all runs were one up to the injection: continuations of one agent, each with a seed of its own
     judgement: Judgement
     left_out: dict[str, str]  # folder: reason
 
@@ -170,16 +171,32 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
     cut_games = [sum(run.unreported(after, upto) for run in side.values()) for side in sides]
     paired = len(shared) >= MIN_SEEDS
     judgement = judge(np.array([*means[0].values()]), np.array([*means[1].values()]), paired, what)
+    counted = [run for side in sides for run in side.values()]
+    one_agent = len({run.args.seed for run in counted}) > 1 and all(share_history(counted[0], run, after) for run in counted)
+    if one_agent:
+        sentence = f"{judgement.sentence}; over continuations of one agent, not over agents"
+        judgement = replace(judgement, sentence=sentence)
     found = (
         (means[0], means[1]),
         (counts[0], counts[1]),
         (cut_games[0], cut_games[1]),
         len(shared),
         paired,
+        one_agent,
         judgement,
         left_out,
     )
     return Comparison(arms, what, firsts, after, upto, ended_by, *found)
+
+
+def varied(pairs: list[Comparison]) -> str | None:
+    """The one number in which the settings of comparisons differ, beside game and intervention; None if it is not just one."""
+    settings = [pair.arms[1].setting for pair in pairs]
+    names = {name for shared in settings for name in shared if name not in ("env_id", *OF_INTERVENTION)}
+    differing = {name: {shared[name] for shared in settings} for name in names}
+    differing = {name: values for name, values in differing.items() if len(values) > 1}
+    numbers = [name for name, values in differing.items() if all(type(value) in (int, float) for value in values)]
+    return numbers[0] if len(differing) == len(numbers) == 1 else None
 
 
 def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Comparison]:

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import pyplot as plt
 from simulated_runs import INJECTION, RETURN, TOTAL, games, make_arms, make_games, make_norm_arms, make_run
 
-from analysis.figures import COLOURS, curve, draw, draw_plasticity, draw_returns, plot_broken
+from analysis.figures import COLOURS, curve, draw, draw_differences, draw_plasticity, draw_returns, plot_broken
 from analysis.runs import group
 from analysis.verdict import comparisons
 
@@ -171,6 +171,23 @@ def test_no_window_is_shaded_where_one_side_has_no_run(saved):
         draw_returns(arms, comparisons(arms, RETURN, None), Path(name), RETURN, "mean")
     shaded = {name: len(figure.axes[0].patches) for name, figure in saved.items()}
     assert shaded == {"early": 0, "injected": 1}
+
+
+def test_differences_are_drawn_with_their_intervals_against_the_number_that_varies(saved):
+    rates = (1e-3, 1e-4, 5e-4)
+    runs = [run for rate in rates for run in make_arms(effect=1e5 * rate, prefix=f"{rate}-", learning_rate=rate)]
+    pairs = comparisons(arms_of(*runs), RETURN, None)
+    draw_differences(pairs, "learning_rate", Path("x.png"))
+    (ax,) = saved["x.png"].axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.0001", "0.0005", "0.001"]
+    assert ax.get_xlabel() == "learning rate" and ax.get_title(loc="left") == "PhoenixNoFrameskip-v4"
+    expected = {pair.arms[1].setting["learning_rate"]: pair.judgement for pair in pairs}
+    (container,) = ax.containers
+    drawn, _, (bars,) = container
+    assert drawn.get_ydata().tolist() == [expected[rate].difference for rate in sorted(rates)]
+    spans = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    np.testing.assert_allclose(spans, [(expected[rate].low, expected[rate].high) for rate in sorted(rates)])
+    assert ax.get_legend().get_texts()[0].get_text() == "injection at 1k (n = 3)"
 
 
 def test_plasticity_is_drawn_per_game_and_measure_that_any_run_has(saved):

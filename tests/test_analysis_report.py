@@ -115,6 +115,22 @@ def test_words_say_when_the_norm_injected_and_which_intervention_it_was():
     assert method.endswith("up to the intervention")
 
 
+def test_words_say_that_an_interval_is_over_continuations_of_one_agent():
+    history = games(7, 0)[: INJECTION // 100]
+    runs = [
+        make_run(f"c{seed}-{injected}", {RETURN: history + games(seed, injected, 50.0 * injected)[INJECTION // 100 :]},
+                 seed=seed, apply_injection=bool(injected))
+        for seed in (1, 2, 3) for injected in (0, 1)
+    ]  # fmt: skip
+    _, sentence, _, method = words(*runs)
+    assert sentence.endswith("over continuations of one agent, not over agents")
+    assert (
+        method == "95% t interval of the differences within 3 seeds (1, 2, 3), continuations of one agent from the injection on"
+    )
+    assert numbers(*runs)["comparisons"][0]["one_agent"] is True
+    assert numbers(*make_arms())["comparisons"][0]["one_agent"] is False
+
+
 def test_without_a_verdict_words_give_no_method():
     early = [make_run(str(i), {RETURN: games(1, 0, upto=900)}, last=INJECTION, apply_injection=i) for i in (False, True)]
     _, verdict, window, method, *left_out = words(*early)

@@ -6,7 +6,7 @@ import scipy.stats
 from simulated_runs import INJECTION, NORM, RETURN, TOTAL, games, make_arms, make_norm_arms, make_run
 
 from analysis.runs import Arm, Run, group
-from analysis.verdict import compare, comparisons, judge, show
+from analysis.verdict import compare, comparisons, judge, show, varied
 from dqn_injection_atari import Args
 
 
@@ -122,6 +122,43 @@ def test_numbers_are_shown_to_three_digits():
 
 
 # which arms
+
+
+def continuations(seeds=(1, 2, 3)):
+    """Runs with and without injection, all of one history up to it."""
+    history = games(7, 0)[: INJECTION // 100]
+    later = {
+        (seed, injected): games(seed, injected, 50.0 * injected)[INJECTION // 100 :] for seed in seeds for injected in (0, 1)
+    }
+    return [
+        make_run(f"c{seed}-{injected}", {RETURN: history + points}, seed=seed, apply_injection=bool(injected))
+        for (seed, injected), points in later.items()
+    ]
+
+
+def test_a_verdict_on_continuations_of_one_agent_says_so():
+    found = verdict(*continuations())
+    assert found.one_agent and found.paired
+    assert found.judgement.sentence.endswith("; over continuations of one agent, not over agents")
+    found = verdict(*make_arms())
+    assert not found.one_agent and "one agent" not in found.judgement.sentence
+    assert not verdict(*continuations((1, 2)), *make_arms((3,))).one_agent
+    assert not verdict(*make_arms((1,))).one_agent, "a single seed is no set of continuations"
+
+
+@pytest.mark.parametrize(
+    ("settings", "number"),
+    [
+        ([{"learning_rate": 1e-4}, {"learning_rate": 5e-4}, {"learning_rate": 1e-3}], "learning_rate"),
+        ([{}], None),
+        ([{"learning_rate": 1e-4}, {"learning_rate": 5e-4, "gamma": 0.9}], None),
+        ([{"bf16": False}, {"bf16": True}], None),
+        ([{"batch_size": 8}, {"batch_size": 16, "env_id": "PongNoFrameskip-v4"}], "batch_size"),
+    ],
+)
+def test_the_number_that_varies_between_comparisons_is_found_if_it_is_the_only_one(settings, number):
+    runs = [run for k, setting in enumerate(settings) for run in make_arms(prefix=f"{k}-", **setting)]
+    assert varied(compared(*runs)) == number
 
 
 def test_only_arms_that_differ_in_nothing_but_the_injection_are_compared():

@@ -37,6 +37,23 @@ def write_all(runs):
     return [write(run) for run in runs]
 
 
+def test_a_sweeps_folder_stands_for_the_runs_in_it(command, monkeypatch):
+    runs = [run for rate in (1e-4, 1e-3) for run in make_arms(prefix=f"{rate}-", learning_rate=rate)]
+    Path("sweeps/x").mkdir(parents=True)
+    Path("sweeps/x/sweep.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.chdir("sweeps/x")
+        write_all(runs)
+    status, out, err = command("sweeps/x")
+    assert status == 0 and err == "" and out.count("injection raised the return by") == 2
+    files = {path.name for path in Path("sweeps/x").iterdir() if path.is_file()}
+    assert files == {"sweep.json", "comparison.png", "comparison_by_learning_rate.png", "comparison.md", "comparison.json"}
+    status, out, _ = command("sweeps/x", "--out", "elsewhere.png")
+    assert status == 0 and Path("elsewhere_by_learning_rate.png").exists()
+    write_run("more", {RETURN: games(1, 1)}, learning_rate=1e-4, seed=9)
+    assert command("sweeps/x", "runs/more")[0] == 0 and Path("comparison.png").exists()
+
+
 @pytest.mark.parametrize("aggregate", ["mean", "iqm"])
 def test_a_report_prints_its_verdict_and_writes_figures_table_and_numbers_that_agree(command, aggregate):
     folders = write_all(make_arms())

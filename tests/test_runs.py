@@ -1,6 +1,7 @@
 """Nothing is lost: whole runs that are resumed, forked, stopped, killed, on full disks or damaged ones."""
 
 import contextlib
+import copy
 import errno
 import json
 import os
@@ -470,8 +471,8 @@ REFUSED_FORKS = {
     ),
     "two differences": (
         FORKED,
-        {"seed": 2, "batch_size": 8},
-        "seed is 2, there 1, batch_size is 8, there 4; a fork may differ",
+        {"gamma": 0.5, "batch_size": 8},
+        "gamma is 0.5, there 0.99, batch_size is 8, there 4; a fork may differ",
     ),
     "an injection undone": (
         FORKED,
@@ -542,7 +543,7 @@ def test_a_fork_that_a_single_run_could_have_come_to_is_not_refused(checkpoint, 
 
 
 NOT_FORKABLE = {
-    **{"env_id": "x", "seed": 9, "num_envs": 1, "env_backend": "sb3", "optimizer": "rmsprop", "learning_rate": 1.0},
+    **{"env_id": "x", "num_envs": 1, "env_backend": "sb3", "optimizer": "rmsprop", "learning_rate": 1.0},
     **{"shared_bias": True, "gamma": 0.5, "tau": 0.5, "target_network_frequency": 51, "train_frequency": 5, "batch_size": 5},
     **{"buffer_size": 151, "learning_starts": 61, "start_e": 0.9, "end_e": 0.02, "exploration_start": 5, "bf16": True},
     **{"tf32": False, "overlap": True, "checkpoint_frequency": 90, "torch_deterministic": False, "log_frequency": 50},
@@ -558,9 +559,68 @@ def test_every_flag_is_one_that_a_fork_may_change_or_is_refused_by_name():
 
 
 def test_a_refused_fork_leaves_nothing_behind(uninterrupted):
-    with pytest.raises(UsageError, match="seed is 2, there 1"):
-        fork(uninterrupted(SMALL) / END, SMALL, seed=2)
+    with pytest.raises(UsageError, match=r"gamma is 0\.5, there 0\.99"):
+        fork(uninterrupted(SMALL) / END, SMALL, gamma=0.5)
     assert os.listdir() == []
+
+
+# one agent that goes on in several ways
+
+
+@slow
+def test_a_fork_with_another_seed_is_the_same_agent_with_random_streams_of_its_own(uninterrupted, monkeypatch):
+    origin = uninterrupted(BASELINE) / "checkpoint-142"
+    begun, games = {}, []
+    reset = script.LearnerView.reset
+    monkeypatch.setattr(script.LearnerView, "reset", lambda view, seed: (games.append(seed), reset(view, seed=seed))[1])
+
+    def first_state(args):
+        training = {}
+
+        def loop(self):
+            training.update(learner=copy.deepcopy(self.learner.state_dict()), replay=copy.deepcopy(self.replay.state_dict()))
+            training.update(
+                frames=[tensor.clone() for tensor in self.replay.tensors()], games=games[-1], played=len(self.envs.played)
+            )
+            return True
+
+        with monkeypatch.context() as patch:
+            patch.setattr(script.Training, "loop", loop)
+            patch.setattr(Run, "finish", lambda *_: None)
+            train(args)
+        return training
+
+    for seed in (1, 2, 3):
+        begun[seed] = first_state(replace(BASELINE, fork=str(origin), seed=seed))
+    saved = load_checkpoint(origin).state
+    assert begun[1]["learner"]["rng"] == saved["learner"]["rng"] and begun[1]["played"] > 0, "with its own seed it goes on"
+    for seed in (2, 3):
+        for network in ("q_network", "target_network"):
+            for name, value in saved["learner"][network].items():
+                assert torch.equal(begun[seed]["learner"][network][name], value)
+        assert all(map(torch.equal, begun[seed]["frames"], begun[1]["frames"]))
+        for stream, state in ((script.Stream.EXPLORATION, "learner"), (script.Stream.REPLAY, "replay")):
+            fresh = np.random.default_rng(script.stream_seed(seed, stream)).bit_generator.state
+            assert begun[seed][state]["rng" if state == "learner" else "generator"] == fresh
+        assert begun[seed]["games"] == script.stream_seed(seed, script.Stream.ENVIRONMENTS, 142) and begun[seed]["played"] == 0
+
+
+@slow
+def test_continuations_of_one_agent_differ_and_each_is_exact_however_it_is_interrupted(uninterrupted):
+    origin = uninterrupted(BASELINE) / "checkpoint-142"
+    arm = replace(SMALL, seed=2)
+    second, third = fork(origin, arm), fork(origin, arm, seed=3)
+    assert made(second / END) == [142]
+    curves = scalars(second)["losses/td_loss"], scalars(third)["losses/td_loss"]
+    assert [point for point in curves[0] if point[0] <= 120] == [point for point in curves[1] if point[0] <= 120]
+    assert curves[0][-1] != curves[1][-1]
+    assert (142, 2) in scalars(second)["charts/games_cut"], "the games of the agent's own run end here"
+    killed = train_until(150, replace(arm, fork=str(origin)))
+    train(Args(resume=str(killed)))
+    assert_same_end(killed, second)
+    early = train_until(143, replace(arm, fork=str(origin)), send(signal.SIGTERM))
+    train(Args(resume=str(early)))
+    assert_same_end(early, second)
 
 
 @slow

@@ -579,11 +579,3 @@ def test_the_names_that_users_import_are_there():
     assert make_envs(Args(env_id=TINY_GAMES), render_mode="rgb_array").render_mode == "rgb_array"
     assert isinstance(envs, LearnerView) and isinstance(Learner(Args(), 6, "cpu").q_network, QNetwork)
     assert all(map(callable, (FrameReplayBuffer, td_loss, train)))
-
-
-def test_random_streams_of_a_run_and_of_neighbouring_seeds_are_unrelated():
-    used = [stream_seed(seed, Stream.ENVIRONMENTS) + i for seed in range(200) for i in range(16)]
-    assert len(set(used)) == len(used), "no environment seed is shared"
-    seeds = {stream_seed(seed, stream, key) for seed in range(20) for stream in Stream for key in range(20)}
-    assert len(seeds) == 20 * len(Stream) * 20 and all(0 <= seed < 2**30 for seed in seeds)
-    assert list(Stream)[:4] == [Stream.NETWORK, Stream.EXPLORATION, Stream.REPLAY, Stream.ENVIRONMENTS] == [0, 1, 2, 3]
