@@ -41,7 +41,7 @@ from support.evaluation import Stop, play_games, print_scores, save_agent
 from support.flags import Period, PositivePeriod, RunFlags
 from support.machine import circumstances, code_version, pick_device, place_for
 from support.optimizers import CenteredRMSProp, copy_moments, load_moments, moments_by_name
-from support.process import Signals, ends_in_one_line
+from support.process import Signals, deaf_in_the_end, ends_in_one_line
 from support.randomness import redraw, stream_seed
 from support.replay import FrameReplayBuffer
 from support.runs import Run, check_machine, find_origin
@@ -741,4 +741,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with deaf_in_the_end():
+        main()

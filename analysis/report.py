@@ -20,11 +20,13 @@ def carried(pair: Comparison) -> bool:
     """Whether the games without a return could carry the verdict.
 
     Where new games begin again and again, the reported ones are too short by about the share of those that are missing, if
-    their lengths are as good as memoryless; a mean return may be as much too low, in one arm and not in the other.
+    their lengths are as good as memoryless; a mean return may be off by such a share of a game's, in one arm and not in the
+    other. Where half of an arm's games are missing, nothing is known.
     """
-    sides, judged = zip(pair.unreported, pair.counts, pair.means, strict=True), pair.judgement
-    levels = [(cut, ended, abs(np.mean(list(means.values())))) for cut, ended, means in sides if ended]
-    reach = max((level * cut / ended for cut, ended, level in levels), default=0.0)
+    sides, judged = list(zip(pair.unreported, pair.counts, pair.sizes, strict=True)), pair.judgement
+    if any(cut > ended > 0 for cut, ended, _ in sides):
+        return True
+    reach = max((size * cut / ended for cut, ended, size in sides if ended), default=0.0)
     low, high = (judged.difference,) * 2 if math.isnan(judged.low) else (judged.low, judged.high)
     changed = low - reach <= 0 if low > 0 else high + reach >= 0 if high < 0 else low + reach > 0 or high - reach < 0
     return bool(reach > 0 and changed)

@@ -39,6 +39,7 @@ class Comparison:
     means: tuple[dict[int, float], dict[int, float]]  # seed: mean return of its run
     counts: tuple[int, int]  # of the returns in those means
     unreported: tuple[int, int]  # training games in the window that have no return: cut by new ones, or going on at its end
+    sizes: tuple[float, float]  # mean size of a return in those means, |return|
     shared: int  # seeds whose runs were one up to the injection
     paired: bool
     one_agent: bool  # all runs were one up to the injection: continuations of one agent, each with a seed of its own
@@ -168,6 +169,7 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
     returns = [{seed: side[seed].between(metric, after, upto)[1] for seed in sorted(side)} for side in sides]
     means = [{seed: float(values.mean()) for seed, values in side.items()} for side in returns]
     counts = [sum(map(len, side.values())) for side in returns]
+    sizes = [float(np.abs(np.concatenate([*side.values()])).mean()) if side else math.nan for side in returns]
     cut_games = [sum(run.unreported(after, upto) for run in side.values()) for side in sides]
     paired = len(shared) >= MIN_SEEDS
     judgement = judge(np.array([*means[0].values()]), np.array([*means[1].values()]), paired, what)
@@ -180,6 +182,7 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
         (means[0], means[1]),
         (counts[0], counts[1]),
         (cut_games[0], cut_games[1]),
+        (sizes[0], sizes[1]),
         len(shared),
         paired,
         one_agent,

@@ -84,7 +84,7 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[s
             flush_to_disk(path)
         if final.exists():  # a damaged one, or the run would have gone on from it
             final.rename(folder / f".{final.name}.damaged")
-        partial.rename(final)
+        _put_in_place(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -208,6 +208,14 @@ def _fill(tensors: list[torch.Tensor], path: Path) -> None:
                     raise EOFError(f"{path.name} is too short")
                 rest = rest[count:]
             chunk.copy_(content)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    try:
+        partial.rename(final)
+    except OSError:
+        if partial.exists() or not final.exists():  # over a network it may have been done all the same
+            raise
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -55,9 +55,14 @@ def try_out(device: torch.device) -> None:
 
 def idle_gpu(root: Path = Path("/")) -> str | None:
     """What shows that there is a GPU here, where PyTorch sees none although nobody hid it; else None."""
-    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "?") in ("", "-1", "NoDevFiles"):
+    hidden = [os.environ.get(f"{name}_VISIBLE_DEVICES", "?") in ("", "-1", "NoDevFiles") for name in ("CUDA", "HIP", "ROCR")]
+    if torch.cuda.is_available() or any(hidden):
         return None
     found = [*root.glob("dev/nvidia[0-9]*"), *root.glob("proc/driver/nvidia/gpus/*"), *root.glob("dev/kfd")]
+    for card in root.glob("sys/bus/pci/devices/*"):  # also where no driver is loaded
+        with contextlib.suppress(OSError):
+            if (card / "vendor").read_text().strip() == "0x10de" and (card / "class").read_text().startswith("0x03"):
+                found.append(card)
     if found:
         return f"/{found[0].relative_to(root)}"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -66,17 +71,18 @@ def idle_gpu(root: Path = Path("/")) -> str | None:
     return None
 
 
-def control_groups(root: Path) -> Iterator[tuple[list[str], Path]]:
-    """Folders of this process's control groups and of those around them (Slurm, Docker), each with its controllers.
+def control_groups(root: Path) -> Iterator[tuple[str, Path]]:
+    """Folders of this process's control groups and of those around them (Slurm, Docker), each with its controller.
 
-    Those of version 2 have the one controller "".
+    The controller of version 2 is "".
     """
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, name = line.split(":", 2)
-        group = root / "sys/fs/cgroup" / controllers / name.lstrip("/")
-        for folder in (group, *group.parents):
-            yield controllers.split(","), folder
+        for controller in controllers.split(","):  # version 1 has several in one folder, with a link for each
+            for place in {controller, controllers}:
+                group = root / "sys/fs/cgroup" / place / name.lstrip("/")
+                yield from ((controller, folder) for folder in (group, *group.parents))
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -86,12 +92,12 @@ def free_memory(root: Path = Path("/")) -> int:
         "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
     }
     free = psutil.virtual_memory().available
-    for controllers, folder in control_groups(root):
-        for limit, usage, cache in (versions[name] for name in controllers if name in versions):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, or "max": no limit
-                statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-                used = int((folder / usage).read_text()) - int(statistics[cache])
-                free = min(free, int((folder / limit).read_text()) - used)
+    for controller, folder in control_groups(root):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, another one, or "max": no limit
+            limit, usage, cache = versions[controller]
+            statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / usage).read_text()) - int(statistics[cache])
+            free = min(free, int((folder / limit).read_text()) - used)
     return free
 
 
@@ -99,11 +105,10 @@ def usable_processors(root: Path = Path("/")) -> int:
     """How many processors this process may keep busy: its affinity's, or its control group's quota where that is less."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     versions = {"": ("cpu.max",), "cpu": ("cpu.cfs_quota_us", "cpu.cfs_period_us")}
-    for controllers, folder in control_groups(root):
-        for names in (versions[name] for name in controllers if name in versions):
-            with contextlib.suppress(OSError, ValueError):  # no control group, or "max": no quota
-                quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
-                count = min(count, max(1, quota // period)) if quota > 0 else count
+    for controller, folder in control_groups(root):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, another one, or "max": no quota
+            quota, period = map(int, " ".join((folder / name).read_text() for name in versions[controller]).split())
+            count = min(count, max(1, quota // period)) if quota > 0 else count
     return count
 
 
@@ -150,7 +155,9 @@ def circumstances(device: torch.device, script: str) -> dict[str, str]:
     }
 
 
-CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}  # said by network file systems, of folders
+# what network file systems say of folders that they cannot flush, or not even open
+CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+CANNOT_OPEN = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTTY}
 
 
 def flush_to_disk(path: Path) -> None:
@@ -159,14 +166,15 @@ def flush_to_disk(path: Path) -> None:
     Raises:
         OSError: it failed.
     """
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno not in CANNOT:
+        if error.errno not in (CANNOT | CANNOT_OPEN if path.is_dir() else CANNOT):
             raise
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class Signals:
     def __init__(self) -> None:
         self.stop: signal.Signals | None = None
         self.checkpoint = False
-        self.at_once = False
+        self.at_once = self.ending = False
 
     def __enter__(self) -> "Signals":
         in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
@@ -60,18 +60,29 @@ class Signals:
     def nothing_to_save(self) -> Iterator[None]:
         """While a checkpoint is loaded: the first signal ends the process then."""
         self.at_once = True
-        yield
-        self.at_once = False
+        try:
+            yield
+        finally:
+            self.at_once = False
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if number in self.CHECKPOINT:
             self.checkpoint = True
-        elif self.at_once:
-            sys.exit(128 + number)
-        elif self.stop is None:
+        elif self.stop is None and not self.at_once:
             self.stop, self.asked = signal.Signals(number), time.monotonic()
-        elif time.monotonic() - self.asked >= self.SAME_REQUEST:
+        elif not self.ending and (self.at_once or time.monotonic() - self.asked >= self.SAME_REQUEST):
+            self.ending = True  # what comes now must not disturb the end
             sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def deaf_in_the_end() -> Iterator[None]:
+    """Around the last that a process does: a signal that comes once more must not change the status that it ends with."""
+    try:
+        yield
+    finally:
+        for number in (*Signals.STOP, *Signals.CHECKPOINT):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _nowhere(mode: str) -> IO[str]:
@@ -85,9 +96,10 @@ def _keep_open() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None or getattr(stream, "closed", False):
             setattr(sys, name, _nowhere("r" if name == "stdin" else "w"))
-        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # ε and − are question marks where there are no such letters
 
 

@@ -1,6 +1,7 @@
 """A run and its folder: begun, resumed or forked, saved, interrupted."""
 
 import contextlib
+import math
 import os
 import secrets
 import shlex
@@ -28,7 +29,7 @@ from support.process import Signals
 from support.run_log import RunLog, read_scalars
 from support.usage import UsageError, out_of_resources
 from support.versions import refuse_wrong_versions, unsupported_versions
-from support.weights_and_biases import require_wandb, start_wandb
+from support.weights_and_biases import finish_wandb, let_go, require_wandb, start_wandb
 
 
 def check_machine(device: torch.device, cuda_graphs: bool, track: bool, film: bool) -> None:
@@ -129,7 +130,8 @@ class Run:
                 checkpoint.restore(parts)
         self.id = origin.run_id or secrets.token_hex(8)
         self.folder = origin.folder or Path("runs") / f"{name}__{int(time.time())}".replace("/", "-")
-        mirror = self._mirror(stack) if args["track"] else None
+        with signals.nothing_to_save():
+            mirror = self._mirror(stack) if args["track"] else None
         if origin.folder is None:
             self.folder = create_run_folder(self.folder, {"run": self.id, "args": args})
             stack.enter_context(alone_in(self.folder))
@@ -143,14 +145,18 @@ class Run:
             self.log.take_over(origin.curves if origin.forked else read_scalars(self.folder), self.step)
         if anew:
             self.log.hyperparameters(args, self.step)
+        if mirror is not None:
+            self.log.flush()
+            let_go()
 
     def _mirror(self, stack: contextlib.ExitStack) -> Any:
         """The run in Weights & Biases; it ends there with this one's exit status."""
         mirror = start_wandb(self.args["wandb_project_name"], self.args["wandb_entity"], self.folder.name, self.id, self.args)
 
         def finish(_: Any, error: BaseException | None, __: Any) -> None:
-            stop = self.signals.stop
-            mirror.finish(exit_code=1 if error is not None else 0 if stop is None else 128 + stop)
+            status = 0 if self.signals.stop is None else 128 + self.signals.stop
+            code = error.code if isinstance(error, SystemExit) else 1
+            finish_wandb(mirror, status if error is None else code)
 
         if mirror is not None:
             stack.push(finish)
@@ -192,13 +198,15 @@ class Run:
             with self.log.pause():
                 path = save_checkpoint(self.folder, self.step, self.parts | {"log": self.log}, meta, keep)
         except WRITE_ERRORS as error:
-            if stop is not None:
+            if self.signals.stop is not None:  # it may have come just now
                 raise OSError(f"stopped at step {self.step:,} without a checkpoint ({error}): {self.kept}") from error
             say(f"warning: no checkpoint at step {self.step:,} ({error}): make room, the run will try again; {self.kept}")
         else:
             self.saved = self.step
-            size, seconds = sum(file.stat().st_size for file in path.iterdir()), time.perf_counter() - start
-            say(f"step {self.step:,}: {path.name}, {size / 1e6:,.0f} MB in {seconds:.1f} s")
+            seconds, size = time.perf_counter() - start, math.nan
+            with contextlib.suppress(OSError):
+                size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+            say(f"step {self.step:,}: {path.name}, {size:,.0f} MB in {seconds:.1f} s")
 
     @property
     def kept(self) -> str:
@@ -233,10 +241,8 @@ class Run:
         for remark in unsupported_versions():
             self.log.say(f"warning: {remark}")
         if self.args["cuda"] and (sign := idle_gpu()):
-            self.log.say(
-                f"warning: there is a GPU ({sign}), but PyTorch {torch.__version__} cannot use it, and training on the CPU "
-                "takes days: see to its driver and to a build of PyTorch for it"
-            )
+            cannot = f"there is a GPU ({sign}), but PyTorch {torch.__version__} cannot use it"
+            self.log.say(f"warning: {cannot}, and the CPU takes days: see to driver, PyTorch's build, CUDA_VISIBLE_DEVICES")
         if origin.checkpoint is not None:
             self.log.say(f"{'forked' if origin.forked else 'resumed'} at step {self.step:,} from {origin.checkpoint.path}")
             then, now = origin.checkpoint.meta["circumstances"], self.circumstances

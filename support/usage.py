@@ -130,14 +130,19 @@ def _broken_rule(value: Any, annotation: Any) -> str:
     return "" if all(kept) else " and ".join(words)
 
 
+OF_A_GPU = ("cuda", "cublas", "cudnn", "cusolver", "nvrtc", "hip error", "miopen", "unable to find an engine")
+OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "can't start new thread")
+
+
 def out_of_resources(error: BaseException) -> str | None:
     """What ran out or broke down, and the fix, where an error comes from memory or a GPU; else None."""
-    reason = str(error).partition("\n")[0].partition(". ")[0]
-    if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in reason:
+    line = str(error).partition("\n")[0]
+    reason, lower = line.partition(". Tried")[0] or type(error).__name__, line.lower()
+    if isinstance(error, torch.OutOfMemoryError) or "alloc_failed" in lower:
         return f"the GPU's memory has run out ({reason}): free it of other jobs, or lower --batch-size or --num-envs"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in reason):
-        return f"memory has run out ({reason or 'MemoryError'}): free some, or lower --buffer-size"
-    if isinstance(error, RuntimeError) and any(name in reason for name in ("CUDA", "CUBLAS", "cuDNN", "HIP error")):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(name in lower for name in OF_MEMORY)):
+        return f"memory has run out ({reason}): free some, or lower --buffer-size"
+    if isinstance(error, RuntimeError) and any(name in lower for name in OF_A_GPU):
         return f"the GPU has failed ({reason}): try another one by CUDA_VISIBLE_DEVICES, or --no-cuda"
     return None
 

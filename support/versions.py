@@ -21,16 +21,16 @@ def installed(package: str) -> str:
 
 
 def release(version: str) -> tuple[int, int]:
-    """(2, 13) of "2.13.0+cpu"."""
-    major, minor = re.findall(r"\d+", version + ".0")[:2]
+    """(2, 13) of "2.13.0+cpu"; (0, 0) where there are no numbers."""
+    major, minor = (*re.findall(r"\d+", version), "0", "0")[:2]
     return int(major), int(minor)
 
 
 def unsupported_versions() -> list[str]:
     """A line per package that is older than what requirements.txt has, or of a later major version."""
-    lines = REQUIREMENTS.read_text().split() if REQUIREMENTS.exists() else []
+    pins = re.findall(r"^([\w.-]+)==(\S+)", REQUIREMENTS.read_text(), re.MULTILINE) if REQUIREMENTS.exists() else []
     remarks = []
-    for package, _, tested in (line.partition("==") for line in lines):
+    for package, tested in pins:
         (major, minor), found = release(tested), installed(package)
         if not (major, minor) <= release(found) < (major + 1, 0):
             remarks.append(

@@ -4,9 +4,11 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+from support.process import say
 from support.usage import UsageError
 
 
@@ -28,29 +30,58 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
     Raises:
         UsageError: no login, or no network. Nothing is left behind.
     """
-    import wandb
-
-    folder = Path(os.environ.get("WANDB_DIR", "."), "wandb")
-    before = set(folder.iterdir()) if folder.is_dir() else None
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds, not 90
+    stdin = sys.stdin
     try:
-        return wandb.init(
-            project=project,
-            entity=entity,
-            name=name,
-            id=run_id,
-            resume="allow",
-            config=config,
-            sync_tensorboard=True,
-            save_code=True,
-        )
-    except Exception as error:
+        import wandb
+
+        with open(os.devnull) as sys.stdin:  # on a terminal it would ask for a login, and wait
+            return wandb.init(
+                project=project,
+                entity=entity,
+                name=name,
+                id=run_id,
+                resume="allow",
+                config=config,
+                sync_tensorboard=True,
+                save_code=True,
+            )
+    except BaseException as error:
         with contextlib.suppress(Exception):
             wandb.teardown()  # it writes on, else
-        for new in set(folder.iterdir()) - (before or set()) if folder.is_dir() else ():
-            shutil.rmtree(new) if new.is_dir() and not new.is_symlink() else new.unlink()
-        if before is None and folder.is_dir():
-            folder.rmdir()
+        _remove_what_it_left(run_id)
+        if not isinstance(error, Exception):
+            raise
         reason = str(error).partition("\n")[0].removesuffix(".")
         fix = "give a login by `wandb login`, keep its curves here by WANDB_MODE=offline, or leave out --track"
         raise UsageError(f"--track: Weights & Biases cannot be used ({reason}): {fix}") from error
+    finally:
+        sys.stdin = stdin
+
+
+def _remove_what_it_left(run_id: str) -> None:
+    """Removes its folder of a run that did not start, links to that, and the folder around it where nothing else is there."""
+    with contextlib.suppress(OSError):
+        for folder in Path(os.environ.get("WANDB_DIR", ".")).glob("*wandb"):
+            for left in folder.glob(f"*-{run_id}"):
+                shutil.rmtree(left, ignore_errors=True)
+            for link in folder.iterdir():
+                if link.is_symlink() and not link.exists():
+                    link.unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def let_go() -> None:
+    """To be called once TensorBoard's first file is there: W&B follows its folder, and writing depends on W&B no more."""
+    import wandb
+
+    wandb.tensorboard.unpatch()  # type: ignore[attr-defined]
+
+
+def finish_wandb(wandb_run: Any, status: Any) -> None:
+    """Ends the run there with an exit status, 0 if it is complete."""
+    try:
+        wandb_run.finish(exit_code=status)
+    except Exception as error:
+        say(f"warning: Weights & Biases has failed ({error}): `wandb sync` of the run's folder under wandb/ sends what it has")

@@ -81,6 +81,17 @@ def test_words_warn_where_games_without_a_return_could_carry_the_verdict(effect,
     assert (sides["without"]["games_unreported"], sides["with"]["games_unreported"]) == (3 * cut[0], 3 * cut[1])
 
 
+def test_words_warn_where_returns_are_about_0_and_where_half_of_an_arms_games_are_missing():
+    runs = make_arms(effect=0.5)
+    for run in runs:
+        run.scalars[RETURN] = run.scalars[RETURN] - np.array([[0.0], [100.0]])
+        run.scalars["charts/games_cut"] = np.array([[2_000.0], [19.0]])
+    assert any(line.startswith("caution") for line in words(*runs)), "games differ by more than their mean"
+    runs = make_arms(effect=1e6)
+    runs[0].scalars["charts/games_cut"] = np.array([[2_000.0], [61.0]])
+    assert any(line.startswith("caution") for line in words(*runs))
+
+
 def test_without_a_verdict_words_warn_where_the_difference_could_be_owed_to_missing_games():
     runs = make_arms(seeds=(1,))
     for cut, said in ((2, False), (15, True)):

@@ -264,6 +264,19 @@ def test_what_fails_once_a_checkpoint_is_in_place_does_not_report_that_there_is_
     assert there() == [3] and leftovers() == []
 
 
+def test_a_rename_that_was_done_although_it_reports_an_error_counts(monkeypatch):
+    """As over a network, where the answer to the first request was lost."""
+    original = Path.rename
+
+    def rename(path, target):
+        original(path, target)
+        if path.name.endswith(".partial"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert_good(save(1))
+
+
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_stays(monkeypatch):
     save(1)
     for size in (0, 300, 2_000):

@@ -115,6 +115,17 @@ def test_a_gpu_that_pytorch_does_not_see_is_noticed_unless_it_was_hidden(monkeyp
     assert idle_gpu(tmp_path) is None
 
 
+def test_a_card_without_a_driver_is_seen_on_its_bus(monkeypatch, tmp_path):
+    no_nvidia_smi(monkeypatch, tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    card = tmp_path / "sys/bus/pci/devices/0000:01:00.0"
+    card.mkdir(parents=True)
+    for vendor, kind, seen in (("0x10de", "0x030200", True), ("0x10de", "0x040300", False), ("0x1af4", "0x030000", False)):
+        (card / "vendor").write_text(f"{vendor}\n")
+        (card / "class").write_text(f"{kind}\n")
+        assert (idle_gpu(tmp_path) is not None) == seen
+
+
 def test_nvidia_smi_is_asked_too(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -215,6 +226,7 @@ def control_group(root, line, files):
         ("0::/job/step", {"job/cpu.max": "200000 100000", "job/step/cpu.max": "max 100000"}, 2),
         ("0::/../outside", {"cpu.max": "200000 100000"}, 2),
         ("3:cpu,cpuacct:/job", {"cpu,cpuacct/job/cpu.cfs_quota_us": 400_000, "cpu,cpuacct/job/cpu.cfs_period_us": 100_000}, 4),
+        ("3:cpuacct,cpu:/job", {"cpu/job/cpu.cfs_quota_us": 400_000, "cpu/job/cpu.cfs_period_us": 100_000}, 4),
         ("3:cpu:/job", {"cpu/job/cpu.cfs_quota_us": -1, "cpu/job/cpu.cfs_period_us": 100_000}, 6),
         ("3:memory:/job", {"memory/job/cpu.cfs_quota_us": 100_000, "memory/job/cpu.cfs_period_us": 100_000}, 6),
     ],
@@ -345,6 +357,19 @@ def test_flushing_to_disk_reaches_the_disk_and_fails_where_that_fails(monkeypatc
         with contextlib.nullcontext() if allowed else pytest.raises(OSError, match=os.strerror(number)):
             flush_to_disk(Path(path))
     assert not open_before or len(os.listdir("/proc/self/fd")) == open_before, "files are closed again"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EISDIR])
+def test_a_folder_that_cannot_even_be_opened_is_passed_over_and_a_file_is_not(monkeypatch, number):
+    Path("file").touch()
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", fail)
+    flush_to_disk(Path())
+    with pytest.raises(OSError):
+        flush_to_disk(Path("file"))
 
 
 def test_flushing_what_is_not_there_fails():

@@ -13,7 +13,7 @@ import torch
 from interruptions import send
 
 import support.process as process
-from support.process import Signals, ends_in_one_line, say
+from support.process import Signals, deaf_in_the_end, ends_in_one_line, say
 from support.usage import UsageError
 
 ASKING = (*Signals.STOP, *Signals.CHECKPOINT)
@@ -80,6 +80,31 @@ def test_a_signal_that_was_ignored_stays_ignored(number):
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, before)
+
+
+def test_once_the_process_ends_no_signal_disturbs_that(clock):
+    with Signals() as signals:
+        send(signal.SIGTERM)()
+        clock[0] += 3
+        with pytest.raises(SystemExit) as stop:
+            send(signal.SIGINT)()
+        send(signal.SIGTERM)()
+        clock[0] += 3
+        send(signal.SIGTERM)()
+    assert stop.value.code == 130 and signals.stop is signal.SIGTERM
+
+
+def test_in_the_very_end_signals_are_ignored():
+    before = {number: signal.getsignal(number) for number in ASKING}
+    try:
+        with pytest.raises(SystemExit), deaf_in_the_end():
+            assert {number: signal.getsignal(number) for number in ASKING} == before
+            raise SystemExit(143)
+        for number in ASKING:
+            send(number)()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -189,6 +214,12 @@ def test_what_runs_out_ends_a_command_in_one_line(error, line):
     with pytest.raises(SystemExit) as end, ends_in_one_line():
         raise error
     assert end.value.code.startswith(line) and "\n" not in end.value.code
+
+
+def test_memory_that_pytorch_cannot_have_ends_a_command_in_one_line():
+    with pytest.raises(SystemExit) as end, ends_in_one_line():
+        torch.empty(10**15)
+    assert end.value.code.startswith("error: memory has run out (") and "\n" not in end.value.code
 
 
 def test_a_bug_of_ours_keeps_its_traceback():

@@ -932,6 +932,46 @@ def test_memory_that_runs_out_while_a_checkpoint_is_taken_up_is_no_fault_of_the_
     assert message.startswith("error: the GPU's memory has run out")
 
 
+def test_a_signal_that_comes_while_a_checkpoint_fails_is_no_clean_stop(monkeypatch):
+    def save(folder, step, *given):
+        if step == 40:
+            send(signal.SIGTERM)()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save_checkpoint(folder, step, *given)
+
+    monkeypatch.setattr(runs, "save_checkpoint", save)
+    with pytest.raises(OSError, match=r"^stopped at step 40 without a checkpoint .*: checkpoint-20 is still good$"):
+        train(replace(PLAYING, checkpoint_frequency=20))
+
+
+def test_a_checkpoint_whose_size_cannot_be_told_is_still_one(monkeypatch, capsys):
+    original = runs.save_checkpoint
+
+    def save(*given):
+        path = original(*given)
+        path.rename(path.with_name("elsewhere")) if given[1] == 20 else None
+        return path
+
+    monkeypatch.setattr(runs, "save_checkpoint", save)
+    train(replace(PLAYING, total_timesteps=40, checkpoint_frequency=20))
+    assert "step 20: checkpoint-20, nan MB" in capsys.readouterr().out
+
+
+@slow
+@pytest.mark.parametrize("gap", [0.0, 0.2, 0.4, 0.8])
+def test_a_signal_delivered_twice_ends_the_run_with_a_checkpoint_and_the_firsts_status(gap, request):
+    flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --learning-starts 500"
+    process = subprocess.Popen([sys.executable, "-u", script.__file__, *flags.split()], stdout=subprocess.PIPE, text=True)
+    request.addfinalizer(process.kill)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(gap)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume runs/" in out
+    assert list(new_folder(set()).glob("checkpoint-*"))
+
+
 def test_a_stop_whose_checkpoint_cannot_be_written_is_an_error(monkeypatch):
     at_step(monkeypatch, 20, lambda: (disk.enter_context(full_disk(1_000_000)), send(signal.SIGTERM)()))
     with (

@@ -85,6 +85,17 @@ def test_functions_are_short(path):
         assert function.end_lineno - function.lineno + 1 <= (LOOP_LIMIT if loop else FUNCTION_LIMIT), function.name
 
 
+def test_every_module_has_a_test_file_of_its_name():
+    there = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    modules = {path.stem: {f"test_{path.name}"} for path in (ROOT / "support").glob("*.py") if path.stem != "__init__"}
+    analysis = {
+        f"analysis.{path.stem}": {f"test_{path.name}", f"test_analysis_{path.name}"}
+        for path in (ROOT / "analysis").glob("*.py")
+    }
+    assert len(modules) > 10 and len(analysis) > 5
+    assert [module for module, names in (modules | analysis).items() if not names & there] == []
+
+
 def test_training_imports_only_what_requirements_name():
     required = {line.partition("==")[0] for line in (ROOT / "requirements.txt").read_text().split()}
     owners = importlib.metadata.packages_distributions()

@@ -33,7 +33,8 @@ def test_every_required_packages_version_can_be_told(package):
 
 
 @pytest.mark.parametrize(
-    ("version", "expected"), [("2.13.0+cpu", (2, 13)), ("1.4", (1, 4)), ("5", (5, 0)), ("1.0rc1", (1, 0)), ("0.12.1", (0, 12))]
+    ("version", "expected"),
+    [("2.13.0+cpu", (2, 13)), ("1.4", (1, 4)), ("5", (5, 0)), ("1.0rc1", (1, 0)), ("0.12.1", (0, 12)), ("main", (0, 0))],
 )
 def test_a_release_is_its_first_two_numbers(version, expected):
     assert release(version) == expected
@@ -49,6 +50,14 @@ def test_older_ones_and_other_major_ones_are_named(monkeypatch, tmp_path, tested
     assert len(remarks) == (not supported)
     if not supported:
         assert remarks[0].startswith(f"numpy is 2.4.1, supported is {tested[:3]} up to {int(tested[0]) + 1}: pip install")
+
+
+def test_lines_that_pin_nothing_and_versions_without_numbers_are_no_error(monkeypatch, tmp_path):
+    pin(monkeypatch, tmp_path, "--extra-index-url https://example.org", "# numpy==9.0", "-r other.txt", "numpy>=9")
+    assert unsupported_versions() == []
+    monkeypatch.setattr(numpy, "__version__", "unknown")
+    pin(monkeypatch, tmp_path, "numpy==2.0")
+    assert unsupported_versions()[0].startswith("numpy is unknown, supported is 2.0 up to 3")
 
 
 def test_without_its_requirements_file_the_script_says_nothing_of_versions(monkeypatch, tmp_path):

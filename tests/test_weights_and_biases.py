@@ -1,4 +1,4 @@
-"""Weights & Biases, the real package: without a login, without a network, offline, resumed, stopped."""
+"""Weights & Biases, the real package: without a login, without a network, offline, resumed, stopped, killed."""
 
 import functools
 import json
@@ -15,6 +15,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import BRIEF, scalars
 from interruptions import new_folder, until_signal
@@ -94,6 +95,48 @@ def test_a_service_that_cannot_be_used_is_one_line_and_nothing_is_left_behind(mo
     assert all_there_is() == before
 
 
+def test_the_folders_of_other_runs_stay_where_a_service_cannot_be_used(monkeypatch):
+    def init(**given):
+        for run_id in ("other", given["id"]):
+            Path(f"wandb/run-1-{run_id}").mkdir(parents=True)
+        Path("wandb/latest-run").symlink_to(f"run-1-{given['id']}")
+        raise RuntimeError("no network. And more\nof it")
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(UsageError, match=r"cannot be used \(no network\. And more\): give a login"):
+        start_wandb("p", "e", "name", "abc", {})
+    assert all_there_is() == ["wandb", "wandb/run-1-other"]
+
+
+@pytest.mark.parametrize("error", [ImportError("cannot import name 'x' from 'google.protobuf'"), SystemExit(143)])
+def test_a_package_that_is_broken_is_one_line_and_a_signal_leaves_nothing_behind(monkeypatch, error):
+    class Finder:
+        def find_spec(self, name, *_):
+            if name == "wandb":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(type(error) if isinstance(error, SystemExit) else UsageError):
+        start_wandb("p", "e", "name", "abc", {})
+    assert all_there_is() == [] and sys.stdin.name == os.devnull
+
+
+@pytest.mark.slow
+def test_on_a_terminal_it_asks_nothing(monkeypatch):
+    flags = "--env-backend ale --buffer-size 500 --track"
+    terminal, inside = os.openpty()
+    command = [sys.executable, script.__file__, *flags.split()]
+    environment = {name: value for name, value in OFFLINE.items() if name != "WANDB_MODE"}
+    environment |= {"HOME": os.environ["HOME"], "WANDB_CONFIG_DIR": os.environ["HOME"]}
+    run = subprocess.run(command, stdin=inside, stdout=inside, stderr=inside, env=environment, timeout=60)
+    said = os.read(terminal, 100_000).decode()
+    assert run.returncode == 1 and "error: --track: Weights & Biases cannot be used (No API key configured" in said
+    assert all_there_is() == []
+
+
 def rows(folder):
     """{tag: [(step, value), ...]} in the file of one run there, and the exit status that it ended with.
 
@@ -170,7 +213,7 @@ def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request
         stderr=subprocess.PIPE,
         text=True,
         env=OFFLINE,
-        start_new_session=True,  # a group of its own, W&B's process in it
+        start_new_session=True,  # a group of its own
     )
     request.addfinalizer(process.kill)
     while process.poll() is None and "curves in" not in process.stdout.readline():
@@ -183,3 +226,27 @@ def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request
     assert status == 128 + number
     folder = new_folder(set())
     assert set(curves) >= set(scalars(folder)) and re.fullmatch(r"checkpoint-\d+", next(folder.glob("checkpoint-*")).name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [False, True])
+def test_where_it_dies_in_mid_run_the_run_goes_on_and_ends_as_it_should(request, stop):
+    flags = "--env-backend ale --buffer-size 500 --total-timesteps 1500 --log-frequency 50 --learning-starts 100 --track"
+    process = subprocess.Popen(
+        [sys.executable, "-u", script.__file__, *flags.split()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=OFFLINE,
+    )
+    request.addfinalizer(process.kill)
+    process.stdout.readline()
+    (core,) = (child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "wandb-core")
+    core.kill()
+    if stop:
+        process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == (143 if stop else 0)
+    assert "warning: Weights & Biases has failed" in out and "cannot be written" not in out and "script" not in err
+    curves = scalars(new_folder(set()))
+    assert stop or [step for step, _ in curves["losses/td_loss"]] == list(range(150, 1501, 50))

@@ -1,0 +1,48 @@
+"""Flags of any run: which there are, and which contradict each other."""
+
+from dataclasses import fields
+
+import pytest
+
+from dqn_injection_atari import Args, Experiment
+from support.flags import RunFlags
+from support.usage import UsageError
+
+
+def test_the_fields_of_a_run_are_those_of_the_experiment_and_then_those_of_every_run():
+    names = [[field.name for field in fields(of)] for of in (Experiment, RunFlags, Args)]
+    assert names[2] == [*names[0], *names[1]] and not set(names[0]) & set(names[1])
+    assert names[0][:6] == ["env_id", "seed", "exp_name", "total_timesteps", "num_envs", "env_backend"]
+    assert names[0][6] == "injection_step", "what this script is about comes next"
+
+
+CONTRADICTIONS = [
+    ({"eval_steps": 100}, "give --eval-episodes 0 with --eval-steps, or the other way round"),
+    ({"eval_episodes": 0}, "give --eval-episodes 0 with --eval-steps, or the other way round"),
+    ({"capture_video": True}, "give --eval-frequency"),
+    ({"resume": "a", "fork": "b"}, "give one of --resume, --fork and --evaluate"),
+    ({"resume": "a", "evaluate": "b"}, "give one of --resume, --fork and --evaluate"),
+    ({"fork": "a", "evaluate": "b"}, "give one of --resume, --fork and --evaluate"),
+]
+
+
+@pytest.mark.parametrize(("flags", "fix"), CONTRADICTIONS, ids=str)
+def test_flags_that_contradict_each_other_are_refused_with_the_fix(flags, fix):
+    with pytest.raises(UsageError, match=f"{fix}$"):
+        RunFlags(**flags).check_flags()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"eval_steps": 100, "eval_episodes": 0},
+        {"capture_video": True, "eval_frequency": 9},
+        {"capture_video": True, "evaluate": "a"},
+        {"fork": "a"},
+        {"resume": ""},
+    ],
+    ids=str,
+)
+def test_flags_that_go_together_are_taken(flags):
+    RunFlags(**flags).check_flags()
