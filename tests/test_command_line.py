@@ -348,7 +348,7 @@ def test_what_may_differ_in_a_fork_are_fields():
     forkable = set(script.FORKABLE)
     assert len(forkable) == len(script.FORKABLE) and forkable <= {field.name for field in fields(Args)}
     assert forkable >= OF_KIND
-    assert not forkable & {"seed", "env_id", "num_envs", "learning_rate", "checkpoint_frequency", "log_frequency"}
+    assert not forkable & {"env_id", "num_envs", "learning_rate", "checkpoint_frequency", "log_frequency"}
 
 
 def test_args_refuses_with_a_value_error():
