@@ -9,7 +9,6 @@ parameters stay as they were, and θ′₁ learns with the plasticity of a new h
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000     # train, inject, log
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000 --no-apply-injection  # baseline
     python dqn_injection_atari.py --resume runs/FOLDER                                         # go on, bit for bit
-    python dqn_injection_atari.py --fork runs/FOLDER/checkpoint-5000000 --no-apply-injection   # its baseline, from there
     tensorboard --logdir runs --samples_per_plugin scalars=100000000                           # read the curves, every point
 
 Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
@@ -29,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from annotated_types import Interval
+from annotated_types import Ge, Interval
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor
 
@@ -37,10 +36,10 @@ from support import environments, measures, usage
 from support.acceleration import CUDAGraphs, HiddenLayer, copy_gradients, in_bfloat16, prepare_cpu, upload
 from support.checkpoints import Checkpoint, read_identity
 from support.environments import STACK, LearnerView
-from support.evaluation import Stop, play_games, print_scores, save_agent
+from support.evaluation import Stop, epsilon_greedy, play_games, player, print_scores, save_agent
 from support.flags import Period, PositivePeriod, RunFlags
 from support.machine import circumstances, code_version, pick_device, place_for
-from support.optimizers import CenteredRMSProp, copy_moments, load_moments, moments_by_name
+from support.optimizers import CenteredRMSProp, copy_moments, load_moments, moments_by_name, num_trainable
 from support.process import Signals, deaf_in_the_end, ends_in_one_line
 from support.randomness import redraw, stream_seed
 from support.replay import FrameReplayBuffer
@@ -91,6 +90,10 @@ class Experiment:
     shrink_factor: Annotated[Share, OnlyWith("intervention", ("shrink-perturb", "none"))] = 0.8
     """share of the encoder that shrink-perturb keeps (D'Oro et al. 2023)"""
 
+    head_width: Count = 512
+    """units of the head's hidden layer (paper; more: naive width scaling)"""
+    injected_head_width: Annotated[int | None, Ge(1), OF_INJECTION] = None
+    """the same of the heads that injections add, as the head's if not given: growth (paper)"""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """adam: eps 1.5e-4; rmsprop: centered, decay 0.95, eps 0.01/32² in the root (paper)"""
     learning_rate: Positive = 1e-4
@@ -143,6 +146,8 @@ class Args(RunFlags, Experiment):
             rule = f"increasing{f' by num_envs ({self.num_envs}) or more' * (self.num_envs > 1)} and within 1 ... {last}"
             end = "before the run's end at --total-timesteps: change --injection-step"
             raise UsageError(f"injection_step is {self.injection_step}, but must be {rule}, {end}")
+        if self.injection_optimizer_state == "copy" and self.injected_head_width not in (None, self.head_width):
+            raise UsageError("a head of another width has no moments to copy: give --injection-optimizer-state fresh")
         if not self.apply_injection and what not in ("injection", "none"):
             raise UsageError(f"intervention {what} contradicts --no-apply-injection: for a baseline give --intervention none")
         if when == "norm" and planned:
@@ -164,10 +169,11 @@ class Args(RunFlags, Experiment):
 FORKABLE = (  # what a fork may change: nothing of this changes what lies before a checkpoint, or `check_fork` sees to it
     *("seed", "exp_name", "cuda", "cuda_graphs", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_model"),
     *("total_timesteps", "exploration_fraction", "injection_step", "apply_injection", "intervention", "freeze_heads"),
-    *("injection_optimizer_state", "injection_trigger", "injection_norm_ratio", "injection_check_frequency", "max_injections"),
-    *("shrink_factor", "plasticity_frequency", "eval_frequency", "eval_episodes", "eval_steps", "eval_epsilon"),
+    *("injection_optimizer_state", "injected_head_width", "injection_trigger", "injection_norm_ratio", "shrink_factor"),
+    *("injection_check_frequency", "max_injections", "plasticity_frequency"),
+    *("eval_frequency", "eval_episodes", "eval_steps", "eval_epsilon"),
 )
-OF_KIND = {"intervention", "freeze_heads", "injection_optimizer_state", "shrink_factor"}  # but none of these after an injection
+OF_KIND = {"intervention", "freeze_heads", "injection_optimizer_state", "injected_head_width", "shrink_factor"}  # not after one
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -193,14 +199,23 @@ class QNetwork(nn.Module):
 
     Q = θ(φ) + Σ_k (θ′₁[k](φ) − θ′₂[k](φ)) over the injections made so far, each difference taken first: at injection
     it is exactly 0, where (θ(φ) + θ′₁(φ)) − θ′₂(φ) would be off by rounding. All heads exist from the start, so that
-    an optimizer holds them all and a state dict has one shape; those not injected yet are zero and not evaluated.
+    an optimizer holds them all and a state dict has one shape; those not injected yet are zero and not evaluated. They may be
+    wider than θ: then the network grows at the injection, and so does the number of trainable parameters.
     """
 
-    def __init__(self, num_actions: int, max_injections: int = 1, freeze_heads: bool = True, shared_bias: bool = False):
+    def __init__(
+        self,
+        num_actions: int,
+        max_injections: int = 1,
+        freeze_heads: bool = True,
+        shared_bias: bool = False,
+        head_width: int = 512,
+        injected_head_width: int | None = None,
+    ):
         super().__init__()
 
-        def head() -> nn.Sequential:
-            hidden, output = HiddenLayer(3136, 512), nn.Linear(512, num_actions)
+        def head(width: int) -> nn.Sequential:
+            hidden, output = HiddenLayer(3136, width), nn.Linear(width, num_actions)
             if shared_bias:  # one for all actions (DQN Zoo)
                 output.bias = nn.Parameter(output.bias.detach()[:1].clone())
             return nn.Sequential(hidden, nn.ReLU(inplace=True), output)
@@ -208,9 +223,9 @@ class QNetwork(nn.Module):
         convolutions = nn.Conv2d(STACK, 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3, stride=1)
         activated = (layer for convolution in convolutions for layer in (convolution, nn.ReLU(inplace=True)))
         self.encoder = nn.Sequential(*activated, nn.Flatten())
-        self.theta = head()
-        self.theta_prime_1 = nn.ModuleList(head() for _ in range(max_injections))
-        self.theta_prime_2 = nn.ModuleList(head() for _ in range(max_injections))
+        self.theta, new_width = head(head_width), injected_head_width or head_width
+        self.theta_prime_1 = nn.ModuleList(head(new_width) for _ in range(max_injections))
+        self.theta_prime_2 = nn.ModuleList(head(new_width) for _ in range(max_injections))
         for parameter in (*self.theta_prime_1.parameters(), *self.theta_prime_2.parameters()):
             nn.init.zeros_(parameter)
         self.freeze_heads = freeze_heads
@@ -279,7 +294,8 @@ class QNetwork(nn.Module):
 def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> QNetwork:
     """The network of a run, with room for its injections, or for one where none is planned."""
     injections = args.max_injections if args.injection_trigger == "norm" else max(1, len(args.injection_step))
-    q_network = QNetwork(num_actions, injections, args.freeze_heads, args.shared_bias)
+    widths = args.head_width, args.injected_head_width
+    q_network = QNetwork(num_actions, injections, args.freeze_heads, args.shared_bias, *widths)
     return q_network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -293,14 +309,6 @@ def td_loss(q_network: nn.Module, target_network: nn.Module, batch: ReplayBuffer
     taken = torch.arange(q_values.shape[1], device=q_values.device) == batch.actions
     q_values = q_values.where(taken, 0).sum(dim=1, keepdim=True)  # (B, 1); on a GPU gather's gradient needs atomics
     return F.huber_loss(q_values, td_target), q_values.detach().mean()
-
-
-@torch.no_grad()
-def epsilon_greedy(q: Callable[[], Tensor], shape: tuple[int, int], epsilon: float, rng: np.random.Generator) -> np.ndarray:
-    """Actions (N,) int64 from Q-values of shape (N, num_actions): the best, or random. `rng` moves by the same in any case."""
-    explore = rng.random(shape[0]) < epsilon
-    actions = rng.integers(shape[1], size=shape[0])
-    return actions if explore.all() else np.where(explore, actions, q().argmax(dim=1).cpu().numpy())
 
 
 def exploration_epsilon(args: Args, step: int) -> float:
@@ -387,10 +395,6 @@ class Learner:
         if self.args.bf16:
             torch._foreach_copy_(tuple(self.target.parameters()), target)
 
-    def norm_growth(self) -> float:
-        """‖w‖ of encoder and newest head over what it was when that head began: the adaptive criterion (paper, appendix)."""
-        return self.norms.growth(self.learning())
-
     def intervene(self, step: int) -> None:
         """Does what `args.intervention` names."""
         methods = {"injection": self.inject, "reset-head": self.reset_head, "shrink-perturb": self.shrink_perturb}
@@ -444,8 +448,10 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up a saved state, also one with more or fewer pairs of heads that were not injected yet: those are zero."""
         for network, saved in ((self.q_network, state["q_network"]), (self.target_network, state["target_network"])):
-            pairs = {n: torch.zeros_like(value) for n, value in network.state_dict().items() if n.startswith("theta_prime_")}
-            network.load_state_dict(pairs | {n: v for n, v in saved.items() if n in pairs or not n.startswith("theta_prime_")})
+            zero = {n: torch.zeros_like(value) for n, value in network.state_dict().items() if n.startswith("theta_prime_")}
+            made = [f"theta_prime_{pair}.{k}." for pair in (1, 2) for k in range(int(saved["_extra_state"]))]
+            live = tuple(["encoder.", "theta.", "_extra_state", *made])
+            network.load_state_dict(zero | {name: value for name, value in saved.items() if name.startswith(live)})
         self.target_network.requires_grad_(False)
         load_moments(self.optimizer, self.q_network, state["optimizer"])
         self.interventions = list(state["interventions"])
@@ -469,14 +475,8 @@ def plasticity_measures(learner: Learner, batch: ReplayBufferSamples) -> dict[st
 def evaluate(q_network: QNetwork, args: Args, key: int, video: Path | None = None, stop: Stop = lambda: False) -> np.ndarray:
     """Raw scores of whole games, see `play_games`. Games and random numbers are its own, from (seed, key)."""
     seed = stream_seed(args.seed, Stream.EVALUATION, key)
-    rng, device = np.random.default_rng(seed), next(q_network.parameters()).device
     envs = make_envs(args, max(1, args.eval_episodes), render_mode="rgb_array" if video else None)
-    shape = envs.num_envs, int(envs.single_action_space.n)
-
-    def act(obs: np.ndarray) -> np.ndarray:
-        return epsilon_greedy(lambda: q_network(upload(obs, device)), shape, args.eval_epsilon, rng)
-
-    return play_games(act, envs, seed, args.eval_steps, video, stop)
+    return play_games(player(q_network, args.eval_epsilon, seed), envs, seed, args.eval_steps, video, stop)
 
 
 def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, FrameReplayBuffer]:
@@ -542,7 +542,7 @@ class Training:
             for name, value in plasticity_measures(learner, self.replayed(Stream.PLASTICITY, run.step)).items():
                 log.scalar(f"plasticity/{name}", value, run.step)
         if args.injection_trigger == "norm" and run.due(args.injection_check_frequency):
-            log.scalar("injection/norm_growth", learner.norm_growth(), run.step)
+            log.scalar("injection/norm_growth", learner.norms.growth(learner.learning()), run.step)
 
     def intervention_due(self) -> bool:
         """Whether one of --injection-step has passed, or the norm has grown beyond --injection-norm-ratio."""
@@ -551,21 +551,23 @@ class Training:
             return step in args.planned_interventions and args.applied_intervention != "none"
         possible = 0 < step < args.total_timesteps and made < args.max_injections and args.applied_intervention != "none"
         due = possible and self.run.due(args.injection_check_frequency)
-        return bool(due) and self.learner.norm_growth() > args.injection_norm_ratio
+        return bool(due) and self.learner.norms.growth(self.learner.learning()) > args.injection_norm_ratio
 
     def intervene(self) -> None:
         """Does what --intervention names, measures how far that changed Q (an injection: not at all), and logs both."""
         args, learner, log, step = self.args, self.learner, self.run.log, self.run.step
-        obs = self.replayed(Stream.INJECTION, len(learner.interventions)).observations
+        obs, size = self.replayed(Stream.INJECTION, len(learner.interventions)).observations, num_trainable(learner.q_network)
         with torch.no_grad():
             before = learner.online(obs)
             learner.intervene(step)
             delta = (learner.online(obs) - before).abs().max().item()
+        grown = f", trainable parameters {size:,} → {now:,}" if (now := num_trainable(learner.q_network)) != size else ""
         log.scalar("injection/step", step, step)
         log.scalar("injection/max_abs_delta_q", delta, step)
         done = {"injection": "plasticity injected", "reset-head": "head drawn anew"}
         done["shrink-perturb"] = "encoder shrunk and perturbed, head drawn anew"
-        log.say(f"step {step:,}: {done[args.intervention]}, largest change of Q over {len(obs)} observations: {delta:.4}")
+        change = f"largest change of Q over {len(obs)} observations: {delta:.4}"
+        log.say(f"step {step:,}: {done[args.intervention]}, {change}{grown}")
 
     def loop(self) -> bool:
         """Plays and learns from the run's step to its end, or until a signal. Returns whether the run is complete.

@@ -124,7 +124,8 @@ def setting(args: Args) -> dict[str, Any]:
     shared["exploration_steps"] = round(args.exploration_fraction * args.total_timesteps)  # a longer run only goes on
     shared |= {"intervention": what, "injection": () if what == "none" else planned}
     shared |= {"injection_trigger": "norm" if by_norm and what != "none" else None}
-    return shared | {name: None if name in unused else getattr(args, name) for name in CONDITIONS}
+    asked = asdict(args) | {"injected_head_width": args.injected_head_width or args.head_width}
+    return shared | {name: None if name in unused else asked[name] for name in CONDITIONS}
 
 
 def short(step: float) -> str:

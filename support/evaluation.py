@@ -12,10 +12,33 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from support.acceleration import upload
 from support.environments import FRAME_SIZE, FRAME_SKIP, LearnerView
 from support.usage import UsageError
 
 Stop = Callable[[], bool]
+
+
+@torch.no_grad()
+def epsilon_greedy(
+    q: Callable[[], torch.Tensor], shape: tuple[int, int], epsilon: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Actions (N,) int64 from Q-values of shape (N, num_actions): the best, or random. `rng` moves by the same in any case."""
+    explore = rng.random(shape[0]) < epsilon
+    actions = rng.integers(shape[1], size=shape[0])
+    return actions if explore.all() else np.where(explore, actions, q().argmax(dim=1).cpu().numpy())
+
+
+def player(q_network: nn.Module, epsilon: float, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """ε-greedy actions (N,) int64 of a network for observations (N, 4, 84, 84) uint8, with random numbers of its own."""
+    rng, device = np.random.default_rng(seed), next(q_network.parameters()).device
+
+    @torch.no_grad()
+    def act(obs: np.ndarray) -> np.ndarray:
+        q_values = q_network(upload(obs, device))
+        return epsilon_greedy(lambda: q_values, (len(obs), q_values.shape[1]), epsilon, rng)
+
+    return act
 
 
 def play_games(

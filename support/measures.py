@@ -34,7 +34,7 @@ class NormTracker:
         return joint_norm([parameter for module in learning for parameter in module.parameters()]).item()
 
     def growth(self, learning: list[nn.Module]) -> float:
-        """That norm as a multiple of what it was when they began."""
+        """That norm as a multiple of what it was when they began: the adaptive criterion (paper, appendix)."""
         return self.norm(learning) / self.at_begin
 
     def state_dict(self) -> dict[str, Any]:

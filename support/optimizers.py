@@ -54,3 +54,8 @@ def copy_moments(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Modul
     for source, target in zip(old.parameters(), new.parameters(), strict=True):
         if source in optimizer.state:
             optimizer.state[target] = copy.deepcopy(optimizer.state[source])
+
+
+def num_trainable(network: nn.Module) -> int:
+    """How many of a network's parameters, numbers, not tensors, are trained."""
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)

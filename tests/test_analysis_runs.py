@@ -46,6 +46,8 @@ OTHER = {  # another value of every field that may make another arm, and what it
     "injection_check_frequency": (7, NORM),
     "max_injections": (2, NORM),
     "shrink_factor": (0.5, {"intervention": "shrink-perturb"}),
+    "head_width": (64, {}),
+    "injected_head_width": (64, {}),
     "optimizer": ("rmsprop", {}),
     "learning_rate": (1e-3, {}),
     "shared_bias": (True, {}),
@@ -65,6 +67,11 @@ OTHER = {  # another value of every field that may make another arm, and what it
     "overlap": (True, {}),
     "checkpoint_frequency": (5_000, {}),
 }
+
+
+def test_an_injected_width_that_is_the_heads_own_makes_no_other_arm():
+    assert setting(Args(injection_step=(4,), injected_head_width=512)) == setting(Args(injection_step=(4,)))
+    assert setting(Args(injected_head_width=64)) == setting(Args()), "where nothing is injected"
 
 
 def test_whatever_changes_a_curve_makes_another_arm_but_for_the_seed():

@@ -227,26 +227,26 @@ def test_norms_of_what_was_drawn_anew_count_from_then_on_and_those_of_the_encode
     encoder = learner.norms.initial["encoder"]
     learner.intervene(step=10)
     measures = plasticity_measures(learner, random_batch())
-    assert learner.norm_growth() == measures["weight_norm_ratio/head"] == 1
+    assert learner.norms.growth(learner.learning()) == measures["weight_norm_ratio/head"] == 1
     assert learner.norms.initial["encoder"] == encoder and measures["weight_norm_ratio/encoder"] != 1
 
 
 def test_growth_is_the_norm_of_encoder_and_head_over_what_it_was_when_the_head_began():
     learner = make_learner()
-    assert learner.norm_growth() == 1
+    assert learner.norms.growth(learner.learning()) == 1
     learned = [*learner.q_network.encoder.parameters(), *learner.q_network.theta.parameters()]
     expected = math.sqrt(sum(parameter.detach().double().square().sum().item() for parameter in learned))
     assert learner.norms.norm(learner.learning()) == pytest.approx(expected, rel=1e-6)
     with torch.no_grad():
         for parameter in learned:
             parameter.mul_(2)
-    assert learner.norm_growth() == pytest.approx(2, rel=1e-6)
+    assert learner.norms.growth(learner.learning()) == pytest.approx(2, rel=1e-6)
     learner.inject()
-    assert learner.norm_growth() == 1, "the new head begins"
+    assert learner.norms.growth(learner.learning()) == 1, "the new head begins"
     with torch.no_grad():
         for parameter in learner.q_network.theta.parameters():
             parameter.mul_(5)
-    assert learner.norm_growth() == 1, "a frozen head does not count"
+    assert learner.norms.growth(learner.learning()) == 1, "a frozen head does not count"
 
 
 NORM = replace(
@@ -322,3 +322,39 @@ def test_a_short_run_in_the_papers_settings_trains_injects_and_evaluates():
     curves = scalars(folder)
     assert curves["injection/max_abs_delta_q"] == [(142, 0.0)] and len(curves["eval/episodic_return"]) == 1
     assert len(curves["losses/td_loss"]) == 3
+
+
+# growth
+
+
+def test_a_run_that_grows_says_from_how_many_trainable_parameters_to_how_many(capsys):
+    """Phoenix has 8 actions; the encoder 77,984 parameters."""
+    train(replace(SMALL, head_width=16, injected_head_width=32, total_timesteps=150))
+    small, large = (77_984 + width * (3_136 + 1 + 8) + 8 for width in (16, 32))
+    line = next(line for line in capsys.readouterr().out.splitlines() if "plasticity injected" in line)
+    assert line == (
+        "step 142: plasticity injected, largest change of Q over 512 observations: 0.0, "
+        f"trainable parameters {small:,} → {large:,}"
+    )
+    train(replace(SMALL, head_width=16, total_timesteps=150))
+    assert "trainable parameters" not in capsys.readouterr().out
+
+
+def test_moments_are_not_copied_to_a_head_of_another_width():
+    with pytest.raises(ValueError, match="give --injection-optimizer-state fresh"):
+        Args(injected_head_width=1024, injection_optimizer_state="copy")
+    Args(injected_head_width=512, injection_optimizer_state="copy")
+    paper = PRESETS["paper"]
+    with pytest.raises(ValueError, match="fresh"):
+        Args(**paper, injected_head_width=1024)
+    Args(**paper | {"injection_optimizer_state": "fresh"}, head_width=128, injected_head_width=1024)
+
+
+def test_what_is_measured_of_a_head_is_measured_at_its_own_width():
+    learner = trained(head_width=16, injected_head_width=32)
+    learner.inject()
+    for k in range(3):
+        learner.update(random_batch(k))
+    measures = plasticity_measures(learner, random_batch())
+    assert 1 <= measures["srank/head"] <= 32 and 1 <= measures["effective_rank/head"] <= 32
+    assert math.isfinite(measures["dormant_fraction/theta"]) and measures["weight_norm_ratio/head"] > 0

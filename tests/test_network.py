@@ -227,3 +227,38 @@ def test_one_injection_too_many_is_refused():
     q_network.inject(seeded())
     with pytest.raises(ValueError, match="max_injections"):
         q_network.inject(seeded())
+
+
+# growth
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("width", "injected"), [(64, 512), (512, 64), (32, None), (512, 512)])
+def test_heads_may_have_other_widths_and_q_stays_bitwise_equal_across_every_injection(device, width, injected):
+    q_network = trained(QNetwork(6, max_injections=2, head_width=width, injected_head_width=injected).to(device))
+    obs = observations(7).to(device)
+    new = injected or width
+    for k in range(2):
+        before = q_network(obs)
+        q_network.inject(seeded(k))
+        assert torch.equal(q_network(obs), before)
+        trained(q_network)
+        assert not torch.equal(q_network(obs), before)
+    assert [layer.out_features for layer in (q_network.theta[0], q_network.theta[2])] == [width, 6]
+    for pair in (*q_network.theta_prime_1, *q_network.theta_prime_2):
+        assert [pair[0].in_features, pair[0].out_features, pair[2].in_features] == [3136, new, new]
+
+
+def test_a_wider_head_changes_the_number_of_trainable_parameters_by_its_own():
+    q_network = QNetwork(6, head_width=64, injected_head_width=512)
+    small = num_trainable(q_network)
+    q_network.inject(seeded())
+    assert num_trainable(q_network) - small == (512 - 64) * (3136 + 1 + 6)
+
+
+def test_the_width_changes_nothing_that_is_drawn_where_it_is_the_default():
+    torch.manual_seed(3)
+    plain = QNetwork(6)
+    torch.manual_seed(3)
+    named = QNetwork(6, head_width=512, injected_head_width=512)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), named.parameters(), strict=True))

@@ -545,7 +545,15 @@ def test_a_fork_that_a_single_run_could_have_come_to_is_not_refused(checkpoint, 
 NOT_FORKABLE = {
     **{"env_id": "x", "num_envs": 1, "env_backend": "sb3", "optimizer": "rmsprop", "learning_rate": 1.0},
     **{"shared_bias": True, "gamma": 0.5, "tau": 0.5, "target_network_frequency": 51, "train_frequency": 5, "batch_size": 5},
-    **{"buffer_size": 151, "learning_starts": 61, "start_e": 0.9, "end_e": 0.02, "exploration_start": 5, "bf16": True},
+    **{
+        "head_width": 64,
+        "buffer_size": 151,
+        "learning_starts": 61,
+        "start_e": 0.9,
+        "end_e": 0.02,
+        "exploration_start": 5,
+        "bf16": True,
+    },
     **{"tf32": False, "overlap": True, "checkpoint_frequency": 90, "torch_deterministic": False, "log_frequency": 50},
 }
 
@@ -562,6 +570,24 @@ def test_a_refused_fork_leaves_nothing_behind(uninterrupted):
     with pytest.raises(UsageError, match=r"gamma is 0\.5, there 0\.99"):
         fork(uninterrupted(SMALL) / END, SMALL, gamma=0.5)
     assert os.listdir() == []
+
+
+# growth
+
+
+@slow
+@pytest.mark.parametrize("width", [None, 24])
+def test_a_run_that_grows_is_exact_when_interrupted_and_from_a_small_baseline_a_wide_head_may_be_forked(width):
+    args = replace(SMALL, head_width=16, injected_head_width=24)
+    whole = train(args)
+    folder = until_signal(190, args)
+    train(Args(resume=str(folder)))
+    assert_same_end(folder, whole)
+    baseline = train(replace(args, apply_injection=False, injected_head_width=width))
+    forked = fork(baseline / "checkpoint-142", args)
+    assert_same_end(forked, whole)
+    with pytest.raises(UsageError, match="for another --injected-head-width give an earlier checkpoint"):
+        fork(forked / END, args, injected_head_width=32, **LATER)
 
 
 # one agent that goes on in several ways
