@@ -20,6 +20,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_FLAGS = {field.name for field in fields(CommandLine)}
 OTHERS_FLAGS = {"help", "logdir", "samples_per_plugin"}  # of TensorBoard; and everyone's
 
+OF_TOOLS = {  # flags of ruff, of Ray and of Slurm; and --arm, which is taken off the command line by hand
+    "developing.md": {"force_exclude", "abort"},
+    "sweeps.md": set(
+        "arm head port include_dashboard block nodes ntasks overlap exclusive gpus_per_node time requeue signal".split()
+    )
+    | {"ntasks_per_node"},
+}
+
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -48,13 +56,13 @@ def in_tables(page, pattern):
 
 def flags_of_other_scripts():
     """Names of the fields that compare.py and the benchmarks take from their command lines."""
-    sources = [*ROOT.glob("compare.py"), *(ROOT / "analysis").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    sources = [ROOT / "compare.py", ROOT / "sweep.py", *(ROOT / "analysis").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     return {name for path in sources for name in re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE)}
 
 
 def test_there_is_a_page_per_question_and_the_readme_links_to_each():
     linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", PAGES[0].read_text()))
-    assert linked == {f"docs/{page.name}" for page in PAGES[1:]} and len(linked) == 7
+    assert linked == {f"docs/{page.name}" for page in PAGES[1:]} and len(linked) == 8
 
 
 def test_every_training_command_parses(monkeypatch):
@@ -91,8 +99,7 @@ def test_every_other_command_is_one_that_a_reader_has(page):
 def test_every_flag_that_is_named_exists(page):
     named = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", page.read_text())}
     known = OWN_FLAGS | {f"no_{name}" for name in OWN_FLAGS} | flags_of_other_scripts() | OTHERS_FLAGS
-    tools = {"force_exclude", "abort"} if page.name == "developing.md" else set()
-    assert named <= known | tools
+    assert named <= known | OF_TOOLS.get(page.name, set())
 
 
 @each_page

@@ -1,0 +1,246 @@
+"""Many runs of dqn_injection_atari.py, games × seeds × arms, on this machine or a Ray cluster (docs/sweeps.md).
+
+    python sweep.py --env-ids PhoenixNoFrameskip-v4 --seeds 1 2 3 --arms none injection -- --injection-step 5000000 --bf16
+    python sweep.py --from-checkpoint runs/X/checkpoint-5000000 --seeds 1 2 3 --arms none injection --steps 1000000
+
+Flags after -- go to the training script. For each game, seed and setting one arm runs whole, and the others fork from it at
+the first injection. An arm is a value of --intervention, or your own: --arm "all heads" "--no-freeze-heads" (repeatable).
+The same command once more goes on with what is not finished.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from annotated_types import Ge
+
+# no statistics; and what Ray says of workers that are gone, the sweep says itself
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "(?s)."}
+try:
+    import ray
+    from rich.console import Console
+    from rich.live import Live
+
+    from analysis.sweeps import Book, Task, conclude, default_name, plan_in_words, resources
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {str(error.name).partition('.')[0]} is not installed: pip install -r requirements-sweep.txt")
+
+from analysis.manifest import MANIFEST, begin, commit, measured_speed, read_manifest, refuse_another
+from analysis.plan import Asked, all_arms, plan
+from support import jobs
+from support.machine import alone_in, usable_processors
+from support.process import Signals, ends_in_one_line, on_a_terminal, say
+from support.usage import Positive, Steps, UsageError, check_bounds
+
+TICK, MINUTE = 0.5, 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run, and with what."""
+
+    env_ids: tuple[str, ...] = ()
+    """games, Atari ids of Gymnasium"""
+    seeds: tuple[Steps, ...] = (1, 2, 3)
+    """seeds, each of them in each arm"""
+    arms: tuple[str, ...] = ("none", "injection")
+    """values of --intervention; those with another name come by --arm NAME FLAGS"""
+    grid: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = ()
+    """a flag of the training script and values: learning-rate 1e-4 5e-4; each value has runs of its own"""
+    from_checkpoint: str | None = None
+    """a checkpoint that all arms and seeds continue"""
+    steps: Annotated[int | None, Ge(1)] = None
+    """how many steps they do, from there"""
+    name: str | None = None
+    """folder under sweeps/; by default made of games and arms"""
+    address: str | None = None
+    """of a running Ray cluster, or auto; without it, Ray starts and ends with this command"""
+    cpus_per_run: Annotated[float | None, Ge(0)] = None
+    """processors to keep free for a run; by default 1, with GPUs all that there are by the runs that fit on them"""
+    threads_per_run: Annotated[int | None, Ge(1)] = None
+    """threads that a run computes in, on which its bits depend; by default as many as processors"""
+    memory_per_run: Annotated[float | None, Ge(0)] = None
+    """GB of memory to keep free for a run; by default its full replay and 1.5 GB"""
+    gpus_per_run: Annotated[float | None, Ge(0)] = None
+    """GPUs for a run, a fraction lets several share one; by default 1 where there are any"""
+    retries: Steps = 3
+    """how often a run that is killed goes on"""
+    retry_pause: Positive = 10.0
+    """seconds before the first time, twice as long before each one after"""
+    metric: Literal["charts/episodic_return", "eval/episodic_return"] = "charts/episodic_return"
+    """which return is compared in the end, see compare.py"""
+    dry_run: bool = False
+    """print the plan, and start nothing"""
+    speed: Annotated[float | None, Ge(1e-9)] = None
+    """steps per second of one run, for the hours in the plan; by default as measured in this sweep before"""
+
+
+def command_line(words: list[str]) -> tuple[Settings, Asked]:
+    """
+    Raises:
+        UsageError: what is asked for is nothing that there is.
+    """
+    given, own, rest = list[str](), dict[str, str](), list(words)
+    while rest and rest[0] != "--":
+        word = rest.pop(0)
+        if word != "--arm":
+            given.append(word)
+            continue
+        if len(rest) < 2 or "--" in rest[:2]:
+            raise UsageError('arm has a name and flags: give --arm "all heads" "--no-freeze-heads"')
+        name, flags = rest.pop(0), rest.pop(0)
+        own[name] = flags
+    settings = tyro.cli(Settings, description=__doc__, args=given)
+    check_bounds(settings)
+    if (gpus := settings.gpus_per_run or 0) > 1 and gpus % 1:
+        raise UsageError(f"gpus_per_run is {gpus:g}, but must be whole above 1: change --gpus-per-run")
+    if settings.name is not None and Path(settings.name).name != settings.name:
+        raise UsageError(f"name is {settings.name}, but must be a folder's under sweeps/: change --name")
+    origin = None if settings.from_checkpoint is None else str(Path(settings.from_checkpoint).resolve())
+    arms, grid = all_arms(settings.arms, own), [list(axis) for axis in settings.grid]
+    return settings, Asked(settings.env_ids, settings.seeds, arms, grid, rest[1:], origin, settings.steps)
+
+
+@contextlib.contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Ray, running for the time of this block.
+
+    Raises:
+        UsageError: there is none at this address.
+    """
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
+    try:
+        if address is None:
+            ray.init("local", num_cpus=usable_processors(), object_store_memory=2**27, include_dashboard=False, **quiet)
+        else:
+            if address != "auto":
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=5).close()
+            check = (sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1])", address)  # it may try for minutes
+            subprocess.run(check, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=20, check=True)
+            ray.init(address, **quiet)
+    except (subprocess.SubprocessError, OSError, RuntimeError, ValueError) as error:
+        what = "Ray does not start here" if address is None else f"no Ray cluster answers at {address}"
+        said = "timed out" if isinstance(error, subprocess.TimeoutExpired) else getattr(error, "stderr", "") or str(error)
+        reason = said.strip().rpartition("\n")[2].partition(". ")[0]
+        fix = "leave out --address to use this machine, or start one: ray start --head (docs/sweeps.md)"
+        raise UsageError(f"{what} ({reason}): {fix}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def outcome(ref: Any) -> tuple[str, str]:
+    """The state of a run whose job has ended, and why."""
+    try:
+        status = ray.get(ref)
+    except ray.exceptions.TaskCancelledError:
+        return "stopped", ""
+    except ray.exceptions.RayTaskError as error:
+        return "failed", str(error.cause)
+    except ray.exceptions.RayError as error:  # a worker or a machine is gone
+        return "killed", type(error).__name__
+    if status == 0:
+        return "finished", ""
+    return ("killed" if status < 0 or status > 128 else "failed"), f"exit status {status}"
+
+
+class Sweep:
+    """The runs of a plan in Ray's hands, from the first to the last."""
+
+    def __init__(self, book: Book, settings: Settings):
+        self.book, self.settings = book, settings
+        self.job = ray.remote(max_retries=0)(jobs.run)
+
+    def submit(self, task: Task) -> None:
+        """Begins a run, or goes on with it, if it may."""
+        fork, when = self.book.fork_point(task)
+        if when == "never":
+            self.book.record(task, "not started", f"{task.run.trunk} left no checkpoint at step {task.run.begins:,}")
+        elif when == "ready" and time.monotonic() >= task.after:
+            threads = self.settings.threads_per_run or max(1, int(task.resources["num_cpus"]))
+            task.begin()
+            task.ref = self.job.options(**task.resources).remote(task.job(fork, threads))
+            self.book.record(task, "queued")
+
+    def settle(self, task: Task, stopping: bool = False) -> None:
+        """Takes note of how a run's job has ended."""
+        state, why = outcome(task.ref)
+        task.ref = None
+        if stopping and state != "finished":
+            state, why = "stopped", ""
+        self.book.settle(task, state, why, self.settings.retries, self.settings.retry_pause)
+
+    def advance(self) -> None:
+        """Begins what may begin, waits a moment, and looks at all that goes on."""
+        for task in self.book.open_tasks():
+            if task.ref is None:
+                self.submit(task)
+        going = {task.ref: task for task in self.book.open_tasks() if task.ref is not None}
+        time.sleep(TICK)
+        for ref in ray.wait(list(going), num_returns=len(going), timeout=0)[0] if going else ():
+            self.settle(going[ref])
+        self.book.look()
+
+    def stop(self) -> None:
+        """Has every run write a checkpoint and end, and waits for that."""
+        going = {task.ref: task for task in self.book.open_tasks() if task.ref is not None}
+        for ref in going:
+            ray.cancel(ref)
+        while going:
+            for ref in ray.wait(list(going), timeout=TICK)[0]:
+                self.settle(going.pop(ref), stopping=True)
+
+    def go(self, signals: Signals) -> None:
+        """Runs all to their ends, or until a signal."""
+        said = time.monotonic()
+        with Live(console=Console(stderr=True), auto_refresh=False) if on_a_terminal() else contextlib.nullcontext() as live:
+            while signals.stop is None and self.book.open_tasks():
+                self.advance()
+                if live is not None:
+                    live.update(self.book.table(live.console.height - 6), refresh=True)
+                elif time.monotonic() - said >= MINUTE:
+                    said = time.monotonic()
+                    say(self.book.in_words())
+            if signals.stop is not None:
+                say(f"{signals.stop.name}: every run writes a checkpoint and ends; once more ends them without it")
+                self.stop()
+            if live is not None:
+                live.update(self.book.table(len(self.book.tasks)))
+
+
+def main() -> None:
+    with ends_in_one_line():
+        settings, asked = command_line(sys.argv[1:])
+        runs = plan(asked)
+        folder = Path("sweeps", default_name(asked, runs[0].args.env_id) if settings.name is None else settings.name)
+        refuse_another(folder, asdict(asked))
+        if settings.dry_run:
+            print(*plan_in_words(runs, settings.speed or measured_speed(read_manifest(folder))), sep="\n")
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(cluster(settings.address))
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            wanted = (settings.cpus_per_run, settings.gpus_per_run, settings.memory_per_run)
+            tasks = [Task(run, folder, code, resources(run, *wanted, nodes)) for code in [commit()] for run in runs]
+            begin(folder, asdict(asked))
+            stack.enter_context(alone_in(folder, MANIFEST))
+            book = Book(folder, tasks)
+            with Signals() as signals:
+                Sweep(book, settings).go(signals)
+        if signals.stop is not None:
+            raise SystemExit(128 + signals.stop)
+        conclude(book, settings.metric)
+
+
+if __name__ == "__main__":
+    main()

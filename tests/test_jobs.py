@@ -1,0 +1,96 @@
+"""Jobs: processes that begin or go on, and end with the one that started them."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support import jobs
+from support.jobs import Job, find_folder, run
+
+# writes what it was asked into a new folder, or into the one that it goes on in
+BEGIN = "mkdir runs/x__7; echo began $SETTING"
+# waits for SIGTERM, and takes half a second over its end
+SLOW = "import signal, sys, time\n" + (
+    "def end(*_):\n    time.sleep(0.5); open('saved', 'a').write('x'); sys.exit(143)\n"
+    "signal.signal(signal.SIGTERM, end)\nopen('up', 'w').write('x')\nfor _ in range(200): time.sleep(0.05)"
+)
+
+
+def job(*begin, name="x", go_on=("echo", "goes on in")):
+    Path("runs").mkdir(exist_ok=True)
+    return Job(name, begin, go_on, str(Path().absolute()), "x.log", {"SETTING": "3"})
+
+
+def slow_job():
+    return job(sys.executable, "-c", SLOW)
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found
+
+
+def in_a_process(function, *arguments):
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def test_a_job_begins_where_it_has_no_folder_and_goes_on_where_it_has_with_one_log():
+    assert run(job("sh", "-c", BEGIN)) == 0
+    assert run(job("sh", "-c", BEGIN)) == 0
+    first, second, third, fourth = Path("x.log").read_text().splitlines()
+    assert (second, fourth) == ("began 3", "goes on in runs/x__7")
+    assert all(line.startswith(jobs.STARTED) for line in (first, third)) and third.endswith("echo 'goes on in' runs/x__7")
+
+
+def test_a_folder_belongs_to_the_job_of_that_name_alone():
+    for name in ("x__9", "x__10", "x__10-1", "x__1__99", "xx__99", ".x__99", "x__y", "a.b__1", "aXb__2"):
+        Path("runs", name).mkdir(parents=True)
+    assert [find_folder(Path(), name) for name in ("x", "x__1", "a.b", "y")] == [
+        *(Path("runs", name) for name in ("x__10-1", "x__1__99", "a.b__1")),
+        None,
+    ]
+
+
+@pytest.mark.parametrize(("command", "status"), [("exit 3", 3), ("exit 143", 143), ("kill -9 $$", -signal.SIGKILL)])
+def test_a_job_returns_how_its_process_ended(command, status):
+    assert run(job("sh", "-c", command)) == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_ends_the_wait_ends_the_process_and_waits_for_it(number):
+    def wait():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        run(slow_job())
+
+    waiting = in_a_process(wait)
+    wait_for(Path("up").exists)
+    os.kill(waiting.pid, number)
+    waiting.join(30)
+    assert Path("saved").read_text() == "x"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_a_process_whose_parent_is_killed_gets_sigterm_and_the_next_one_waits_until_it_has_ended():
+    waiting = in_a_process(run, slow_job())
+    wait_for(Path("up").exists)
+    waiting.kill()
+    assert run(job("sh", "-c", "cp saved found")) == 0 and Path("found").read_text() == "x"
+
+
+def test_signals_that_the_parent_holds_back_reach_the_process():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        interrupted = "import os, time; os.kill(os.getpid(), 2); time.sleep(1)"  # a shell would lift the mask itself
+        assert run(job(sys.executable, "-c", interrupted)) == -signal.SIGINT
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -1,0 +1,199 @@
+"""The plan of a sweep: its runs, their flags, and what is refused before anything starts."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from analysis import plan as planning
+from analysis.plan import Asked, all_arms, plan
+from dqn_injection_atari import FORKABLE, Args, parse_args
+from support.checkpoints import Checkpoint
+from support.usage import UsageError, changed_fields
+
+PHOENIX, PONG = "PhoenixNoFrameskip-v4", "ALE/Pong-v5"
+FLAGS = ["--injection-step", "1001", "5000", "--num-envs", "4", "--total-timesteps", "9000"]
+STEP = 1004  # at the end of the vector step
+
+
+def asked(*interventions, own=None, grid=(), flags=FLAGS, seeds=(1, 2), **changes):
+    arms = all_arms(interventions or ("injection", "none"), own or {})
+    return Asked(**{"env_ids": (PHOENIX,), "seeds": seeds, "arms": arms, "grid": list(grid), "flags": list(flags), **changes})
+
+
+def begun(run, monkeypatch, trunk=None):
+    """What the training script makes of a planned run's command."""
+    flags = list(run.flags)
+    if trunk is not None:
+        checkpoint = Path("runs", trunk.name, f"checkpoint-{run.begins}")
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "manifest.json").write_text(json.dumps({"args": asdict(trunk.args)}))
+        flags += ["--fork", str(checkpoint)]
+    monkeypatch.setattr(sys, "argv", ["script", *flags])
+    return replace(parse_args(), fork=None)
+
+
+def test_one_arm_per_game_and_seed_runs_whole_and_the_others_fork_from_it_at_the_first_injection():
+    runs = plan(asked("injection", "reset-head", "none", env_ids=(PHOENIX, PONG)))
+    assert len({run.name for run in runs}) == len(runs) == 12
+    for run in runs:
+        game, arm, seed = run.name.split("__")
+        assert (game, arm, int(seed)) == (run.args.env_id.replace("/", "-"), run.arm, run.args.seed)
+        assert run.trunk == (None if arm == "none" else f"{game}__none__{seed}")
+        assert (run.begins, run.steps) == ((0, 9_000) if arm == "none" else (STEP, 9_000 - STEP))
+    assert [run.args.seed for run in runs[:4]] == [1, 1, 1, 2] and runs[0].arm == "none", "a trunk comes before its forks"
+    assert plan(asked("injection", "reset-head"))[0].arm == "injection", "without a baseline, the first"
+
+
+OWN = {"all heads": "--no-freeze-heads", "once": "--injection-step 1001", "not at all": "--no-apply-injection"}
+EACH = {**OWN, "none": "--intervention none", **{arm: f"--intervention {arm}" for arm in ("injection", "shrink-perturb")}}
+
+
+@pytest.mark.parametrize("first", EACH)
+def test_a_fork_has_the_arguments_of_a_whole_run_in_its_arm(monkeypatch, first):
+    own = {"trunk": EACH[first], **{f"own {arm}": flags for arm, flags in EACH.items()}, **OWN}
+    arms = {name: all_arms((), {name: flags})[name] for name, flags in own.items()}
+    runs = {run.name: run for run in plan(asked(arms=arms, grid=[["learning-rate", "1e-3"]], seeds=(3,)))}
+    assert len(runs) == len(EACH) + len(OWN) + 1
+    for run in runs.values():
+        trunk = None if run.trunk is None else runs[run.trunk]
+        assert begun(run, monkeypatch, trunk) == run.args and (trunk is None) == (run.arm == "trunk")
+        assert run.args.learning_rate == 1e-3
+    by_arm = {run.arm: run.args for run in runs.values()}
+    assert [by_arm[arm].freeze_heads for arm in ("own injection", "all heads")] == [True, False]
+    assert by_arm["once"].injection_step == (1001,) and by_arm["not at all"].applied_intervention == "none"
+
+
+@pytest.mark.parametrize("flags", [(), ("--injection-trigger", "norm")])
+def test_without_a_planned_injection_every_arm_runs_whole(flags):
+    assert {run.begins for run in plan(asked(flags=flags))} == {0}
+
+
+def test_an_arm_that_differs_before_the_fork_runs_whole():
+    own = {"early": "--injection-step 500", "grown": "--injection-trigger norm --injection-step"}
+    assert [run.begins for run in plan(asked("none", own=own, seeds=(1,)))] == [0, 0, 0]
+
+
+def test_the_grid_multiplies_the_plan_and_each_setting_has_a_trunk_of_its_own():
+    grid = [["learning-rate", "1e-4", "5e-4"], ["--bf16", "true", "false"], ["injection-step", "800 900"]]
+    runs = plan(asked(grid=grid, seeds=(1,)))
+    assert len(runs) == 8
+    settings = [(run.args.learning_rate, run.args.bf16) for run in runs if run.trunk is None]
+    assert settings == [(1e-4, True), (1e-4, False), (5e-4, True), (5e-4, False)]
+    by_name = {run.name: run for run in runs}
+    for run in runs:
+        if run.trunk is not None:
+            assert not {"exp_name", "intervention"} ^ set(changed_fields(run.args, by_name[run.trunk].args))
+    assert runs[1].name == f"{PHOENIX}__injection_learning-rate-1e-4_bf16-true_injection-step-800-900__1"
+
+
+def test_a_plan_knows_its_memory_and_disk():
+    run, small = (plan(asked(flags=[*FLAGS, "--buffer-size", size]))[0] for size in ("1000000", "1000"))
+    assert 7.0e9 < run.memory < 7.4e9 and small.memory < 0.01e9
+    kept = [replace(run, args=replace(run.args, injection_step=steps)).disk for steps in ((), (1000,), (1000, 2000))]
+    assert kept[1] - kept[0] == kept[2] - kept[1] >= 66e6, "a checkpoint is kept for each injection"
+
+
+@pytest.fixture
+def checkpoint(monkeypatch):
+    """One at step 2,000 of a run of 4,000, of which ε falls over 400; loading it is another module's affair."""
+    args = Args(total_timesteps=4_000, injection_step=(3_000,), intervention="none", learning_rate=1e-3, seed=7)
+    path = Path("runs/X/checkpoint-2000").absolute()
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text(json.dumps({"args": asdict(args)}))
+    found = Checkpoint(path, {"step": 2_000, "args": asdict(args)}, {"learner": {"interventions": ()}})
+    monkeypatch.setattr(planning, "load_checkpoint", lambda _: found)
+    return found
+
+
+def continued(checkpoint, *interventions, **changes):
+    given = {"flags": (), "env_ids": (), "from_checkpoint": str(checkpoint.path), "steps": 5_000, **changes}
+    return asked(*interventions, **given)
+
+
+@pytest.mark.skipif("seed" not in FORKABLE, reason="a fork may not have another seed yet")
+def test_arms_and_seeds_continue_one_checkpoint(checkpoint, monkeypatch):
+    runs = plan(continued(checkpoint, "none", "injection", own={"all heads": "--no-freeze-heads"}, seeds=(1, 2)))
+    assert [(run.arm, run.args.seed, run.trunk) for run in runs[::3]] == [("none", 1, None), ("none", 2, None)]
+    assert len(runs) == 6 and {run.begins for run in runs} == {2_000}
+    for run in runs:
+        args = begun(run, monkeypatch)
+        assert args == run.args and args.total_timesteps == 7_000 and args.injection_step == (2_000,)
+        assert args.learning_rate == 1e-3 and args.exploration_fraction * 7_000 == pytest.approx(400)
+        assert args.applied_intervention == ("none" if run.arm == "none" else "injection")
+
+
+def test_arms_continue_one_checkpoint_with_its_own_seed(checkpoint, monkeypatch):
+    own = {"all heads": "--no-freeze-heads", "not at all": "--no-apply-injection"}
+    runs = plan(continued(checkpoint, "none", "injection", own=own, flags=("--eval-frequency", "500"), seeds=(7,)))
+    assert [begun(run, monkeypatch) for run in runs] == [run.args for run in runs]
+    assert [run.args.applied_intervention for run in runs] == ["none", "injection", "injection", "none"]
+    assert [run.args.freeze_heads for run in runs] == [True, True, False, True]
+    assert {(run.begins, run.steps, run.args.eval_frequency, run.args.injection_step) for run in runs} == {
+        (2_000, 5_000, 500, (2_000,))
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": None}, "give both --from-checkpoint and --steps"),
+        ({"env_ids": (PHOENIX,)}, "leave out --env-ids"),
+        ({"flags": ("--total-timesteps", "9000")}, "give --steps"),
+        ({"flags": ("--injection-trigger", "norm")}, "--injection-trigger after --"),
+        ({"grid": [["learning-rate", "1"]]}, "learning_rate is 1.0, there 0.001"),
+    ],
+)
+def test_what_cannot_continue_a_checkpoint_is_refused(checkpoint, changes, words):
+    with pytest.raises(UsageError, match=words):
+        plan(continued(checkpoint, **changes))
+
+
+def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(checkpoint):
+    checkpoint.meta["args"]["exploration_fraction"] = 1.0
+    with pytest.raises(UsageError, match="--steps of 2001 or more"):
+        plan(continued(checkpoint, steps=100))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"env_ids": ("Foo",)}, "unknown env_id 'Foo'"),
+        ({"env_ids": ()}, "give --env-ids"),
+        ({"env_ids": (PHOENIX, PHOENIX)}, "given twice"),
+        ({"seeds": (1, 1)}, "given twice"),
+        ({"seeds": (-1,)}, "seed is -1"),
+        ({"steps": 5}, "give both --from-checkpoint and --steps"),
+        ({"flags": ("--foo", "1")}, "Unrecognized options: --foo"),
+        ({"flags": ("--learning-rate", "fast")}, "Error parsing --learning-rate"),
+        ({"flags": ("--learning-rate", "-1")}, "learning_rate is -1.0, but must be positive"),
+        ({"flags": ("--seed", "3")}, "--seed after -- is what the sweep itself gives: leave it out, and give --seeds"),
+        ({"flags": ("--no-apply-injection",)}, "give --arms"),
+        ({"flags": ("--resume", "runs/X")}, "--resume after --"),
+        ({"flags": (*FLAGS, "--checkpoint-frequency", "0")}, "leaves nothing to fork arms from"),
+        ({"own": {"x": "--learning-rate 1e-3"}}, "another learning_rate than none.*give --grid learning-rate"),
+        ({"own": {"x": "--total-timesteps 12000"}}, "give --exploration-fraction"),
+        ({"own": {"x": "--seed 3"}}, "--seed in arm x"),
+        ({"own": {"x y": "", "x-y": "--no-freeze-heads"}}, "two runs would have the name"),
+        ({"grid": [["lerning-rate", "1"]]}, "is no flag and its values"),
+        ({"grid": [["learning-rate"]]}, "is no flag and its values"),
+        ({"grid": [["bf16", "maybe"]]}, "must be true or false"),
+        ({"grid": [["seed", "1", "2"]]}, "--seed in --grid"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_in_one_line(changes, words):
+    with pytest.raises(UsageError, match=words) as refusal:
+        plan(asked(**changes))
+    assert "\n" not in str(refusal.value)
+
+
+def test_arms_without_a_meaning_are_refused():
+    for interventions, own, words in (
+        (("reset",), {}, 'arm reset is none of injection, reset-head.*give --arm "reset" FLAGS'),
+        ((), {"injection": "--no-freeze-heads"}, "another name to --arm"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            all_arms(interventions, own)

@@ -1,0 +1,339 @@
+"""sweep.py as a user runs it: whole sweeps on a local Ray, interrupted ones, and what the command line refuses."""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("ray")
+
+import sweep
+from analysis.manifest import begin, read_asked, read_manifest
+from benchmarks.kill_test import content, differences
+from support.machine import alone_in
+
+SCRIPT = Path(sweep.__file__)
+GAME = "PhoenixNoFrameskip-v4"
+FLAGS = """--injection-step 301 --total-timesteps 600 --buffer-size 300 --learning-starts 100
+--batch-size 8 --log-frequency 100 --plasticity-frequency 0 --no-cuda""".split()
+NAMES = [f"{GAME}__none__1", f"{GAME}__injection__1"]
+SMALL = ("--name", "x", "--env-ids", GAME, "--seeds", "1", "--retry-pause", "0.1", "--memory-per-run", "0.5")
+FOLDER = Path("sweeps/x")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def start(*arguments, flags=FLAGS, **more):
+    """The sweep as a process, all that it says in a file."""
+    command = [sys.executable, str(SCRIPT), *SMALL, *map(str, arguments), "--", *flags]
+    with open("said", "a") as said:
+        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=ENVIRONMENT, **more)
+
+
+def finish(*arguments, **more):
+    """Runs it to its end; returns its status and what was said so far."""
+    return start(*arguments, **more).wait(600), Path("said").read_text()
+
+
+def wait_for(condition, process=None, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), Path("said").read_text()
+        time.sleep(0.05)
+    return found
+
+
+def run_folder(name):
+    (folder,) = (FOLDER / "runs").glob(f"{name}__*")
+    return folder
+
+
+def checkpoints(name):
+    return lambda: list((FOLDER / "runs").glob(f"{name}__*/checkpoint-[1-9]*"))
+
+
+def trainings():
+    """Processes that train in this folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == FOLDER.absolute() and "dqn_injection_atari.py" in " ".join(process.cmdline()):
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def states():
+    return [(change.run, change.state) for change in read_manifest(FOLDER)]
+
+
+def finished():
+    return Counter(name for name, state in states() if state == "finished")
+
+
+def train(*flags):
+    subprocess.run([sys.executable, str(SCRIPT.parent / "dqn_injection_atari.py"), *flags], check=True, env=ENVIRONMENT)
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    """Contents at their ends of the runs as a user would start them one by one."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("by_hand"))
+    try:
+        train(*FLAGS, "--env-id", GAME, "--intervention", "none", "--exp-name", "a")
+        (trunk,) = Path("runs").glob("*__a__*")
+        train("--fork", str(trunk / "checkpoint-301"), "--intervention", "injection", "--exp-name", "b")
+        (fork,) = Path("runs").glob("*__b__*")
+        yield [content(folder.absolute(), "checkpoint-600") for folder in (trunk, fork)]
+    finally:
+        os.chdir(before)
+
+
+def assert_as_by_hand(by_hand):
+    for name, reference in zip(NAMES, by_hand, strict=True):
+        assert differences(content(run_folder(name), "checkpoint-600"), reference) == []
+    assert finished() == dict.fromkeys(NAMES, 1)
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_hand):
+    status, said = finish()
+    assert status == 0, said
+    assert_as_by_hand(by_hand)
+    last = read_manifest(FOLDER)[-1]
+    assert (last.arm, last.seed, last.game, last.step, last.attempt, last.device) == ("injection", 1, GAME, 600, 1, "cpu")
+    assert last.steps_per_second > 0 and last.hours > 0 and last.host == os.uname().nodename
+    assert (FOLDER / last.folder).samefile(run_folder(NAMES[1])) and read_asked(FOLDER).seeds == [1]
+    assert "with 1 thread" in (FOLDER / "logs" / f"{NAMES[0]}.log").read_text()
+    begun = {name: [state for run, state in states() if run == name] for name in NAMES}
+    assert list(begun.values()) == [["queued", "running", "finished"]] * 2
+    assert {path.suffix for path in FOLDER.glob("comparison*")} >= {".png", ".md", ".json"}
+    before, logs = states(), [path.read_bytes() for path in (FOLDER / "logs").iterdir()]
+    status, said = finish()
+    assert status == 0 and states() == before, "what is finished is not run again"
+    assert logs == [path.read_bytes() for path in (FOLDER / "logs").iterdir()]
+
+
+@pytest.mark.slow
+def test_killed_trainings_and_a_killed_worker_go_on_with_the_same_bits(by_hand):
+    process = start()
+    wait_for(lambda: list((FOLDER / "runs").glob(f"{NAMES[0]}__*")), process)
+    trainings()[0].kill()
+    wait_for(lambda: (NAMES[0], "killed") in states(), process)
+    worker = wait_for(lambda: [training.parent() for training in trainings()], process)[0]
+    worker.kill()
+    wait_for(lambda: states().count((NAMES[0], "killed")) == 2, process)
+    wait_for(checkpoints(NAMES[1]), process)
+    next(training for training in trainings() if "injection" in training.cmdline()).kill()
+    assert process.wait(600) == 0, Path("said").read_text()
+    assert_as_by_hand(by_hand)
+    assert "raylet" not in Path("said").read_text(), "Ray's own words on that"
+    attempts = {change.run: change.attempt for change in read_manifest(FOLDER)}
+    assert attempts == {NAMES[0]: 3, NAMES[1]: 2}
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_or_stopped_and_started_again_ends_with_the_same_bits(by_hand):
+    process = start()
+    wait_for(checkpoints(NAMES[0]), process)
+    process.kill()
+    process.wait()
+    process = start()
+    wait_for(lambda: (run_folder(NAMES[0]) / "checkpoint-301").exists() and checkpoints(NAMES[1])(), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 143
+    assert trainings() == []
+    last = {change.run: change for change in read_manifest(FOLDER)}
+    assert {change.state for change in last.values()} <= {"stopped", "finished"} and last[NAMES[1]].state == "stopped"
+    log = (FOLDER / "logs" / f"{NAMES[1]}.log").read_text()
+    assert "SIGTERM, writing a checkpoint" in log and "stopped at step" in log
+    status, said = finish()
+    assert status == 0, said
+    assert_as_by_hand(by_hand)
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_for_its_own_reason_is_reported_once_and_the_others_go_on():
+    status, said = finish("--grid", "learning-rate", "1e-4", "1e30")
+    good, bad = (f"{GAME}__{{}}_learning-rate-{rate}__1" for rate in ("1e-4", "1e30"))
+    assert status == 1 and finished() == {good.format("none"): 1, good.format("injection"): 1}
+    assert [entry for entry in states() if "1e30" in entry[0]][-2:] == [
+        (bad.format("none"), "failed"),
+        (bad.format("injection"), "not started"),
+    ]
+    log = FOLDER / "logs" / f"{bad.format('none')}.log"
+    assert said.count(f"last lines of {log}") == 1 and said.count(log.read_text().splitlines()[-1]) == 1
+    assert said.splitlines()[-1].startswith("error: 2 of 4 runs are not finished") and (FOLDER / "comparison.png").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_more_often_than_retries_fails():
+    process = start("--retries", "0", "--arms", "none")
+    wait_for(checkpoints(NAMES[0]), process)
+    trainings()[0].kill()
+    assert process.wait(120) == 1
+    assert states()[-1] == (NAMES[0], "failed") and "--retries 0" in Path("said").read_text()
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the script's `main` with these arguments; returns its status and what it wrote to stdout and stderr."""
+
+    def run(*arguments, flags=FLAGS):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, *map(str, arguments), "--", *flags])
+        status = 0
+        try:
+            sweep.main()
+        except SystemExit as error:
+            status = 1 if isinstance(error.code, str) else error.code
+            print(error.code, file=sys.stderr)  # as Python itself does
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(sweep.ray, "init", refuse)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(command, no_ray):
+    status, printed, errors = command("--dry-run", "--arm", "all heads", "--no-freeze-heads", "--speed", "10")
+    lines = printed.splitlines()
+    assert (status, errors, list(Path().iterdir())) == (0, "", [])
+    assert lines[0] == f"{NAMES[0]}: whole, from step 0, 600 steps to 600"
+    assert lines[2] == f"{GAME}__all-heads__1: forks from {NAMES[0]} at step 301, 299 steps to 600"
+    assert lines[3] == "3 runs, 2 of them forks: 1,198 steps, 602 fewer than if each ran whole"
+    assert lines[4].startswith("disk: about 0.") and lines[5].startswith(
+        "hours: 0.0 of one run at a time at 10 steps per second"
+    )
+    assert "give --speed" in command("--dry-run")[1].splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--arms", "none", "reset"), "arm reset is none of"),
+        (("--arm", "x"), "arm has a name and flags"),
+        (("--env-ids", "Foo"), "unknown env_id 'Foo'"),
+        (("--from-checkpoint", "runs/X/checkpoint-1", "--steps", "5"), "cannot be read as a checkpoint"),
+        (("--name", "../x"), "name is ../x"),
+        (("--gpus-per-run", "-1"), "gpus_per_run is -1.0, but must be 0 or more"),
+        (("--gpus-per-run", "1.5"), "gpus_per_run is 1.5"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_gets_one_line_and_nothing_is_started_or_written(command, no_ray, arguments, words):
+    status, printed, errors = command(*arguments)
+    assert (status, printed, list(Path().iterdir())) == (1, "", [])
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and words in errors
+
+
+def test_flags_that_the_training_script_refuses_are_refused(command, no_ray):
+    for flags, words in ((["--foo"], "Unrecognized options: --foo"), (["--num-envs", "0"], "num_envs is 0")):
+        status, _, errors = command(flags=flags)
+        assert status == 1 and errors.count("\n") == 1 and words in errors
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere.invalid:6379", "nowhere"])
+def test_an_address_where_nothing_answers_gets_one_line(command, no_ray, address):
+    begun = time.monotonic()
+    status, printed, errors = command("--address", address)
+    assert (status, printed, list(Path().iterdir())) == (1, "", []) and time.monotonic() - begun < 35
+    assert errors.count("\n") == 1 and f"no Ray cluster answers at {address} (" in errors and "ray start --head" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("automatic", [False, True])
+def test_an_address_where_something_else_answers_gets_one_line_in_half_a_minute(command, no_ray, monkeypatch, automatic):
+    begun = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", address := f"127.0.0.1:{server.getsockname()[1]}")  # that auto takes
+        status, _, errors = command("--address", "auto" if automatic else address)
+    assert status == 1 and time.monotonic() - begun < 35 and errors.count("\n") == 1 and "(timed out)" in errors
+
+
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_machine_in_mid_run_ends_with_the_same_bits(by_hand):
+    from ray.cluster_utils import Cluster
+
+    machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = [machines.add_node(num_cpus=1) for _ in range(2)]
+        process = start("--address", machines.address)
+        wait_for(checkpoints(NAMES[0]), process)
+        above = {parent.pid for training in trainings() for parent in training.parents()}
+        lost = next(node for node in nodes if node.all_processes["raylet"][0].process.pid in above)
+        machines.remove_node(lost, allow_graceful=False)
+        assert process.wait(600) == 0, Path("said").read_text()
+    finally:
+        machines.shutdown()
+    assert "killed" in [state for _, state in states()]
+    assert_as_by_hand(by_hand)
+
+
+def asked():
+    _, found = sweep.command_line([*SMALL, "--", *FLAGS])
+    return asdict(found)
+
+
+def test_the_folder_of_another_sweep_is_refused_and_the_difference_named(command, no_ray):
+    FOLDER.mkdir(parents=True)
+    begin(FOLDER, asked() | {"seeds": (1, 2)})
+    before = sorted(Path().rglob("*"))
+    status, _, errors = command()
+    assert status == 1 and errors.count("\n") == 1 and "(seeds is [1], there [1, 2]): give another --name" in errors
+    assert sorted(Path().rglob("*")) == before
+    (FOLDER / "sweep.json").unlink()
+    (FOLDER / "thesis.tex").touch()
+    assert "is no sweep's folder" in command()[2]
+
+
+def test_other_resources_are_no_other_sweep(command, no_ray):
+    FOLDER.mkdir(parents=True)
+    begin(FOLDER, asked())
+    with pytest.raises(AssertionError, match="Ray was started"):
+        command("--threads-per-run", "2", "--retries", "7", "--cpus-per-run", "2")
+
+
+def test_two_sweeps_cannot_run_in_one_folder(command, no_ray):
+    FOLDER.mkdir(parents=True)
+    begin(FOLDER, asked())
+    with alone_in(FOLDER, "manifest.jsonl"):
+        status, _, errors = command()
+    assert status == 1 and f"another process is running {FOLDER}: wait for it" in errors
+
+
+def test_a_run_that_needs_more_than_the_machine_has_is_refused(command):
+    status, _, errors = command("--cpus-per-run", "1000")
+    assert status == 1 and errors.count("\n") == 1 and "needs 1000 processors" in errors and not FOLDER.exists()
+
+
+@pytest.mark.parametrize("missing", ["ray", "rich", "matplotlib"])
+def test_without_ray_it_says_in_one_line_how_to_get_it(monkeypatch, missing):
+    for name in [name for name in sys.modules if name.startswith(("analysis", f"{missing}."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
+    with pytest.raises(SystemExit, match=f"error: {missing} is not installed: pip install -r requirements-sweep.txt"):
+        runpy.run_path(str(SCRIPT))
+
+
+def test_a_job_is_read_back_from_json():
+    FOLDER.mkdir(parents=True)
+    begin(FOLDER, asked())
+    assert json.loads(json.dumps(asdict(read_asked(FOLDER)))) == json.loads(json.dumps(asked()))

@@ -1,0 +1,178 @@
+"""A sweep under way without its engine: which runs may begin, what is noted of them, what they are to be given."""
+
+from pathlib import Path
+
+import pytest
+
+from analysis.manifest import read_manifest
+from analysis.plan import Asked, all_arms, plan
+from analysis.sweeps import Book, Task, default_name, plan_in_words, resources
+from support.jobs import STARTED
+from support.usage import UsageError
+
+PHOENIX = "PhoenixNoFrameskip-v4"
+TRUNK, FORK = f"{PHOENIX}__none__1", f"{PHOENIX}__injection__1"
+GB = 1e9
+
+
+def asked(seeds=(1,), flags=(), **changes):
+    flags = ["--injection-step", "5000", "--total-timesteps", "9000", *flags]
+    return Asked(**{"env_ids": (PHOENIX,), "seeds": seeds, "arms": all_arms(("none", "injection"), {}), "grid": [],
+                    "flags": flags, **changes})  # fmt: skip
+
+
+@pytest.fixture
+def book():
+    for name in ("runs", "logs"):
+        Path(name).mkdir(exist_ok=True)
+    return make_book()
+
+
+def make_book():
+    return Book(Path(), [Task(run, Path(), "abc", {"num_cpus": 1, "num_gpus": 0}) for run in plan(asked())])
+
+
+def begin(book, name, words=""):
+    """An attempt that has begun, as the job and its process would show it."""
+    task = book.tasks[name]
+    task.begin()
+    with open(task.log, "a") as log:
+        log.write(f"{STARTED} node3: python script\n{words}\n")
+    Path("runs", f"{name}__7").mkdir(exist_ok=True)
+    return task
+
+
+def states():
+    return [(change.run, change.state) for change in read_manifest(Path())]
+
+
+def test_a_fork_waits_for_its_checkpoint_and_begins_with_it(book):
+    trunk, fork = book.tasks.values()
+    assert book.fork_point(trunk) == (None, "ready") and book.fork_point(fork) == (None, "wait")
+    begin(book, TRUNK)
+    assert book.fork_point(fork) == (None, "wait")
+    checkpoint = Path("runs", f"{TRUNK}__7", "checkpoint-5000")
+    checkpoint.mkdir()
+    assert book.fork_point(fork) == (checkpoint, "ready")
+    job = fork.job(checkpoint, 3)
+    assert job.begin[2:5] == ("--fork", str(checkpoint), "--intervention") and job.environment == {"OMP_NUM_THREADS": "3"}
+    assert job.name == FORK and job.begin[-1] == "--no-cuda" and job.go_on == (*job.begin[:2], "--resume")
+    fork.resources["num_gpus"] = 0.5
+    assert "--no-cuda" not in fork.job(checkpoint, 3).begin
+    book.record(trunk, "failed")
+    assert book.fork_point(fork)[1] == "ready", "a trunk that fails after it has left the checkpoint"
+    begin(book, FORK)
+    assert book.fork_point(fork) == (None, "ready"), "it has begun, and goes on"
+
+
+def test_a_fork_of_a_trunk_that_fails_before_it_never_begins(book):
+    book.record(book.tasks[TRUNK], "failed")
+    assert book.fork_point(book.tasks[FORK]) == (None, "never")
+
+
+def test_a_killed_run_goes_on_after_a_growing_pause_until_its_retries_are_used_up(book, capsys, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("analysis.sweeps.time.monotonic", lambda: clock[0])
+    pauses = []
+    for _ in range(3):
+        task = begin(book, TRUNK, "what is wrong")
+        book.look()
+        task.ref = object()
+        book.look()
+        book.settle(task, "killed", "exit status 137", 2, 10.0)
+        pauses.append(task.after - clock[0])
+    assert pauses[:2] == [10.0, 20.0] and [state for _, state in states()] == ["running", "killed"] * 2 + ["running", "failed"]
+    printed = capsys.readouterr().out
+    assert printed.count("what is wrong") == 1 and "killed 3 times, with --retries 2; exit status 137" in printed
+    assert [change.attempt for change in read_manifest(Path())] == [1, 1, 2, 2, 3, 3] and book.open_tasks() == [
+        book.tasks[FORK]
+    ]
+
+
+def test_the_manifest_holds_steps_speed_and_hours_over_attempts_and_sweeps(book, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("analysis.sweeps.time.monotonic", lambda: clock[0])
+
+    def attempt(book, words, seconds, state):
+        task = begin(book, TRUNK, words)
+        task.ref = object()
+        book.look()
+        clock[0] += seconds
+        book.settle(task, state, "", 5, 1.0)
+        return read_manifest(Path())[-1]
+
+    line = "step {} of 9,000, 98 SPS, 00:04 left, ε 0.01, return 2"
+    found = attempt(book, line.format("3,600"), 3_600, "killed")
+    assert (found.step, found.steps_per_second, found.hours, found.host) == (3_600, 1.0, 1.0, "node3")
+    book = make_book()
+    found = attempt(book, f"resumed at step 3,600 from x\n{line.format('9,000')}", 1_800, "finished")
+    assert (found.step, found.steps_per_second, found.hours, found.attempt) == (9_000, 3.0, 1.5, 2)
+    assert make_book().open_tasks() == [book.tasks[FORK]] or [t.run.name for t in make_book().open_tasks()] == [FORK]
+    Path("runs", f"{TRUNK}__7").rmdir()
+    assert len(make_book().open_tasks()) == 2, "a finished run whose folder has gone is done once more"
+
+
+def test_what_is_going_on_is_said_in_words_and_as_a_table(book):
+    begin(book, FORK, "step 6,000 of 9,000, 98 SPS, 00:04 left, ε 0.01, return 2").ref = object()
+    book.look()
+    words = book.in_words()
+    assert words.splitlines() == ["1 queued, 1 running", f"  {FORK}: step 6,000 of 9,000, 98 SPS, 00:04 left, return 2"]
+    table = book.table(1)
+    assert [list(column.cells) for column in table.columns] == [
+        [FORK],
+        ["running"],
+        ["6,000 of 9,000"],
+        ["98"],
+        ["00:04"],
+        ["2"],
+    ]
+    assert table.caption == "1 queued, 1 running" and book.table(9).row_count == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "needs"),
+    [
+        ((None, None, None), [{"CPU": 2, "memory": 20 * GB}], (1, 0)),
+        ((None, None, None), [{"CPU": 64, "GPU": 8, "memory": 500 * GB}], (8, 1)),
+        ((None, 0.5, None), [{"CPU": 64, "GPU": 8, "memory": 500 * GB}], (4, 0.5)),
+        ((None, 0, None), [{"CPU": 64, "GPU": 8, "memory": 500 * GB}], (1, 0)),
+        ((3, 2, 1), [{"CPU": 4, "memory": 9 * GB}, {"CPU": 64, "GPU": 8, "memory": 500 * GB}], (3, 2)),
+        ((None, None, None), [{"CPU": 2, "GPU": 8, "memory": 500 * GB}], (1, 1)),
+    ],
+)
+def test_a_run_gets_what_it_needs_and_the_machine_has(given, nodes, needs):
+    (run, _) = plan(asked())
+    found = resources(run, *given, nodes)
+    assert (found["num_cpus"], found["num_gpus"]) == needs
+    assert found["memory"] == (GB if given[2] else run.memory + 1.5 * GB)
+
+
+def test_a_run_that_is_told_to_use_no_gpu_gets_none():
+    (run, _) = plan(asked(flags=["--no-cuda"]))
+    assert resources(run, None, None, None, [{"CPU": 64, "GPU": 8, "memory": 500 * GB}])["num_gpus"] == 0
+
+
+@pytest.mark.parametrize("given", [(3, None, None), (None, 1, None), (None, None, 21)])
+def test_a_run_that_needs_more_than_any_machine_has_is_refused(given):
+    (run, _) = plan(asked())
+    with pytest.raises(UsageError, match=r"no machine has that, but 2, 0 and 20\.0 GB.*lower --cpus-per-run"):
+        resources(run, *given, [{"CPU": 2, "memory": 20 * GB}])
+
+
+def test_the_plan_in_words_has_steps_disk_and_hours():
+    runs = plan(asked(seeds=(1, 2)))
+    lines = plan_in_words(runs, 1.0)
+    assert lines[:2] == [
+        f"{TRUNK}: whole, from step 0, 9,000 steps to 9,000",
+        f"{FORK}: forks from {TRUNK} at step 5,000, 4,000 steps to 9,000",
+    ]
+    assert lines[4] == "4 runs, 2 of them forks: 26,000 steps, 10,000 fewer than if each ran whole"
+    assert lines[6] == "hours: 7.2 of one run at a time at 1 steps per second, 2.5 at least"
+    assert "--speed" in plan_in_words(runs, None)[-1]
+
+
+def test_the_default_name_is_made_of_games_and_arms():
+    assert default_name(asked(), PHOENIX) == "Phoenix-v4_none_injection"
+    assert default_name(asked(env_ids=(PHOENIX, "ALE/Pong-v5")), PHOENIX) == "2-games_none_injection"
+    continued = asked(env_ids=(), from_checkpoint="/x/checkpoint-5000", steps=5)
+    assert default_name(continued, "ALE/Pong-v5") == "Pong-v5_checkpoint-5000_none_injection"
