@@ -106,6 +106,7 @@ def assert_as_by_hand(by_hand):
     assert finished() == dict.fromkeys(NAMES, 1)
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_hand):
     status, said = finish()
@@ -125,6 +126,7 @@ def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_h
     assert logs == [path.read_bytes() for path in (FOLDER / "logs").iterdir()]
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_killed_trainings_and_a_killed_worker_go_on_with_the_same_bits(by_hand):
     process = start()
@@ -143,6 +145,7 @@ def test_killed_trainings_and_a_killed_worker_go_on_with_the_same_bits(by_hand):
     assert attempts == {NAMES[0]: 3, NAMES[1]: 2}
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_or_stopped_and_started_again_ends_with_the_same_bits(by_hand):
     process = start()
@@ -163,6 +166,7 @@ def test_a_sweep_that_is_killed_or_stopped_and_started_again_ends_with_the_same_
     assert_as_by_hand(by_hand)
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_a_run_that_fails_for_its_own_reason_is_reported_once_and_the_others_go_on():
     status, said = finish("--grid", "learning-rate", "1e-4", "1e30")
@@ -177,6 +181,7 @@ def test_a_run_that_fails_for_its_own_reason_is_reported_once_and_the_others_go_
     assert said.splitlines()[-1].startswith("error: 2 of 4 runs are not finished") and (FOLDER / "comparison.png").exists()
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_a_run_that_is_killed_more_often_than_retries_fails():
     process = start("--retries", "0", "--arms", "none")
@@ -257,6 +262,7 @@ def test_an_address_where_nothing_answers_gets_one_line(command, no_ray, address
     assert errors.count("\n") == 1 and f"no Ray cluster answers at {address} (" in errors and "ray start --head" in errors
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.parametrize("automatic", [False, True])
 def test_an_address_where_something_else_answers_gets_one_line_in_half_a_minute(command, no_ray, monkeypatch, automatic):
@@ -267,6 +273,7 @@ def test_an_address_where_something_else_answers_gets_one_line_in_half_a_minute(
     assert status == 1 and time.monotonic() - begun < 35 and errors.count("\n") == 1 and "(timed out)" in errors
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
 def test_a_cluster_that_loses_a_machine_in_mid_run_ends_with_the_same_bits(by_hand):
     from ray.cluster_utils import Cluster
@@ -318,6 +325,8 @@ def test_two_sweeps_cannot_run_in_one_folder(command, no_ray):
     assert status == 1 and f"another process is running {FOLDER}: wait for it" in errors
 
 
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_run_that_needs_more_than_the_machine_has_is_refused(command):
     status, _, errors = command("--cpus-per-run", "1000")
     assert status == 1 and errors.count("\n") == 1 and "needs 1000 processors" in errors and not FOLDER.exists()
