@@ -66,8 +66,8 @@ def idle_gpu(root: Path = Path("/")) -> str | None:
     if found:
         return f"/{found[0].relative_to(root)}"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20).stdout
-        return listed.splitlines()[0].partition(" (")[0] if listed.startswith("GPU ") else None
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+        return listed.partition("\n")[0].partition(" (")[0] or "nvidia-smi" if "no devices" not in listed.lower() else None
     return None
 
 

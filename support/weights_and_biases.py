@@ -31,12 +31,13 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
         UsageError: no login, or no network. Nothing is left behind.
     """
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds, not 90
+    os.environ.setdefault("WANDB_SILENT", "true")  # what it has to say is said here
     stdin = sys.stdin
     try:
         import wandb
 
         with open(os.devnull) as sys.stdin:  # on a terminal it would ask for a login, and wait
-            return wandb.init(
+            run = wandb.init(
                 project=project,
                 entity=entity,
                 name=name,
@@ -57,6 +58,9 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
         raise UsageError(f"--track: Weights & Biases cannot be used ({reason}): {fix}") from error
     finally:
         sys.stdin = stdin
+    if run is not None and (place := f"offline, send it by: wandb sync {run.settings.sync_dir}" if run.offline else run.url):
+        say(f"Weights & Biases: {place}")
+    return run
 
 
 def _remove_what_it_left(run_id: str) -> None:

@@ -36,6 +36,7 @@ BRIEF = Args(  # a whole run, in seconds
     buffer_size=250,
     learning_starts=100,
     batch_size=4,
+    head_width=64,  # checkpoints of 5 MB, not 50
     target_network_frequency=50,
     log_frequency=60,
     checkpoint_frequency=120,

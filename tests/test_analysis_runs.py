@@ -298,6 +298,7 @@ def test_a_broken_run_is_named_with_the_reason_and_the_others_are_used(kind):
         read_arms((folder,), RETURN)
 
 
+@pytest.mark.slow
 def test_six_runs_of_a_twentieth_of_full_length_are_read_in_a_twentieth_of_the_time():
     total = 750_000
     steps = np.arange(1_000, total + 1, 1_000, dtype=float)

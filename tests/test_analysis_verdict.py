@@ -48,6 +48,7 @@ def synthetic(rng, n, paired, effect):
 ARGS = [Args(seed=seed, total_timesteps=2 * INJECTION) for seed in range(5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effect", [0.0, 150.0])
 @pytest.mark.parametrize("n", [3, 5])
 @pytest.mark.parametrize("paired", [True, False], ids=["paired", "welch"])

@@ -200,6 +200,7 @@ def test_what_cannot_be_removed_now_is_removed_the_next_time(monkeypatch):
 # whole or not there
 
 
+@pytest.mark.slow
 def test_killed_before_any_of_its_lines_saving_leaves_a_good_checkpoint_and_nothing_in_the_way():
     save(1)
     newest = set()

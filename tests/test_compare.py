@@ -157,6 +157,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package, m
         runpy.run_path(str(SCRIPT), run_name="without it")
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_any_folder_in_a_shell_without_unicode():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, str(SCRIPT), *write_all(make_arms()), "--out", "y.pdf"]

@@ -73,6 +73,7 @@ def test_backends_agree_on_rewards_ends_and_raw_returns(env_id, num_envs):
     pytest.fail("too few ends to compare")
 
 
+@pytest.mark.slow
 @sb3_in_full_runs
 def test_returns_are_raw_scores_of_whole_games_while_rewards_are_signs(backend):
     envs, rng = make_envs(PHOENIX, backend, 2), np.random.default_rng(1)
@@ -132,6 +133,7 @@ def test_the_learner_sees_lives_ends_and_signs(lives, row, reward, termination, 
     assert infos["final_obs"][0, 3, 0, 0] == last_pixel and obs[0, 3, 0, 0] == row[3] == view.obs[0, 3, 0, 0]
 
 
+@pytest.mark.slow
 @sb3_in_full_runs
 def test_stacks_shift_by_one_survive_life_losses_and_restart_on_zeros_after_games(backend):
     envs, rng = make_envs(PHOENIX, backend, 2), np.random.default_rng(2)

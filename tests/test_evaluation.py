@@ -159,6 +159,7 @@ def test_without_an_encoder_a_film_is_refused_before_any_work_with_the_fix(monke
 # of an agent
 
 
+@pytest.mark.slow
 def test_an_evaluation_plays_the_given_network_at_the_given_epsilon(monkeypatch):
     network = QNetwork(8)
     torch.nn.init.zeros_(network.theta[2].weight)
@@ -172,6 +173,7 @@ def test_an_evaluation_plays_the_given_network_at_the_given_epsilon(monkeypatch)
         assert np.mean(np.array(played) == 5) == pytest.approx(greedy_share, abs=0.08 if epsilon else 0)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_fixed_by_seed_and_key_and_touches_no_other_random_numbers():
     args = Args(env_id=TINY_GAMES, env_backend="ale", eval_episodes=2, eval_epsilon=1.0)
     network = QNetwork(8)

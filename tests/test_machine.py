@@ -88,12 +88,12 @@ def test_the_trial_fails_where_there_is_no_such_device():
         machine.try_out(GPU)
 
 
-def no_nvidia_smi(monkeypatch, tmp_path, output=None):
+def no_nvidia_smi(monkeypatch, tmp_path, output=None, status=0):
     """PATH with nothing but an nvidia-smi that prints this, or with nothing at all."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     if output is not None:
-        (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{output}'\n")
+        (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{output}'\nexit {status}\n")
         (tmp_path / "bin/nvidia-smi").chmod(0o755)
 
 
@@ -131,8 +131,12 @@ def test_nvidia_smi_is_asked_too(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     no_nvidia_smi(monkeypatch, tmp_path, "GPU 0: NVIDIA A100 (UUID: GPU-1)")
     assert idle_gpu(tmp_path) == "GPU 0: NVIDIA A100"
-    no_nvidia_smi(monkeypatch, tmp_path, "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver")
+    no_nvidia_smi(monkeypatch, tmp_path, "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver", 9)
     assert idle_gpu(tmp_path) is None
+    no_nvidia_smi(monkeypatch, tmp_path, "No devices found.")
+    assert idle_gpu(tmp_path) is None
+    no_nvidia_smi(monkeypatch, tmp_path, "")
+    assert idle_gpu(tmp_path) == "nvidia-smi"
 
 
 @pytest.mark.parametrize("cuda", [True, False])

@@ -101,12 +101,14 @@ def test_a_network_like_a_fresh_one_has_a_ratio_of_about_1(checkpoint):
     assert 0.5 < ratios(result)[0] < 2
 
 
+@pytest.mark.slow
 def test_a_dead_head_has_lost_capacity_and_an_injection_restores_it(checkpoint):
     change(checkpoint, kill_head)
     agent, injected = ratios(probe_checkpoint(checkpoint, **ENOUGH))
     assert agent > 5 and injected < 2.5
 
 
+@pytest.mark.slow
 def test_no_injection_helps_where_the_encoder_is_dead(checkpoint):
     change(checkpoint, kill_encoder)
     assert min(ratios(probe_checkpoint(checkpoint, **ENOUGH))) > 5
@@ -250,6 +252,7 @@ def test_observations_come_from_replay_and_none_twice(checkpoint):
 # as a user sees it
 
 
+@pytest.mark.slow
 def test_twice_gives_the_same_numbers_and_leaves_the_checkpoint_as_it_is(checkpoint, capsys):
     content = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in checkpoint.iterdir()}
     torch.use_deterministic_algorithms(False)

@@ -205,6 +205,7 @@ def test_what_it_does_not_do_is_refused():
         buffer.sample(2, env=object())
 
 
+@pytest.mark.slow
 def test_sb3s_own_dqn_trains_with_it():
     def make_env():
         env = gym.make("PhoenixNoFrameskip-v4", frameskip=1, max_num_frames_per_episode=None)

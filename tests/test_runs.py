@@ -253,6 +253,7 @@ def test_a_new_run_is_alone_in_its_folder_while_it_lasts(monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_place(uninterrupted):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(RunLog, "close", lambda log: log.bar.close())
@@ -282,6 +283,7 @@ def test_multiples_of_a_period_fall_due_once_at_the_end_of_their_vector_step(num
     assert due == [min(-(-m // num_envs) * num_envs, 200) for m in multiples if m > after]
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_and_those_at_injection_steps_are_kept(monkeypatch):
     """Also in a baseline, which has no injection there."""
     seen = []
@@ -314,6 +316,7 @@ def test_curves_are_on_the_disk_itself_before_a_checkpoint_leaves_them_out(monke
     assert order == ["events", 0, "events", 10, "events", 20]
 
 
+@pytest.mark.slow
 def test_the_recent_speed_leaves_out_what_a_checkpoint_takes(monkeypatch):
     original = runs.save_checkpoint
     monkeypatch.setattr(runs, "save_checkpoint", lambda *given: (time.sleep(2.5), original(*given))[1])
@@ -445,6 +448,7 @@ def test_a_fork_is_a_run_of_its_own_that_can_be_killed_at_once(uninterrupted, ca
     assert step == 152 and "|exp_name|arm|" in table and "checkpoint-152|" in table
 
 
+@pytest.mark.slow
 def test_a_fork_from_a_checkpoint_whose_run_is_gone_works_and_its_curves_begin_there(uninterrupted):
     shutil.copytree(uninterrupted(BASELINE) / "checkpoint-142", "alone/checkpoint-142")
     folder = fork("alone/checkpoint-142", BASELINE, apply_injection=True)
@@ -546,7 +550,7 @@ NOT_FORKABLE = {
     **{"env_id": "x", "num_envs": 1, "env_backend": "sb3", "optimizer": "rmsprop", "learning_rate": 1.0},
     **{"shared_bias": True, "gamma": 0.5, "tau": 0.5, "target_network_frequency": 51, "train_frequency": 5, "batch_size": 5},
     **{
-        "head_width": 64,
+        "head_width": 65,
         "buffer_size": 151,
         "learning_starts": 61,
         "start_e": 0.9,
@@ -685,6 +689,7 @@ def test_a_run_of_another_version_is_refused_in_one_line(monkeypatch):
 # signals
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_run_with_a_checkpoint_from_which_it_goes_on_exactly(uninterrupted, capsys):
     args, resumed = replace(SMALL, save_model=True), {}
     for step, number in ((4, signal.SIGTERM), (152, signal.SIGINT), (160, signal.SIGTERM), (236, signal.SIGINT)):
@@ -701,6 +706,7 @@ def test_a_stop_ends_the_run_with_a_checkpoint_from_which_it_goes_on_exactly(uni
     assert (folder / "agent.pt").exists()
 
 
+@pytest.mark.slow
 def test_the_exit_status_says_what_ended_a_run_and_0_that_it_is_complete(monkeypatch, capsys):
     args = replace(PLAYING, total_timesteps=100, save_model=True)
     for step, number, status in ((20, signal.SIGTERM, 143), (40, signal.SIGINT, 130), (99, signal.SIGTERM, 143)):
@@ -852,6 +858,7 @@ def test_on_a_full_disk_the_run_goes_on_and_tries_again_and_in_the_end_nothing_i
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.slow
 def test_whatever_keeps_a_checkpoint_from_being_written_does_not_end_the_run(monkeypatch, capsys):
     errors = iter([OSError(errno.EIO, "Input/output error"), MemoryError(), zstandard.ZstdError("zstd cannot")])
     original, saved = runs.save_checkpoint, []
@@ -882,7 +889,7 @@ def test_a_disk_that_is_full_at_the_start_or_the_end_is_one_line(monkeypatch, st
         else:
             original = script.save_agent
             monkeypatch.setattr(script, "save_agent", lambda *given: (original(*given), disk.close()))
-            at_step(monkeypatch, 59, lambda: disk.enter_context(full_disk(20_000_000)))
+            at_step(monkeypatch, 59, lambda: disk.enter_context(full_disk(4_000_000)))
         message = main(monkeypatch, *flags_of(args))
     if start:
         assert message.startswith("error: cannot write run folder ") and "File too large" in message
@@ -908,6 +915,7 @@ def test_a_last_step_that_fails_once_the_checkpoint_is_in_place_does_not_report_
     assert names(folder) == ["checkpoint-0", "checkpoint-20"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
@@ -984,7 +992,7 @@ def test_a_checkpoint_whose_size_cannot_be_told_is_still_one(monkeypatch, capsys
 
 
 @slow
-@pytest.mark.parametrize("gap", [0.0, 0.2, 0.4, 0.8])
+@pytest.mark.parametrize("gap", [0.2, 0.4])
 def test_a_signal_delivered_twice_ends_the_run_with_a_checkpoint_and_the_firsts_status(gap, request):
     flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --learning-starts 500"
     process = subprocess.Popen([sys.executable, "-u", script.__file__, *flags.split()], stdout=subprocess.PIPE, text=True)

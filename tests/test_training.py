@@ -291,6 +291,7 @@ def test_the_logged_change_of_q_is_measured(monkeypatch):
 # what leaves training untouched
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_a_whole_run_and_only_an_injection_changes_it(record):
     """Two runs with one seed are bitwise equal, one with and one without injection up to it."""
     args = replace(SMALL, injection_step=(150,), num_envs=2, total_timesteps=170)
@@ -340,6 +341,7 @@ def test_what_is_evaluated_and_saved_at_an_intervention_is_the_network_before_it
     assert calls == ["save", "save", "evaluate", "intervene", "save", "save"], "at 0, 50, 60 and 70"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "games"), [({"eval_episodes": 5}, 5), ({"eval_episodes": 0, "eval_steps": 160}, 5)], ids=["games", "steps"]
 )
@@ -392,6 +394,7 @@ def test_tensorboard_holds_every_promised_curve_and_the_hyperparameters():
     assert f"|env_id|{TINY_GAMES}|" in hyperparameters and "|injection_step|(170,)|" in hyperparameters
 
 
+@pytest.mark.slow
 def test_where_a_measure_is_undefined_no_point_of_it_is_logged(monkeypatch):
     """The head dies at step 100 and lives again from step 150 on."""
     args = replace(BRIEF, total_timesteps=200, plasticity_frequency=40, learning_starts=200)
@@ -463,6 +466,7 @@ class Odd(io.TextIOBase):
     flush = isatty = fileno = lambda self: self.write("")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stream", [lambda: None, lambda: Odd(BrokenPipeError()), lambda: Odd(ValueError("I/O operation on closed file"))]
 )

@@ -72,6 +72,7 @@ def test_it_is_asked_to_mirror_tensorboard_in_a_run_that_can_be_gone_on_with(mon
     assert given == {"project": "p", "entity": "e", "name": "name", "id": "abc", "resume": "allow", "config": {"seed": 1}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there_before", [False, True])
 @pytest.mark.parametrize(
     ("settings", "reason"),
@@ -229,8 +230,7 @@ def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [False, True])
-def test_where_it_dies_in_mid_run_the_run_goes_on_and_ends_as_it_should(request, stop):
+def test_where_it_dies_in_mid_run_the_run_goes_on_and_ends_as_it_should(request):
     flags = "--env-backend ale --buffer-size 500 --total-timesteps 1500 --log-frequency 50 --learning-starts 100 --track"
     process = subprocess.Popen(
         [sys.executable, "-u", script.__file__, *flags.split()],
@@ -240,13 +240,12 @@ def test_where_it_dies_in_mid_run_the_run_goes_on_and_ends_as_it_should(request,
         env=OFFLINE,
     )
     request.addfinalizer(process.kill)
-    process.stdout.readline()
+    while process.poll() is None and "curves in" not in process.stdout.readline():
+        pass
     (core,) = (child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "wandb-core")
     core.kill()
-    if stop:
-        process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == (143 if stop else 0)
+    assert process.returncode == 0
     assert "warning: Weights & Biases has failed" in out and "cannot be written" not in out and "script" not in err
     curves = scalars(new_folder(set()))
-    assert stop or [step for step, _ in curves["losses/td_loss"]] == list(range(150, 1501, 50))
+    assert [step for step, _ in curves["losses/td_loss"]] == list(range(150, 1501, 50))
