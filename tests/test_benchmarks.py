@@ -66,6 +66,7 @@ def test_sb3_makes_one_update_per_four_steps(monkeypatch, num_envs):
     assert steps[-1] - steps[0] + num_envs == 80 and abs(sum(updates) - 80 // 4) <= max(num_envs // 4, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_envs", [1, 8])
 def test_ours_makes_one_update_per_four_steps_from_the_first_window_on(monkeypatch, stack, num_envs):
     updates = []
@@ -115,6 +116,7 @@ def test_the_table_holds_medians_and_their_ratios():
     assert lines[3] == ["ours, N=8, fp32, after injection", "160", "1–170", "1.60", "0.80"]
 
 
+@pytest.mark.slow
 def test_an_updates_arithmetic_is_counted_in_full(stack):
     settings = throughput.Settings(env_id=TINY_GAMES, fill=64, buffer_size=200)
     training = throughput.make_run(settings, 8, stack)
@@ -192,6 +194,7 @@ def test_the_highest_rate_is_that_of_the_faster_of_two_calls_whose_arithmetic_is
     assert profile_update.highest_rate(torch.device("cpu"), torch.float32) == pytest.approx(flops[faster] / 0.1)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_that_is_measured_is_whole_and_its_figures_are_all_that_is_printed(capsys):
     checkpoint_size.main(checkpoint_size.Settings(env_id=TINY_GAMES, num_envs=2, steps=64, repeats=1))
     result = json.loads(capsys.readouterr().out)

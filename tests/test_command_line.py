@@ -299,6 +299,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(monkeypatch, ca
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_the_shell_sees_one_line_and_a_status():
     run = subprocess.run([sys.executable, str(SCRIPT), "--num-envs", "0"], capture_output=True, text=True, check=False)
     assert run.returncode == 1 and run.stdout == ""

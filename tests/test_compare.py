@@ -37,6 +37,7 @@ def write_all(runs):
     return [write(run) for run in runs]
 
 
+@pytest.mark.slow
 def test_a_sweeps_folder_stands_for_the_runs_in_it(command, monkeypatch):
     runs = [run for rate in (1e-4, 1e-3) for run in make_arms(prefix=f"{rate}-", learning_rate=rate)]
     Path("sweeps/x").mkdir(parents=True)

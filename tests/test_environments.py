@@ -185,6 +185,7 @@ def test_v5_keeps_its_sticky_actions_and_skips_four_frames_once(backend, num_env
     assert equal_courses(PHOENIX) == [True, True] and equal_courses("ALE/Phoenix-v5") == [False, False]
 
 
+@pytest.mark.slow
 @sb3_in_full_runs
 def test_a_seed_fixes_every_game_and_another_seed_changes_them(backend):
     def play(seed):

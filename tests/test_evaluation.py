@@ -113,6 +113,7 @@ def test_a_film_shows_every_step_of_the_first_game_and_nothing_of_the_second(tmp
     assert [round(picture.mean() / 8) for picture in read] == list(range(10)), "what each decision was taken for"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "size"), [("sb3", (210, 160, 3)), pytest.param("ale", (336, 336, 3), marks=pytest.mark.slow)]
 )

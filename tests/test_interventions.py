@@ -205,6 +205,7 @@ def test_a_run_does_at_its_step_what_was_asked_for_and_says_so(arms, interventio
     assert float(line) == pytest.approx(delta, rel=1e-3) and "baseline arm" not in out
 
 
+@pytest.mark.slow
 def test_a_baseline_does_nothing_and_says_so(arms):
     curves, out, begun = arms["none"]
     assert not begun and "injection/step" not in curves and "baseline arm" in out
@@ -327,6 +328,7 @@ def test_a_short_run_in_the_papers_settings_trains_injects_and_evaluates():
 # growth
 
 
+@pytest.mark.slow
 def test_a_run_that_grows_says_from_how_many_trainable_parameters_to_how_many(capsys):
     """Phoenix has 8 actions; the encoder 77,984 parameters."""
     train(replace(SMALL, head_width=16, injected_head_width=32, total_timesteps=150))

@@ -94,6 +94,7 @@ def ratios(result):
 # what it measures
 
 
+@pytest.mark.slow
 def test_a_network_like_a_fresh_one_has_a_ratio_of_about_1(checkpoint):
     change(checkpoint, make_fresh)
     result = probe_checkpoint(checkpoint, **ENOUGH)
@@ -186,6 +187,7 @@ def test_seeds_differ_in_fresh_weights_and_injection(checkpoint, fits):
     assert not torch.equal(*(before["theta_prime_1.0.0.weight"] for before in injected))
 
 
+@pytest.mark.slow
 def test_an_injection_does_not_change_the_first_error(checkpoint, injected_checkpoint):
     for path in (checkpoint, injected_checkpoint):
         errors = probe_checkpoint(path, **QUICK)["errors"]

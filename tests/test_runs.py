@@ -126,6 +126,7 @@ COURSES = {  # what differs from SMALL, and where the run is killed or stopped
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(case, marks=slow if k else ()) for k, case in enumerate(COURSES)])
 def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, case):
     changes, interruptions = COURSES[case]
@@ -213,6 +214,7 @@ def test_the_comparison_sees_one_changed_bit(uninterrupted):
     assert len(differences(a, b)) == 3
 
 
+@pytest.mark.slow
 def test_a_finished_run_resumed_stays_as_it_is_and_other_software_is_named(uninterrupted, capsys, monkeypatch):
     folder = copy_of(uninterrupted(SMALL), "done")
     before = content(folder, END)
@@ -325,6 +327,7 @@ def test_the_recent_speed_leaves_out_what_a_checkpoint_takes(monkeypatch):
     assert overall <= 20 / 5 and recent > 10 / 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frequency,expected", [(0, []), (200, ["checkpoint-142", END])])
 def test_checkpoint_frequency_is_a_choice(frequency, expected):
     assert names(train(replace(PLAYING, injection_step=(142,), checkpoint_frequency=frequency))) == expected
@@ -385,6 +388,7 @@ ARMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", [pytest.param(arm, marks=slow if k else ()) for k, arm in enumerate(ARMS)])
 def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_from_the_start(uninterrupted, arm):
     folder = fork(uninterrupted(BASELINE) / "checkpoint-142", BASELINE, **ARMS[arm])
