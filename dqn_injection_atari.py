@@ -476,7 +476,8 @@ def evaluate(q_network: QNetwork, args: Args, key: int, video: Path | None = Non
     """Raw scores of whole games, see `play_games`. Games and random numbers are its own, from (seed, key)."""
     seed = stream_seed(args.seed, Stream.EVALUATION, key)
     envs = make_envs(args, max(1, args.eval_episodes), render_mode="rgb_array" if video else None)
-    return play_games(player(q_network, args.eval_epsilon, seed), envs, seed, args.eval_steps, video, stop)
+    act = player(q_network, int(envs.single_action_space.n), args.eval_epsilon, seed)
+    return play_games(act, envs, seed, args.eval_steps, video, stop)
 
 
 def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, FrameReplayBuffer]:

@@ -29,14 +29,12 @@ def epsilon_greedy(
     return actions if explore.all() else np.where(explore, actions, q().argmax(dim=1).cpu().numpy())
 
 
-def player(q_network: nn.Module, epsilon: float, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+def player(q_network: nn.Module, num_actions: int, epsilon: float, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     """ε-greedy actions (N,) int64 of a network for observations (N, 4, 84, 84) uint8, with random numbers of its own."""
     rng, device = np.random.default_rng(seed), next(q_network.parameters()).device
 
-    @torch.no_grad()
     def act(obs: np.ndarray) -> np.ndarray:
-        q_values = q_network(upload(obs, device))
-        return epsilon_greedy(lambda: q_values, (len(obs), q_values.shape[1]), epsilon, rng)
+        return epsilon_greedy(lambda: q_network(upload(obs, device)), (len(obs), num_actions), epsilon, rng)
 
     return act
 

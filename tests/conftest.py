@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start take it over
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a GPU's first product, whichever test makes it
@@ -84,3 +85,13 @@ def random_batch(rng=0, size=8):
 def joined(batches):
     """Several batches as one."""
     return ReplayBufferSamples(*(torch.cat(tensors) for tensors in zip(*(batch[:5] for batch in batches), strict=True)))
+
+
+def status_of(main):
+    """The exit status that a script's `main` ends with; what Python itself would write to stderr then is written."""
+    try:
+        main()
+    except SystemExit as error:
+        print(error.code, file=sys.stderr)
+        return 1 if isinstance(error.code, str) else error.code
+    return 0

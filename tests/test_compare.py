@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import status_of
 from matplotlib import pyplot as plt
 from simulated_runs import ALIEN, PHOENIX, RETURN, games, make_arms, make_games, write, write_run
 
@@ -22,13 +23,7 @@ def command(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        status = 0
-        try:
-            compare.main()
-        except SystemExit as error:
-            status = 1 if isinstance(error.code, str) else error.code
-            print(error.code, file=sys.stderr)  # as Python itself does
-        return status, *capsys.readouterr()
+        return status_of(compare.main), *capsys.readouterr()
 
     return run
 

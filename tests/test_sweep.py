@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import status_of
 
 pytest.importorskip("ray")
 
@@ -197,13 +198,7 @@ def command(monkeypatch, capsys):
 
     def run(*arguments, flags=FLAGS):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *SMALL, *map(str, arguments), "--", *flags])
-        status = 0
-        try:
-            sweep.main()
-        except SystemExit as error:
-            status = 1 if isinstance(error.code, str) else error.code
-            print(error.code, file=sys.stderr)  # as Python itself does
-        return status, *capsys.readouterr()
+        return status_of(sweep.main), *capsys.readouterr()
 
     return run
 

@@ -204,21 +204,27 @@ def test_a_forks_curves_are_whole_there_too(monkeypatch):
     assert_whole(curves, forked)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request):
-    flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --log-frequency 50 --learning-starts 100 --track"
+def begun(flags, request, **options):
+    """A process that trains offline, once it has said where its curves are; it ends with the test at the latest."""
     process = subprocess.Popen(
         [sys.executable, "-u", script.__file__, *flags.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=OFFLINE,
-        start_new_session=True,  # a group of its own
+        **options,
     )
     request.addfinalizer(process.kill)
     while process.poll() is None and "curves in" not in process.stdout.readline():
         pass
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request):
+    flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --log-frequency 50 --learning-starts 100 --track"
+    process = begun(flags, request, start_new_session=True)  # a group of its own
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in err
@@ -232,16 +238,7 @@ def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request
 @pytest.mark.slow
 def test_where_it_dies_in_mid_run_the_run_goes_on_and_ends_as_it_should(request):
     flags = "--env-backend ale --buffer-size 500 --total-timesteps 1500 --log-frequency 50 --learning-starts 100 --track"
-    process = subprocess.Popen(
-        [sys.executable, "-u", script.__file__, *flags.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=OFFLINE,
-    )
-    request.addfinalizer(process.kill)
-    while process.poll() is None and "curves in" not in process.stdout.readline():
-        pass
+    process = begun(flags, request)
     (core,) = (child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "wandb-core")
     core.kill()
     out, err = process.communicate(timeout=120)
