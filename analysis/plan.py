@@ -241,6 +241,10 @@ def arms_of(asked: Asked, setting: tuple[str, tuple[str, ...]], origin: Checkpoi
         first = ("--env-id", asked.env_ids[0], "--seed", str(asked.seeds[0]), "--exp-name", exp_name)
         run = PlannedRun(name, parsed((*flags, *first)), flags)
         family.append(run if not family else forked(run, family[0]))
+    for arm, args in ((run.arm, run.args) for run in family[1:]):
+        if args.applied_intervention != "none" and args.injection_trigger == "step" and not args.planned_interventions:
+            fix = "give --injection-step after --, or --injection-trigger norm"
+            raise UsageError(f"arm {arm} would have no {args.intervention}, since no step is planned for it: {fix}")
     return family
 
 

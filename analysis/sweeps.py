@@ -58,8 +58,13 @@ class Task:
         return find_folder(self.folder, self.run.name)
 
     def take_up(self, last: Change) -> None:
-        """Goes on from what a manifest says. A run whose folder has gone is to be done once more."""
+        """Goes on from what a manifest says. A run whose folder has gone is to be done once more.
+
+        Where the sweep was killed while it ran, nobody noted its hours: it counts up to its last word.
+        """
         self.attempt, self.hours = last.attempt, last.hours
+        if last.state == "running" and self.log.exists():
+            self.hours += max(0.0, self.log.stat().st_mtime - last.time) / 3600
         self.progress = Progress(step=last.step)
         if last.state == "finished" and self.run_folder is not None:
             self.state = "finished"

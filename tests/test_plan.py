@@ -66,9 +66,10 @@ def test_a_fork_has_the_arguments_of_a_whole_run_in_its_arm(monkeypatch, first):
     assert by_arm["once"].injection_step == (1001,) and by_arm["not at all"].applied_intervention == "none"
 
 
-@pytest.mark.parametrize("flags", [(), ("--injection-trigger", "norm")])
-def test_without_a_planned_injection_every_arm_runs_whole(flags):
-    assert {run.begins for run in plan(asked(flags=flags))} == {0}
+def test_without_a_planned_injection_every_arm_runs_whole():
+    assert {run.begins for run in plan(asked(flags=("--injection-trigger", "norm")))} == {0}
+    wide = {"wide": "--intervention none --head-width 1024"}
+    assert [run.begins for run in plan(asked("none", own=wide, flags=(), seeds=(1,)))] == [0, 0]
 
 
 def test_an_arm_that_differs_before_the_fork_runs_whole():
@@ -172,6 +173,7 @@ def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(
         ({"flags": ("--seed", "3")}, "--seed after -- is what the sweep itself gives: leave it out, and give --seeds"),
         ({"flags": ("--no-apply-injection",)}, "give --arms"),
         ({"flags": ("--resume", "runs/X")}, "--resume after --"),
+        ({"flags": ()}, "arm injection would have no injection.*give --injection-step after --"),
         ({"flags": (*FLAGS, "--checkpoint-frequency", "0")}, "leaves nothing to fork arms from"),
         ({"own": {"x": "--learning-rate 1e-3"}}, "another learning_rate than none.*give --grid learning-rate"),
         ({"own": {"x": "--total-timesteps 12000"}}, "give --exploration-fraction"),

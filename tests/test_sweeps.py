@@ -1,5 +1,6 @@
 """A sweep under way without its engine: which runs may begin, what is noted of them, what they are to be given."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,11 @@ def test_the_manifest_holds_steps_speed_and_hours_over_attempts_and_sweeps(book,
     found = attempt(book, f"resumed at step 3,600 from x\n{line.format('9,000')}", 1_800, "finished")
     assert (found.step, found.steps_per_second, found.hours, found.attempt) == (9_000, 3.0, 1.5, 2)
     assert make_book().open_tasks() == [book.tasks[FORK]] or [t.run.name for t in make_book().open_tasks()] == [FORK]
+    begin(book, FORK, line.format("6,000")).ref = object()
+    book.look()
+    last = read_manifest(Path())[-1]
+    os.utime(book.tasks[FORK].log, (last.time, last.time + 7_200))
+    assert make_book().tasks[FORK].hours == pytest.approx(2), "the sweep was killed, and its hours count"
     Path("runs", f"{TRUNK}__7").rmdir()
     assert len(make_book().open_tasks()) == 2, "a finished run whose folder has gone is done once more"
 
