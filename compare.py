@@ -17,25 +17,34 @@ Written beside --out: the figure of return, one of the plasticity measures (NAME
 
 asks saved agents, in minutes: how well does each fit random targets, as it is and after an injection, next to a fresh
 network? That needs no second arm, but says nothing about the return.
+
+    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 40 --probe-inject-at 20 --out img/tasks.png
+    python compare.py --probe fresh --env-id PhoenixNoFrameskip-v4
+
+takes each through a sequence of random targets, also as a copy that is injected at a task, and one whose head is reset there:
+does it lose its plasticity, and does an injection restore it (paper, §3)? Without a checkpoint, three fresh networks do that.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from annotated_types import Ge
+from annotated_types import Ge, Interval
 
 try:
+    from analysis.fitting import NO_CHECKPOINT
     from analysis.probe import probe
     from analysis.report import report
     from analysis.runs import runs_in
+    from analysis.task_sequence import probe_sequence
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed: pip install -r requirements-dev.txt")
 
 from support.process import ends_in_one_line
-from support.usage import Count, UsageError, check_bounds
+from support.usage import Count, UsageError, changed_fields, check_bounds
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,8 @@ class Settings:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """folders of runs, those under runs/; or of sweeps, those under sweeps/"""
     out: str | None = None
-    """where the figure goes (.png, .pdf or .svg); the other files have its name with another ending; by default comparison.png,
-    for a sweep in its folder"""
+    """where the figure goes (.png, .pdf or .svg); the other files have its name with another ending. By default comparison.png,
+    for a sweep in its folder, and for a sequence of tasks tasks.png; a probe of one task writes its numbers where this says"""
     metric: Literal["charts/episodic_return", "eval/episodic_return"] = "charts/episodic_return"
     """which return is compared: that of every training game, or the mean of every evaluation"""
     window: Annotated[int | None, Ge(1)] = None
@@ -55,27 +64,57 @@ class Settings:
     """what the figures show: mean over seeds and its 95% t interval, or interquartile mean and 95% bootstrap interval, which
     covers less than that with 3 to 5 seeds (Agarwal et al. 2021). The verdict is on means in either case"""
     probe: tuple[str, ...] = ()
-    """checkpoints, runs/FOLDER/checkpoint-STEP: how well do these agents still fit random targets? (Lyle et al. 2023)"""
-    probe_observations: Count = 512
-    """replayed observations to fit targets at"""
-    probe_updates: Count = 1_000
-    """gradient steps of each network, with the run's batch size and learning rate"""
+    """checkpoints, runs/FOLDER/checkpoint-STEP, or fresh: how well do they still fit random targets? (Lyle et al. 2023)"""
+    env_id: str | None = None
+    """the game of --probe fresh, whose observations are of random play"""
+    probe_tasks: Annotated[int | None, Ge(2)] = None
+    """random targets that are fitted one after the other; by default a single one, for fresh 40"""
+    probe_inject_at: int | None = None
+    """task before which a copy is injected; by default the one in the middle"""
+    probe_observations: Annotated[int | None, Ge(1)] = None
+    """replayed observations to fit targets at; by default 512, of a sequence 128"""
+    probe_updates: Annotated[int | None, Ge(1)] = None
+    """gradient steps of each network at each target, with the run's batch size; by default 1,000, of a sequence 120"""
+    probe_learning_rate: Annotated[float | None, Interval(gt=0, lt=math.inf)] = None
+    """by default the run's, for fresh 5e-4"""
     probe_seeds: Count = 3
     """repetitions, each with its own targets, batches, fresh weights and injection"""
+
+
+def check(settings: Settings) -> None:
+    """
+    Raises:
+        UsageError: a setting contradicts another one, or would be passed over.
+    """
+    check_bounds(settings)
+    fresh = NO_CHECKPOINT in settings.probe
+    if settings.runs and settings.probe:
+        raise UsageError("runs and probe exclude each other: give folders of runs, or checkpoints after --probe")
+    if fresh != (settings.env_id is not None):
+        raise UsageError("fresh and env_id belong together: give --probe fresh --env-id PhoenixNoFrameskip-v4, or neither")
+    if settings.probe_inject_at is not None and not (settings.probe_tasks or fresh):
+        raise UsageError("probe_inject_at is a task of a sequence: give --probe-tasks")
+    if given := [name for name in changed_fields(settings, Settings()) if name.startswith("probe_") and not settings.probe]:
+        raise UsageError(f"{given[0]} is given, but nothing to probe: give --probe runs/FOLDER/checkpoint-STEP")
+    if settings.out is not None and Path(settings.out).suffix not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"out is {settings.out}, but must end in .png, .pdf or .svg: change --out")
 
 
 def main() -> None:
     with ends_in_one_line():
         settings = tyro.cli(Settings, description=__doc__)
-        check_bounds(settings)
-        if settings.runs and settings.probe:
-            raise UsageError("runs and probe exclude each other: give folders of runs, or checkpoints after --probe")
-        if settings.probe:
-            probe(settings.probe, settings.probe_observations, settings.probe_updates, settings.probe_seeds)
+        check(settings)
+        out = None if settings.out is None else Path(settings.out)
+        tasks = settings.probe_tasks or (40 if NO_CHECKPOINT in settings.probe else None)
+        how = settings.probe_seeds, settings.probe_learning_rate
+        if tasks is not None:
+            size = tasks, settings.probe_inject_at, settings.probe_observations or 128, settings.probe_updates or 120
+            probe_sequence(settings.probe, settings.env_id, *size, *how, out or Path("tasks.png"))
+        elif settings.probe:
+            probe(settings.probe, settings.probe_observations or 512, settings.probe_updates or 1_000, *how, out)
         else:
             folders, place = runs_in(settings.runs)
-            out = Path(settings.out) if settings.out is not None else place / "comparison.png"
-            report(folders, out, settings.metric, settings.window, settings.aggregate)
+            report(folders, out or place / "comparison.png", settings.metric, settings.window, settings.aggregate)
 
 
 if __name__ == "__main__":

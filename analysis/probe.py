@@ -1,156 +1,31 @@
 """How well does a saved agent still fit random targets, next to a fresh network (Lyle et al. 2023)?"""
 
+import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from analysis.intervals import t_interval
-from analysis.runs import CONDITIONS
-from dqn_injection_atari import Args, Learner, QNetwork
-from support.checkpoints import Checkpoint, load_checkpoint
-from support.environments import FRAME_SIZE, STACK
-from support.machine import free_memory, pick_device
-from support.replay import FrameReplayBuffer
-from support.usage import UsageError, reading
-
-FRESH = "fresh network"
-CONTENDERS = ("agent", "agent, injected", FRESH)  # of a probe
-
-
-def saved_args(checkpoint: Checkpoint) -> Args:
-    """
-    Raises:
-        UsageError: they are not this script's.
-    """
-    with reading(checkpoint.path, "a checkpoint", "take another"):
-        return Args(**checkpoint.meta["args"])
+from analysis.fitting import (
+    CONTENDERS,
+    FRESH,
+    fit,
+    make_contender,
+    num_injections,
+    random_targets,
+    read_subject,
+    relative_error,
+    replayed_observations,
+    saved_args,
+)
+from support.machine import pick_device
+from support.usage import UsageError
 
 
-def num_injections(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.state["learner"]["q_network"]["_extra_state"])
-
-
-def num_actions(checkpoint: Checkpoint) -> int:
-    return len(checkpoint.state["learner"]["q_network"]["theta.2.weight"])
-
-
-def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:
-    """The run's arguments for learning in float32, with this seed and room for one injection more than were made."""
-    made = num_injections(checkpoint)
-    changes: dict[str, Any] = {"seed": seed, "bf16": False, "cuda_graphs": False}
-    changes |= {"injection_step": tuple(range(1, made + 2)), "total_timesteps": made + 2, "num_envs": 1}
-    changes |= {"injection_trigger": "step"}
-    changes |= {name: getattr(Args, name) for name, of in CONDITIONS.items() if of.field == "injection_trigger"}
-    return replace(saved_args(checkpoint), **changes)
-
-
-def replayed_observations(checkpoint: Checkpoint, count: int, device: torch.device) -> torch.Tensor:
-    """Observations of `count` different transitions in a checkpoint's replay, always the same: (count, 4, 84, 84) uint8.
-
-    Until it returns it takes the memory of the whole replay, 7.3 kB a step: 7.3 GB for 1M.
-
-    Raises:
-        UsageError: the replay holds fewer, does not fit in memory, or cannot be read.
-    """
-    path, args = checkpoint.path, saved_args(checkpoint)
-    with reading(path, "a checkpoint", "take another"):
-        needed, free = checkpoint.state["replay"]["used"] * FRAME_SIZE**2 + 40 * args.buffer_size, free_memory()
-    if needed > free:
-        sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
-        raise UsageError(f"{path} cannot be probed, its replay {sizes}: free more, or probe it on another machine")
-    obs_space = gym.spaces.Box(0, 255, (STACK, FRAME_SIZE, FRAME_SIZE), np.uint8)
-    action_space = gym.spaces.Discrete(num_actions(checkpoint))
-    replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, n_envs=args.num_envs)
-    checkpoint.restore({"replay": replay})
-    if (held := replay.size() * args.num_envs) < count:
-        fix = f"lower --probe-observations to {held}" if held else "take a later one"
-        raise UsageError(f"{path} cannot be probed, its replay holds {held:,} observations and not {count:,}: {fix}")
-    chosen = np.random.default_rng(0).choice(held, size=count, replace=False)
-    return replay.transitions(*np.divmod(chosen, args.num_envs)).observations
-
-
-@torch.no_grad()
-def random_targets(network: QNetwork, obs: torch.Tensor) -> torch.Tensor:
-    """sin(10⁵ f(s)) of a freshly initialised `network` f (Lyle et al. 2023): (B, num_actions) float32, about 0 ± 0.7.
-
-    A function of the observation, so that two that are equal have one target; independent draws would ask of every network
-    what none can do. In float64, or the factor would turn rounding errors into other targets. Leaves `network` in float64.
-    """
-    network = network.double()
-    return torch.cat([torch.sin(1e5 * network.theta(network.features(part))) for part in obs.split(64)]).float()
-
-
-def make_contender(name: str, checkpoint: Checkpoint, seed: int, device: torch.device) -> Learner:
-    """One of `CONTENDERS`, each with an optimizer that has no moments yet. `seed` decides the fresh weights, or the injection.
-
-    Raises:
-        UsageError: the checkpoint's network is not this script's.
-    """
-    learner = Learner(probe_args(checkpoint, seed), num_actions(checkpoint), device)
-    if name != FRESH:
-        with reading(checkpoint.path, "a checkpoint", "take another"):
-            learner.load_state_dict(checkpoint.state["learner"])
-        learner.optimizer.state.clear()
-    if name == "agent, injected":
-        learner.inject()
-    return learner
-
-
-@torch.no_grad()
-def outputs(network: torch.nn.Module, obs: torch.Tensor) -> torch.Tensor:
-    """(B, num_actions) float32, in portions that do not take much memory."""
-    return torch.cat([network(part) for part in obs.split(512)])
-
-
-def fit(learner: Learner, obs: torch.Tensor, targets: torch.Tensor, batches: np.ndarray) -> tuple[float, float]:
-    """Regresses the online network on its own mean outputs plus `targets`, with whatever of it the agent itself would train.
-
-    The mean over the observations, one per action, is added because the agent's values have some level and a fresh network's
-    have none: to learn a level is easy, and not the question (Lyle et al. 2023). The loss is ½ Σ_a (Q(s, a) − y(s, a))²,
-    averaged over a batch, whose gradient is for each output what the run's Huber loss has where |δ| ≤ 1.
-
-    Args:
-        obs: (B, 4, 84, 84) uint8
-        targets: (B, num_actions) float32
-        batches: (updates, batch size) int, rows of obs
-
-    Returns:
-        mean squared error over all obs and actions, before and after; NaN or infinite where the network diverged
-    """
-    network = learner.q_network
-    before = outputs(network, obs)
-    targets = before.mean(dim=0) + targets
-    for batch in torch.from_numpy(batches).to(obs.device):
-        loss = 0.5 * (network(obs[batch]) - targets[batch]).square().sum(dim=1).mean()
-        learner.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        learner.optimizer.step()
-    return F.mse_loss(before, targets).item(), F.mse_loss(outputs(network, obs), targets).item()
-
-
-def relative_error(errors: Sequence[float], fresh: Sequence[float]) -> dict[str, Any] | None:
-    """Errors (seeds,) as multiples of a fresh network's, paired by seed.
-
-    Returns:
-        "per_seed" (seeds,), "ratio", their geometric mean, and "interval", the 95% t interval of the mean log-ratio as
-        ratios, None for one seed; or None where an error is not finite or 0
-    """
-    if not all(0 < error < math.inf for error in (*errors, *fresh)):
-        return None
-    logs = np.log(errors) - np.log(fresh)
-    interval = np.exp(t_interval(logs)).tolist() if len(logs) > 1 else None
-    return {"per_seed": np.exp(logs).tolist(), "ratio": float(np.exp(logs.mean())), "interval": interval}
-
-
-def probe_checkpoint(path: Path, observations: int, updates: int, seeds: int) -> dict[str, Any]:
+def probe_checkpoint(path: Path, observations: int, updates: int, seeds: int, rate: float | None = None) -> dict[str, Any]:
     """Fitting capacity of the agent in a checkpoint, with and without a fresh injection, against a fresh network's.
 
     With each seed all three get the same observations, targets (but for `fit`'s offset) and batches. The agent's and the
@@ -163,7 +38,7 @@ def probe_checkpoint(path: Path, observations: int, updates: int, seeds: int) ->
     Raises:
         UsageError: the checkpoint is damaged or cannot be probed.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_subject(path, rate)
     args = saved_args(checkpoint)
     device = pick_device(args.cuda, deterministic=True, tf32=args.tf32)
     obs = replayed_observations(checkpoint, observations, device)
@@ -183,6 +58,7 @@ def probe_checkpoint(path: Path, observations: int, updates: int, seeds: int) ->
         "run_seed": args.seed,
         "step": checkpoint.step,
         "injections": num_injections(checkpoint),
+        "learning_rate": args.learning_rate,
         "probe_observations": observations,
         "probe_updates": updates,
         "probe_seeds": seeds,
@@ -242,16 +118,21 @@ def probe_table(result: dict[str, Any]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def probe(paths: Iterable[str], observations: int, updates: int, seeds: int) -> list[dict[str, Any]]:
+def probe(
+    paths: Iterable[str], observations: int, updates: int, seeds: int, rate: float | None = None, out: Path | None = None
+) -> list[dict[str, Any]]:
     """Prints and returns `probe_checkpoint` of every checkpoint; those that cannot be probed are named and left out.
+
+    With `out`, they are also written beside it, as JSON.
 
     Raises:
         UsageError: no checkpoint can be probed.
+        OSError: the results cannot be written.
     """
     results, left_out = [], []
     for path in dict.fromkeys(map(Path, paths)):
         try:
-            result = probe_checkpoint(path, observations, updates, seeds)
+            result = probe_checkpoint(path, observations, updates, seeds, rate)
         except UsageError as error:
             left_out.append(str(error))
             print(f"left out: {error}", flush=True)
@@ -263,4 +144,12 @@ def probe(paths: Iterable[str], observations: int, updates: int, seeds: int) -> 
     if not results:
         reason = left_out[0] if left_out else "give checkpoints, runs/FOLDER/checkpoint-STEP"
         raise UsageError(f"no checkpoint to probe; {reason}")
+    if out is not None:
+        write_json(results, out.with_suffix(".json"))
+        print(f"wrote {out.with_suffix('.json')}")
     return results
+
+
+def write_json(results: list[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")

@@ -171,7 +171,7 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
 
     Args:
         folders: of runs
-        out: where the figure goes; the other files have its name with another ending
+        out: where the figure goes, a .png, .pdf or .svg; the other files have its name with another ending
         metric: tag of the returns that are compared
         window: steps after the injection that count, None for as many as all compared runs have
         aggregate: "mean" or "iqm", of the figures
@@ -182,8 +182,6 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
     """
     if not folders:
         raise UsageError("nothing to compare: give folders of runs, python compare.py runs/A runs/B ...")
-    if out.suffix not in (".png", ".pdf", ".svg"):
-        raise UsageError(f"out is {out}, but must end in .png, .pdf or .svg: change --out")
     arms, remarks = read_arms(folders, metric)
     pairs = comparisons(arms, metric, window)
     totals = aggregates(pairs)

@@ -62,20 +62,20 @@ def by_hand(place: Path, flags: list[str]) -> Iterator[tuple[str, Path]]:
                 yield f"{game}__{arm}__{seed}", done(f"{own}-{arm}", "--fork", str(checkpoint), "--intervention", arm)
 
 
-def kill_something(place: Path, sweep: subprocess.Popen, rng: random.Random) -> str | None:
-    """Kills a training or its worker, after a moment; returns which, None where there was none."""
+def kill_something(place: Path, sweep: subprocess.Popen, rng: random.Random) -> list[str]:
+    """Kills a training or its worker, after a moment; returns which, nothing where there was none."""
     time.sleep(rng.uniform(0, 4))
     if sweep.poll() is not None or not (going := trainings(place)):
-        return None
+        return []
     victim, what = rng.choice(going), rng.choice(("training", "worker"))
     try:
         process = victim if what == "training" else victim.parent()
         if process is None or (what == "worker" and "ray::" not in " ".join(process.cmdline())):
-            return None  # its worker has gone already
+            return []  # its worker has gone already
         process.kill()
     except psutil.NoSuchProcess:
-        return None
-    return what
+        return []
+    return [what]
 
 
 @dataclass
@@ -88,7 +88,7 @@ class Settings:
     """of the random moments"""
 
 
-def sweep_and_compare(backend: str, settings: Settings, rng: random.Random) -> tuple[Counter[str], list[str]]:
+def sweep_and_compare(backend: str, kills: int, settings: Settings, rng: random.Random) -> tuple[Counter[str], list[str]]:
     """Returns what was killed how often, and what is not as it should be."""
     killed: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
@@ -98,30 +98,25 @@ def sweep_and_compare(backend: str, settings: Settings, rng: random.Random) -> t
         references = {name: content(folder, LAST) for name, folder in by_hand(hand, flags)}
         arguments = ["--name", "x", "--env-ids", *GAMES, "--seeds", *SEEDS, "--arms", "none", *FORKS]
         arguments += ["--retries", "1000", "--retry-pause", "0.1", "--memory-per-run", "0.5", "--threads-per-run", "1"]
-        command, sweeps_left = [sys.executable, str(SWEEP), *arguments, "--", *flags], settings.sweep_kills
-        kills = settings.kills - settings.kills // 2 if backend == "sb3" else settings.kills // 2
+        command = [sys.executable, str(SWEEP), *arguments, "--", *flags]
         with open(Path(name, "said"), "w") as said:
-            while True:
+            for part in range(settings.sweep_kills + 1):
                 sweep = subprocess.Popen(command, cwd=name, stdout=said, stderr=subprocess.STDOUT)
-                until = kills * (settings.sweep_kills - sweeps_left + 1) // (settings.sweep_kills + 1)
-                while sweep.poll() is None and (killed.total() - killed["sweep"] < until or not sweeps_left):
-                    if killed.total() - killed["sweep"] >= kills:
-                        sweep.wait()
-                    elif what := kill_something(place, sweep, rng):
-                        killed[what] += 1
-                if sweep.poll() is not None:
-                    break
-                sweep.kill()
+                due = kills * (part + 1) // (settings.sweep_kills + 1)
+                while sweep.poll() is None and killed["training"] + killed["worker"] < due:
+                    killed.update(kill_something(place, sweep, rng))
+                if part < settings.sweep_kills and sweep.poll() is None:
+                    sweep.kill()
+                    killed["sweep"] += 1
                 sweep.wait()
-                sweeps_left -= 1
-                killed["sweep"] += 1
-        wrong = [f"the sweep ended with {sweep.returncode}: {Path(name, 'said').read_text()}"] * bool(sweep.returncode)
+        wrong = ["it ended before all kills were made"] * (killed.total() < kills + settings.sweep_kills)
+        wrong += [f"the sweep ended with {sweep.returncode}: {Path(name, 'said').read_text()}"] * bool(sweep.returncode)
         finished = Counter(change.run for change in read_manifest(place) if change.state == "finished")
         wrong += [f"{run} finished {finished[run]} times" for run in {**references, **finished} if finished[run] != 1]
         for run, reference in references.items():
             folders, log = list((place / "runs").glob(f"{run}__*")), (place / "logs" / f"{run}.log").read_text()
-            if len(folders) != 1 or (ends := log.count(f": {LAST}, ")) > 1:
-                wrong.append(f"{run} was done {max(len(folders), ends)} times")
+            if max(len(folders), times := log.count(f": {LAST}, ")) > 1:
+                wrong.append(f"{run} was done {times} times, in {len(folders)} folders")
             wrong += [f"{run}: {what}" for what in differences(content(folders[0], LAST), reference)]
     return killed, wrong
 
@@ -130,8 +125,8 @@ def main(settings: Settings) -> None:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that points are purged is as it should be
     os.environ |= {"OMP_NUM_THREADS": "1"}
     rng, failures = random.Random(settings.seed), 0
-    for backend in ("sb3", "ale"):
-        killed, wrong = sweep_and_compare(backend, settings, rng)
+    for backend, kills in (("sb3", settings.kills - settings.kills // 2), ("ale", settings.kills // 2)):
+        killed, wrong = sweep_and_compare(backend, kills, settings, rng)
         failures += bool(wrong)
         counts = len(GAMES) * len(SEEDS) * (1 + len(FORKS))
         print(f"{backend}: {counts} runs, killed {dict(killed)}; wrong: {wrong or 'nothing'}", flush=True)

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import sys
 
@@ -12,7 +13,7 @@ import torch
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dqn_injection_atari import Args, Learner  # registers the games, too
+from dqn_injection_atari import Args, Learner, train  # registers the games, too
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background, and so their runs, would ignore it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -95,3 +96,25 @@ def status_of(main):
         print(error.code, file=sys.stderr)
         return 1 if isinstance(error.code, str) else error.code
     return 0
+
+
+@pytest.fixture(scope="session")
+def saved_run(tmp_path_factory):
+    """The folder of the run of `saved_agents.SMALL`."""
+    from saved_agents import SMALL
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("saved"))
+        return train(SMALL).absolute()
+
+
+@pytest.fixture
+def checkpoint(saved_run, tmp_path):
+    """A copy of the checkpoint before that run's one injection."""
+    return shutil.copytree(saved_run / "checkpoint-180", tmp_path / "checkpoint-180")
+
+
+@pytest.fixture
+def injected_checkpoint(saved_run):
+    """The one at the run's end, in which all pairs of heads are in use."""
+    return saved_run / "checkpoint-240"

@@ -114,6 +114,16 @@ def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_onl
         (["--probe", "a", "--probe-observations", 0], "must be at least 1: change --probe-observations"),
         (["--probe", "a", "--probe-updates", 0], "must be at least 1: change --probe-updates"),
         (["--probe", "a", "--probe-seeds", 0], "must be at least 1: change --probe-seeds"),
+        (["--probe", "a", "--probe-learning-rate", 0], "must be positive"),
+        (["--probe", "a", "--probe-tasks", 1], "must be at least 2: change --probe-tasks"),
+        (["--probe", "a", "--probe-tasks", 4, "--probe-inject-at", 5], "must be 2 to 4: change --probe-inject-at"),
+        (["--probe", "a", "--probe-inject-at", 5], "give --probe-tasks"),
+        (["--probe", "a", "--probe-tasks", 4], "a cannot be read as a checkpoint"),
+        (["--probe", "a", "--env-id", PHOENIX], "give --probe fresh --env-id"),
+        (["--probe", "fresh"], "give --probe fresh --env-id"),
+        (["--probe", "fresh", "--env-id", "Foo"], "unknown env_id 'Foo'"),
+        (["--probe", "a", "--out", "x"], "must end in .png, .pdf or .svg: change --out"),
+        (["runs/a", "--probe-updates", 5], "probe_updates is given, but nothing to probe"),
         (["--probe", "nowhere"], "no checkpoint to probe; nowhere cannot be read as a checkpoint"),
     ],
 )
@@ -132,7 +142,7 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(command):
 
 def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
     given = []
-    for name in ("report", "probe"):
+    for name in ("report", "probe", "probe_sequence"):
         monkeypatch.setattr(compare, name, lambda *settings: given.append(settings))
     command("a", "b", "--out", "c.pdf", "--metric", "eval/episodic_return", "--window", 5, "--aggregate", "iqm")
     command("a")
@@ -141,7 +151,19 @@ def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
     given.clear()
     command("--probe", "a", "b", "--probe-observations", 5, "--probe-updates", 6, "--probe-seeds", 7)
     command("--probe", "a")
-    assert given == [(("a", "b"), 5, 6, 7), (("a",), 512, 1_000, 3)]
+    command("--probe", "a", "--probe-learning-rate", 0.1, "--out", "d.png")
+    assert given == [
+        (("a", "b"), 5, 6, 7, None, None),
+        (("a",), 512, 1_000, 3, None, None),
+        (("a",), 512, 1_000, 3, 0.1, Path("d.png")),
+    ]
+    given.clear()
+    command("--probe", "a", "--probe-tasks", 4, "--probe-inject-at", 3, "--probe-observations", 5, "--probe-learning-rate", 0.1)
+    command("--probe", "fresh", "--env-id", PHOENIX, "--out", "d.png")
+    assert given == [
+        (("a",), None, 4, 3, 5, 120, 3, 0.1, Path("tasks.png")),
+        (("fresh",), PHOENIX, 40, None, 128, 120, 3, None, Path("d.png")),
+    ]
 
 
 @pytest.mark.parametrize("package", ["scipy", "matplotlib"])

@@ -7,84 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_GAMES
+from saved_agents import SMALL, change, kill_encoder, kill_head, make_fresh
 
 from analysis import probe as probing
+from analysis.fitting import num_actions, random_targets
 from analysis.probe import CONTENDERS, FRESH, probe, probe_checkpoint
-from dqn_injection_atari import Args, Learner, make_parts, make_q_network, train
-from support.checkpoints import CHECKSUMS, checksums, load_checkpoint
+from dqn_injection_atari import Learner
+from support.checkpoints import load_checkpoint
 from support.usage import UsageError
 
 AGENT, INJECTED, _ = CONTENDERS
 CPU = torch.device("cpu")
-SMALL = Args(
-    env_id=TINY_GAMES,
-    env_backend="ale",
-    num_envs=2,
-    total_timesteps=240,
-    buffer_size=200,
-    learning_starts=100,
-    train_frequency=10,
-    batch_size=8,
-    learning_rate=1e-3,
-    log_frequency=60,
-    checkpoint_frequency=240,
-    plasticity_frequency=0,
-    injection_step=(180,),
-    cuda=False,
-)
 QUICK = {"observations": 16, "updates": 5, "seeds": 2}
 ONCE = QUICK | {"seeds": 1}
 ENOUGH = ONCE | {"observations": 8, "updates": 60}
-
-
-@pytest.fixture(scope="session")
-def run_folder(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("probed"))
-        return train(SMALL).absolute()
-
-
-@pytest.fixture
-def checkpoint(run_folder, tmp_path):
-    """A copy of the checkpoint before the run's one injection."""
-    return shutil.copytree(run_folder / "checkpoint-180", tmp_path / "checkpoint-180")
-
-
-@pytest.fixture
-def injected_checkpoint(run_folder):
-    """The one at the run's end, in which all pairs of heads are in use."""
-    return run_folder / "checkpoint-240"
-
-
-def change(checkpoint, network=None, learner=None, **args):
-    """Rewrites a checkpoint: `network(q_network's state)` is called on what it holds, learner and arguments are replaced."""
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
-    if network is not None:
-        network(state["learner"]["q_network"])
-    if learner is not None:
-        state["learner"] = learner.state_dict()
-    torch.save(state, checkpoint / "state.pt")
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["args"] |= args
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    (checkpoint / CHECKSUMS).write_text(checksums(checkpoint))
-
-
-def make_fresh(q_network):
-    torch.manual_seed(12345)
-    fresh = make_q_network(SMALL, len(q_network["theta.2.bias"]), CPU)
-    q_network.update(fresh.state_dict())
-
-
-def kill_head(q_network):
-    make_fresh(q_network)
-    q_network["theta.0.bias"][2:] = -1e3  # of 512 units 2 live on
-
-
-def kill_encoder(q_network):
-    make_fresh(q_network)
-    q_network["encoder.2.bias"].fill_(-1e3)
 
 
 def ratios(result):
@@ -113,28 +49,6 @@ def test_a_dead_head_has_lost_capacity_and_an_injection_restores_it(checkpoint):
 def test_no_injection_helps_where_the_encoder_is_dead(checkpoint):
     change(checkpoint, kill_encoder)
     assert min(ratios(probe_checkpoint(checkpoint, **ENOUGH))) > 5
-
-
-def test_the_relative_error_is_the_paired_t_interval_of_log_ratios():
-    relative = probing.relative_error([0.2, 0.9, 0.4], [0.1, 0.3, 0.4])
-    assert relative["per_seed"] == pytest.approx([2, 3, 1])
-    assert relative["ratio"] == pytest.approx(6 ** (1 / 3))
-    half = 4.30265 * np.std(np.log([2, 3, 1]), ddof=1) / 3**0.5  # t of 97.5% at 2 degrees of freedom
-    assert np.log(relative["interval"]) == pytest.approx([np.log(6) / 3 - half, np.log(6) / 3 + half], rel=1e-4)
-    assert probing.relative_error([0.5], [0.5]) == {"per_seed": [1.0], "ratio": 1.0, "interval": None}
-    assert probing.relative_error([0.2, float("nan")], [0.1, 0.1]) is None
-
-
-def test_targets_are_spread_as_a_sine_and_equal_for_equal_observations(checkpoint):
-    obs = probing.replayed_observations(load_checkpoint(checkpoint), 64, CPU)
-    obs[1] = obs[0]
-    network = Learner(SMALL, 8, CPU).q_network
-    targets = probing.random_targets(network, obs)
-    assert targets.shape == (64, 8) and targets.dtype == torch.float32
-    assert targets.square().mean() == pytest.approx(0.5, abs=0.1) and targets.mean() == pytest.approx(0, abs=0.15)
-    assert torch.equal(targets[0], targets[1]) and not torch.equal(targets[0], targets[2])
-    one_by_one = torch.cat([probing.random_targets(network, one) for one in obs.split(1)])
-    assert torch.allclose(one_by_one, targets, atol=1e-5), "they are no rounding errors"
 
 
 def test_a_level_of_the_values_does_not_count(checkpoint):
@@ -176,7 +90,7 @@ def test_contenders_share_observations_targets_and_batches_and_seeds_differ(chec
     assert not np.array_equal(first[3], second[3]) and not np.array_equal(first[4], second[4])
     before, learner, obs, targets, *_ = others[-1]
     learner.q_network.load_state_dict(before, strict=False)
-    assert not torch.allclose(probing.random_targets(learner.q_network, obs), targets, atol=0.1), "its own would be easier"
+    assert not torch.allclose(random_targets(learner.q_network, obs), targets, atol=0.1), "its own would be easier"
 
 
 def test_seeds_differ_in_fresh_weights_and_injection(checkpoint, fits):
@@ -202,13 +116,6 @@ def test_only_what_the_agent_would_train_moves(injected_checkpoint, fits):
         assert moved == {name for name in before if name.startswith(("encoder.", head))}
 
 
-def test_every_contender_starts_without_moments(checkpoint):
-    saved = load_checkpoint(checkpoint)
-    assert saved.state["learner"]["optimizer"]
-    for name in CONTENDERS:
-        assert not probing.make_contender(name, saved, 0, CPU).optimizer.state
-
-
 def test_runs_in_bfloat16_are_probed_in_float32(checkpoint, fits):
     change(checkpoint, bf16=True)
     probe_checkpoint(checkpoint, **ONCE)
@@ -222,7 +129,7 @@ def test_runs_that_the_norm_injects_are_probed(checkpoint, fits):
 
 
 def test_interventions_that_are_no_injections_are_not_counted_as_such(checkpoint, fits):
-    learner = Learner(replace(SMALL, intervention="reset-head"), probing.num_actions(load_checkpoint(checkpoint)), CPU)
+    learner = Learner(replace(SMALL, intervention="reset-head"), num_actions(load_checkpoint(checkpoint)), CPU)
     learner.reset_head(180)
     change(checkpoint, learner=learner, intervention="reset-head")
     assert probe_checkpoint(checkpoint, **ONCE)["injections"] == 0
@@ -230,25 +137,10 @@ def test_interventions_that_are_no_injections_are_not_counted_as_such(checkpoint
 
 
 def test_a_bias_that_all_actions_share_does_not_make_them_one(checkpoint, fits):
-    actions = probing.num_actions(load_checkpoint(checkpoint))
+    actions = num_actions(load_checkpoint(checkpoint))
     change(checkpoint, learner=Learner(replace(SMALL, shared_bias=True), actions, CPU), shared_bias=True)
     probe_checkpoint(checkpoint, **ONCE)
     assert [targets.shape for _, _, _, targets, *_ in fits] == 3 * [(16, actions)]
-
-
-def test_observations_come_from_replay_and_none_twice(checkpoint):
-    saved = load_checkpoint(checkpoint)
-    envs, _, replay = make_parts(SMALL, CPU)
-    envs.close()
-    saved.restore({"replay": replay})
-    rows, columns = np.divmod(np.arange(replay.size() * replay.n_envs), replay.n_envs)
-    held = replay.transitions(rows, columns).observations.flatten(1)
-    drawn = probing.replayed_observations(saved, len(held), CPU).flatten(1)
-
-    def in_order(obs):
-        return sorted(row.numpy().tobytes() for row in obs)
-
-    assert in_order(drawn) == in_order(held)
 
 
 # as a user sees it
@@ -282,12 +174,6 @@ def test_damaged_and_missing_checkpoints_are_named_and_left_out(checkpoint, tmp_
 def test_too_few_observations_are_refused(checkpoint):
     with pytest.raises(UsageError, match="holds 180 observations and not 181: lower --probe-observations to 180"):
         probe_checkpoint(checkpoint, **QUICK | {"observations": 181})
-
-
-def test_a_replay_that_does_not_fit_in_memory_is_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr(probing, "free_memory", lambda: 1000)
-    with pytest.raises(UsageError, match=r"needs 0\.0 GB and 0\.0 GB of memory are free"):
-        probe_checkpoint(checkpoint, **QUICK)
 
 
 def test_without_checkpoints_there_is_nothing_to_probe():

@@ -1,0 +1,189 @@
+"""Agents, and fresh networks, that fit random targets: what the probe and the sequence of tasks share (Lyle et al. 2023)."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from analysis.intervals import t_interval
+from analysis.runs import CONDITIONS
+from dqn_injection_atari import Args, Learner, QNetwork, make_envs
+from support.checkpoints import Checkpoint, load_checkpoint
+from support.environments import FRAME_SIZE, STACK
+from support.machine import free_memory
+from support.replay import FrameReplayBuffer
+from support.usage import UsageError, reading
+
+FRESH = "fresh network"
+CONTENDERS = ("agent", "agent, injected", FRESH)  # of a probe
+NO_CHECKPOINT = "fresh"  # in its place: a fresh network and random play
+FRESH_LEARNING_RATE = 5e-4  # there; the script's own, 1e-4, learns hardly anything in a few hundred updates
+
+
+def saved_args(checkpoint: Checkpoint) -> Args:
+    """
+    Raises:
+        UsageError: they are not this script's.
+    """
+    with reading(checkpoint.path, "a checkpoint", "take another"):
+        return Args(**checkpoint.meta["args"])
+
+
+def num_injections(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.state["learner"]["q_network"]["_extra_state"])
+
+
+def num_actions(checkpoint: Checkpoint) -> int:
+    return len(checkpoint.state["learner"]["q_network"]["theta.2.weight"])
+
+
+def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:
+    """The run's arguments for learning in float32, with this seed and room for one injection more than were made."""
+    made = num_injections(checkpoint)
+    changes: dict[str, Any] = {"seed": seed, "bf16": False, "cuda_graphs": False}
+    changes |= {"injection_step": tuple(range(1, made + 2)), "total_timesteps": made + 2, "num_envs": 1}
+    changes |= {"injection_trigger": "step"}
+    changes |= {name: getattr(Args, name) for name, of in CONDITIONS.items() if of.field == "injection_trigger"}
+    return replace(saved_args(checkpoint), **changes)
+
+
+def read_subject(path: Path, rate: float | None = None) -> Checkpoint:
+    """A checkpoint of an agent to be probed, its learning rate replaced where one is given.
+
+    Raises:
+        UsageError: it is damaged, or no checkpoint.
+    """
+    checkpoint = load_checkpoint(path)
+    args = asdict(saved_args(checkpoint))
+    return replace(checkpoint, meta=checkpoint.meta | {"args": args if rate is None else args | {"learning_rate": rate}})
+
+
+def fresh_subject(env_id: str, seed: int, rate: float | None = None) -> Checkpoint:
+    """A network that has learned nothing, as if it were in a checkpoint, without replay.
+
+    Raises:
+        UsageError: there is no such game.
+    """
+    args = Args(
+        env_id=env_id, env_backend="ale", num_envs=8, seed=seed, learning_rate=FRESH_LEARNING_RATE if rate is None else rate
+    )
+    with contextlib.closing(make_envs(args)) as envs:
+        learner = Learner(args, int(envs.single_action_space.n), torch.device("cpu"))
+    return Checkpoint(Path(NO_CHECKPOINT), {"step": 0, "args": asdict(args)}, {"learner": learner.state_dict()})
+
+
+def random_play(env_id: str, count: int, device: torch.device) -> torch.Tensor:
+    """Observations of random play in 8 games, 16 steps apart, always the same: (count, 4, 84, 84) uint8."""
+    rng, found = np.random.default_rng(0), list[np.ndarray]()
+    with contextlib.closing(make_envs(Args(env_id=env_id, env_backend="ale", num_envs=8))) as envs:
+        envs.reset(seed=0)
+        while 8 * len(found) < count:
+            for _ in range(16):
+                obs, *_ = envs.step(rng.integers(envs.single_action_space.n, size=8))
+            found.append(obs.copy())
+    return torch.from_numpy(np.concatenate(found)[:count]).to(device)
+
+
+def replayed_observations(checkpoint: Checkpoint, count: int, device: torch.device) -> torch.Tensor:
+    """Observations of `count` different transitions in a checkpoint's replay, always the same: (count, 4, 84, 84) uint8.
+
+    Until it returns it takes the memory of the whole replay, 7.3 kB a step: 7.3 GB for 1M.
+
+    Raises:
+        UsageError: the replay holds fewer, does not fit in memory, or cannot be read.
+    """
+    path, args = checkpoint.path, saved_args(checkpoint)
+    with reading(path, "a checkpoint", "take another"):
+        needed, free = checkpoint.state["replay"]["used"] * FRAME_SIZE**2 + 40 * args.buffer_size, free_memory()
+    if needed > free:
+        sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
+        raise UsageError(f"{path} cannot be probed, its replay {sizes}: free more, or probe it on another machine")
+    obs_space = gym.spaces.Box(0, 255, (STACK, FRAME_SIZE, FRAME_SIZE), np.uint8)
+    action_space = gym.spaces.Discrete(num_actions(checkpoint))
+    replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, n_envs=args.num_envs)
+    checkpoint.restore({"replay": replay})
+    if (held := replay.size() * args.num_envs) < count:
+        fix = f"lower --probe-observations to {held}" if held else "take a later one"
+        raise UsageError(f"{path} cannot be probed, its replay holds {held:,} observations and not {count:,}: {fix}")
+    chosen = np.random.default_rng(0).choice(held, size=count, replace=False)
+    return replay.transitions(*np.divmod(chosen, args.num_envs)).observations
+
+
+@torch.no_grad()
+def random_targets(network: QNetwork, obs: torch.Tensor) -> torch.Tensor:
+    """sin(10⁵ f(s)) of a freshly initialised `network` f (Lyle et al. 2023): (B, num_actions) float32, about 0 ± 0.7.
+
+    A function of the observation, so that two that are equal have one target; independent draws would ask of every network
+    what none can do. In float64, or the factor would turn rounding errors into other targets. Leaves `network` in float64.
+    """
+    network = network.double()
+    return torch.cat([torch.sin(1e5 * network.theta(network.features(part))) for part in obs.split(64)]).float()
+
+
+def make_contender(name: str, checkpoint: Checkpoint, seed: int, device: torch.device) -> Learner:
+    """One of `CONTENDERS`, each with an optimizer that has no moments yet. `seed` decides the fresh weights, or the injection.
+
+    Raises:
+        UsageError: the checkpoint's network is not this script's.
+    """
+    learner = Learner(probe_args(checkpoint, seed), num_actions(checkpoint), device)
+    if name != FRESH:
+        with reading(checkpoint.path, "a checkpoint", "take another"):
+            learner.load_state_dict(checkpoint.state["learner"])
+        learner.optimizer.state.clear()
+    if name == "agent, injected":
+        learner.inject()
+    return learner
+
+
+@torch.no_grad()
+def outputs(network: torch.nn.Module, obs: torch.Tensor) -> torch.Tensor:
+    """(B, num_actions) float32, in portions that do not take much memory."""
+    return torch.cat([network(part) for part in obs.split(512)])
+
+
+def fit(learner: Learner, obs: torch.Tensor, targets: torch.Tensor, batches: np.ndarray) -> tuple[float, float]:
+    """Regresses the online network on its own mean outputs plus `targets`, with whatever of it the agent itself would train.
+
+    The mean over the observations, one per action, is added because the agent's values have some level and a fresh network's
+    have none: to learn a level is easy, and not the question (Lyle et al. 2023). The loss is ½ Σ_a (Q(s, a) − y(s, a))²,
+    averaged over a batch, whose gradient is for each output what the run's Huber loss has where |δ| ≤ 1.
+
+    Args:
+        obs: (B, 4, 84, 84) uint8
+        targets: (B, num_actions) float32
+        batches: (updates, batch size) int, rows of obs
+
+    Returns:
+        mean squared error over all obs and actions, before and after; NaN or infinite where the network diverged
+    """
+    network = learner.q_network
+    before = outputs(network, obs)
+    targets = before.mean(dim=0) + targets
+    for batch in torch.from_numpy(batches).to(obs.device):
+        loss = 0.5 * (network(obs[batch]) - targets[batch]).square().sum(dim=1).mean()
+        learner.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        learner.optimizer.step()
+    return F.mse_loss(before, targets).item(), F.mse_loss(outputs(network, obs), targets).item()
+
+
+def relative_error(errors: Sequence[float], fresh: Sequence[float]) -> dict[str, Any] | None:
+    """Errors (seeds,) as multiples of a fresh network's, paired by seed.
+
+    Returns:
+        "per_seed" (seeds,), "ratio", their geometric mean, and "interval", the 95% t interval of the mean log-ratio as
+        ratios, None for one seed; or None where an error is not finite or 0
+    """
+    if not all(0 < error < math.inf for error in (*errors, *fresh)):
+        return None
+    logs = np.log(errors) - np.log(fresh)
+    interval = np.exp(t_interval(logs)).tolist() if len(logs) > 1 else None
+    return {"per_seed": np.exp(logs).tolist(), "ratio": float(np.exp(logs.mean())), "interval": interval}

@@ -1,0 +1,243 @@
+"""Does a network that fits one random target after another get worse at it, and does an injection mend that (paper, §3)?"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from tqdm import tqdm
+
+from analysis.figures import COLOURS, INK, STYLE
+from analysis.fitting import (
+    FRESH,
+    NO_CHECKPOINT,
+    fit,
+    fresh_subject,
+    make_contender,
+    num_injections,
+    random_play,
+    random_targets,
+    read_subject,
+    relative_error,
+    replayed_observations,
+    saved_args,
+)
+from analysis.intervals import interval
+from analysis.probe import times, write_json
+from dqn_injection_atari import Learner
+from support.checkpoints import Checkpoint
+from support.machine import pick_device
+from support.measures import activations, dormant_units
+from support.usage import UsageError
+
+SAME, INJECTED, RESET, EACH_FRESH = "one network", "injected", "head reset", "a fresh network for each task"
+BRANCHES = {INJECTED: Learner.inject, RESET: Learner.reset_head}
+NAMES = (SAME, *BRANCHES, EACH_FRESH)
+SHOWN = 5  # tasks whose errors the table averages, at the beginning and before the injection
+
+
+def twin(learner: Learner) -> Learner:
+    """A learner in the same state, optimizer included, that shares nothing with it."""
+    copy = Learner(learner.args, learner.num_actions, learner.device)
+    copy.load_state_dict(learner.state_dict())
+    return copy
+
+
+@torch.no_grad()
+def dormant_fraction(learner: Learner, obs: torch.Tensor) -> float:
+    """Of the hidden layer of the head that learns, on `obs` (B, 4, 84, 84)."""
+    _, layers = activations(learner.q_network, {f"{learner.q_network.newest_head()}.1": "head"}, obs)
+    return dormant_units(layers["head"]).mean().item()
+
+
+def run_tasks(
+    subject: Checkpoint, obs: torch.Tensor, tasks: int, inject_at: int, updates: int, seed: int, progress: tqdm
+) -> dict[str, np.ndarray]:
+    """One network through a sequence of tasks, and those that it is compared with.
+
+    A task is a random target of its own, and `fit`'s updates towards it. All networks get the same tasks and batches. Before
+    task `inject_at`, counted from 1, the one network is copied, optimizer moments included; one copy is injected, and of
+    another the head is reset. `seed` decides targets, batches, and all weights that are drawn.
+
+    Returns:
+        {name: (2, tasks)}: at the end of each task, mean squared error and `dormant_fraction`; of the copies NaN before
+        `inject_at`
+    """
+    rng = np.random.default_rng(seed)
+    one, copies = make_contender("agent", subject, seed, obs.device), dict[str, Learner]()
+    found = {name: np.full((2, tasks), math.nan) for name in NAMES}
+    for task in range(1, tasks + 1):
+        for_targets, for_fresh = rng.integers(2**30, size=2).tolist()
+        batches = rng.integers(len(obs), size=(updates, one.args.batch_size))
+        targets = random_targets(make_contender(FRESH, subject, for_targets, obs.device).q_network, obs)
+        if task == inject_at:
+            copies = {name: twin(one) for name in BRANCHES}
+            for name, intervene in BRANCHES.items():
+                intervene(copies[name])
+        learners = {SAME: one, **copies, EACH_FRESH: make_contender(FRESH, subject, for_fresh, obs.device)}
+        for name, learner in learners.items():
+            found[name][:, task - 1] = fit(learner, obs, targets, batches)[1], dormant_fraction(learner, obs)
+        progress.update()
+    return found
+
+
+def run_sequence(
+    path: Path, env_id: str, tasks: int, inject_at: int, observations: int, updates: int, seeds: int, rate: float | None
+) -> dict[str, Any]:
+    """`run_tasks` with several seeds, for the agent in a checkpoint, or for fresh networks on frames of random play.
+
+    Returns:
+        plain data: "error" and "dormant" {name: (seeds, tasks)}, None where there is none or it is not finite; "relative"
+        {name: {name: see `relative_error`}}, the first's error as a multiple of the second's, both averaged over all tasks
+        from `inject_at` on; "sentence"; and what it was measured on
+
+    Raises:
+        UsageError: the checkpoint is damaged or cannot be probed, or there is no such game.
+    """
+    fresh = path == Path(NO_CHECKPOINT)
+    subjects = [fresh_subject(env_id, seed, rate) for seed in range(seeds)] if fresh else [read_subject(path, rate)] * seeds
+    args = saved_args(subjects[0])
+    device = pick_device(args.cuda, deterministic=True, tf32=args.tf32)
+    obs = random_play(env_id, observations, device) if fresh else replayed_observations(subjects[0], observations, device)
+    with tqdm(total=seeds * tasks, desc=f"tasks of {path}", leave=False, disable=None) as progress:
+        found = [run_tasks(one, obs, tasks, inject_at, updates, seed, progress) for seed, one in enumerate(subjects)]
+    error, dormant = ({name: np.array([of_seed[name][i] for of_seed in found]) for name in NAMES} for i in range(2))
+    since = {name: errors[:, inject_at - 1 :].mean(axis=1).tolist() for name, errors in error.items()}
+    pairs = ((SAME, EACH_FRESH), *((name, of) for name in BRANCHES for of in (SAME, EACH_FRESH)))
+    result = {
+        "checkpoint": str(path),
+        "env_id": args.env_id,
+        "run_seed": None if fresh else args.seed,
+        "step": subjects[0].step,
+        "injections": num_injections(subjects[0]),
+        "learning_rate": args.learning_rate,
+        "batch_size": args.batch_size,
+        "probe_observations": observations,
+        "probe_updates": updates,
+        "probe_seeds": seeds,
+        "probe_tasks": tasks,
+        "probe_inject_at": inject_at,
+        "error": {name: as_plain(values) for name, values in error.items()},
+        "dormant": {name: as_plain(values) for name, values in dormant.items()},
+        "relative": {name: {of: relative_error(since[name], since[of]) for n, of in pairs if n == name} for name in NAMES[:-1]},
+    }
+    return result | {"sentence": sequence_in_words(result)}
+
+
+def as_plain(values: np.ndarray) -> list[list[float | None]]:
+    return [[value if math.isfinite(value) else None for value in of_seed] for of_seed in values.tolist()]
+
+
+def sequence_in_words(result: dict[str, Any]) -> str:
+    """What a result of `run_sequence` says, in one sentence."""
+    relative, tasks, at = result["relative"], result["probe_tasks"], result["probe_inject_at"]
+    lost, mended, reset = relative[SAME][EACH_FRESH], relative[INJECTED][SAME], relative[RESET][SAME]
+    if lost is None or mended is None or reset is None:
+        return "no answer: a network diverged, lower --probe-learning-rate"
+    loss = judged(lost, "it has lost plasticity", "it has lost none", "no clear loss of plasticity")
+    restored = judged(mended, "which does worse", "which restores what was lost", "no clear difference")
+    if lost["interval"] is not None and lost["interval"][0] <= 1:
+        restored = judged(mended, "which does worse", "which does better", "no clear difference")
+    return (
+        f"in tasks {at} to {tasks} the one network's error is {times(lost)} that of a fresh network for each task ({loss}); "
+        f"with an injection before task {at} it is {times(mended)} what it is without ({restored}), with its head reset "
+        f"there {times(reset)}"
+    )
+
+
+def judged(relative: dict[str, Any], above: str, below: str, neither: str) -> str:
+    if (bounds := relative["interval"]) is None:
+        return "one seed, no interval"
+    return above if bounds[0] > 1 else below if bounds[1] < 1 else neither
+
+
+def sequence_table(result: dict[str, Any]) -> str:
+    """Markdown: of each network the mean error at the end of tasks, and how many units of its head are dormant in the end."""
+    tasks, at = result["probe_tasks"], result["probe_inject_at"]
+    spans = {(1, min(SHOWN, at - 1)), (max(1, at - SHOWN), at - 1), (at, at), (at, tasks)}
+    shown = sorted(spans)
+    titles = [f"task {a}" if a == b else f"tasks {a}–{b}" for a, b in shown]
+    lines = [["mean squared error at the end of", *titles, "dormant in the end"], ["---"] * (len(shown) + 2)]
+    for name in NAMES:
+        errors, dormant = (np.array(result[what][name], float) for what in ("error", "dormant"))
+        cells = [in_cell(errors[:, a - 1 : b].mean(axis=1)) for a, b in shown]
+        lines.append([name, *cells, f"{dormant[:, -1].mean():.0%}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def in_cell(of_seeds: np.ndarray) -> str:
+    """`0.123 [0.1, 0.146]`: mean and 95% t interval of one number per seed; – where there is none."""
+    if not np.isfinite(of_seeds).all():
+        return "–"
+    centre, low, high = interval(of_seeds)
+    return f"{centre:.3g}" if math.isnan(low) else f"{centre:.3g} [{low:.3g}, {high:.3g}]".replace("-", "−")
+
+
+@matplotlib.rc_context(STYLE)
+def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
+    """A column per result: error at the end of each task above, dormant units of the head below; mean, interval and seeds."""
+    layout: dict[str, Any] = {"sharex": "col", "squeeze": False, "height_ratios": (2, 1), "layout": "constrained"}
+    figure, axes = plt.subplots(2, len(results), figsize=(max(7.5, 5.5 * len(results)), 5.4), **layout)
+    colours = dict(zip(NAMES, (INK, COLOURS[0], COLOURS[1], "#999999"), strict=True))
+    for result, (above, below) in zip(results, axes.T, strict=True):
+        number = np.arange(1, result["probe_tasks"] + 1)
+        for ax, what in ((above, "error"), (below, "dormant")):
+            for name in reversed(NAMES):
+                values = np.array(result[what][name], float)
+                centre, low, high = interval(values)
+                ax.plot(number, centre, color=colours[name], lw=2, label=name, ls="--" if name == EACH_FRESH else "-")
+                ax.fill_between(number, low, high, color=colours[name], alpha=0.18, lw=0)
+                ax.plot(number, values.T, color=colours[name], lw=0.6, alpha=0.4)
+            ax.axvline(result["probe_inject_at"], color=INK, lw=1, ls=(0, (4, 3)))
+            ax.set_ylim(0, 1 if what == "dormant" else None)
+        who = "a fresh network" if result["checkpoint"] == NO_CHECKPOINT else f"the agent of step {result['step']:,}"
+        above.set_title(
+            f"{result['env_id']}: {who}, one random target after another", loc="left", fontweight="bold", fontsize=10
+        )
+        above.annotate("injection", (result["probe_inject_at"], 1), (4, -2), "axes fraction", textcoords="offset points")
+        below.set_xlabel(f"task ({result['probe_updates']:,} updates each)")
+    axes[0, 0].set_ylabel("error at the end of the task")
+    axes[1, 0].set_ylabel("dormant units\nof the head")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=4, loc="outside lower left")
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def probe_sequence(
+    paths: Iterable[str],
+    env_id: str | None,
+    tasks: int,
+    inject_at: int | None,
+    observations: int,
+    updates: int,
+    seeds: int,
+    rate: float | None,
+    out: Path,
+) -> list[dict[str, Any]]:
+    """Prints, draws, writes and returns `run_sequence` of every checkpoint.
+
+    Raises:
+        UsageError: a setting cannot work, or a checkpoint cannot be probed.
+        OSError: something cannot be written.
+    """
+    chosen = [Path(path) for path in dict.fromkeys(map(str, map(Path, paths)))]
+    first = tasks // 2 if inject_at is None else inject_at
+    if not 1 < first <= tasks:
+        raise UsageError(f"probe_inject_at is {first}, but must be 2 to {tasks}: change --probe-inject-at or --probe-tasks")
+    results = []
+    for path in chosen:
+        result = run_sequence(path, env_id or "", tasks, first, observations, updates, seeds, rate)
+        results.append(result)
+        print(f"{path}: {result['env_id']}, step {result['step']:,}, learning rate {result['learning_rate']:g}")
+        print(f"{sequence_table(result)}\n{result['sentence']}", flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_sequences(results, out)
+    parts = (f"{result['checkpoint']}: {result['sentence']}\n\n{sequence_table(result)}\n" for result in results)
+    out.with_suffix(".md").write_text("\n".join(parts))
+    write_json(results, out.with_suffix(".json"))
+    print(f"wrote {', '.join(str(out.with_suffix(ending)) for ending in (out.suffix, '.md', '.json'))}")
+    return results

@@ -1,0 +1,57 @@
+"""A small run's checkpoints, and what may have become of the agents in them."""
+
+import json
+
+import torch
+from conftest import TINY_GAMES
+
+from dqn_injection_atari import Args, make_q_network
+from support.checkpoints import CHECKSUMS, checksums
+
+CPU = torch.device("cpu")
+SMALL = Args(
+    env_id=TINY_GAMES,
+    env_backend="ale",
+    num_envs=2,
+    total_timesteps=240,
+    buffer_size=200,
+    learning_starts=100,
+    train_frequency=10,
+    batch_size=8,
+    learning_rate=1e-3,
+    log_frequency=60,
+    checkpoint_frequency=240,
+    plasticity_frequency=0,
+    injection_step=(180,),
+    cuda=False,
+)
+
+
+def change(checkpoint, network=None, learner=None, **args):
+    """Rewrites a checkpoint: `network(q_network's state)` is called on what it holds, learner and arguments are replaced."""
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    if network is not None:
+        network(state["learner"]["q_network"])
+    if learner is not None:
+        state["learner"] = learner.state_dict()
+    torch.save(state, checkpoint / "state.pt")
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["args"] |= args
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    (checkpoint / CHECKSUMS).write_text(checksums(checkpoint))
+
+
+def make_fresh(q_network):
+    torch.manual_seed(12345)
+    fresh = make_q_network(SMALL, len(q_network["theta.2.bias"]), CPU)
+    q_network.update(fresh.state_dict())
+
+
+def kill_head(q_network):
+    make_fresh(q_network)
+    q_network["theta.0.bias"][2:] = -1e3  # of 512 units 2 live on
+
+
+def kill_encoder(q_network):
+    make_fresh(q_network)
+    q_network["encoder.2.bias"].fill_(-1e3)

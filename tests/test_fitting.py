@@ -1,0 +1,83 @@
+"""Agents and fresh networks that fit random targets: what they start from, and what they are given."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_GAMES
+from saved_agents import CPU, SMALL
+
+from analysis import fitting
+from analysis.fitting import CONTENDERS, fresh_subject, random_play, read_subject, saved_args
+from dqn_injection_atari import Learner, make_parts
+from support.checkpoints import load_checkpoint
+from support.usage import UsageError
+
+
+def test_the_relative_error_is_the_paired_t_interval_of_log_ratios():
+    relative = fitting.relative_error([0.2, 0.9, 0.4], [0.1, 0.3, 0.4])
+    assert relative["per_seed"] == pytest.approx([2, 3, 1])
+    assert relative["ratio"] == pytest.approx(6 ** (1 / 3))
+    half = 4.30265 * np.std(np.log([2, 3, 1]), ddof=1) / 3**0.5  # t of 97.5% at 2 degrees of freedom
+    assert np.log(relative["interval"]) == pytest.approx([np.log(6) / 3 - half, np.log(6) / 3 + half], rel=1e-4)
+    assert fitting.relative_error([0.5], [0.5]) == {"per_seed": [1.0], "ratio": 1.0, "interval": None}
+    assert fitting.relative_error([0.2, float("nan")], [0.1, 0.1]) is None
+
+
+def test_targets_are_spread_as_a_sine_and_equal_for_equal_observations(checkpoint):
+    obs = fitting.replayed_observations(load_checkpoint(checkpoint), 64, CPU)
+    obs[1] = obs[0]
+    network = Learner(SMALL, 8, CPU).q_network
+    targets = fitting.random_targets(network, obs)
+    assert targets.shape == (64, 8) and targets.dtype == torch.float32
+    assert targets.square().mean() == pytest.approx(0.5, abs=0.1) and targets.mean() == pytest.approx(0, abs=0.15)
+    assert torch.equal(targets[0], targets[1]) and not torch.equal(targets[0], targets[2])
+    one_by_one = torch.cat([fitting.random_targets(network, one) for one in obs.split(1)])
+    assert torch.allclose(one_by_one, targets, atol=1e-5), "they are no rounding errors"
+
+
+def test_every_contender_starts_without_moments(checkpoint):
+    saved = load_checkpoint(checkpoint)
+    assert saved.state["learner"]["optimizer"]
+    for name in CONTENDERS:
+        assert not fitting.make_contender(name, saved, 0, CPU).optimizer.state
+
+
+def test_observations_come_from_replay_and_none_twice(checkpoint):
+    saved = load_checkpoint(checkpoint)
+    envs, _, replay = make_parts(SMALL, CPU)
+    envs.close()
+    saved.restore({"replay": replay})
+    rows, columns = np.divmod(np.arange(replay.size() * replay.n_envs), replay.n_envs)
+    held = replay.transitions(rows, columns).observations.flatten(1)
+    drawn = fitting.replayed_observations(saved, len(held), CPU).flatten(1)
+
+    def in_order(obs):
+        return sorted(row.numpy().tobytes() for row in obs)
+
+    assert in_order(drawn) == in_order(held)
+
+
+def test_a_replay_that_does_not_fit_in_memory_is_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(fitting, "free_memory", lambda: 1000)
+    with pytest.raises(UsageError, match=r"needs 0\.0 GB and 0\.0 GB of memory are free"):
+        fitting.replayed_observations(load_checkpoint(checkpoint), 16, CPU)
+
+
+def test_the_learning_rate_is_the_runs_or_another(checkpoint):
+    assert [saved_args(read_subject(checkpoint, rate)).learning_rate for rate in (None, 0.5)] == [SMALL.learning_rate, 0.5]
+    learner = fitting.make_contender("agent", read_subject(checkpoint, 0.5), 0, CPU)
+    assert [group["lr"] for group in learner.optimizer.param_groups] == [0.5]
+    assert [saved_args(fresh_subject(TINY_GAMES, 0, rate)).learning_rate for rate in (None, 0.5)] == [5e-4, 0.5]
+
+
+def test_fresh_networks_differ_by_seed_and_have_the_actions_of_their_game():
+    one, same, other = (fresh_subject(TINY_GAMES, seed) for seed in (1, 1, 2))
+    weights = [subject.state["learner"]["q_network"]["theta.0.weight"] for subject in (one, same, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert fitting.num_actions(one) == 8 and fitting.num_injections(one) == 0 and one.step == 0
+
+
+def test_random_play_shows_many_observations_and_always_the_same():
+    obs = random_play("PhoenixNoFrameskip-v4", 50, CPU)
+    assert obs.shape == (50, 4, 84, 84) and obs.dtype == torch.uint8 and len(obs.flatten(1).unique(dim=0)) > 45
+    assert torch.equal(obs, random_play("PhoenixNoFrameskip-v4", 50, CPU))

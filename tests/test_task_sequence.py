@@ -1,0 +1,165 @@
+"""One network that fits one random target after another: python compare.py --probe CHECKPOINT --probe-tasks ..."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_GAMES
+from saved_agents import CPU, SMALL, change, kill_encoder, kill_head
+
+from analysis import task_sequence
+from analysis.fitting import read_subject, replayed_observations
+from analysis.task_sequence import EACH_FRESH, INJECTED, NAMES, RESET, SAME, probe_sequence, run_sequence, twin
+from dqn_injection_atari import Learner
+from support.usage import UsageError
+
+HOW = {"env_id": "", "tasks": 3, "inject_at": 2, "observations": 16, "updates": 3, "seeds": 2, "rate": None}
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """Of every call of `fit`: weights before it, learner, observations, targets, batches, and its errors."""
+    calls, original = [], task_sequence.fit
+
+    def fit(learner, *arguments):
+        before = {name: parameter.detach().clone() for name, parameter in learner.q_network.named_parameters()}
+        calls.append((before, learner, *arguments, errors := original(learner, *arguments)))
+        return errors
+
+    monkeypatch.setattr(task_sequence, "fit", fit)
+    return calls
+
+
+def test_the_copies_branch_off_where_the_injection_is_and_all_get_the_same_tasks(checkpoint, fits):
+    result = run_sequence(checkpoint, **HOW | {"seeds": 1})
+    first, second, third = fits[:2], fits[2:6], fits[6:]
+    same, injected, reset, fresh = (learner for _, learner, *_ in second)
+    assert [learner for _, learner, *_ in third[:3]] == [same, injected, reset] and first[0][1] is same
+    assert len({id(fits[i][1]) for i in (1, 5, 9)}) == 3 and fresh is fits[5][1], "a fresh network for each task"
+    for task in (first, second, third):
+        for call in task[1:]:
+            assert all(
+                torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(call[2:5], task[0][2:5], strict=True)
+            )
+    assert not torch.equal(first[0][3], second[0][3]) and not np.array_equal(first[0][4], second[0][4])
+    assert [learner.q_network.num_injections for _, learner, *_ in second] == [0, 1, 0, 0]
+    starts = [errors[0] for *_, errors in second]
+    assert starts[0] == starts[1] != starts[2], "an injection does not change Q, a reset does"
+    head, encoder = "theta.0.weight", "encoder.0.weight"
+    before = [weights for weights, *_ in second]
+    assert torch.equal(before[0][head], before[1][head]) and not torch.equal(before[0][head], before[2][head])
+    assert torch.equal(before[0][encoder], before[1][encoder]) and torch.equal(before[0][encoder], before[2][encoder])
+    assert [result["error"][name][0].count(None) for name in NAMES] == [0, 1, 1, 0]
+    assert result["error"][SAME] == [[errors[1] for *_, errors in (first[0], second[0], third[0])]]
+
+
+def test_the_one_network_goes_its_way_whatever_is_done_to_its_copies(checkpoint):
+    early, late = (run_sequence(checkpoint, **HOW | {"inject_at": at}) for at in (2, 3))
+    assert early["error"][SAME] == late["error"][SAME] and early["error"][EACH_FRESH] == late["error"][EACH_FRESH]
+    assert early["error"][INJECTED] != late["error"][INJECTED]
+
+
+def test_a_twin_has_all_of_the_state_and_shares_none(checkpoint):
+    saved = read_subject(checkpoint)
+    obs, batches = replayed_observations(saved, 16, CPU), np.arange(16).reshape(2, 8)
+    one = task_sequence.make_contender("agent", saved, 0, CPU)
+    task_sequence.fit(one, obs, torch.rand(16, one.num_actions), batches)
+    other = twin(one)
+    before = {name: parameter.detach().clone() for name, parameter in one.q_network.named_parameters()}
+    targets = torch.rand(16, one.num_actions)
+    after = task_sequence.fit(other, obs, targets, batches)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in one.q_network.named_parameters())
+    assert task_sequence.fit(one, obs, targets, batches) == after, "moments included"
+
+
+def test_seeds_differ_and_twice_gives_the_same_numbers(checkpoint):
+    once, again = (run_sequence(checkpoint, **HOW) for _ in range(2))
+    assert once == again and once["error"][SAME][0] != once["error"][SAME][1]
+    assert json.loads(json.dumps(once, allow_nan=False)) == once
+
+
+def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits):
+    result = run_sequence(Path("fresh"), **HOW | {"env_id": TINY_GAMES, "rate": 1e-3})
+    agents = [call for call in fits if call[1] is fits[0][1]], [call for call in fits if call[1] is fits[10][1]]
+    assert [len(calls) for calls in agents] == [3, 3]
+    assert not torch.equal(agents[0][0][0]["theta.0.weight"], agents[1][0][0]["theta.0.weight"]), "one for each seed"
+    assert not torch.equal(fits[0][0]["theta.0.weight"], fits[1][0]["theta.0.weight"]), (
+        "and another than the fresh one beside it"
+    )
+    assert (result["checkpoint"], result["run_seed"], result["step"], result["learning_rate"]) == ("fresh", None, 0, 1e-3)
+
+
+@pytest.mark.slow
+def test_a_dead_head_has_lost_plasticity_and_an_injection_restores_it_but_not_where_the_encoder_is_dead(checkpoint):
+    how = HOW | {"observations": 8, "updates": 60, "seeds": 6, "tasks": 3}
+    change(checkpoint, kill_head)
+    result = run_sequence(checkpoint, **how)
+    assert "(it has lost plasticity)" in result["sentence"] and "(which restores what was lost)" in result["sentence"]
+    assert np.mean(result["dormant"][SAME]) > 0.9 > 0.7 > np.array(result["dormant"][INJECTED], float)[:, 1:].mean()
+    change(checkpoint, kill_encoder)
+    result = run_sequence(checkpoint, **how)
+    assert "(it has lost plasticity)" in result["sentence"] and "restores" not in result["sentence"]
+
+
+def test_an_agent_that_has_grown_goes_on_with_its_wider_head(checkpoint, fits):
+    grown = replace(SMALL, head_width=32, injected_head_width=96)
+    learner = Learner(grown, 8, CPU)
+    learner.inject(180)
+    change(checkpoint, learner=learner, head_width=32, injected_head_width=96)
+    run_sequence(checkpoint, **HOW | {"seeds": 1})
+    injected = fits[3][1].q_network
+    assert [head[0].out_features for head in injected.theta_prime_1] == [96, 96] and injected.num_injections == 2
+    assert injected.theta[0].out_features == 32
+
+
+def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
+    change(checkpoint, lambda q_network: q_network["theta.2.weight"].fill_(1e30))
+    result = run_sequence(checkpoint, **HOW)
+    assert result["error"][SAME] == [[None] * 3] * 2 and "diverged" in result["sentence"]
+    assert "| one network | – |" in task_sequence.sequence_table(result)
+    task_sequence.draw_sequences([result], Path("x.png"))
+    json.dumps(result, allow_nan=False)
+
+
+def words(lost, mended, reset=(1.0, [0.9, 1.1])):
+    relative = [{"per_seed": [ratio], "ratio": ratio, "interval": bounds} for ratio, bounds in (lost, mended, reset)]
+    compared = {SAME: {EACH_FRESH: relative[0]}, INJECTED: {SAME: relative[1]}, RESET: {SAME: relative[2]}}
+    return task_sequence.sequence_in_words({"relative": compared, "probe_tasks": 9, "probe_inject_at": 5})
+
+
+def test_the_sentence_claims_what_the_intervals_support():
+    lost, mended = (4.0, [2, 8.0]), (0.1, [0.05, 0.2])
+    assert "in tasks 5 to 9 the one network's error is 4× [2, 8]" in words(lost, mended)
+    assert "(it has lost plasticity)" in words(lost, mended) and "(which restores what was lost)" in words(lost, mended)
+    assert "with its head reset there 1× [0.9, 1.1]" in words(lost, mended)
+    assert "(no clear loss of plasticity)" in words((4.0, [0.9, 9]), mended) and "restores" not in words(
+        (4.0, [0.9, 9]), mended
+    )
+    assert "(it has lost none)" in words((0.5, [0.4, 0.6]), mended)
+    assert "(no clear difference)" in words(lost, (0.1, [0.01, 1.2])) and "(which does worse)" in words(lost, (2.0, [1.5, 3]))
+    assert "(one seed, no interval)" in words((4.0, None), mended)
+
+
+def test_it_is_drawn_printed_and_written(checkpoint, capsys):
+    results = probe_sequence(
+        [str(checkpoint), f"{checkpoint}/", "fresh"], **HOW | {"env_id": TINY_GAMES}, out=Path("a", "b.png")
+    )
+    printed, table = capsys.readouterr().out, Path("a", "b.md").read_text()
+    assert len(results) == 2 and json.loads(Path("a", "b.json").read_text()) == results
+    for result in results:
+        assert result["sentence"] in printed and result["sentence"] in table
+    assert printed.endswith("wrote a/b.png, a/b.md, a/b.json\n") and Path("a", "b.png").stat().st_size > 20_000
+    header, rule, *rows = (line for line in printed.splitlines() if line.startswith("|"))
+    assert header == "| mean squared error at the end of | task 1 | task 2 | tasks 2–3 | dormant in the end |"
+    assert {row.count("|") for row in (header, rule, *rows)} == {6} and [row.split("|")[1].strip() for row in rows[:4]] == [
+        *NAMES
+    ]
+
+
+@pytest.mark.parametrize("at", [1, 4, 0, -1])
+def test_an_injection_outside_of_the_sequence_is_refused(checkpoint, at):
+    with pytest.raises(UsageError, match=f"probe_inject_at is {at}, but must be 2 to 3"):
+        probe_sequence([str(checkpoint)], **HOW | {"inject_at": at}, out=Path("x.png"))
