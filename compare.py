@@ -35,7 +35,9 @@ import tyro
 from annotated_types import Ge, Interval
 
 try:
+    from analysis.curves import write_curves
     from analysis.fitting import NO_CHECKPOINT
+    from analysis.plan import readable
     from analysis.probe import probe
     from analysis.report import report
     from analysis.runs import runs_in
@@ -52,7 +54,7 @@ class Settings:
     """What to compare, and how."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """folders of runs, those under runs/; or of sweeps, those under sweeps/"""
+    """folders of runs, those under runs/; or of sweeps, those under sweeps/; or files that --export wrote"""
     out: str | None = None
     """where the figure goes (.png, .pdf or .svg); the other files have its name with another ending. By default comparison.png,
     for a sweep in its folder, and for a sequence of tasks tasks.png; a probe of one task writes its numbers where this says"""
@@ -63,6 +65,8 @@ class Settings:
     aggregate: Literal["mean", "iqm"] = "mean"
     """what the figures show: mean over seeds and its 95% t interval, or interquartile mean and 95% bootstrap interval, which
     covers less than that with 3 to 5 seeds (Agarwal et al. 2021). The verdict is on means in either case"""
+    export: str | None = None
+    """folder in which to keep the curves of each arm as a CSV file; this command takes such files in the place of runs"""
     probe: tuple[str, ...] = ()
     """checkpoints, runs/FOLDER/checkpoint-STEP, or fresh: how well do they still fit random targets? (Lyle et al. 2023)"""
     env_id: str | None = None
@@ -96,6 +100,8 @@ def check(settings: Settings) -> None:
         raise UsageError("probe_inject_at is a task of a sequence: give --probe-tasks")
     if given := [name for name in changed_fields(settings, Settings()) if name.startswith("probe_") and not settings.probe]:
         raise UsageError(f"{given[0]} is given, but nothing to probe: give --probe runs/FOLDER/checkpoint-STEP")
+    if settings.export is not None and settings.probe:
+        raise UsageError("export keeps curves of runs, a probe has none: leave out --export, --out NAME.png writes its numbers")
     if settings.out is not None and Path(settings.out).suffix not in (".png", ".pdf", ".svg"):
         raise UsageError(f"out is {settings.out}, but must end in .png, .pdf or .svg: change --out")
 
@@ -114,7 +120,12 @@ def main() -> None:
             probe(settings.probe, settings.probe_observations or 512, settings.probe_updates or 1_000, *how, out)
         else:
             folders, place = runs_in(settings.runs)
-            report(folders, out or place / "comparison.png", settings.metric, settings.window, settings.aggregate)
+            arms = report(folders, out or place / "comparison.png", settings.metric, settings.window, settings.aggregate)
+            if settings.export is not None:
+                for arm in arms:
+                    path = Path(settings.export, f"{readable(f'{arm.game}_{arm.name}')}.csv")
+                    write_curves(arm.runs, path)
+                    print(f"wrote {path}, {path.stat().st_size / 1e3:,.0f} kB")
 
 
 if __name__ == "__main__":

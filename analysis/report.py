@@ -166,11 +166,11 @@ def as_json(
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
-def report(folders: Sequence[str], out: Path, metric: str, window: int | None, aggregate: str) -> None:
-    """Compares runs, prints the verdicts and writes figures, table and numbers.
+def report(folders: Sequence[str], out: Path, metric: str, window: int | None, aggregate: str) -> list[Arm]:
+    """Compares runs, prints the verdicts and writes figures, table and numbers. Returns the arms.
 
     Args:
-        folders: of runs
+        folders: of runs, or files of `write_curves`
         out: where the figure goes, a .png, .pdf or .svg; the other files have its name with another ending
         metric: tag of the returns that are compared
         window: steps after the injection that count, None for as many as all compared runs have
@@ -203,3 +203,4 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
     out.with_suffix(".md").write_text(table(arms, pairs, over_games, metric))
     out.with_suffix(".json").write_text(as_json(arms, pairs, totals, remarks, metric))
     print(f"wrote {', '.join(map(str, written))}")
+    return arms

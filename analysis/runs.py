@@ -1,7 +1,5 @@
-"""Runs read from their folders, and arms: runs that differ in nothing but the seed."""
+"""Arms: runs that differ in nothing but the seed."""
 
-import functools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,12 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from analysis.curves import Run, read_curves, read_run
 from dqn_injection_atari import Args
 from support.flags import RunFlags
-from support.run_log import read_scalars
-from support.usage import UsageError, conditions, reading, unused_fields
+from support.usage import UsageError, conditions, unused_fields
 
 # These name a run, choose its hardware, or change what is logged, filmed and evaluated, but not what is learned
 BOOKKEEPING = {"seed", "exp_name", *(field.name for field in fields(RunFlags))}
@@ -28,38 +24,6 @@ ARM_NAMES = {  # one and several
     "reset-head": ("head reset", "head resets"),
     "shrink-perturb": ("shrink and perturb", "shrink and perturb"),
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run has logged: {tag: (2, K) float64}, K steps and K values in the order of logging."""
-
-    folder: str
-    args: Args
-    scalars: dict[str, np.ndarray]
-
-    @functools.cached_property
-    def last_step(self) -> int:
-        return int(max(steps.max() for steps, _ in self.scalars.values()))
-
-    def between(self, tag: str, after: int, upto: float) -> np.ndarray:
-        """(2, K) points of `tag` with after < step ≤ upto."""
-        points = self.scalars.get(tag, np.empty((2, 0)))
-        return points[:, (points[0] > after) & (points[0] <= upto)]
-
-    def undefined(self, tag: str) -> np.ndarray:
-        """(K,) steps at which a measure of plasticity had no value, after it once had one: others were logged there."""
-        own, measured = (
-            self.scalars[tag],
-            [points[0] for name, points in self.scalars.items() if name.startswith("plasticity/")],
-        )
-        missing = np.setdiff1d(np.concatenate([*measured, own[0]]), own[0, np.isfinite(own[1])])
-        return missing[missing > own[0].min()] if tag.startswith("plasticity/") else np.empty(0)
-
-    def unreported(self, after: int, upto: int) -> int:
-        """How many training games in after < step ≤ upto have no return there: cut by new games, or going on at its end."""
-        steps, games = self.between("charts/games_cut", after, upto)
-        return int(games.sum()) + (0 if upto in steps or upto >= self.args.total_timesteps else self.args.num_envs)
 
 
 @dataclass(frozen=True)
@@ -90,25 +54,6 @@ def runs_in(folders: Iterable[str]) -> tuple[tuple[str, ...], Path]:
     of_sweeps = {folder: sorted(map(str, runs.iterdir())) if runs.is_dir() else [] for folder, runs in sweeps.items()}
     runs = tuple(run for folder in given for run in of_sweeps.get(folder, [folder]))
     return runs, Path(given[0]) if len(given) == len(sweeps) == 1 else Path()
-
-
-def read_run(folder: str, metric: str) -> Run:
-    """The arguments and scalars of a run.
-
-    Raises:
-        UsageError: it is no run's folder, it is damaged, or it has logged no `metric` yet, or one that is not finite.
-    """
-    path = Path(folder) / "run.json"
-    if not path.is_file():
-        raise UsageError(f"{folder} is no run's folder, it has no run.json: the run is left out")
-    with reading(path, "a run's arguments", "the run is left out"):
-        args = Args(**json.loads(path.read_text())["args"])
-    scalars = {tag: points[:2] for tag, points in read_scalars(path.parent, "the run is left out").items()}
-    if metric not in scalars:
-        raise UsageError(f"{folder} has logged no {metric} yet: the run is left out")
-    if not np.isfinite(scalars[metric]).all():
-        raise UsageError(f"{folder} has logged a {metric} that is not finite: the run is left out")
-    return Run(folder, args, scalars)
 
 
 def setting(args: Args) -> dict[str, Any]:
@@ -190,7 +135,7 @@ def read_arms(folders: Iterable[str], metric: str) -> tuple[list[Arm], dict[str,
     runs, left_out = [], {}
     for folder in dict.fromkeys(folders):
         try:
-            runs.append(read_run(folder, metric))
+            runs += read_curves(Path(folder), metric) if folder.endswith(".csv") else [read_run(folder, metric)]
         except UsageError as error:
             left_out[folder] = str(error)
     if not runs:

@@ -50,6 +50,19 @@ def test_a_sweeps_folder_stands_for_the_runs_in_it(command, monkeypatch):
     assert command("sweeps/x", "runs/more")[0] == 0 and Path("comparison.png").exists()
 
 
+def test_exported_curves_are_compared_as_the_runs_are(command):
+    status, printed, _ = command(*write_all(make_arms()), "--export", "results/x")
+    files = sorted(map(str, Path("results/x").iterdir()))
+    assert status == 0 and all(f"wrote {file}, " in printed for file in files)
+    assert files == [f"results/x/{PHOENIX}_{arm}.csv" for arm in ("injection-at-1k", "no-injection")]
+    found = json.loads(Path("comparison.json").read_text())["comparisons"]
+    status, printed, errors = command(*files, "nowhere.csv", "--out", "again.png")
+    assert (status, errors) == (0, "") and "nowhere.csv cannot be read as curves of runs" in printed
+    (comparison,) = json.loads(Path("again.json").read_text())["comparisons"]
+    assert comparison["difference"] == pytest.approx(found[0]["difference"], rel=1e-5)
+    assert comparison["paired"] and comparison["verdict"] == found[0]["verdict"] and comparison["window"] == found[0]["window"]
+
+
 @pytest.mark.parametrize("aggregate", ["mean", "iqm"])
 def test_a_report_prints_its_verdict_and_writes_figures_table_and_numbers_that_agree(command, aggregate):
     folders = write_all(make_arms())
@@ -122,6 +135,7 @@ def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_onl
         (["--probe", "a", "--env-id", PHOENIX], "give --probe fresh --env-id"),
         (["--probe", "fresh"], "give --probe fresh --env-id"),
         (["--probe", "fresh", "--env-id", "Foo"], "unknown env_id 'Foo'"),
+        (["--probe", "a", "--export", "x"], "export keeps curves of runs"),
         (["--probe", "a", "--out", "x"], "must end in .png, .pdf or .svg: change --out"),
         (["runs/a", "--probe-updates", 5], "probe_updates is given, but nothing to probe"),
         (["--probe", "nowhere"], "no checkpoint to probe; nowhere cannot be read as a checkpoint"),
