@@ -28,6 +28,7 @@ def test_they_come_back_with_six_digits_and_their_arguments():
         assert np.array_equal(read.scalars[RETURN][0], run.scalars[RETURN][0])
         assert np.allclose(read.scalars[RETURN][1], run.scalars[RETURN][1], rtol=5e-6)
     assert read.scalars[DORMANT].tolist() == [[100, 3_000], [0.123457, 0.5]]
+    assert read.scalars["charts/SPS"].tolist() == [[3_000], [7.0]], "the last"
     assert DORMANT not in back[0].scalars and "losses/td_loss" not in read.scalars
     assert [run.folder for run in back] == ["new/x.csv (seed 1)", "new/x.csv (seed 2)"]
 

@@ -1,7 +1,9 @@
 """sweep.py as a user runs it: whole sweeps on a local Ray, interrupted ones, and what the command line refuses."""
 
+import contextlib
 import json
 import os
+import pty
 import runpy
 import signal
 import socket
@@ -12,7 +14,6 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import status_of
 
@@ -21,6 +22,7 @@ pytest.importorskip("ray")
 import sweep
 from analysis.manifest import begin, read_asked, read_manifest
 from benchmarks.kill_test import content, differences
+from benchmarks.sweep_kill_test import trainings
 from support.machine import alone_in
 
 SCRIPT = Path(sweep.__file__)
@@ -33,16 +35,16 @@ FOLDER = Path("sweeps/x")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def start(*arguments, flags=FLAGS, **more):
+def start(*arguments, flags=FLAGS, stderr=subprocess.STDOUT):
     """The sweep as a process, all that it says in a file."""
     command = [sys.executable, str(SCRIPT), *SMALL, *map(str, arguments), "--", *flags]
     with open("said", "a") as said:
-        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=ENVIRONMENT, **more)
+        return subprocess.Popen(command, stdout=said, stderr=stderr, env=ENVIRONMENT)
 
 
-def finish(*arguments, **more):
+def finish(*arguments):
     """Runs it to its end; returns its status and what was said so far."""
-    return start(*arguments, **more).wait(600), Path("said").read_text()
+    return start(*arguments).wait(600), Path("said").read_text()
 
 
 def wait_for(condition, process=None, seconds=300):
@@ -60,18 +62,6 @@ def run_folder(name):
 
 def checkpoints(name):
     return lambda: list((FOLDER / "runs").glob(f"{name}__*/checkpoint-[1-9]*"))
-
-
-def trainings():
-    """Processes that train in this folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()) == FOLDER.absolute() and "dqn_injection_atari.py" in " ".join(process.cmdline()):
-                found.append(process)
-        except (psutil.Error, OSError):
-            continue
-    return found
 
 
 def states():
@@ -129,16 +119,43 @@ def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_h
 
 @pytest.mark.cluster
 @pytest.mark.slow
+def test_on_a_terminal_a_table_follows_the_runs():
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        process = start("--arms", "none", stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # the other end is closed
+            while chunk := terminal.read(4096):
+                shown += chunk
+        assert process.wait(60) == 0
+    *_, first, last = shown.decode().split("steps/s")
+    assert NAMES[0] in first and "running" in first and "of 600" in first and "1 running" in first
+    assert "600 of 600" in last and "1 finished" in last
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_runs_are_as_urgent_as_those_that_are_started_by_hand():
+    process = start("--arms", "none")
+    (training,) = wait_for(lambda: trainings(FOLDER), process)
+    assert training.nice() == os.nice(0)
+    process.terminate()
+    process.wait(60)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_killed_trainings_and_a_killed_worker_go_on_with_the_same_bits(by_hand):
     process = start()
     wait_for(lambda: list((FOLDER / "runs").glob(f"{NAMES[0]}__*")), process)
-    trainings()[0].kill()
+    trainings(FOLDER)[0].kill()
     wait_for(lambda: (NAMES[0], "killed") in states(), process)
-    worker = wait_for(lambda: [training.parent() for training in trainings()], process)[0]
+    worker = wait_for(lambda: [training.parent() for training in trainings(FOLDER)], process)[0]
     worker.kill()
     wait_for(lambda: states().count((NAMES[0], "killed")) == 2, process)
     wait_for(checkpoints(NAMES[1]), process)
-    next(training for training in trainings() if "injection" in training.cmdline()).kill()
+    next(training for training in trainings(FOLDER) if "injection" in training.cmdline()).kill()
     assert process.wait(600) == 0, Path("said").read_text()
     assert_as_by_hand(by_hand)
     assert "raylet" not in Path("said").read_text(), "Ray's own words on that"
@@ -157,7 +174,7 @@ def test_a_sweep_that_is_killed_or_stopped_and_started_again_ends_with_the_same_
     wait_for(lambda: (run_folder(NAMES[0]) / "checkpoint-301").exists() and checkpoints(NAMES[1])(), process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 143
-    assert trainings() == []
+    assert trainings(FOLDER) == []
     last = {change.run: change for change in read_manifest(FOLDER)}
     assert {change.state for change in last.values()} <= {"stopped", "finished"} and last[NAMES[1]].state == "stopped"
     log = (FOLDER / "logs" / f"{NAMES[1]}.log").read_text()
@@ -187,7 +204,7 @@ def test_a_run_that_fails_for_its_own_reason_is_reported_once_and_the_others_go_
 def test_a_run_that_is_killed_more_often_than_retries_fails():
     process = start("--retries", "0", "--arms", "none")
     wait_for(checkpoints(NAMES[0]), process)
-    trainings()[0].kill()
+    trainings(FOLDER)[0].kill()
     assert process.wait(120) == 1
     assert states()[-1] == (NAMES[0], "failed") and "--retries 0" in Path("said").read_text()
 
@@ -278,7 +295,7 @@ def test_a_cluster_that_loses_a_machine_in_mid_run_ends_with_the_same_bits(by_ha
         nodes = [machines.add_node(num_cpus=1) for _ in range(2)]
         process = start("--address", machines.address)
         wait_for(checkpoints(NAMES[0]), process)
-        above = {parent.pid for training in trainings() for parent in training.parents()}
+        above = {parent.pid for training in trainings(FOLDER) for parent in training.parents()}
         lost = next(node for node in nodes if node.all_processes["raylet"][0].process.pid in above)
         machines.remove_node(lost, allow_graceful=False)
         assert process.wait(600) == 0, Path("said").read_text()

@@ -11,7 +11,7 @@ from conftest import TINY_GAMES
 from saved_agents import CPU, SMALL, change, kill_encoder, kill_head
 
 from analysis import task_sequence
-from analysis.fitting import read_subject, replayed_observations
+from analysis.fitting import read_subject, relative_error, replayed_observations
 from analysis.task_sequence import EACH_FRESH, INJECTED, NAMES, RESET, SAME, probe_sequence, run_sequence, twin
 from dqn_injection_atari import Learner
 from support.usage import UsageError
@@ -79,6 +79,9 @@ def test_seeds_differ_and_twice_gives_the_same_numbers(checkpoint):
     once, again = (run_sequence(checkpoint, **HOW) for _ in range(2))
     assert once == again and once["error"][SAME][0] != once["error"][SAME][1]
     assert json.loads(json.dumps(once, allow_nan=False)) == once
+    since = {name: np.mean([errors[1:] for errors in once["error"][name]], axis=1) for name in NAMES}
+    for name, of in ((SAME, EACH_FRESH), (INJECTED, SAME), (INJECTED, EACH_FRESH), (RESET, SAME), (RESET, EACH_FRESH)):
+        assert once["relative"][name][of] == relative_error(since[name].tolist(), since[of].tolist()), "from the injection on"
 
 
 def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits):

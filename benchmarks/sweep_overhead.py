@@ -1,0 +1,80 @@
+"""How much longer do two runs take in a sweep than when they are started by hand at the same time?
+
+    python benchmarks/sweep_overhead.py --steps 50000 --pairs 3
+
+By hand and as a sweep they run in turn, with the same flags, one thread each. Prints the wall time of both until all is done,
+a sweep's comparison included; and how long the runs themselves took, from their first line to their last, whose ratio shows
+what Ray takes while they run. What is left is what a sweep takes once, however long its runs are.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from analysis.curves import SPEED
+from support.run_log import read_scalars
+
+ROOT = Path(__file__).resolve().parent.parent
+GAME, SEEDS = "PhoenixNoFrameskip-v4", ("1", "2")
+FLAGS = """--env-backend ale --num-envs 8 --bf16 --buffer-size 50000 --learning-starts 2000 --exploration-fraction 0.1
+--checkpoint-frequency 0""".split()
+
+
+@dataclass
+class Settings:
+    steps: int = 50_000
+    """of each run"""
+    pairs: int = 3
+    """how often by hand and as a sweep"""
+
+
+def by_hand(place: Path, flags: list[str]) -> None:
+    script = (sys.executable, str(ROOT / "dqn_injection_atari.py"))
+    own = [("--env-id", GAME, "--seed", seed, "--no-apply-injection", "--no-cuda") for seed in SEEDS]
+    runs = [subprocess.Popen([*script, *flags, *more], cwd=place, stdout=subprocess.DEVNULL) for more in own]
+    if any([run.wait() for run in runs]):  # a list: wait for both
+        raise RuntimeError("a run by hand has failed")
+
+
+def as_sweep(place: Path, flags: list[str]) -> None:
+    script = (sys.executable, str(ROOT / "sweep.py"), "--name", "x", "--threads-per-run", "1")
+    command = [*script, "--env-ids", GAME, "--seeds", *SEEDS, "--arms", "none", "--", *flags]
+    subprocess.run(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
+
+
+def seconds_of_runs(place: Path) -> float:
+    """Mean seconds from begin to end of the runs below a folder."""
+    ends = [read_scalars(path.parent)[SPEED][:, -1] for path in place.rglob("run.json")]
+    return statistics.mean(step / speed for step, speed, _ in ends)
+
+
+def main(settings: Settings) -> None:
+    os.environ |= {"OMP_NUM_THREADS": "1"}
+    flags = [*FLAGS, "--total-timesteps", str(settings.steps)]
+    walls, inside = [], []
+    for pair in range(settings.pairs):
+        found = {}
+        for way in (by_hand, as_sweep) if pair % 2 == 0 else (as_sweep, by_hand):
+            with tempfile.TemporaryDirectory() as name:
+                begun = time.perf_counter()
+                way(Path(name), flags)
+                found[way] = time.perf_counter() - begun, seconds_of_runs(Path(name))
+        (hand, hand_runs), (sweep, sweep_runs) = found[by_hand], found[as_sweep]
+        walls.append(sweep / hand)
+        inside.append(sweep_runs / hand_runs)
+        line = f"by hand {hand:.1f} s, as a sweep {sweep:.1f} s: {walls[-1]:.3f} times as long, the runs {inside[-1]:.3f} times"
+        print(f"{line}; once {(sweep - sweep_runs) - (hand - hand_runs):.1f} s more", flush=True)
+    print(f"medians: wall time {statistics.median(walls):.3f}, runs {statistics.median(inside):.3f}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
