@@ -72,13 +72,13 @@ class Settings:
     env_id: str | None = None
     """the game of --probe fresh, whose observations are of random play"""
     probe_tasks: Annotated[int | None, Ge(2)] = None
-    """random targets that are fitted one after the other; by default a single one, for fresh 40"""
+    """random targets that are fitted one after the other; by default a single one, for fresh 30"""
     probe_inject_at: int | None = None
-    """task before which a copy is injected; by default the one in the middle"""
-    probe_observations: Annotated[int | None, Ge(1)] = None
-    """replayed observations to fit targets at; by default 512, of a sequence 128"""
+    """task before which a copy is injected; by default the one after two thirds"""
+    probe_observations: Count = 512
+    """replayed observations to fit targets at"""
     probe_updates: Annotated[int | None, Ge(1)] = None
-    """gradient steps of each network at each target, with the run's batch size; by default 1,000, of a sequence 120"""
+    """gradient steps of each network at each target, with the run's batch size; by default 1,000, of a sequence 200"""
     probe_learning_rate: Annotated[float | None, Interval(gt=0, lt=math.inf)] = None
     """by default the run's, for fresh 5e-4"""
     probe_seeds: Count = 3
@@ -111,13 +111,13 @@ def main() -> None:
         settings = tyro.cli(Settings, description=__doc__)
         check(settings)
         out = None if settings.out is None else Path(settings.out)
-        tasks = settings.probe_tasks or (40 if NO_CHECKPOINT in settings.probe else None)
+        tasks = settings.probe_tasks or (30 if NO_CHECKPOINT in settings.probe else None)
         how = settings.probe_seeds, settings.probe_learning_rate
         if tasks is not None:
-            size = tasks, settings.probe_inject_at, settings.probe_observations or 128, settings.probe_updates or 120
+            size = tasks, settings.probe_inject_at, settings.probe_observations, settings.probe_updates or 200
             probe_sequence(settings.probe, settings.env_id, *size, *how, out or Path("tasks.png"))
         elif settings.probe:
-            probe(settings.probe, settings.probe_observations or 512, settings.probe_updates or 1_000, *how, out)
+            probe(settings.probe, settings.probe_observations, settings.probe_updates or 1_000, *how, out)
         else:
             folders, place = runs_in(settings.runs)
             arms = report(folders, out or place / "comparison.png", settings.metric, settings.window, settings.aggregate)

@@ -32,7 +32,7 @@ OF_CONTINUATIONS = {  # those that it gives as well where runs continue one agen
     **{"total_timesteps": "--steps", "injection_step": "--from-checkpoint", "exploration_fraction": "--from-checkpoint"},
     **{"injection_trigger": "--from-checkpoint", "preset": "--from-checkpoint"},
 }
-PARTS_BYTES, BYTES_PER_FRAME, BYTES_PER_STEP = 70e6, 60, 1.0  # estimates of checkpoints and curves, see docs/sweeps.md
+PARTS_BYTES, BYTES_PER_FRAME, BYTES_PER_STEP = 70e6, 120, 1.0  # estimates of checkpoints and curves, see docs/sweeps.md
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ def probe_sequence(
         OSError: something cannot be written.
     """
     chosen = [Path(path) for path in dict.fromkeys(map(str, map(Path, paths)))]
-    first = tasks // 2 if inject_at is None else inject_at
+    first = max(2, tasks * 2 // 3) if inject_at is None else inject_at
     if not 1 < first <= tasks:
         raise UsageError(f"probe_inject_at is {first}, but must be 2 to {tasks}: change --probe-inject-at or --probe-tasks")
     results = []

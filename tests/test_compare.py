@@ -175,8 +175,8 @@ def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
     command("--probe", "a", "--probe-tasks", 4, "--probe-inject-at", 3, "--probe-observations", 5, "--probe-learning-rate", 0.1)
     command("--probe", "fresh", "--env-id", PHOENIX, "--out", "d.png")
     assert given == [
-        (("a",), None, 4, 3, 5, 120, 3, 0.1, Path("tasks.png")),
-        (("fresh",), PHOENIX, 40, None, 128, 120, 3, None, Path("d.png")),
+        (("a",), None, 4, 3, 5, 200, 3, 0.1, Path("tasks.png")),
+        (("fresh",), PHOENIX, 30, None, 512, 200, 3, None, Path("d.png")),
     ]
 
 
