@@ -74,7 +74,7 @@ class Settings:
     probe_tasks: Annotated[int | None, Ge(2)] = None
     """random targets that are fitted one after the other; by default a single one, for fresh 30"""
     probe_inject_at: int | None = None
-    """task before which a copy is injected; by default the one after two thirds"""
+    """task before which a copy is injected; by default the one at two thirds"""
     probe_observations: Count = 512
     """replayed observations to fit targets at"""
     probe_updates: Annotated[int | None, Ge(1)] = None

@@ -9,35 +9,28 @@ The same command once more goes on with what is not finished.
 """
 
 import contextlib
-import os
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from annotated_types import Ge
 
-# no statistics; runs as urgent as those by hand, not by 15 less; what Ray says of workers that are gone, the sweep says itself
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "(?s)."}
 try:
-    import ray
     from rich.console import Console
     from rich.live import Live
 
+    from analysis.engine import cluster, outcome, ray
     from analysis.sweeps import Book, Task, conclude, default_name, plan_in_words, resources
 except ModuleNotFoundError as error:
     sys.exit(f"error: {str(error.name).partition('.')[0]} is not installed: pip install -r requirements-sweep.txt")
 
-from analysis.manifest import MANIFEST, begin, commit, measured_speed, read_manifest, refuse_another
+from analysis.manifest import MANIFEST, begin, commit, measured_speed, prepare, read_asked, read_manifest, refuse_another
 from analysis.plan import Asked, all_arms, plan
 from support import jobs
-from support.machine import alone_in, usable_processors
+from support.machine import alone_in
 from support.process import Signals, ends_in_one_line, on_a_terminal, say
 from support.usage import Positive, Steps, UsageError, check_bounds
 
@@ -67,7 +60,8 @@ class Settings:
     cpus_per_run: Annotated[float | None, Ge(0)] = None
     """processors to keep free for a run; by default 1, with GPUs all that there are by the runs that fit on them"""
     threads_per_run: Annotated[int | None, Ge(1)] = None
-    """threads that a run computes in, on which its bits depend; by default as many as processors"""
+    """threads that each run computes in, on which its bits depend; by default as many as processors. They stay what they are
+    for as long as the sweep's folder is there"""
     memory_per_run: Annotated[float | None, Ge(0)] = None
     """GB of memory to keep free for a run; by default its full replay and 1.5 GB"""
     gpus_per_run: Annotated[float | None, Ge(0)] = None
@@ -98,68 +92,25 @@ def command_line(words: list[str]) -> tuple[Settings, Asked]:
         if len(rest) < 2 or "--" in rest[:2]:
             raise UsageError('arm has a name and flags: give --arm "all heads" "--no-freeze-heads"')
         name, flags = rest.pop(0), rest.pop(0)
+        if name in own:
+            raise UsageError(f"arm {name} is given twice: give each another name")
         own[name] = flags
     settings = tyro.cli(Settings, description=__doc__, args=given)
     check_bounds(settings)
     if (gpus := settings.gpus_per_run or 0) > 1 and gpus % 1:
         raise UsageError(f"gpus_per_run is {gpus:g}, but must be whole above 1: change --gpus-per-run")
-    if settings.name is not None and Path(settings.name).name != settings.name:
+    if settings.name is not None and (Path(settings.name).name != settings.name or settings.name in ("", "..")):
         raise UsageError(f"name is {settings.name}, but must be a folder's under sweeps/: change --name")
     origin = None if settings.from_checkpoint is None else str(Path(settings.from_checkpoint).resolve())
     arms, grid = all_arms(settings.arms, own), [list(axis) for axis in settings.grid]
     return settings, Asked(settings.env_ids, settings.seeds, arms, grid, rest[1:], origin, settings.steps)
 
 
-@contextlib.contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """Ray, running for the time of this block.
-
-    Raises:
-        UsageError: there is none at this address.
-    """
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
-    try:
-        if address is None:
-            ray.init("local", num_cpus=usable_processors(), object_store_memory=2**27, include_dashboard=False, **quiet)
-        else:
-            if address != "auto":
-                host, _, port = address.rpartition(":")
-                socket.create_connection((host, int(port)), timeout=5).close()
-            check = (sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1])", address)  # it may try for minutes
-            subprocess.run(check, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=20, check=True)
-            ray.init(address, **quiet)
-    except (subprocess.SubprocessError, OSError, RuntimeError, ValueError) as error:
-        what = "Ray does not start here" if address is None else f"no Ray cluster answers at {address}"
-        said = "timed out" if isinstance(error, subprocess.TimeoutExpired) else getattr(error, "stderr", "") or str(error)
-        reason = said.strip().rpartition("\n")[2].partition(". ")[0]
-        fix = "leave out --address to use this machine, or start one: ray start --head (docs/sweeps.md)"
-        raise UsageError(f"{what} ({reason}): {fix}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def outcome(ref: Any) -> tuple[str, str]:
-    """The state of a run whose job has ended, and why."""
-    try:
-        status = ray.get(ref)
-    except ray.exceptions.TaskCancelledError:
-        return "stopped", ""
-    except ray.exceptions.RayTaskError as error:
-        return "failed", str(error.cause)
-    except ray.exceptions.RayError as error:  # a worker or a machine is gone
-        return "killed", type(error).__name__
-    if status == 0:
-        return "finished", ""
-    return ("killed" if status < 0 or status > 128 else "failed"), f"exit status {status}"
-
-
 class Sweep:
     """The runs of a plan in Ray's hands, from the first to the last."""
 
-    def __init__(self, book: Book, settings: Settings):
-        self.book, self.settings = book, settings
+    def __init__(self, book: Book, settings: Settings, threads: int):
+        self.book, self.settings, self.threads = book, settings, threads
         self.job = ray.remote(max_retries=0)(jobs.run)
 
     def submit(self, task: Task) -> None:
@@ -168,9 +119,8 @@ class Sweep:
         if when == "never":
             self.book.record(task, "not started", f"{task.run.trunk} left no checkpoint at step {task.run.begins:,}")
         elif when == "ready" and time.monotonic() >= task.after:
-            threads = self.settings.threads_per_run or max(1, int(task.resources["num_cpus"]))
             task.begin()
-            task.ref = self.job.options(**task.resources).remote(task.job(fork, threads))
+            task.ref = self.job.options(**task.resources).remote(task.job(fork, self.threads))
             self.book.record(task, "queued")
 
     def settle(self, task: Task, stopping: bool = False) -> None:
@@ -202,9 +152,23 @@ class Sweep:
                 self.settle(going.pop(ref), stopping=True)
 
     def go(self, signals: Signals) -> None:
-        """Runs all to their ends, or until a signal."""
+        """Runs all to their ends, or until a signal.
+
+        Raises:
+            OSError: the sweep cannot go on, as where its manifest cannot be written. Every run was stopped as by a signal.
+        """
+        try:
+            self.follow(signals)
+        except OSError:
+            say("the sweep cannot go on: every run writes a checkpoint and ends")
+            with contextlib.suppress(OSError):
+                self.stop()
+            raise
+
+    def follow(self, signals: Signals) -> None:
         said = time.monotonic()
-        with Live(console=Console(stderr=True), auto_refresh=False) if on_a_terminal() else contextlib.nullcontext() as live:
+        table = Live(console=Console(stderr=True), auto_refresh=False, redirect_stdout=sys.stdout.isatty())
+        with table if on_a_terminal() else contextlib.nullcontext() as live:
             while signals.stop is None and self.book.open_tasks():
                 self.advance()
                 if live is not None:
@@ -224,7 +188,10 @@ def main() -> None:
         settings, asked = command_line(sys.argv[1:])
         runs = plan(asked)
         folder = Path("sweeps", default_name(asked, runs[0].args.env_id) if settings.name is None else settings.name)
-        refuse_another(folder, asdict(asked))
+        if settings.threads_per_run is not None or (folder / "sweep.json").exists():
+            asked = replace(asked, threads=settings.threads_per_run or read_asked(folder).threads)
+        with alone_in(folder, MANIFEST) if (folder / MANIFEST).exists() and not settings.dry_run else contextlib.nullcontext():
+            refuse_another(folder, asdict(asked))
         if settings.dry_run:
             print(*plan_in_words(runs, settings.speed or measured_speed(read_manifest(folder))), sep="\n")
             return
@@ -233,11 +200,15 @@ def main() -> None:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             wanted = (settings.cpus_per_run, settings.gpus_per_run, settings.memory_per_run)
             tasks = [Task(run, folder, code, resources(run, *wanted, nodes)) for code in [commit()] for run in runs]
-            begin(folder, asdict(asked))
+            threads = asked.threads or max(1, int(tasks[0].resources["num_cpus"]))
+            asked = replace(asked, threads=threads)
+            prepare(folder)
             stack.enter_context(alone_in(folder, MANIFEST))
+            refuse_another(folder, asdict(asked))  # once more, now that no other sweep can begin here
+            begin(folder, asdict(asked))
             book = Book(folder, tasks)
             with Signals() as signals:
-                Sweep(book, settings).go(signals)
+                Sweep(book, settings, threads).go(signals)
         if signals.stop is not None:
             raise SystemExit(128 + signals.stop)
         conclude(book, settings.metric)

@@ -12,7 +12,7 @@ from typing import Any
 
 from analysis.plan import Asked
 from support.jobs import STARTED
-from support.machine import alone_in, flush_to_disk
+from support.machine import flush_to_disk
 from support.usage import UsageError, reading
 
 TAIL_BYTES = 8_192
@@ -27,7 +27,7 @@ LINE = re.compile(r"^step [\d,]+ of ([\d,]+), ([\d,]+) SPS, (\S+) left, ε \S+ r
 def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
     """
     Raises:
-        UsageError: the folder is another sweep's, or no sweep's, or a sweep is running in it.
+        UsageError: the folder is another sweep's, or no sweep's.
     """
     path, plain = folder / "sweep.json", json.loads(json.dumps(asked))
     if path.exists():
@@ -36,12 +36,21 @@ def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
         if names := [name for name in {**before, **plain} if before.get(name) != plain.get(name)]:
             changes = "; ".join(f"{name} is {plain.get(name)}, there {before.get(name)}" for name in names)
             raise UsageError(f"{folder} is the folder of another sweep ({changes}): give another --name, or what it was asked")
-        if (folder / MANIFEST).exists():
-            with alone_in(folder, MANIFEST):
-                return
         return
-    if folder.exists() and {entry.name for entry in folder.iterdir()} - {MANIFEST, "runs", "logs", PARTIAL}:
+    own = {MANIFEST, "runs", "logs", PARTIAL}
+    if folder.exists() and ({entry.name for entry in folder.iterdir()} - own or any(folder.glob("runs/*"))):
         raise UsageError(f"{folder} is no sweep's folder, it has no sweep.json: give another --name")
+
+
+def prepare(folder: Path) -> None:
+    """Makes what a sweep's folder holds before anything was asked.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for part in (folder / "runs", folder / "logs"):
+        part.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).touch()
 
 
 def begin(folder: Path, asked: dict[str, Any]) -> None:
@@ -50,9 +59,7 @@ def begin(folder: Path, asked: dict[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    for part in (folder / "runs", folder / "logs"):
-        part.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).touch()
+    prepare(folder)
     (folder / PARTIAL).write_text(json.dumps(asked, indent=1) + "\n")
     flush_to_disk(folder / PARTIAL)
     (folder / PARTIAL).rename(folder / "sweep.json")

@@ -1,20 +1,15 @@
 """The plan of a sweep: which runs there are, which of them fork from which, and what they take."""
 
-import contextlib
-import io
 import itertools
-import re
-import shlex
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import gymnasium as gym
 import numpy as np
 
-import dqn_injection_atari as script
+from analysis.flags import as_flags, names_in, parsed, readable, words_of
 from dqn_injection_atari import FORKABLE, Args, check_fork
 from support import usage
 from support.checkpoints import Checkpoint, load_checkpoint
@@ -50,6 +45,8 @@ class Asked:
     from_checkpoint: str | None = None
     steps: int | None = None
     """how many more, from that checkpoint"""
+    threads: int | None = None
+    """that every run computes in; None as long as nobody has decided"""
 
 
 @dataclass(frozen=True)
@@ -104,6 +101,8 @@ def plan(asked: Asked) -> list[PlannedRun]:
             own = [of_game_and_seed(run, game, seed) for run in family]
             trunk = own[0].name
             runs += [replace(run, trunk=None if run.trunk is None else trunk) for run in own]
+    if any(not run.args.checkpoint_frequency for run in runs):
+        raise UsageError("checkpoint_frequency 0 leaves nothing to fork arms from, and nothing to go on from: leave it out")
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"two runs would have the name {twice[0]}: give arms, games and values that are spelt differently")
@@ -126,23 +125,15 @@ def check(asked: Asked, origin: Checkpoint | None) -> None:
     if origin is not None and asked.env_ids:
         raise UsageError(f"{origin.path} plays {origin.meta['args']['env_id']}: leave out --env-ids")
     own = INSTEAD | (OF_CONTINUATIONS if origin is not None else {})
-    named = [(name, "after --") for name in names_in(asked.flags)]
-    named += [(values[0].lstrip("-").replace("-", "_"), "in --grid") for values in asked.grid]
+    axes = [values[0].lstrip("-").replace("-", "_") for values in asked.grid if values]
+    if len(set(axes)) < len(asked.grid):
+        raise UsageError("grid has a flag twice, or none: give --grid learning-rate 1e-4 5e-4, once for each flag")
+    named = [(name, "after --") for name in names_in(asked.flags)] + [(name, "in --grid") for name in axes]
     arm_flags = own.keys() - {"intervention", "apply_injection"}
     named += [(name, f"in arm {arm}") for arm, flags in asked.arms.items() for name in names_in(flags) if name in arm_flags]
     for name, where in named:
         if name in own:
             raise UsageError(f"{flag(name)} {where} is what the sweep itself gives: leave it out, and give {own[name]}")
-
-
-@contextlib.contextmanager
-def command_line(flags: list[str] | tuple[str, ...]) -> Iterator[None]:
-    """Has the training script find these flags as its own."""
-    before, sys.argv = sys.argv, [Path(script.__file__).name, *flags]
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 def all_arms(interventions: Sequence[str], own: dict[str, str]) -> dict[str, list[str]]:
@@ -159,35 +150,9 @@ def all_arms(interventions: Sequence[str], own: dict[str, str]) -> dict[str, lis
     for arm, flags in own.items():
         if arm in INTERVENTIONS:
             raise UsageError(f"arm {arm} has flags already, --intervention {arm}: give another name to --arm")
-        says = names_in(words := shlex.split(flags)) & {"intervention", "apply_injection"}
+        says = names_in(words := words_of(flags)) & {"intervention", "apply_injection"}
         arms[arm] = words if says else ["--intervention", "injection", *words]
     return arms
-
-
-def names_in(flags: list[str] | tuple[str, ...]) -> set[str]:
-    """Names of the fields that flags of the training script set."""
-    with command_line(flags):
-        return usage.flags_given()
-
-
-def parsed(flags: tuple[str, ...]) -> Args:
-    """What the training script makes of its flags.
-
-    Raises:
-        UsageError: it refuses them.
-    """
-    said = io.StringIO()
-    try:
-        with command_line(flags), contextlib.redirect_stderr(said):
-            return script.parse_args()
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        # tyro says it in a box, below a title and above a rule
-        lines = [line.strip(" │╰╯") for line in said.getvalue().splitlines()[1:]]
-        below = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
-        reason = " ".join(itertools.takewhile(lambda line: line.strip("─-"), below))
-        raise UsageError(f"{reason}: python dqn_injection_atari.py --help lists flags") from None
 
 
 def settings(grid: list[list[str]]) -> list[tuple[str, tuple[str, ...]]]:
@@ -204,22 +169,6 @@ def settings(grid: list[list[str]]) -> list[tuple[str, tuple[str, ...]]]:
         axes.append([(f"{field.replace('_', '-')}-{readable(value)}", as_flags(field, value)) for value in values])
     combined = itertools.product(*axes)
     return [("_".join(name for name, _ in axis), tuple(word for _, words in axis for word in words)) for axis in combined]
-
-
-def as_flags(name: str, value: Any) -> tuple[str, ...]:
-    """The flags that set a field: to a value, or to the words in which a user gave one."""
-    if Args.__dataclass_fields__[name].type is bool or isinstance(getattr(Args, name), bool):
-        given = str(value).lower()
-        if given not in ("true", "false"):
-            raise UsageError(f"{name} is {value}, but must be true or false: change it in --grid")
-        return (flag(name) if given == "true" else f"--no-{name.replace('_', '-')}",)
-    words = shlex.split(value) if isinstance(value, str) else map(str, value if isinstance(value, tuple) else (value,))
-    return (flag(name), *words)
-
-
-def readable(text: str) -> str:
-    """A part of a folder's name."""
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
 
 
 def of_game_and_seed(run: PlannedRun, game: str, seed: int) -> PlannedRun:
@@ -261,8 +210,6 @@ def forked(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
     if refused := [name for name in changed if name not in FORKABLE]:
         fix = f"give --grid {refused[0].replace('_', '-')} with the values"
         raise UsageError(f"arm {run.arm} has another {', '.join(refused)} than {trunk.arm}, which arms share: {fix}")
-    if not trunk.args.checkpoint_frequency:
-        raise UsageError("checkpoint_frequency 0 leaves nothing to fork arms from: leave it out")
     path = Path("runs", trunk.name, f"checkpoint-{step}")
     check_fork(run.args, Checkpoint(path, {"step": step, "args": vars(trunk.args)}, {"learner": {"interventions": ()}}))
     baseline = run.args.intervention == "none"

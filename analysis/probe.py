@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,27 @@ def probe_table(result: dict[str, Any]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def each_probed(paths: Iterable[str], measure: Callable[[Path], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What is measured at each checkpoint, once; those that cannot be probed are named and left out.
+
+    Raises:
+        UsageError: no checkpoint can be probed.
+    """
+    left_out, found = [], False
+    for path in dict.fromkeys(map(Path, paths)):
+        try:
+            result = measure(path)
+        except UsageError as error:
+            left_out.append(str(error))
+            print(f"left out: {error}", flush=True)
+            continue
+        found = True
+        yield result
+    if not found:
+        reason = left_out[0] if left_out else "give checkpoints, runs/FOLDER/checkpoint-STEP"
+        raise UsageError(f"no checkpoint to probe; {reason}")
+
+
 def probe(
     paths: Iterable[str], observations: int, updates: int, seeds: int, rate: float | None = None, out: Path | None = None
 ) -> list[dict[str, Any]]:
@@ -129,21 +150,12 @@ def probe(
         UsageError: no checkpoint can be probed.
         OSError: the results cannot be written.
     """
-    results, left_out = [], []
-    for path in dict.fromkeys(map(Path, paths)):
-        try:
-            result = probe_checkpoint(path, observations, updates, seeds, rate)
-        except UsageError as error:
-            left_out.append(str(error))
-            print(f"left out: {error}", flush=True)
-            continue
+    results = []
+    for result in each_probed(paths, lambda path: probe_checkpoint(path, observations, updates, seeds, rate)):
         results.append(result)
         injections = f"{result['injections']} injection{'s' * (result['injections'] != 1)}"
-        print(f"{path}: {result['env_id']}, step {result['step']:,}, {injections} so far")
+        print(f"{result['checkpoint']}: {result['env_id']}, step {result['step']:,}, {injections} so far")
         print(f"{probe_table(result)}\n{result['sentence']}", flush=True)
-    if not results:
-        reason = left_out[0] if left_out else "give checkpoints, runs/FOLDER/checkpoint-STEP"
-        raise UsageError(f"no checkpoint to probe; {reason}")
     if out is not None:
         write_json(results, out.with_suffix(".json"))
         print(f"wrote {out.with_suffix('.json')}")

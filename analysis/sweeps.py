@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 import dqn_injection_atari as script
 from analysis.manifest import Change, Manifest, Progress, last_lines, newest, now, read_manifest, read_progress
-from analysis.plan import Asked, PlannedRun
+from analysis.plan import Asked, PlannedRun, readable
 from analysis.report import report
 from support.jobs import Job, find_folder
 from support.process import say
@@ -48,6 +48,8 @@ class Task:
     hours: float = 0.0
     """of attempts before this one"""
     progress: Progress = field(default_factory=Progress)
+    found: Path | None = None
+    """its folder, once it was seen"""
 
     @property
     def log(self) -> Path:
@@ -55,7 +57,9 @@ class Task:
 
     @property
     def run_folder(self) -> Path | None:
-        return find_folder(self.folder, self.run.name)
+        if self.found is None and self.attempt:
+            self.found = find_folder(self.folder, self.run.name)
+        return self.found
 
     def take_up(self, last: Change) -> None:
         """Goes on from what a manifest says. A run whose folder has gone is to be done once more.
@@ -78,9 +82,10 @@ class Task:
     def look(self) -> bool:
         """Reads how far it has come. Returns whether it has begun since the last look."""
         progress = read_progress(self.log, self.offset)
-        if progress.host is None:
+        if progress.device is None:  # the process has not said yet where it computes, and from which step
             return False
-        begun, self.progress = self.began is None, progress
+        begun = self.began is None
+        self.progress = replace(progress, step=progress.step or self.progress.step)
         if begun:
             self.began = time.monotonic()
         return begun
@@ -206,7 +211,7 @@ def resources(
     if gpus is None:
         gpus = 1 if with_gpus and run.args.cuda else 0
     if cpus is None:
-        at_once = [(node["CPU"], max(1, node["GPU"] // gpus)) for node in with_gpus] if gpus else []
+        at_once = [(node.get("CPU", 0), max(1, node["GPU"] // gpus)) for node in with_gpus] if gpus else []
         cpus = max(1, min((processors // runs for processors, runs in at_once), default=1))
     memory = run.memory + FOR_LEARNING if memory is None else memory * 1e9
     needs = {"CPU": cpus, "GPU": gpus, "memory": memory}
@@ -223,7 +228,7 @@ def default_name(asked: Asked, game: str) -> str:
     short = game.removeprefix("ALE/").replace("NoFrameskip", "").replace("/", "-")
     origin = () if asked.from_checkpoint is None else (Path(asked.from_checkpoint).name,)
     games = short if len(asked.env_ids) < 2 else f"{len(asked.env_ids)}-games"
-    return "_".join((games, *origin, *asked.arms)).replace(" ", "-")
+    return readable("_".join((games, *origin, *asked.arms)))
 
 
 def plan_in_words(runs: list[PlannedRun], speed: float | None) -> list[str]:

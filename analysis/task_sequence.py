@@ -27,7 +27,7 @@ from analysis.fitting import (
     saved_args,
 )
 from analysis.intervals import interval
-from analysis.probe import times, write_json
+from analysis.probe import each_probed, times, write_json
 from dqn_injection_atari import Learner
 from support.checkpoints import Checkpoint
 from support.machine import pick_device
@@ -37,7 +37,12 @@ from support.usage import UsageError
 SAME, INJECTED, RESET, EACH_FRESH = "one network", "injected", "head reset", "a fresh network for each task"
 BRANCHES = {INJECTED: Learner.inject, RESET: Learner.reset_head}
 NAMES = (SAME, *BRANCHES, EACH_FRESH)
-SHOWN = 5  # tasks whose errors the table averages, at the beginning and before the injection
+LEARNED = 0.9  # a network that leaves more than this of its error has not learned the task
+
+
+def early(inject_at: int) -> slice:
+    """The one network's first five tasks, from 0, before the injection; not the very first, in which it may be fresh itself."""
+    return slice(min(1, inject_at - 2), min(6, inject_at - 1))
 
 
 def twin(learner: Learner) -> Learner:
@@ -64,12 +69,12 @@ def run_tasks(
     another the head is reset. `seed` decides targets, batches, and all weights that are drawn.
 
     Returns:
-        {name: (2, tasks)}: at the end of each task, mean squared error and `dormant_fraction`; of the copies NaN before
-        `inject_at`
+        {name: (3, tasks)}: at the end of each task, mean squared error and `dormant_fraction`; then the error at its start; of
+        the copies NaN before `inject_at`
     """
     rng = np.random.default_rng(seed)
     one, copies = make_contender("agent", subject, seed, obs.device), dict[str, Learner]()
-    found = {name: np.full((2, tasks), math.nan) for name in NAMES}
+    found = {name: np.full((3, tasks), math.nan) for name in NAMES}
     for task in range(1, tasks + 1):
         for_targets, for_fresh = rng.integers(2**30, size=2).tolist()
         batches = rng.integers(len(obs), size=(updates, one.args.batch_size))
@@ -80,7 +85,8 @@ def run_tasks(
                 intervene(copies[name])
         learners = {SAME: one, **copies, EACH_FRESH: make_contender(FRESH, subject, for_fresh, obs.device)}
         for name, learner in learners.items():
-            found[name][:, task - 1] = fit(learner, obs, targets, batches)[1], dormant_fraction(learner, obs)
+            start, end = fit(learner, obs, targets, batches)
+            found[name][:, task - 1] = end, dormant_fraction(learner, obs), start
         progress.update()
     return found
 
@@ -91,9 +97,10 @@ def run_sequence(
     """`run_tasks` with several seeds, for the agent in a checkpoint, or for fresh networks on frames of random play.
 
     Returns:
-        plain data: "error" and "dormant" {name: (seeds, tasks)}, None where there is none or it is not finite; "relative"
-        {name: {name: see `relative_error`}}, the first's error as a multiple of the second's, both averaged over all tasks
-        from `inject_at` on; "sentence"; and what it was measured on
+        plain data: "error", "dormant" and "start" {name: (seeds, tasks)}, None where there is none or it is not finite;
+        "relative" {name: {"at", "since"}}, see `relative_error`: its error in task `inject_at`, and its mean from there on,
+        as a multiple of the one network's mean in its `early` tasks; "relative_to_fresh" {name: ...}, of the means from
+        `inject_at` on, as a multiple of the fresh networks'; "sentence"; and what it was measured on
 
     Raises:
         UsageError: the checkpoint is damaged or cannot be probed, or there is no such game.
@@ -105,9 +112,10 @@ def run_sequence(
     obs = random_play(env_id, observations, device) if fresh else replayed_observations(subjects[0], observations, device)
     with tqdm(total=seeds * tasks, desc=f"tasks of {path}", leave=False, disable=None) as progress:
         found = [run_tasks(one, obs, tasks, inject_at, updates, seed, progress) for seed, one in enumerate(subjects)]
-    error, dormant = ({name: np.array([of_seed[name][i] for of_seed in found]) for name in NAMES} for i in range(2))
+    error, dormant, start = ({name: np.array([of_seed[name][i] for of_seed in found]) for name in NAMES} for i in range(3))
+    own = error[SAME][:, early(inject_at)].mean(axis=1).tolist()
     since = {name: errors[:, inject_at - 1 :].mean(axis=1).tolist() for name, errors in error.items()}
-    pairs = ((SAME, EACH_FRESH), *((name, of) for name in BRANCHES for of in (SAME, EACH_FRESH)))
+    at = {name: errors[:, inject_at - 1].tolist() for name, errors in error.items()}
     result = {
         "checkpoint": str(path),
         "env_id": args.env_id,
@@ -123,7 +131,9 @@ def run_sequence(
         "probe_inject_at": inject_at,
         "error": {name: as_plain(values) for name, values in error.items()},
         "dormant": {name: as_plain(values) for name, values in dormant.items()},
-        "relative": {name: {of: relative_error(since[name], since[of]) for n, of in pairs if n == name} for name in NAMES[:-1]},
+        "start": {name: as_plain(values) for name, values in start.items()},
+        "relative": {name: {"at": relative_error(at[name], own), "since": relative_error(since[name], own)} for name in NAMES},
+        "relative_to_fresh": {name: relative_error(since[name], since[EACH_FRESH]) for name in NAMES[:-1]},
     }
     return result | {"sentence": sequence_in_words(result)}
 
@@ -134,38 +144,39 @@ def as_plain(values: np.ndarray) -> list[list[float | None]]:
 
 def sequence_in_words(result: dict[str, Any]) -> str:
     """What a result of `run_sequence` says, in one sentence."""
-    relative, tasks, at = result["relative"], result["probe_tasks"], result["probe_inject_at"]
-    lost, mended, reset = relative[SAME][EACH_FRESH], relative[INJECTED][SAME], relative[RESET][SAME]
-    if lost is None or mended is None or reset is None:
+    relative, tasks, at, updates = (result[name] for name in ("relative", "probe_tasks", "probe_inject_at", "probe_updates"))
+    if any(of_one is None for name in (SAME, *BRANCHES) for of_one in relative[name].values()):
         return "no answer: a network diverged, lower --probe-learning-rate"
-    loss = judged(lost, "it has lost plasticity", "it has lost none", "no clear loss of plasticity")
-    restored = judged(mended, "which does worse", "which restores what was lost", "no clear difference")
-    if lost["interval"] is not None and lost["interval"][0] <= 1:
-        restored = judged(mended, "which does worse", "which does better", "no clear difference")
+    ends, starts = (np.array(result[what][name], float) for what, name in (("error", SAME), ("start", EACH_FRESH)))
+    first = early(at)
+    if ends[:, first].mean() > LEARNED * starts[:, first].mean():
+        return f"no answer: {updates:,} updates hardly fit a target, raise --probe-updates or change --probe-learning-rate"
+
+    def judged(name: str, when: str, above: str, neither: str) -> str:
+        of_one = relative[name][when]
+        bounds = of_one["interval"]
+        word = "one seed, no interval" if bounds is None else above if bounds[0] > 1 else "better" if bounds[1] < 1 else neither
+        return f"{times(of_one)} ({word})"
+
+    after = [judged(name, when, "worse", "no clear difference") for when in ("at", "since") for name in BRANCHES]
+    loss = judged(SAME, "since", "plasticity was lost", "no clear loss of plasticity")
     return (
-        f"in tasks {at} to {tasks} the one network's error is {times(lost)} that of a fresh network for each task ({loss}); "
-        f"with an injection before task {at} it is {times(mended)} what it is without ({restored}), with its head reset "
-        f"there {times(reset)}"
+        f"relative to the one network's own error in tasks {first.start + 1} to {first.stop}: in tasks {at} to {tasks} it is "
+        f"{loss}; with an injection before task {at} it is {after[0]} in that task and {after[2]} in tasks {at} to {tasks}, "
+        f"with the head reset there {after[1]} and {after[3]}"
     )
-
-
-def judged(relative: dict[str, Any], above: str, below: str, neither: str) -> str:
-    if (bounds := relative["interval"]) is None:
-        return "one seed, no interval"
-    return above if bounds[0] > 1 else below if bounds[1] < 1 else neither
 
 
 def sequence_table(result: dict[str, Any]) -> str:
     """Markdown: of each network the mean error at the end of tasks, and how many units of its head are dormant in the end."""
     tasks, at = result["probe_tasks"], result["probe_inject_at"]
-    spans = {(1, min(SHOWN, at - 1)), (max(1, at - SHOWN), at - 1), (at, at), (at, tasks)}
-    shown = sorted(spans)
+    shown = sorted({(early(at).start + 1, early(at).stop), (max(1, at - 5), at - 1), (at, at), (at, tasks)})
     titles = [f"task {a}" if a == b else f"tasks {a}–{b}" for a, b in shown]
     lines = [["mean squared error at the end of", *titles, "dormant in the end"], ["---"] * (len(shown) + 2)]
     for name in NAMES:
         errors, dormant = (np.array(result[what][name], float) for what in ("error", "dormant"))
         cells = [in_cell(errors[:, a - 1 : b].mean(axis=1)) for a, b in shown]
-        lines.append([name, *cells, f"{dormant[:, -1].mean():.0%}"])
+        lines.append([name, *cells, f"{dormant[:, -1].mean():.0%}" if np.isfinite(dormant[:, -1]).all() else "–"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -193,12 +204,14 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
                 ax.fill_between(number, low, high, color=colours[name], alpha=0.18, lw=0)
                 ax.plot(number, values.T, color=colours[name], lw=0.6, alpha=0.4)
             ax.axvline(result["probe_inject_at"], color=INK, lw=1, ls=(0, (4, 3)))
-            ax.set_ylim(0, 1 if what == "dormant" else None)
+            top = 1 if what == "dormant" else 1.2 * np.nanmax([np.array(of_one, float) for of_one in result[what].values()])
+            ax.set_ylim(0, top if math.isfinite(top) else None)
         who = "a fresh network" if result["checkpoint"] == NO_CHECKPOINT else f"the agent of step {result['step']:,}"
         above.set_title(
             f"{result['env_id']}: {who}, one random target after another", loc="left", fontweight="bold", fontsize=10
         )
-        above.annotate("injection", (result["probe_inject_at"], 1), (4, -2), "axes fraction", textcoords="offset points")
+        where = {"xycoords": above.get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
+        above.annotate("injection, reset", (result["probe_inject_at"], 1), (4, 0), **where)
         below.set_xlabel(f"task ({result['probe_updates']:,} updates each)")
     axes[0, 0].set_ylabel("error at the end of the task")
     axes[1, 0].set_ylabel("dormant units\nof the head")
@@ -221,23 +234,23 @@ def probe_sequence(
     """Prints, draws, writes and returns `run_sequence` of every checkpoint.
 
     Raises:
-        UsageError: a setting cannot work, or a checkpoint cannot be probed.
+        UsageError: a setting cannot work, or no checkpoint can be probed.
         OSError: something cannot be written.
     """
-    chosen = [Path(path) for path in dict.fromkeys(map(str, map(Path, paths)))]
     first = max(2, tasks * 2 // 3) if inject_at is None else inject_at
     if not 1 < first <= tasks:
         raise UsageError(f"probe_inject_at is {first}, but must be 2 to {tasks}: change --probe-inject-at or --probe-tasks")
-    results = []
-    for path in chosen:
-        result = run_sequence(path, env_id or "", tasks, first, observations, updates, seeds, rate)
-        results.append(result)
-        print(f"{path}: {result['env_id']}, step {result['step']:,}, learning rate {result['learning_rate']:g}")
-        print(f"{sequence_table(result)}\n{result['sentence']}", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw_sequences(results, out)
-    parts = (f"{result['checkpoint']}: {result['sentence']}\n\n{sequence_table(result)}\n" for result in results)
-    out.with_suffix(".md").write_text("\n".join(parts))
-    write_json(results, out.with_suffix(".json"))
+    results: list[dict[str, Any]] = []
+    for result in each_probed(
+        paths, lambda path: run_sequence(path, env_id or "", tasks, first, observations, updates, seeds, rate)
+    ):
+        results.append(result)
+        print(f"{result['checkpoint']}: {result['env_id']}, step {result['step']:,}, learning rate {result['learning_rate']:g}")
+        print(f"{sequence_table(result)}\n{result['sentence']}", flush=True)
+        draw_sequences(results, out)  # after each, so that none is lost
+        parts = (f"{result['checkpoint']}: {result['sentence']}\n\n{sequence_table(result)}\n" for result in results)
+        out.with_suffix(".md").write_text("\n".join(parts))
+        write_json(results, out.with_suffix(".json"))
     print(f"wrote {', '.join(str(out.with_suffix(ending)) for ending in (out.suffix, '.md', '.json'))}")
     return results

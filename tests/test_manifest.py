@@ -24,6 +24,7 @@ from support.usage import UsageError
 
 HERE = Path()
 ASKED: dict = {"env_ids": ("A",), "seeds": (1,), "arms": {}, "grid": [], "flags": [], "from_checkpoint": None, "steps": None}
+ASKED |= {"threads": 2}
 LOG = f"""{STARTED} node3: python script --seed 1
 PhoenixNoFrameskip-v4 × 8 (ale) on cpu with 2 threads, curves in runs/x
 resumed at step 18,000 from runs/x/checkpoint-18000

@@ -183,6 +183,10 @@ def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(
         ({"grid": [["learning-rate"]]}, "is no flag and its values"),
         ({"grid": [["bf16", "maybe"]]}, "must be true or false"),
         ({"grid": [["seed", "1", "2"]]}, "--seed in --grid"),
+        ({"grid": [["learning-rate", "1e-4"], ["--learning-rate", "1e-3"]]}, "grid has a flag twice"),
+        ({"grid": [[]]}, "grid has a flag twice, or none"),
+        ({"grid": [["env-backend", "a'"]]}, "a' is no part of a command line .No closing quotation.: change --arm or --grid"),
+        ({"flags": ("--checkpoint-frequency", "0"), "arms": all_arms(("none",), {})}, "nothing to go on from"),
     ],
     ids=str,
 )
@@ -196,6 +200,7 @@ def test_arms_without_a_meaning_are_refused():
     for interventions, own, words in (
         (("reset",), {}, 'arm reset is none of injection, reset-head.*give --arm "reset" FLAGS'),
         ((), {"injection": "--no-freeze-heads"}, "another name to --arm"),
+        ((), {"x": "--exp-name 'a"}, "'a is no part of a command line"),
     ):
         with pytest.raises(UsageError, match=words):
             all_arms(interventions, own)

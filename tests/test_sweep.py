@@ -1,7 +1,6 @@
 """sweep.py as a user runs it: whole sweeps on a local Ray, interrupted ones, and what the command line refuses."""
 
 import contextlib
-import json
 import os
 import pty
 import runpy
@@ -13,6 +12,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import status_of
@@ -246,9 +246,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command, no_ray):
     [
         (("--arms", "none", "reset"), "arm reset is none of"),
         (("--arm", "x"), "arm has a name and flags"),
+        (("--arm", "x", "--no-freeze-heads", "--arm", "x", "--num-envs 4"), "arm x is given twice"),
+        (("--grid",), "grid has a flag twice, or none"),
         (("--env-ids", "Foo"), "unknown env_id 'Foo'"),
         (("--from-checkpoint", "runs/X/checkpoint-1", "--steps", "5"), "cannot be read as a checkpoint"),
         (("--name", "../x"), "name is ../x"),
+        (("--name", ""), "must be a folder's under sweeps/"),
+        (("--name", ".."), "must be a folder's under sweeps/"),
         (("--gpus-per-run", "-1"), "gpus_per_run is -1.0, but must be 0 or more"),
         (("--gpus-per-run", "1.5"), "gpus_per_run is 1.5"),
     ],
@@ -320,13 +324,25 @@ def test_the_folder_of_another_sweep_is_refused_and_the_difference_named(command
     (FOLDER / "sweep.json").unlink()
     (FOLDER / "thesis.tex").touch()
     assert "is no sweep's folder" in command()[2]
+    (FOLDER / "thesis.tex").rename(FOLDER / "runs" / "someone's")
+    assert "is no sweep's folder" in command()[2], "nobody knows what its runs were asked"
 
 
 def test_other_resources_are_no_other_sweep(command, no_ray):
     FOLDER.mkdir(parents=True)
     begin(FOLDER, asked())
     with pytest.raises(AssertionError, match="Ray was started"):
-        command("--threads-per-run", "2", "--retries", "7", "--cpus-per-run", "2")
+        command("--retries", "7", "--cpus-per-run", "2", "--gpus-per-run", "0.5")
+
+
+def test_threads_decide_bits_and_stay_what_they_were(command, no_ray):
+    FOLDER.mkdir(parents=True)
+    begin(FOLDER, asked() | {"threads": 3})
+    status, _, errors = command("--threads-per-run", "2")
+    assert status == 1 and "(threads is 2, there 3): give another --name" in errors
+    for given in ((), ("--threads-per-run", "3")):
+        with pytest.raises(AssertionError, match="Ray was started"):
+            command(*given)
 
 
 def test_two_sweeps_cannot_run_in_one_folder(command, no_ray):
@@ -354,7 +370,50 @@ def test_without_ray_it_says_in_one_line_how_to_get_it(monkeypatch, missing):
         runpy.run_path(str(SCRIPT))
 
 
-def test_a_job_is_read_back_from_json():
-    FOLDER.mkdir(parents=True)
+@pytest.fixture
+def one_run(monkeypatch):
+    """A sweep of one run whose jobs are only noted."""
+    monkeypatch.setattr(sweep.ray, "remote", lambda **_: lambda run: run)
+    settings, found = sweep.command_line([*SMALL, "--arms", "none", "--", *FLAGS])
+    begin(FOLDER, asdict(found))
+    (run,) = sweep.plan(found)
+    task = sweep.Task(run, FOLDER, "abc", {"num_cpus": 1, "num_gpus": 0})
+    going, submitted = sweep.Sweep(sweep.Book(FOLDER, [task]), settings, 1), []
+    going.job = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda job: submitted.append(job) or object()))
+    return going, task, submitted
+
+
+def test_a_run_that_was_killed_waits_for_its_pause(one_run, monkeypatch):
+    going, task, submitted = one_run
+    monkeypatch.setattr(sweep.ray, "wait", lambda refs, **_: ([], refs))
+    monkeypatch.setattr(sweep, "TICK", 0)
+    task.after = time.monotonic() + 1_000
+    going.advance()
+    assert submitted == [] and states() == []
+    task.after = time.monotonic()
+    going.advance()
+    going.advance()
+    assert [job.name for job in submitted] == [NAMES[0]] and states() == [(NAMES[0], "queued")]
+
+
+def test_where_the_manifest_cannot_be_written_every_run_is_stopped(one_run, monkeypatch, capsys):
+    going, task, _ = one_run
+    task.ref, cancelled = object(), []
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(going, "advance", fail)
+    monkeypatch.setattr(going.book.manifest, "add", fail)
+    monkeypatch.setattr(sweep.ray, "cancel", cancelled.append)
+    monkeypatch.setattr(sweep.ray, "wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr(sweep, "outcome", lambda ref: ("stopped", ""))
+    with pytest.raises(OSError, match="disk full"):
+        going.go(SimpleNamespace(stop=None))
+    assert len(cancelled) == 1 and "every run writes a checkpoint" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_a_sweep_that_is_running_prints_its_plan(command, no_ray):
     begin(FOLDER, asked())
-    assert json.loads(json.dumps(asdict(read_asked(FOLDER)))) == json.loads(json.dumps(asked()))
+    with alone_in(FOLDER, "manifest.jsonl"):
+        assert command("--dry-run")[::2] == (0, "")

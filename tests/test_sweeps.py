@@ -38,7 +38,7 @@ def begin(book, name, words=""):
     task = book.tasks[name]
     task.begin()
     with open(task.log, "a") as log:
-        log.write(f"{STARTED} node3: python script\n{words}\n")
+        log.write(f"{STARTED} node3: python script\n{PHOENIX} × 1 (sb3) on cpu with 1 thread, curves in runs/x\n{words}\n")
     Path("runs", f"{name}__7").mkdir(exist_ok=True)
     return task
 
@@ -108,7 +108,7 @@ def test_the_manifest_holds_steps_speed_and_hours_over_attempts_and_sweeps(book,
     book = make_book()
     found = attempt(book, f"resumed at step 3,600 from x\n{line.format('9,000')}", 1_800, "finished")
     assert (found.step, found.steps_per_second, found.hours, found.attempt) == (9_000, 3.0, 1.5, 2)
-    assert make_book().open_tasks() == [book.tasks[FORK]] or [t.run.name for t in make_book().open_tasks()] == [FORK]
+    assert [task.run.name for task in make_book().open_tasks()] == [FORK]
     begin(book, FORK, line.format("6,000")).ref = object()
     book.look()
     last = read_manifest(Path())[-1]
@@ -116,6 +116,25 @@ def test_the_manifest_holds_steps_speed_and_hours_over_attempts_and_sweeps(book,
     assert make_book().tasks[FORK].hours == pytest.approx(2), "the sweep was killed, and its hours count"
     Path("runs", f"{TRUNK}__7").rmdir()
     assert len(make_book().open_tasks()) == 2, "a finished run whose folder has gone is done once more"
+
+
+def test_a_run_keeps_its_step_until_a_new_attempt_has_said_one(book):
+    task = begin(book, TRUNK, "step 4,000: checkpoint-4000, 1 MB in 0.1 s")
+    task.ref = object()
+    book.look()
+    book.settle(task, "killed", "", 5, 0.0)
+    assert read_manifest(Path())[-1].step == 4_000
+    task.begin()
+    with open(task.log, "a") as log:
+        log.write(f"{STARTED} node4: python script\n")
+    book.look()
+    assert states()[-1] == (TRUNK, "killed"), "it has not said yet where it computes"
+    with open(task.log, "a") as log:
+        log.write(f"{PHOENIX} × 1 (sb3) on cuda with 1 thread, curves in runs/x\n")
+    task.ref = object()
+    book.look()
+    last = read_manifest(Path())[-1]
+    assert (last.state, last.step, last.device, last.host) == ("running", 4_000, "cuda", "node4")
 
 
 def test_what_is_going_on_is_said_in_words_and_as_a_table(book):

@@ -80,8 +80,13 @@ def test_seeds_differ_and_twice_gives_the_same_numbers(checkpoint):
     assert once == again and once["error"][SAME][0] != once["error"][SAME][1]
     assert json.loads(json.dumps(once, allow_nan=False)) == once
     since = {name: np.mean([errors[1:] for errors in once["error"][name]], axis=1) for name in NAMES}
-    for name, of in ((SAME, EACH_FRESH), (INJECTED, SAME), (INJECTED, EACH_FRESH), (RESET, SAME), (RESET, EACH_FRESH)):
-        assert once["relative"][name][of] == relative_error(since[name].tolist(), since[of].tolist()), "from the injection on"
+    own = np.array(once["error"][SAME])[:, 0].tolist()
+    for name in NAMES:
+        at = [errors[1] for errors in once["error"][name]]
+        expected = {"at": relative_error(at, own), "since": relative_error(since[name].tolist(), own)}
+        assert once["relative"][name] == expected, "to the tasks before the injection"
+    fresh = since[EACH_FRESH].tolist()
+    assert once["relative_to_fresh"] == {name: relative_error(since[name].tolist(), fresh) for name in NAMES[:-1]}
 
 
 def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits):
@@ -101,7 +106,7 @@ def test_a_dead_head_has_lost_plasticity_and_an_injection_restores_it_but_not_wh
     for kill, restored in ((kill_head, True), (kill_encoder, False)):
         change(checkpoint, kill)
         result = run_sequence(checkpoint, **how)
-        ratios = {name: result["relative"][name][EACH_FRESH]["ratio"] for name in (SAME, INJECTED, RESET)}
+        ratios = {name: of_one["ratio"] for name, of_one in result["relative_to_fresh"].items()}
         assert ratios[SAME] > 5 and (ratios[INJECTED] < 2.5) == (ratios[RESET] < 2.5) == restored
         assert np.mean(result["dormant"][SAME]) > 0.9
         assert (result["dormant"][INJECTED][0][-1] < 0.7) == restored
@@ -127,36 +132,46 @@ def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
     json.dumps(result, allow_nan=False)
 
 
-def words(lost, mended, reset=(1.0, [0.9, 1.1])):
-    relative = [{"per_seed": [ratio], "ratio": ratio, "interval": bounds} for ratio, bounds in (lost, mended, reset)]
-    compared = {SAME: {EACH_FRESH: relative[0]}, INJECTED: {SAME: relative[1]}, RESET: {SAME: relative[2]}}
-    return task_sequence.sequence_in_words({"relative": compared, "probe_tasks": 9, "probe_inject_at": 5})
+def words(lost, injected=(0.5, [0.4, 0.6]), reset=(1.0, [0.9, 1.1]), end=0.1):
+    """The sentence on ratios and their intervals from the injection on; in its own task all are ten times as large."""
+    relative = {}
+    for name, (ratio, bounds) in ((SAME, lost), (INJECTED, injected), (RESET, reset)):
+        since = {"per_seed": [ratio], "ratio": ratio, "interval": bounds}
+        relative[name] = {"since": since, "at": since | {"ratio": 10 * ratio, "interval": bounds and [10 * b for b in bounds]}}
+    numbers = {"probe_tasks": 9, "probe_inject_at": 5, "probe_updates": 1_000}
+    curves = {"error": {SAME: [[0.5, end, end, end, 0.4]]}, "start": {EACH_FRESH: [[0.5] * 5]}}
+    return task_sequence.sequence_in_words({"relative": relative, **numbers, **curves})
 
 
 def test_the_sentence_claims_what_the_intervals_support():
-    lost, mended = (4.0, [2, 8.0]), (0.1, [0.05, 0.2])
-    assert "in tasks 5 to 9 the one network's error is 4× [2, 8]" in words(lost, mended)
-    assert "(it has lost plasticity)" in words(lost, mended) and "(which restores what was lost)" in words(lost, mended)
-    assert "with its head reset there 1× [0.9, 1.1]" in words(lost, mended)
-    assert "(no clear loss of plasticity)" in words((4.0, [0.9, 9]), mended) and "restores" not in words(
-        (4.0, [0.9, 9]), mended
-    )
-    assert "(it has lost none)" in words((0.5, [0.4, 0.6]), mended)
-    assert "(no clear difference)" in words(lost, (0.1, [0.01, 1.2])) and "(which does worse)" in words(lost, (2.0, [1.5, 3]))
-    assert "(one seed, no interval)" in words((4.0, None), mended)
+    said = words((4.0, [2, 8.0]))
+    assert said.startswith("relative to the one network's own error in tasks 2 to 4: in tasks 5 to 9 it is 4× [2, 8] (plas")
+    assert "with an injection before task 5 it is 5× [4, 6] (worse) in that task and 0.5× [0.4, 0.6] (better) in tasks" in said
+    assert "with the head reset there 10× [9, 11] (worse) and 1× [0.9, 1.1] (no clear difference)" in said
+    assert "4× [0.9, 9] (no clear loss of plasticity)" in words((4.0, [0.9, 9]))
+    assert "4× (one seed, no interval)" in words((4.0, None))
+    assert words((4.0, [2, 8.0]), end=0.46).startswith("no answer: 1,000 updates hardly fit a target, raise --probe-updates")
 
 
-def test_it_is_drawn_printed_and_written(checkpoint, capsys):
+@pytest.mark.parametrize(("at", "tasks"), [(2, [1]), (3, [2]), (5, [2, 3, 4]), (20, [2, 3, 4, 5, 6])])
+def test_it_is_compared_with_its_own_first_tasks(at, tasks):
+    assert list(range(1, 40))[task_sequence.early(at)] == tasks
+
+
+def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn):
     results = probe_sequence(
-        [str(checkpoint), f"{checkpoint}/", "fresh"], **HOW | {"env_id": TINY_GAMES}, out=Path("a", "b.png")
+        [str(checkpoint), f"{checkpoint}/", "nowhere", "fresh"], **HOW | {"env_id": TINY_GAMES}, out=Path("a", "b.png")
     )
     printed, table = capsys.readouterr().out, Path("a", "b.md").read_text()
     assert len(results) == 2 and json.loads(Path("a", "b.json").read_text()) == results
     for result in results:
         assert result["sentence"] in printed and result["sentence"] in table
+    warnings = [str(found.message) for found in recwarn if "layout" in str(found.message)]
+    assert not warnings, "nothing is drawn outside of the figure"
     assert printed.endswith("wrote a/b.png, a/b.md, a/b.json\n") and Path("a", "b.png").stat().st_size > 20_000
     header, rule, *rows = (line for line in printed.splitlines() if line.startswith("|"))
     assert header == "| mean squared error at the end of | task 1 | task 2 | tasks 2–3 | dormant in the end |"
+    assert "left out: nowhere" in printed
     assert {row.count("|") for row in (header, rule, *rows)} == {6} and [row.split("|")[1].strip() for row in rows[:4]] == [
         *NAMES
     ]
