@@ -98,7 +98,10 @@ def check(settings: Settings) -> None:
         raise UsageError("fresh and env_id belong together: give --probe fresh --env-id PhoenixNoFrameskip-v4, or neither")
     if settings.probe_inject_at is not None and not (settings.probe_tasks or fresh):
         raise UsageError("probe_inject_at is a task of a sequence: give --probe-tasks")
-    if given := [name for name in changed_fields(settings, Settings()) if name.startswith("probe_") and not settings.probe]:
+    changed = changed_fields(settings, Settings())
+    if settings.probe and (given := [name for name in changed if name in ("metric", "window", "aggregate")]):
+        raise UsageError(f"{given[0]} is of comparisons, a probe makes none: leave out --{given[0]}")
+    if not settings.probe and (given := [name for name in changed if name.startswith("probe_")]):
         raise UsageError(f"{given[0]} is given, but nothing to probe: give --probe runs/FOLDER/checkpoint-STEP")
     if settings.export is not None and settings.probe:
         raise UsageError("export keeps curves of runs, a probe has none: leave out --export, --out NAME.png writes its numbers")

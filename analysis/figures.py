@@ -12,8 +12,8 @@ from matplotlib.artist import Artist
 from matplotlib.figure import SubFigure
 
 from analysis.intervals import interval
-from analysis.runs import Arm, describe, short
-from analysis.verdict import Comparison, noun
+from analysis.runs import ARM_NAMES, Arm, describe, short
+from analysis.verdict import Comparison, noun, number_in
 from support.run_log import SIDE_BY_SIDE
 
 matplotlib.use("Agg")
@@ -168,14 +168,15 @@ def draw_plasticity(arms: list[Arm], path: Path, aggregate: str) -> bool:
 def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     """The figure of the difference in return, with − without, and its 95% interval, against the number that varies."""
     games, lines = {pair.game for pair in pairs}, defaultdict[str, list[Comparison]](list)
-    values = sorted({pair.arms[1].setting[number] for pair in pairs})
+    values = sorted({number_in(pair.arms[1].setting, number) for pair in pairs})
     for pair in pairs:
-        what = describe(pair.arms[1].setting, (), "")
+        setting = pair.arms[1].setting
+        what = ARM_NAMES[setting["intervention"]][0] if number == "injection" else describe(setting, (), "")
         lines[f"{pair.game}, {what}" if len(games) > 1 else what].append(pair)
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     for i, (label, of_one) in enumerate(lines.items()):
-        of_one.sort(key=lambda pair: pair.arms[1].setting[number])
-        at = [values.index(pair.arms[1].setting[number]) + 0.08 * (i - (len(lines) - 1) / 2) for pair in of_one]
+        of_one.sort(key=lambda pair: number_in(pair.arms[1].setting, number))
+        at = [values.index(number_in(pair.arms[1].setting, number)) + 0.08 * (i - (len(lines) - 1) / 2) for pair in of_one]
         found = np.array([(pair.judgement.difference, pair.judgement.low, pair.judgement.high) for pair in of_one])
         bars = np.nan_to_num(np.abs(found[:, 1:] - found[:, :1]).T)
         seeds = "–".join(map(str, sorted({len(means) for pair in of_one for means in pair.means})))
@@ -184,7 +185,10 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     ax.axhline(0, color=INK, lw=0.8)
     ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
     ax.margins(x=0.15)
-    ax.set(xlabel=number.replace("_", " "), ylabel="difference in return, with − without")
+    ax.set(
+        xlabel="step of the injection" if number == "injection" else number.replace("_", " "),
+        ylabel="difference in return, with − without",
+    )
     ax.set_title(", ".join(sorted(games)), loc="left", fontweight="bold", fontsize=10)
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.13))
     figure.savefig(path, dpi=160)

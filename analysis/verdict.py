@@ -192,11 +192,17 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
     return Comparison(arms, what, firsts, after, upto, ended_by, *found)
 
 
+def number_in(setting: dict[str, Any], name: str) -> Any:
+    """The value of an argument; of "injection" the step, where there is one only."""
+    value = setting[name]
+    return value[0] if name == "injection" and len(value) == 1 else value
+
+
 def varied(pairs: list[Comparison]) -> str | None:
     """The one number in which the settings of comparisons differ, beside game and intervention; None if it is not just one."""
     settings = [pair.arms[1].setting for pair in pairs]
-    names = {name for shared in settings for name in shared if name not in ("env_id", *OF_INTERVENTION)}
-    differing = {name: {shared[name] for shared in settings} for name in names}
+    names = {name for shared in settings for name in shared if name not in ("env_id", "intervention")}
+    differing = {name: {number_in(shared, name) for shared in settings} - {None} for name in names}
     differing = {name: values for name, values in differing.items() if len(values) > 1}
     numbers = [name for name, values in differing.items() if all(type(value) in (int, float) for value in values)]
     return numbers[0] if len(differing) == len(numbers) == 1 else None

@@ -105,6 +105,7 @@ def sweep_and_compare(backend: str, kills: int, settings: Settings, rng: random.
                 due = kills * (part + 1) // (settings.sweep_kills + 1)
                 while sweep.poll() is None and killed["training"] + killed["worker"] < due:
                     killed.update(kill_something(place, sweep, rng))
+                time.sleep(rng.uniform(0, 6) if part < settings.sweep_kills else 0)
                 if part < settings.sweep_kills and sweep.poll() is None:
                     sweep.kill()
                     killed["sweep"] += 1

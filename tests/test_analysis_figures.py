@@ -190,6 +190,15 @@ def test_differences_are_drawn_with_their_intervals_against_the_number_that_vari
     assert ax.get_legend().get_texts()[0].get_text() == "injection at 1k (n = 3)"
 
 
+def test_differences_are_drawn_against_the_step_of_the_injection(saved):
+    runs = [run for step in (2_000, 1_000) for run in make_arms(prefix=f"{step}-", injection_step=(step,))]
+    draw_differences(comparisons(arms_of(*runs), RETURN, None), "injection", Path("x.png"))
+    (ax,) = saved["x.png"].axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1000", "2000"]
+    assert ax.get_xlabel() == "step of the injection"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["injection (n = 3)"]
+
+
 def test_plasticity_is_drawn_per_game_and_measure_that_any_run_has(saved):
     runs = make_games("PhoenixNoFrameskip-v4", "PongNoFrameskip-v4")
     assert not draw_plasticity(arms_of(*runs), Path("x.png"), "mean") and not saved

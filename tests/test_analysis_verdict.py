@@ -151,6 +151,9 @@ def test_a_verdict_on_continuations_of_one_agent_says_so():
     ("settings", "number"),
     [
         ([{"learning_rate": 1e-4}, {"learning_rate": 5e-4}, {"learning_rate": 1e-3}], "learning_rate"),
+        ([{"injection_step": (1_000,)}, {"injection_step": (2_000,)}], "injection"),
+        ([{"injected_head_width": 64}, {"injected_head_width": 128}], "injected_head_width"),
+        ([{"injection_step": (1_000,)}, {"injection_step": (1_000, 2_000)}], None),
         ([{}], None),
         ([{"learning_rate": 1e-4}, {"learning_rate": 5e-4, "gamma": 0.9}], None),
         ([{"bf16": False}, {"bf16": True}], None),

@@ -135,6 +135,7 @@ def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_onl
         (["--probe", "a", "--env-id", PHOENIX], "give --probe fresh --env-id"),
         (["--probe", "fresh"], "give --probe fresh --env-id"),
         (["--probe", "fresh", "--env-id", "Foo"], "unknown env_id 'Foo'"),
+        (["--probe", "a", "--window", 5], "window is of comparisons, a probe makes none: leave out --window"),
         (["--probe", "a", "--export", "x"], "export keeps curves of runs"),
         (["--probe", "a", "--out", "x"], "must end in .png, .pdf or .svg: change --out"),
         (["runs/a", "--probe-updates", 5], "probe_updates is given, but nothing to probe"),
