@@ -3,11 +3,13 @@
 import contextlib
 import os
 import pty
+import re
 import runpy
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -121,6 +123,7 @@ def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_h
 @pytest.mark.slow
 def test_on_a_terminal_a_table_follows_the_runs():
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, 120))
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         process = start("--arms", "none", stderr=theirs)
         os.close(theirs)
@@ -129,9 +132,9 @@ def test_on_a_terminal_a_table_follows_the_runs():
             while chunk := terminal.read(4096):
                 shown += chunk
         assert process.wait(60) == 0
-    *_, first, last = shown.decode().split("steps/s")
-    assert NAMES[0] in first and "running" in first and "of 600" in first and "1 running" in first
-    assert "600 of 600" in last and "1 finished" in last
+    frames = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode()).split("steps/s")[1:]
+    assert any(NAMES[0] in frame and "of 600" in frame and "1 running" in frame for frame in frames)
+    assert "600 of 600" in frames[-1] and "1 finished" in frames[-1]
 
 
 @pytest.mark.cluster
@@ -417,3 +420,16 @@ def test_a_dry_run_of_a_sweep_that_is_running_prints_its_plan(command, no_ray):
     begin(FOLDER, asked())
     with alone_in(FOLDER, "manifest.jsonl"):
         assert command("--dry-run")[::2] == (0, "")
+
+
+def test_of_two_sweeps_that_begin_at_once_the_later_one_is_refused(command, monkeypatch):
+    @contextlib.contextmanager
+    def meanwhile(_):
+        begin(FOLDER, asked() | {"seeds": [7]})
+        yield
+
+    monkeypatch.setattr(sweep, "cluster", meanwhile)
+    monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2, "memory": 1e11}}])
+    status, _, errors = command()
+    assert status == 1 and "(seeds is [1], there [7]; threads is 1, there None)" in errors
+    assert read_asked(FOLDER).seeds == [7] and read_manifest(FOLDER) == []
