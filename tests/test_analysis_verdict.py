@@ -165,6 +165,17 @@ def test_the_number_that_varies_between_comparisons_is_found_if_it_is_the_only_o
     assert varied(compared(*runs)) == number
 
 
+def test_what_only_one_of_two_interventions_looks_at_is_no_number_that_varies():
+    runs = []
+    for rate in (1e-4, 1e-3):
+        runs += make_arms(prefix=f"{rate}-", learning_rate=rate)
+        shrunk = [{RETURN: games(seed, 2)} for seed in (1, 2, 3)]
+        how = {"intervention": "shrink-perturb", "learning_rate": rate}
+        runs += [make_run(f"{rate}-s{seed}", points, seed=seed, **how) for seed, points in enumerate(shrunk, 1)]
+    found = compared(*runs)
+    assert len(found) == 4 and varied(found) == "learning_rate"
+
+
 def test_only_arms_that_differ_in_nothing_but_the_injection_are_compared():
     baselines = make_arms()[::2]
     faster = [make_run(f"b{seed}", {RETURN: games(seed, 1)}, seed=seed, learning_rate=1e-3) for seed in (1, 2, 3)]

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import status_of
 
 pytest.importorskip("ray")
@@ -99,7 +100,6 @@ def assert_as_by_hand(by_hand):
     assert finished() == dict.fromkeys(NAMES, 1)
 
 
-@pytest.mark.cluster
 @pytest.mark.slow
 def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_hand):
     status, said = finish()
@@ -117,6 +117,26 @@ def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_h
     status, said = finish()
     assert status == 0 and states() == before, "what is finished is not run again"
     assert logs == [path.read_bytes() for path in (FOLDER / "logs").iterdir()]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_arms_and_seeds_continue_one_agent():
+    train(*FLAGS, "--env-id", GAME, "--intervention", "none", "--exp-name", "a")
+    (origin,) = Path("runs").glob("*/checkpoint-301")
+    script = [sys.executable, str(SCRIPT), "--name", "x", "--from-checkpoint", str(origin), "--steps", "200"]
+    more = ["--seeds", "5", "6", "--arms", "none", "injection", "--memory-per-run", "0.5"]
+    done = subprocess.run([*script, *more], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    names = [f"{GAME}__{arm}__{seed}" for seed in (5, 6) for arm in ("none", "injection")]
+    assert finished() == dict.fromkeys(names, 1)
+    for name in names:
+        log = (FOLDER / "logs" / f"{name}.log").read_text()
+        assert (
+            "forked at step 301" in log and "step 501 of 501" in log and ("plasticity injected" in log) == ("injection" in name)
+        )
+    weights = [torch.load(run_folder(name) / "checkpoint-501" / "state.pt")["learner"]["q_network"] for name in names]
+    assert not torch.equal(weights[0]["theta.0.weight"], weights[2]["theta.0.weight"]), "each seed goes its own way"
 
 
 @pytest.mark.cluster
