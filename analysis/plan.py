@@ -237,5 +237,9 @@ def continuation(asked: Asked, arm: str, flags: tuple[str, ...], exp_name: str, 
     own += ["--exploration-fraction", repr(falls / total), "--injection-trigger", "step"]
     begin = ("--fork", str(origin.path), *flags, *own)
     args = parsed((*begin, "--seed", str(asked.seeds[0]), "--exp-name", exp_name))
+    if made and args.applied_intervention == "none":
+        raise UsageError(
+            f"{origin.path} lies after an injection, so arm {arm} cannot go on from it: give an earlier checkpoint"
+        )
     check_fork(args, origin)
     return PlannedRun(arm, replace(args, fork=None), begin, step)

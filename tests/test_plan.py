@@ -9,7 +9,7 @@ import pytest
 
 from analysis import plan as planning
 from analysis.plan import Asked, all_arms, plan
-from dqn_injection_atari import FORKABLE, Args, parse_args
+from dqn_injection_atari import Args, parse_args
 from support.checkpoints import Checkpoint
 from support.usage import UsageError, changed_fields
 
@@ -114,7 +114,6 @@ def continued(checkpoint, *interventions, **changes):
     return asked(*interventions, **given)
 
 
-@pytest.mark.skipif("seed" not in FORKABLE, reason="a fork may not have another seed yet")
 def test_arms_and_seeds_continue_one_checkpoint(checkpoint, monkeypatch):
     runs = plan(continued(checkpoint, "none", "injection", own={"all heads": "--no-freeze-heads"}, seeds=(1, 2)))
     assert [(run.arm, run.args.seed, run.trunk) for run in runs[::3]] == [("none", 1, None), ("none", 2, None)]
@@ -150,6 +149,17 @@ def test_arms_continue_one_checkpoint_with_its_own_seed(checkpoint, monkeypatch)
 def test_what_cannot_continue_a_checkpoint_is_refused(checkpoint, changes, words):
     with pytest.raises(UsageError, match=words):
         plan(continued(checkpoint, **changes))
+
+
+def test_an_agent_that_was_injected_goes_on_with_another_injection_and_has_no_baseline(checkpoint):
+    checkpoint.meta["args"] |= {"intervention": "injection", "injection_step": (1_000,)}
+    (checkpoint.path / "manifest.json").write_text(json.dumps({"args": checkpoint.meta["args"]}))
+    checkpoint.state["learner"]["interventions"] = (1_000,)
+    assert plan(continued(checkpoint, "injection"))[0].args.injection_step == (1_000, 2_000)
+    with pytest.raises(
+        UsageError, match="lies after an injection, so arm none cannot go on from it: give an earlier checkpoint"
+    ):
+        plan(continued(checkpoint, "none", "injection"))
 
 
 def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(checkpoint):
