@@ -15,8 +15,10 @@ DORMANT = "plasticity/dormant_fraction"
 
 def runs():
     """Two of an arm, one of which has measured something; a curve that no comparison looks at."""
-    more = {DORMANT: [(100, 0.1234567), (3_000, 0.5)], "losses/td_loss": [(100, 1.0)], "charts/SPS": [(100, 1.0), (3_000, 7.0)]}
-    return [make_run("a", {RETURN: games(1, 0)}, seed=1), make_run("b", {RETURN: games(2, 0), **more}, seed=2)]
+    more = {DORMANT: [(100, 0.1234567), (3_000, 0.5)], "losses/td_loss": [(100, 1.0)]}
+    one, other = make_run("a", {RETURN: games(1, 0)}, seed=1), make_run("b", {RETURN: games(2, 0), **more}, seed=2)
+    other.scalars["charts/SPS"] = np.array([[100.0, 3_000.0], [1.0, 7.0]])
+    return [one, other]
 
 
 def test_they_come_back_with_six_digits_and_their_arguments():

@@ -108,8 +108,7 @@ def test_a_dead_head_has_lost_plasticity_and_an_injection_restores_it_but_not_wh
         result = run_sequence(checkpoint, **how)
         ratios = {name: of_one["ratio"] for name, of_one in result["relative_to_fresh"].items()}
         assert ratios[SAME] > 5 and (ratios[INJECTED] < 2.5) == (ratios[RESET] < 2.5) == restored
-        assert np.mean(result["dormant"][SAME]) > 0.9
-        assert (result["dormant"][INJECTED][0][-1] < 0.7) == restored
+        assert (result["dormant"][INJECTED][0][-1] < 0.8 < result["dormant"][SAME][0][-1]) == restored
 
 
 def test_an_agent_that_has_grown_goes_on_with_its_wider_head(checkpoint, fits):
