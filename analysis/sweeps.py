@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 import dqn_injection_atari as script
 from analysis.manifest import Change, Manifest, Progress, last_lines, newest, now, read_manifest, read_progress
@@ -188,7 +188,7 @@ class Book:
     def table(self, most: int) -> Table:
         """At most so many runs, those that matter most at the moment first."""
         order = ("running", "killed", "failed", "not started", "queued", "stopped", "finished")
-        table = Table("run", "state", "step", "steps/s", "left", "return", caption=self.counts())
+        table = Table(Column("run", overflow="fold"), "state", "step", "steps/s", "left", "return", caption=self.counts())
         for task in sorted(self.tasks.values(), key=lambda task: order.index(task.state))[: max(1, most)]:
             at, total = task.progress, task.run.args.total_timesteps
             table.add_row(task.run.name, task.state, f"{at.step:,} of {total:,}", at.speed, at.left, at.score)

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import termios
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -35,7 +34,7 @@ FLAGS = """--injection-step 301 --total-timesteps 600 --buffer-size 300 --learni
 NAMES = [f"{GAME}__none__1", f"{GAME}__injection__1"]
 SMALL = ("--name", "x", "--env-ids", GAME, "--seeds", "1", "--retry-pause", "0.1", "--memory-per-run", "0.5")
 FOLDER = Path("sweeps/x")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "120", "LINES": "40"}
 
 
 def start(*arguments, flags=FLAGS, stderr=subprocess.STDOUT):
@@ -143,7 +142,6 @@ def test_arms_and_seeds_continue_one_agent():
 @pytest.mark.slow
 def test_on_a_terminal_a_table_follows_the_runs():
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (40, 120))
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         process = start("--arms", "none", stderr=theirs)
         os.close(theirs)
@@ -153,7 +151,8 @@ def test_on_a_terminal_a_table_follows_the_runs():
                 shown += chunk
         assert process.wait(60) == 0
     frames = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode()).split("steps/s")[1:]
-    assert any(NAMES[0] in frame and "of 600" in frame and "1 running" in frame for frame in frames)
+    going = [frame for frame in frames if NAMES[0] in frame and "of 600" in frame and "1 running" in frame]
+    assert going
     assert "600 of 600" in frames[-1] and "1 finished" in frames[-1]
 
 
