@@ -72,7 +72,7 @@ class Settings:
     env_id: str | None = None
     """the game of --probe fresh, whose observations are of random play"""
     probe_tasks: Annotated[int | None, Ge(2)] = None
-    """random targets that are fitted one after the other; by default a single one, for fresh 30"""
+    """random targets that are fitted one after the other; by default a single one, for fresh 21"""
     probe_inject_at: int | None = None
     """task before which a copy is injected; by default the one at two thirds"""
     probe_observations: Count = 512
@@ -114,7 +114,7 @@ def main() -> None:
         settings = tyro.cli(Settings, description=__doc__)
         check(settings)
         out = None if settings.out is None else Path(settings.out)
-        tasks = settings.probe_tasks or (30 if NO_CHECKPOINT in settings.probe else None)
+        tasks = settings.probe_tasks or (21 if NO_CHECKPOINT in settings.probe else None)
         how = settings.probe_seeds, settings.probe_learning_rate
         if tasks is not None:
             size = tasks, settings.probe_inject_at, settings.probe_observations, settings.probe_updates or 200

@@ -31,12 +31,18 @@ from analysis.probe import each_probed, times, write_json
 from dqn_injection_atari import Learner
 from support.checkpoints import Checkpoint
 from support.machine import pick_device
-from support.measures import activations, dormant_units
+from support.measures import activations, active_fraction, dormant_units
 from support.usage import UsageError
 
 SAME, INJECTED, RESET, EACH_FRESH = "one network", "injected", "head reset", "a fresh network for each task"
 BRANCHES = {INJECTED: Learner.inject, RESET: Learner.reset_head}
 NAMES = (SAME, *BRANCHES, EACH_FRESH)
+MEASURED = ("error", "dormant", "encoder_active", "start")
+DRAWN = {
+    "error": "error at the end of the task",
+    "dormant": "dormant units\nof the head",
+    "encoder_active": "active features\nof the encoder",
+}
 LEARNED = 0.9  # a network that leaves more than this of its error has not learned the task
 
 
@@ -52,11 +58,11 @@ def twin(learner: Learner) -> Learner:
     return copy
 
 
-@torch.no_grad()
-def dormant_fraction(learner: Learner, obs: torch.Tensor) -> float:
-    """Of the hidden layer of the head that learns, on `obs` (B, 4, 84, 84)."""
-    _, layers = activations(learner.q_network, {f"{learner.q_network.newest_head()}.1": "head"}, obs)
-    return dormant_units(layers["head"]).mean().item()
+def unit_fractions(learner: Learner, obs: torch.Tensor) -> tuple[float, float]:
+    """What is dormant of the hidden layer of the head that learns, and active of the encoder's features, on (B, 4, 84, 84)."""
+    network = learner.q_network
+    _, layers = activations(network, {f"{network.newest_head()}.1": "head", "encoder": "encoder"}, obs)
+    return dormant_units(layers["head"]).mean().item(), active_fraction(layers["encoder"]).item()
 
 
 def run_tasks(
@@ -69,12 +75,12 @@ def run_tasks(
     another the head is reset. `seed` decides targets, batches, and all weights that are drawn.
 
     Returns:
-        {name: (3, tasks)}: at the end of each task, mean squared error and `dormant_fraction`; then the error at its start; of
-        the copies NaN before `inject_at`
+        {name: (4, tasks)}, in the order of `MEASURED`: mean squared error and both `unit_fractions` at the end of each task,
+        and the error at its start; of the copies NaN before `inject_at`
     """
     rng = np.random.default_rng(seed)
     one, copies = make_contender("agent", subject, seed, obs.device), dict[str, Learner]()
-    found = {name: np.full((3, tasks), math.nan) for name in NAMES}
+    found = {name: np.full((len(MEASURED), tasks), math.nan) for name in NAMES}
     for task in range(1, tasks + 1):
         for_targets, for_fresh = rng.integers(2**30, size=2).tolist()
         batches = rng.integers(len(obs), size=(updates, one.args.batch_size))
@@ -86,7 +92,7 @@ def run_tasks(
         learners = {SAME: one, **copies, EACH_FRESH: make_contender(FRESH, subject, for_fresh, obs.device)}
         for name, learner in learners.items():
             start, end = fit(learner, obs, targets, batches)
-            found[name][:, task - 1] = end, dormant_fraction(learner, obs), start
+            found[name][:, task - 1] = end, *unit_fractions(learner, obs), start
         progress.update()
     return found
 
@@ -97,7 +103,7 @@ def run_sequence(
     """`run_tasks` with several seeds, for the agent in a checkpoint, or for fresh networks on frames of random play.
 
     Returns:
-        plain data: "error", "dormant" and "start" {name: (seeds, tasks)}, None where there is none or it is not finite;
+        plain data: what is `MEASURED` {name: (seeds, tasks)}, None where there is none or it is not finite;
         "relative" {name: {"at", "since"}}, see `relative_error`: its error in task `inject_at`, and its mean from there on,
         as a multiple of the one network's mean in its `early` tasks; "relative_to_fresh" {name: ...}, of the means from
         `inject_at` on, as a multiple of the fresh networks'; "sentence"; and what it was measured on
@@ -112,7 +118,10 @@ def run_sequence(
     obs = random_play(env_id, observations, device) if fresh else replayed_observations(subjects[0], observations, device)
     with tqdm(total=seeds * tasks, desc=f"tasks of {path}", leave=False, disable=None) as progress:
         found = [run_tasks(one, obs, tasks, inject_at, updates, seed, progress) for seed, one in enumerate(subjects)]
-    error, dormant, start = ({name: np.array([of_seed[name][i] for of_seed in found]) for name in NAMES} for i in range(3))
+    curves = {
+        what: {name: np.array([of_seed[name][i] for of_seed in found]) for name in NAMES} for i, what in enumerate(MEASURED)
+    }
+    error = curves["error"]
     own = error[SAME][:, early(inject_at)].mean(axis=1).tolist()
     since = {name: errors[:, inject_at - 1 :].mean(axis=1).tolist() for name, errors in error.items()}
     at = {name: errors[:, inject_at - 1].tolist() for name, errors in error.items()}
@@ -129,9 +138,7 @@ def run_sequence(
         "probe_seeds": seeds,
         "probe_tasks": tasks,
         "probe_inject_at": inject_at,
-        "error": {name: as_plain(values) for name, values in error.items()},
-        "dormant": {name: as_plain(values) for name, values in dormant.items()},
-        "start": {name: as_plain(values) for name, values in start.items()},
+        **{what: {name: as_plain(values) for name, values in of_one.items()} for what, of_one in curves.items()},
         "relative": {name: {"at": relative_error(at[name], own), "since": relative_error(since[name], own)} for name in NAMES},
         "relative_to_fresh": {name: relative_error(since[name], since[EACH_FRESH]) for name in NAMES[:-1]},
     }
@@ -168,15 +175,17 @@ def sequence_in_words(result: dict[str, Any]) -> str:
 
 
 def sequence_table(result: dict[str, Any]) -> str:
-    """Markdown: of each network the mean error at the end of tasks, and how many units of its head are dormant in the end."""
+    """Markdown: of each network the mean error at the end of tasks, and in the end what its head and encoder still do."""
     tasks, at = result["probe_tasks"], result["probe_inject_at"]
     shown = sorted({(early(at).start + 1, early(at).stop), (max(1, at - 5), at - 1), (at, at), (at, tasks)})
     titles = [f"task {a}" if a == b else f"tasks {a}–{b}" for a, b in shown]
-    lines = [["mean squared error at the end of", *titles, "dormant in the end"], ["---"] * (len(shown) + 2)]
+    titles = ["mean squared error at the end of", *titles, "dormant in the end", "encoder active in the end"]
+    lines = [titles, ["---"] * len(titles)]
     for name in NAMES:
-        errors, dormant = (np.array(result[what][name], float) for what in ("error", "dormant"))
+        errors, *units = (np.array(result[what][name], float) for what in DRAWN)
+        last = [of_one[:, -1].mean() for of_one in units]
         cells = [in_cell(errors[:, a - 1 : b].mean(axis=1)) for a, b in shown]
-        lines.append([name, *cells, f"{dormant[:, -1].mean():.0%}" if np.isfinite(dormant[:, -1]).all() else "–"])
+        lines.append([name, *cells, *(f"{share:.0%}" if math.isfinite(share) else "–" for share in last)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -190,13 +199,13 @@ def in_cell(of_seeds: np.ndarray) -> str:
 
 @matplotlib.rc_context(STYLE)
 def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
-    """A column per result: error at the end of each task above, dormant units of the head below; mean, interval and seeds."""
-    layout: dict[str, Any] = {"sharex": "col", "squeeze": False, "height_ratios": (2, 1), "layout": "constrained"}
-    figure, axes = plt.subplots(2, len(results), figsize=(max(7.5, 5.5 * len(results)), 5.4), **layout)
+    """A column per result: what is in `DRAWN` at the end of each task; mean, interval and seeds."""
+    layout: dict[str, Any] = {"sharex": "col", "squeeze": False, "height_ratios": (2, 1, 1), "layout": "constrained"}
+    figure, axes = plt.subplots(3, len(results), figsize=(max(7.5, 5.5 * len(results)), 6.6), **layout)
     colours = dict(zip(NAMES, (INK, COLOURS[0], COLOURS[1], "#999999"), strict=True))
-    for result, (above, below) in zip(results, axes.T, strict=True):
+    for result, column in zip(results, axes.T, strict=True):
         number = np.arange(1, result["probe_tasks"] + 1)
-        for ax, what in ((above, "error"), (below, "dormant")):
+        for ax, what in zip(column, DRAWN, strict=True):
             for name in reversed(NAMES):
                 values = np.array(result[what][name], float)
                 centre, low, high = interval(values)
@@ -207,14 +216,14 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
             top = 1 if what == "dormant" else 1.2 * np.nanmax([np.array(of_one, float) for of_one in result[what].values()])
             ax.set_ylim(0, top if math.isfinite(top) else None)
         who = "a fresh network" if result["checkpoint"] == NO_CHECKPOINT else f"the agent of step {result['step']:,}"
-        above.set_title(
+        column[0].set_title(
             f"{result['env_id']}: {who}, one random target after another", loc="left", fontweight="bold", fontsize=10
         )
-        where = {"xycoords": above.get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
-        above.annotate("injection, reset", (result["probe_inject_at"], 1), (4, 0), **where)
-        below.set_xlabel(f"task ({result['probe_updates']:,} updates each)")
-    axes[0, 0].set_ylabel("error at the end of the task")
-    axes[1, 0].set_ylabel("dormant units\nof the head")
+        where = {"xycoords": column[0].get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
+        column[0].annotate("injection, reset", (result["probe_inject_at"], 1), (4, 0), **where)
+        column[-1].set_xlabel(f"task ({result['probe_updates']:,} updates each)")
+    for ax, label in zip(axes[:, 0], DRAWN.values(), strict=True):
+        ax.set_ylabel(label)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=4, loc="outside lower left")
     figure.savefig(path, dpi=160)
     plt.close(figure)

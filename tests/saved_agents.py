@@ -54,4 +54,4 @@ def kill_head(q_network):
 
 def kill_encoder(q_network):
     make_fresh(q_network)
-    q_network["encoder.2.bias"].fill_(-1e3)
+    q_network["encoder.4.bias"].fill_(-1e3)

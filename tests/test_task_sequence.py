@@ -109,6 +109,7 @@ def test_a_dead_head_has_lost_plasticity_and_an_injection_restores_it_but_not_wh
         ratios = {name: of_one["ratio"] for name, of_one in result["relative_to_fresh"].items()}
         assert ratios[SAME] > 5 and (ratios[INJECTED] < 2.5) == (ratios[RESET] < 2.5) == restored
         assert (result["dormant"][INJECTED][0][-1] < 0.8 < result["dormant"][SAME][0][-1]) == restored
+        assert (min(result["encoder_active"][SAME][0]) > 0) == restored
 
 
 def test_an_agent_that_has_grown_goes_on_with_its_wider_head(checkpoint, fits):
@@ -169,9 +170,12 @@ def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn):
     assert not warnings, "nothing is drawn outside of the figure"
     assert printed.endswith("wrote a/b.png, a/b.md, a/b.json\n") and Path("a", "b.png").stat().st_size > 20_000
     header, rule, *rows = (line for line in printed.splitlines() if line.startswith("|"))
-    assert header == "| mean squared error at the end of | task 1 | task 2 | tasks 2–3 | dormant in the end |"
+    assert (
+        header
+        == "| mean squared error at the end of | task 1 | task 2 | tasks 2–3 | dormant in the end | encoder active in the end |"
+    )
     assert "left out: nowhere" in printed
-    assert {row.count("|") for row in (header, rule, *rows)} == {6} and [row.split("|")[1].strip() for row in rows[:4]] == [
+    assert {row.count("|") for row in (header, rule, *rows)} == {7} and [row.split("|")[1].strip() for row in rows[:4]] == [
         *NAMES
     ]
 
