@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from analysis.figures import COLOURS, INK, STYLE
@@ -221,10 +222,12 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
         )
         where = {"xycoords": column[0].get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
         column[0].annotate("injection, reset", (result["probe_inject_at"], 1), (4, 0), **where)
+        column[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         column[-1].set_xlabel(f"task ({result['probe_updates']:,} updates each)")
     for ax, label in zip(axes[:, 0], DRAWN.values(), strict=True):
         ax.set_ylabel(label)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=4, loc="outside lower left")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], ncols=4, loc="outside lower left")
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
