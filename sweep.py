@@ -127,7 +127,7 @@ class Sweep:
         """Takes note of how a run's job has ended."""
         state, why = outcome(task.ref)
         task.ref = None
-        if stopping and state != "finished":
+        if stopping and state == "killed":
             state, why = "stopped", ""
         self.book.settle(task, state, why, self.settings.retries, self.settings.retry_pause)
 

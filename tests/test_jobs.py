@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,6 +78,21 @@ def test_what_ends_the_wait_ends_the_process_and_waits_for_it(number):
     os.kill(waiting.pid, number)
     waiting.join(30)
     assert Path("saved").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("command", "good"), [("exit 143", True), ("exit 0", True), ("kill -TERM $$", True), ("exit 1", False)]
+)
+def test_one_that_does_not_end_well_when_it_is_stopped_is_an_error(command, good, monkeypatch):
+    def interrupt(_):
+        wait_for(Path("up").exists)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=interrupt))
+    ends = f"trap 'trap - TERM; {command}' TERM; touch up; while :; do read -t 0.02 line < /dev/zero; done"
+    with pytest.raises(KeyboardInterrupt if good else OSError) as caught:
+        run(job("bash", "-c", ends))
+    assert good or str(caught.value) == "exit status 1 when it was stopped"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")

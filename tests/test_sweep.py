@@ -435,6 +435,14 @@ def test_where_the_manifest_cannot_be_written_every_run_is_stopped(one_run, monk
     assert len(cancelled) == 1 and "every run writes a checkpoint" in capsys.readouterr().out
 
 
+def test_a_run_that_cannot_stop_with_a_checkpoint_has_failed_and_one_that_was_killed_has_stopped(one_run, monkeypatch):
+    going, task, _ = one_run
+    for of_ray, state in (("killed", "stopped"), ("stopped", "stopped"), ("finished", "finished"), ("failed", "failed")):
+        monkeypatch.setattr(sweep, "outcome", lambda ref, of_ray=of_ray: (of_ray, "disk full"))
+        going.settle(task, stopping=True)
+        assert task.state == state
+
+
 def test_a_dry_run_of_a_sweep_that_is_running_prints_its_plan(command, no_ray):
     begin(FOLDER, asked())
     with alone_in(FOLDER, "manifest.jsonl"):
