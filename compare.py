@@ -18,7 +18,7 @@ Written beside --out: the figure of return, one of the plasticity measures (NAME
 asks saved agents, in minutes: how well does each fit random targets, as it is and after an injection, next to a fresh
 network? That needs no second arm, but says nothing about the return.
 
-    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 40 --probe-inject-at 20 --out img/tasks.png
+    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 21 --out img/tasks.png
     python compare.py --probe fresh --env-id PhoenixNoFrameskip-v4
 
 takes each through a sequence of random targets, also as a copy that is injected at a task, and one whose head is reset there:
@@ -76,7 +76,7 @@ class Settings:
     probe_inject_at: int | None = None
     """task before which a copy is injected; by default the one at two thirds"""
     probe_observations: Count = 512
-    """replayed observations to fit targets at"""
+    """how many observations to fit targets at: replayed ones, for fresh of random play"""
     probe_updates: Annotated[int | None, Ge(1)] = None
     """gradient steps of each network at each target, with the run's batch size; by default 1,000, of a sequence 200"""
     probe_learning_rate: Annotated[float | None, Interval(gt=0, lt=math.inf)] = None

@@ -143,13 +143,23 @@ class Sweep:
         self.book.look()
 
     def stop(self) -> None:
-        """Has every run write a checkpoint and end, and waits for that."""
+        """Has every run write a checkpoint and end, and waits for that.
+
+        Raises:
+            OSError: the manifest cannot be written. All have ended then, too.
+        """
         going = {task.ref: task for task in self.book.open_tasks() if task.ref is not None}
+        unwritten = list[OSError]()
         for ref in going:
             ray.cancel(ref)
         while going:
             for ref in ray.wait(list(going), timeout=TICK)[0]:
-                self.settle(going.pop(ref), stopping=True)
+                try:
+                    self.settle(going.pop(ref), stopping=True)
+                except OSError as error:
+                    unwritten.append(error)
+        if unwritten:
+            raise unwritten[0]
 
     def go(self, signals: Signals) -> None:
         """Runs all to their ends, or until a signal.

@@ -175,15 +175,15 @@ def fit(learner: Learner, obs: torch.Tensor, targets: torch.Tensor, batches: np.
     return F.mse_loss(before, targets).item(), F.mse_loss(outputs(network, obs), targets).item()
 
 
-def relative_error(errors: Sequence[float], fresh: Sequence[float]) -> dict[str, Any] | None:
-    """Errors (seeds,) as multiples of a fresh network's, paired by seed.
+def relative_error(errors: Sequence[float], reference: Sequence[float]) -> dict[str, Any] | None:
+    """Errors (seeds,) as multiples of other errors (seeds,), paired by seed.
 
     Returns:
         "per_seed" (seeds,), "ratio", their geometric mean, and "interval", the 95% t interval of the mean log-ratio as
         ratios, None for one seed; or None where an error is not finite or 0
     """
-    if not all(0 < error < math.inf for error in (*errors, *fresh)):
+    if not all(0 < error < math.inf for error in (*errors, *reference)):
         return None
-    logs = np.log(errors) - np.log(fresh)
+    logs = np.log(errors) - np.log(reference)
     interval = np.exp(t_interval(logs)).tolist() if len(logs) > 1 else None
     return {"per_seed": np.exp(logs).tolist(), "ratio": float(np.exp(logs.mean())), "interval": interval}

@@ -38,11 +38,11 @@ from support.usage import UsageError
 SAME, INJECTED, RESET, EACH_FRESH = "one network", "injected", "head reset", "a fresh network for each task"
 BRANCHES = {INJECTED: Learner.inject, RESET: Learner.reset_head}
 NAMES = (SAME, *BRANCHES, EACH_FRESH)
-MEASURED = ("error", "dormant", "encoder_active", "start")
+MEASURED = ("start", "error", "dormant", "encoder_active")
 DRAWN = {
     "error": "error at the end of the task",
-    "dormant": "dormant units\nof the head",
-    "encoder_active": "active features\nof the encoder",
+    "dormant": "head: share of\nunits dormant",
+    "encoder_active": "encoder: share of\nfeatures ≠ 0",
 }
 LEARNED = 0.9  # a network that leaves more than this of its error has not learned the task
 
@@ -59,16 +59,16 @@ def twin(learner: Learner) -> Learner:
     return copy
 
 
-def unit_fractions(learner: Learner, obs: torch.Tensor) -> tuple[float, float]:
-    """What is dormant of the hidden layer of the head that learns, and active of the encoder's features, on (B, 4, 84, 84)."""
+def unit_measures(learner: Learner, obs: torch.Tensor) -> dict[str, float]:
+    """Of the head that learns the share of hidden units that are dormant, of the encoder that of features ≠ 0, at `obs`."""
     network = learner.q_network
     _, layers = activations(network, {f"{network.newest_head()}.1": "head", "encoder": "encoder"}, obs)
-    return dormant_units(layers["head"]).mean().item(), active_fraction(layers["encoder"]).item()
+    return {"dormant": dormant_units(layers["head"]).mean().item(), "encoder_active": active_fraction(layers["encoder"]).item()}
 
 
 def run_tasks(
     subject: Checkpoint, obs: torch.Tensor, tasks: int, inject_at: int, updates: int, seed: int, progress: tqdm
-) -> dict[str, np.ndarray]:
+) -> dict[str, dict[str, np.ndarray]]:
     """One network through a sequence of tasks, and those that it is compared with.
 
     A task is a random target of its own, and `fit`'s updates towards it. All networks get the same tasks and batches. Before
@@ -76,12 +76,12 @@ def run_tasks(
     another the head is reset. `seed` decides targets, batches, and all weights that are drawn.
 
     Returns:
-        {name: (4, tasks)}, in the order of `MEASURED`: mean squared error and both `unit_fractions` at the end of each task,
-        and the error at its start; of the copies NaN before `inject_at`
+        {what: {name: (tasks,)}}: "error", mean squared, and `unit_measures` at the end of each task, and "start", the error
+        at its start; of the copies NaN before `inject_at`
     """
     rng = np.random.default_rng(seed)
     one, copies = make_contender("agent", subject, seed, obs.device), dict[str, Learner]()
-    found = {name: np.full((len(MEASURED), tasks), math.nan) for name in NAMES}
+    found = {what: {name: np.full(tasks, math.nan) for name in NAMES} for what in MEASURED}
     for task in range(1, tasks + 1):
         for_targets, for_fresh = rng.integers(2**30, size=2).tolist()
         batches = rng.integers(len(obs), size=(updates, one.args.batch_size))
@@ -93,7 +93,8 @@ def run_tasks(
         learners = {SAME: one, **copies, EACH_FRESH: make_contender(FRESH, subject, for_fresh, obs.device)}
         for name, learner in learners.items():
             start, end = fit(learner, obs, targets, batches)
-            found[name][:, task - 1] = end, *unit_fractions(learner, obs), start
+            for what, value in ({"start": start, "error": end} | unit_measures(learner, obs)).items():
+                found[what][name][task - 1] = value
         progress.update()
     return found
 
@@ -119,9 +120,7 @@ def run_sequence(
     obs = random_play(env_id, observations, device) if fresh else replayed_observations(subjects[0], observations, device)
     with tqdm(total=seeds * tasks, desc=f"tasks of {path}", leave=False, disable=None) as progress:
         found = [run_tasks(one, obs, tasks, inject_at, updates, seed, progress) for seed, one in enumerate(subjects)]
-    curves = {
-        what: {name: np.array([of_seed[name][i] for of_seed in found]) for name in NAMES} for i, what in enumerate(MEASURED)
-    }
+    curves = {what: {name: np.array([of_seed[what][name] for of_seed in found]) for name in NAMES} for what in MEASURED}
     error = curves["error"]
     own = error[SAME][:, early(inject_at)].mean(axis=1).tolist()
     since = {name: errors[:, inject_at - 1 :].mean(axis=1).tolist() for name, errors in error.items()}
@@ -180,10 +179,10 @@ def sequence_table(result: dict[str, Any]) -> str:
     tasks, at = result["probe_tasks"], result["probe_inject_at"]
     shown = sorted({(early(at).start + 1, early(at).stop), (max(1, at - 5), at - 1), (at, at), (at, tasks)})
     titles = [f"task {a}" if a == b else f"tasks {a}–{b}" for a, b in shown]
-    titles = ["mean squared error at the end of", *titles, "dormant in the end", "encoder active in the end"]
+    titles = ["mean squared error at the end of", *titles, "head dormant in the end", "encoder active in the end"]
     lines = [titles, ["---"] * len(titles)]
     for name in NAMES:
-        errors, *units = (np.array(result[what][name], float) for what in DRAWN)
+        errors, *units = (np.array(result[what][name], float) for what in ("error", "dormant", "encoder_active"))
         last = [of_one[:, -1].mean() for of_one in units]
         cells = [in_cell(errors[:, a - 1 : b].mean(axis=1)) for a, b in shown]
         lines.append([name, *cells, *(f"{share:.0%}" if math.isfinite(share) else "–" for share in last)])
@@ -214,7 +213,7 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
                 ax.fill_between(number, low, high, color=colours[name], alpha=0.18, lw=0)
                 ax.plot(number, values.T, color=colours[name], lw=0.6, alpha=0.4)
             ax.axvline(result["probe_inject_at"], color=INK, lw=1, ls=(0, (4, 3)))
-            top = 1 if what == "dormant" else 1.2 * np.nanmax([np.array(of_one, float) for of_one in result[what].values()])
+            top = 1 if what != "error" else 1.2 * np.nanmax([np.array(of_one, float) for of_one in result[what].values()])
             ax.set_ylim(0, top if math.isfinite(top) else None)
         who = "a fresh network" if result["checkpoint"] == NO_CHECKPOINT else f"the agent of step {result['step']:,}"
         column[0].set_title(
@@ -222,6 +221,7 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
         )
         where = {"xycoords": column[0].get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
         column[0].annotate("injection, reset", (result["probe_inject_at"], 1), (4, 0), **where)
+        column[-1].set_xlim(0.5, result["probe_tasks"] + 0.5)
         column[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         column[-1].set_xlabel(f"task ({result['probe_updates']:,} updates each)")
     for ax, label in zip(axes[:, 0], DRAWN.values(), strict=True):

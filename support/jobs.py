@@ -20,7 +20,6 @@ POLL_SECONDS = 0.2
 STARTED = "started on"  # how the line begins that a job writes into its log first
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
-ENDS_OF_SIGTERM = (0, 128 + signal.SIGTERM, -signal.SIGTERM)  # finished just then, stopped, or not yet ready to be
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def run(job: Job) -> int:
     Returns its exit status, or −n where signal n has killed it.
 
     Raises:
-        OSError: the log cannot be written, the process cannot be started, or it did not end well when the wait was ended.
+        OSError: the log cannot be written, the process cannot be started, or it failed when the wait was ended.
     """
     with _own_log(Path(job.log)) as log:
         folder = find_folder(Path(job.place), job.name)
@@ -81,7 +80,7 @@ def run(job: Job) -> int:
         finally:
             if process.returncode is None:
                 process.terminate()
-                if (status := process.wait()) not in ENDS_OF_SIGTERM:  # as where a checkpoint cannot be written
+                if 0 < (status := process.wait()) <= 128:  # of its own accord, as where a checkpoint cannot be written
                     raise OSError(f"exit status {status} when it was stopped")
         return process.returncode
 

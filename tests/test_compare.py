@@ -177,7 +177,7 @@ def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
     command("--probe", "fresh", "--env-id", PHOENIX, "--out", "d.png")
     assert given == [
         (("a",), None, 4, 3, 5, 200, 3, 0.1, Path("tasks.png")),
-        (("fresh",), PHOENIX, 30, None, 512, 200, 3, None, Path("d.png")),
+        (("fresh",), PHOENIX, 21, None, 512, 200, 3, None, Path("d.png")),
     ]
 
 

@@ -1,11 +1,16 @@
 """Ray as the engine of sweeps: how a job has ended. Whole sweeps, and addresses where nothing answers, are in test_sweep.py."""
 
+import time
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("ray")
 
 from analysis import engine
 from analysis.engine import ray
+from support import jobs
+from support.jobs import Job
 
 
 def raises(error):
@@ -29,3 +34,19 @@ def raises(error):
 def test_the_end_of_a_job_is_its_own_fault_or_is_not(monkeypatch, job, found):
     monkeypatch.setattr(ray, "get", lambda ref: job())
     assert engine.outcome(None) == found
+
+
+@pytest.mark.cluster
+def test_a_job_that_fails_when_it_is_cancelled_has_failed(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(jobs.__file__).parent.parent))  # for Ray's workers
+    Path("runs").mkdir()
+    fails = ("bash", "-c", "trap 'exit 1' TERM; touch up; while :; do read -t 0.02 line < /dev/zero; done")
+    with engine.cluster(None):
+        ref = ray.remote(max_retries=0)(jobs.run).remote(
+            Job("x", fails, fails, str(Path().absolute()), str(Path("x.log").absolute()))
+        )
+        deadline = time.monotonic() + 60
+        while not Path("up").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ray.cancel(ref)
+        assert engine.outcome(ref) == ("failed", "exit status 1 when it was stopped")

@@ -81,9 +81,10 @@ def test_what_ends_the_wait_ends_the_process_and_waits_for_it(number):
 
 
 @pytest.mark.parametrize(
-    ("command", "good"), [("exit 143", True), ("exit 0", True), ("kill -TERM $$", True), ("exit 1", False)]
+    ("command", "good"),
+    [*((command, True) for command in ("exit 143", "exit 130", "exit 0", "kill -TERM $$", "kill -KILL $$")), ("exit 1", False)],
 )
-def test_one_that_does_not_end_well_when_it_is_stopped_is_an_error(command, good, monkeypatch):
+def test_one_that_fails_when_it_is_stopped_is_an_error(command, good, monkeypatch):
     def interrupt(_):
         wait_for(Path("up").exists)
         raise SystemExit

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -418,9 +418,11 @@ def test_a_run_that_was_killed_waits_for_its_pause(one_run, monkeypatch):
     assert [job.name for job in submitted] == [NAMES[0]] and states() == [(NAMES[0], "queued")]
 
 
-def test_where_the_manifest_cannot_be_written_every_run_is_stopped(one_run, monkeypatch, capsys):
+def test_where_the_manifest_cannot_be_written_every_run_is_stopped_and_waited_for(one_run, monkeypatch, capsys):
     going, task, _ = one_run
-    task.ref, cancelled = object(), []
+    other, cancelled, waited = sweep.Task(replace(task.run, arm="other"), FOLDER, "abc", task.resources), [], []
+    going.book.tasks["other"] = other
+    task.ref, other.ref = object(), object()
 
     def fail(*_):
         raise OSError("disk full")
@@ -428,11 +430,11 @@ def test_where_the_manifest_cannot_be_written_every_run_is_stopped(one_run, monk
     monkeypatch.setattr(going, "advance", fail)
     monkeypatch.setattr(going.book.manifest, "add", fail)
     monkeypatch.setattr(sweep.ray, "cancel", cancelled.append)
-    monkeypatch.setattr(sweep.ray, "wait", lambda refs, **_: (refs, []))
-    monkeypatch.setattr(sweep, "outcome", lambda ref: ("stopped", ""))
+    monkeypatch.setattr(sweep.ray, "wait", lambda refs, **_: (refs[:1], refs[1:]))
+    monkeypatch.setattr(sweep, "outcome", lambda ref: waited.append(ref) or ("stopped", ""))
     with pytest.raises(OSError, match="disk full"):
         going.go(SimpleNamespace(stop=None))
-    assert len(cancelled) == 1 and "every run writes a checkpoint" in capsys.readouterr().out
+    assert len(cancelled) == len(set(waited)) == 2 and "every run writes a checkpoint" in capsys.readouterr().out
 
 
 def test_a_run_that_cannot_stop_with_a_checkpoint_has_failed_and_one_that_was_killed_has_stopped(one_run, monkeypatch):

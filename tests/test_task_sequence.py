@@ -56,6 +56,18 @@ def test_the_copies_branch_off_where_the_injection_is_and_all_get_the_same_tasks
     assert result["error"][SAME] == [[errors[1] for *_, errors in (first[0], second[0], third[0])]]
 
 
+def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_the_encoder(checkpoint):
+    subject = read_subject(checkpoint)
+    obs, learner = replayed_observations(subject, 16, CPU), task_sequence.make_contender("agent", subject, 0, CPU)
+    learner.inject()
+    with torch.no_grad():
+        learner.q_network.theta[0].bias.fill_(-1e3)
+        learner.q_network.theta_prime_1[0][0].bias[:128] = -1e3
+        learner.q_network.encoder[4].bias[:16], learner.q_network.encoder[4].bias[16:] = -1e3, 1e3
+    measured = task_sequence.unit_measures(learner, obs)
+    assert measured["encoder_active"] == 48 / 64 and 128 / 512 <= measured["dormant"] < 1
+
+
 def test_the_one_network_goes_its_way_whatever_is_done_to_its_copies(checkpoint):
     early, late = (run_sequence(checkpoint, **HOW | {"inject_at": at}) for at in (2, 3))
     assert early["error"][SAME] == late["error"][SAME] and early["error"][EACH_FRESH] == late["error"][EACH_FRESH]
@@ -170,11 +182,11 @@ def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn):
     assert not warnings, "nothing is drawn outside of the figure"
     assert printed.endswith("wrote a/b.png, a/b.md, a/b.json\n") and Path("a", "b.png").stat().st_size > 20_000
     header, rule, *rows = (line for line in printed.splitlines() if line.startswith("|"))
-    assert (
-        header
-        == "| mean squared error at the end of | task 1 | task 2 | tasks 2–3 | dormant in the end | encoder active in the end |"
-    )
+    titles = ["mean squared error at the end of", "task 1", "task 2", "tasks 2–3", "head dormant in the end"]
+    assert header.strip("| ").split(" | ") == [*titles, "encoder active in the end"]
     assert "left out: nowhere" in printed
+    shares = [np.mean([of_seed[-1] for of_seed in results[0][what][SAME]]) for what in ("dormant", "encoder_active")]
+    assert [cell.strip() for cell in rows[0].split("|")[5:7]] == [f"{share:.0%}" for share in shares] and shares[0] != shares[1]
     assert {row.count("|") for row in (header, rule, *rows)} == {7} and [row.split("|")[1].strip() for row in rows[:4]] == [
         *NAMES
     ]
