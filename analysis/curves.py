@@ -3,7 +3,7 @@
 import csv
 import functools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,23 +82,29 @@ def write_curves(runs: Sequence[Run], path: Path) -> None:
     """Writes the curves of an arm's runs, those that comparisons look at, and of the speed the last point.
 
     A line `# {...}` for each run holds its arguments, as JSON. Below them is a table: `seed`, `step`, and a column for each
-    curve, with six digits of its values; a field is empty where that curve has no point.
+    curve, those with most points first, with six digits of its values. A field is empty where that curve has no point, and left
+    out where all further ones are empty, too.
 
     Raises:
         OSError: it cannot be written.
     """
-    tags = sorted({tag for run in runs for tag in run.scalars if tag.startswith(COMPARED) or tag == SPEED})
+    points = Counter[str]()
+    for run in runs:
+        points.update({tag: values.shape[1] for tag, values in run.scalars.items() if tag.startswith(COMPARED)})
+    tags = [*sorted(points, key=lambda tag: (-points[tag], tag)), SPEED]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         file.writelines(f"# {json.dumps(asdict(run.args))}\n" for run in runs)
-        table = csv.DictWriter(file, ["seed", "step", *tags], lineterminator="\n")
-        table.writeheader()
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["seed", "step", *tags])
         for run in runs:
             rows: dict[int, dict[str, str]] = defaultdict(dict)
             for tag in tags:
                 for step, value in run.scalars.get(tag, np.empty((2, 0))).T[-1 if tag == SPEED else 0 :]:
                     rows[int(step)][tag] = f"{value:.6g}"
-            table.writerows({"seed": run.args.seed, "step": step, **rows[step]} for step in sorted(rows))
+            for step in sorted(rows):
+                last = max(tags.index(tag) for tag in rows[step])
+                table.writerow([run.args.seed, step, *(rows[step].get(tag, "") for tag in tags[: last + 1])])
 
 
 def read_curves(path: Path, metric: str) -> list[Run]:
