@@ -34,7 +34,7 @@ from support.machine import alone_in
 from support.process import Signals, ends_in_one_line, on_a_terminal, say
 from support.usage import Positive, Steps, UsageError, check_bounds
 
-TICK, MINUTE = 0.5, 60.0  # seconds
+TICK, MINUTE = 1.0, 60.0  # seconds
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 STARTED = "started on"  # how the line begins that a job writes into its log first
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
@@ -51,13 +51,14 @@ def find_folder(place: Path, name: str) -> Path | None:
 
 
 def run(job: Job) -> int:
-    """Does a job, and waits for its end; whatever ends the wait ends the process by SIGTERM and waits for that.
+    """Does a job, and waits for its end; whatever ends the wait, as SIGINT, ends the process by SIGTERM and waits for that.
 
     Returns its exit status, or −n where signal n has killed it.
 
     Raises:
         OSError: the log cannot be written, the process cannot be started, or it failed when the wait was ended.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script's shell had begun it all with &
     with _own_log(Path(job.log)) as log:
         folder = find_folder(Path(job.place), job.name)
         command = job.begin if folder is None else (*job.go_on, os.path.relpath(folder, job.place))

@@ -1,5 +1,6 @@
 """Ray as the engine of sweeps: how a job has ended. Whole sweeps, and addresses where nothing answers, are in test_sweep.py."""
 
+import signal
 import time
 from pathlib import Path
 
@@ -36,17 +37,26 @@ def test_the_end_of_a_job_is_its_own_fault_or_is_not(monkeypatch, job, found):
     assert engine.outcome(None) == found
 
 
+@pytest.fixture(params=["heard", "ignored"])
+def interrupts(request):
+    """SIGINT in this process and all that it starts; it is ignored where a script has begun the sweep with &."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler if request.param == "heard" else signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.cluster
-def test_a_job_that_fails_when_it_is_cancelled_has_failed(monkeypatch):
+@pytest.mark.usefixtures("interrupts")
+def test_a_job_that_is_cancelled_is_told_so_and_has_failed_if_it_fails_then(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(jobs.__file__).parent.parent))  # for Ray's workers
     Path("runs").mkdir()
     fails = ("bash", "-c", "trap 'exit 1' TERM; touch up; while :; do read -t 0.02 line < /dev/zero; done")
+    here = Path().absolute()
     with engine.cluster(None):
-        ref = ray.remote(max_retries=0)(jobs.run).remote(
-            Job("x", fails, fails, str(Path().absolute()), str(Path("x.log").absolute()))
-        )
+        ref = ray.remote(max_retries=0)(jobs.run).remote(Job("x", fails, fails, str(here), str(here / "x.log")))
         deadline = time.monotonic() + 60
         while not Path("up").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         ray.cancel(ref)
+        assert ray.wait([ref], timeout=20)[0], "it was not told"
         assert engine.outcome(ref) == ("failed", "exit status 1 when it was stopped")

@@ -67,9 +67,10 @@ def test_a_job_returns_how_its_process_ended(command, status):
     assert run(job("sh", "-c", command)) == status
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_ends_the_wait_ends_the_process_and_waits_for_it(number):
+@pytest.mark.parametrize(("number", "ignored"), [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, True)])
+def test_what_ends_the_wait_ends_the_process_and_waits_for_it(number, ignored):
     def wait():
+        signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
         run(slow_job())
 
