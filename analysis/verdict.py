@@ -104,9 +104,9 @@ def share_history(run: Run, other: Run, upto: int) -> bool:
     points, others = (r.between("charts/episodic_return", -1, upto) for r in (run, other))
     if points.size or others.size:
         return np.array_equal(points, others)
-    origins = [Path(r.args.fork).resolve() if r.args.fork else None for r in (run, other)]
-    folders = [Path(r.folder).resolve() for r in (other, run)]
-    forked = any(origin and origin.parent == folder for origin, folder in zip(origins, folders, strict=True))
+    origins = [Path(r.args.fork).parts[-2:] if r.args.fork else None for r in (run, other)]  # folder and checkpoint
+    folders = [Path(r.folder).resolve().name for r in (other, run)]
+    forked = any(origin and origin[0] == folder for origin, folder in zip(origins, folders, strict=True))
     return forked or origins[0] == origins[1] is not None
 
 

@@ -1,5 +1,7 @@
 """What a verdict claims, on which runs, and over which window."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -241,14 +243,16 @@ def test_runs_whose_logs_differ_before_the_injection_are_not_paired(change):
     assert not found.paired and found.shared == 0 and found.judgement.verdict == "no evidence"
 
 
+@pytest.mark.parametrize("place", ["", "sweeps/x/"])  # from which the runs were started; a fork's origin is named from there
 @pytest.mark.parametrize(("origin", "paired"), [("b{}", True), ("b9", False), (None, False), ("common", True)])
-def test_where_no_game_ended_before_the_injection_lineage_decides(origin, paired):
+def test_where_no_game_ended_before_the_injection_lineage_decides(origin, paired, place):
     runs = []
     for seed in (1, 2, 3):
         source = {"common": f"runs/c{seed}/checkpoint-500"}.get(origin)
         forked = source or (origin and f"runs/{origin.format(seed)}/checkpoint-{INJECTION}")
         runs.append(make_run(f"b{seed}", {RETURN: games(seed, 0)[10:]}, seed=seed, apply_injection=False, fork=source))
         runs.append(make_run(f"i{seed}", {RETURN: games(seed, 1)[10:]}, seed=seed, fork=forked))
+    runs = [replace(run, folder=place + run.folder) for run in runs]
     assert verdict(*runs).paired == paired
 
 
