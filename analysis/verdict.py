@@ -104,7 +104,8 @@ def share_history(run: Run, other: Run, upto: int) -> bool:
     points, others = (r.between("charts/episodic_return", -1, upto) for r in (run, other))
     if points.size or others.size:
         return np.array_equal(points, others)
-    origins = [Path(r.args.fork).parts[-2:] if r.args.fork else None for r in (run, other)]  # folder and checkpoint
+    parts = [Path(r.args.fork or "").parts[-2:] for r in (run, other)]  # folder and checkpoint
+    origins = [found if len(found) == 2 and found[0] != ".." else None for found in parts]
     folders = [Path(r.folder).resolve().name for r in (other, run)]
     forked = any(origin and origin[0] == folder for origin, folder in zip(origins, folders, strict=True))
     return forked or origins[0] == origins[1] is not None

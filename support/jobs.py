@@ -53,7 +53,7 @@ def find_folder(place: Path, name: str) -> Path | None:
 def run(job: Job) -> int:
     """Does a job, and waits for its end; whatever ends the wait, as SIGINT, ends the process by SIGTERM and waits for that.
 
-    Returns its exit status, or −n where signal n has killed it.
+    Returns its exit status, or −n where signal n has killed it. From here on this process hears SIGINT.
 
     Raises:
         OSError: the log cannot be written, the process cannot be started, or it failed when the wait was ended.

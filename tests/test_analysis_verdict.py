@@ -244,11 +244,11 @@ def test_runs_whose_logs_differ_before_the_injection_are_not_paired(change):
 
 
 @pytest.mark.parametrize("place", ["", "sweeps/x/"])  # from which the runs were started; a fork's origin is named from there
-@pytest.mark.parametrize(("origin", "paired"), [("b{}", True), ("b9", False), (None, False), ("common", True)])
+@pytest.mark.parametrize(("origin", "paired"), [("b{}", True), ("b9", False), (None, False), ("common", True), ("..", False)])
 def test_where_no_game_ended_before_the_injection_lineage_decides(origin, paired, place):
     runs = []
     for seed in (1, 2, 3):
-        source = {"common": f"runs/c{seed}/checkpoint-500"}.get(origin)
+        source = {"common": f"runs/c{seed}/checkpoint-500", "..": "../checkpoint-500"}.get(origin)
         forked = source or (origin and f"runs/{origin.format(seed)}/checkpoint-{INJECTION}")
         runs.append(make_run(f"b{seed}", {RETURN: games(seed, 0)[10:]}, seed=seed, apply_injection=False, fork=source))
         runs.append(make_run(f"i{seed}", {RETURN: games(seed, 1)[10:]}, seed=seed, fork=forked))
