@@ -82,8 +82,8 @@ def write_curves(runs: Sequence[Run], path: Path) -> None:
     """Writes the curves of an arm's runs, those that comparisons look at, and of the speed the last point.
 
     A line `# {...}` for each run holds its arguments, as JSON. Below them is a table: `seed`, `step`, and a column for each
-    curve, those with most points first and the speed last, with six digits of its values. A field is empty where that curve has no point, and left
-    out where all further ones are empty, too.
+    curve, those with most points first and the speed last, with six digits of its values. A field is empty where that curve
+    has no point, and left out where all further ones are empty, too.
 
     Raises:
         OSError: it cannot be written.

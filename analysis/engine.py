@@ -11,11 +11,16 @@ from typing import Any
 # no statistics; runs as urgent as those by hand, not by 15 less; what Ray says of workers that are gone, the sweep says itself
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "(?s)."}
-# a Ray that starts with the sweep leaves the runs more of the processors: it does not measure itself, reports resources
-# once a second, and looks once a minute for logs that are shown nowhere
-SPARING = {"RAY_enable_metrics_collection": "0", "RAY_event_stats": "0", "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0"}
-SPARING |= {"RAY_raylet_report_resources_period_milliseconds": "1000", "LOG_NAME_UPDATE_INTERVAL_S": "60"}
-os.environ |= SPARING | os.environ
+# a Ray that starts with the sweep leaves the runs more of the processors: it does not measure itself, reports resources once a
+# second, and looks once a minute for logs that are shown nowhere; unless the user has set it otherwise
+os.environ |= {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_event_stats": "0",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "LOG_NAME_UPDATE_INTERVAL_S": "60",
+    **os.environ,
+}
 import ray
 
 from support.machine import usable_processors
