@@ -1,7 +1,8 @@
 """Ray as the engine of sweeps: how a job has ended. Whole sweeps, and addresses where nothing answers, are in test_sweep.py."""
 
-import signal
-import time
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ pytest.importorskip("ray")
 from analysis import engine
 from analysis.engine import ray
 from support import jobs
-from support.jobs import Job
 
 
 def raises(error):
@@ -37,26 +37,29 @@ def test_the_end_of_a_job_is_its_own_fault_or_is_not(monkeypatch, job, found):
     assert engine.outcome(None) == found
 
 
-@pytest.fixture(params=["heard", "ignored"])
-def interrupts(request):
-    """SIGINT in this process and all that it starts; it is ignored where a script has begun the sweep with &."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler if request.param == "heard" else signal.SIG_IGN)
-    yield
-    signal.signal(signal.SIGINT, before)
+# a job that fails when it gets SIGTERM, cancelled; Ray belongs into a process of its own, in which nothing of it is left
+CANCEL = """
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGINT, {"heard": signal.default_int_handler, "ignored": signal.SIG_IGN}[sys.argv[1]])
+from analysis import engine
+from support import jobs
+here, fails = Path().absolute(), ("bash", "-c", "trap 'exit 1' TERM; touch up; while :; do read -t 0.02 line < /dev/zero; done")
+with engine.cluster(None):
+    job = jobs.Job("x", fails, fails, str(here), str(here / "x.log"))
+    ref = engine.ray.remote(max_retries=0)(jobs.run).remote(job)
+    while not Path("up").exists():
+        time.sleep(0.05)
+    engine.ray.cancel(ref)
+    print(engine.outcome(ref) if engine.ray.wait([ref], timeout=20)[0] else "it was not told")
+"""
 
 
 @pytest.mark.cluster
-@pytest.mark.usefixtures("interrupts")
-def test_a_job_that_is_cancelled_is_told_so_and_has_failed_if_it_fails_then(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(jobs.__file__).parent.parent))  # for Ray's workers
+@pytest.mark.parametrize("interrupts", ["heard", "ignored"])  # ignored where a script has begun the sweep with &
+def test_a_job_that_is_cancelled_is_told_so_and_has_failed_if_it_fails_then(interrupts):
     Path("runs").mkdir()
-    fails = ("bash", "-c", "trap 'exit 1' TERM; touch up; while :; do read -t 0.02 line < /dev/zero; done")
-    here = Path().absolute()
-    with engine.cluster(None):
-        ref = ray.remote(max_retries=0)(jobs.run).remote(Job("x", fails, fails, str(here), str(here / "x.log")))
-        deadline = time.monotonic() + 60
-        while not Path("up").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        ray.cancel(ref)
-        assert ray.wait([ref], timeout=20)[0], "it was not told"
-        assert engine.outcome(ref) == ("failed", "exit status 1 when it was stopped")
+    environment = os.environ | {"PYTHONPATH": str(Path(jobs.__file__).parent.parent)}
+    command = (sys.executable, "-c", CANCEL, interrupts)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    assert done.stdout == "('failed', 'exit status 1 when it was stopped')\n"
