@@ -23,6 +23,7 @@ os.environ |= {
 }
 import ray
 
+from support.jobs import failed
 from support.machine import usable_processors
 from support.usage import UsageError
 
@@ -69,4 +70,4 @@ def outcome(ref: Any) -> tuple[str, str]:
         return "killed", type(error).__name__
     if status == 0:
         return "finished", ""
-    return ("killed" if status < 0 or status > 128 else "failed"), f"exit status {status}"
+    return ("failed" if failed(status) else "killed"), f"exit status {status}"

@@ -50,6 +50,11 @@ def find_folder(place: Path, name: str) -> Path | None:
     return None if newest is None else found[newest]
 
 
+def failed(status: int) -> bool:
+    """Whether a process ended badly for its own reason: no signal has ended it, and it says of none that it has."""
+    return 0 < status <= 128
+
+
 def run(job: Job) -> int:
     """Does a job, and waits for its end; whatever ends the wait, as SIGINT, ends the process by SIGTERM and waits for that.
 
@@ -81,7 +86,7 @@ def run(job: Job) -> int:
         finally:
             if process.returncode is None:
                 process.terminate()
-                if 0 < (status := process.wait()) <= 128:  # of its own accord, as where a checkpoint cannot be written
+                if failed(status := process.wait()):  # as where a checkpoint cannot be written
                     raise OSError(f"exit status {status} when it was stopped")
         return process.returncode
 
