@@ -143,8 +143,10 @@ def rows(folder):
 
     The file is LevelDB's log: blocks of 32 kB with records of a 7-byte head, (checksum, length, kind).
     """
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # a process of its own writes the file, the last of it a moment after a run's finish has returned
     (path,) = folder.glob("*.wandb")
     data, at, record, curves, status = path.read_bytes(), 7, b"", {}, None
     while at + 7 <= len(data):
