@@ -31,7 +31,7 @@ from analysis.manifest import MANIFEST, begin, commit, measured_speed, prepare, 
 from analysis.plan import Asked, all_arms, plan
 from support import jobs
 from support.machine import alone_in
-from support.process import Signals, ends_in_one_line, on_a_terminal, say
+from support.process import Signals, Unfailing, ends_in_one_line, on_a_terminal, say
 from support.usage import Positive, Steps, UsageError, check_bounds
 
 TICK, MINUTE = 1.0, 60.0  # seconds
@@ -65,7 +65,7 @@ class Settings:
     memory_per_run: Annotated[float | None, Ge(0)] = None
     """GB of memory to keep free for a run; by default its full replay and 1.5 GB"""
     gpus_per_run: Annotated[float | None, Ge(0)] = None
-    """GPUs for a run, a fraction lets several share one; by default 1 where there are any"""
+    """GPUs for a run, a fraction lets several share one; by default 1 where there are any, unless the sweep began without"""
     retries: Steps = 3
     """how often a run that is killed goes on"""
     retry_pause: Positive = 10.0
@@ -177,7 +177,8 @@ class Sweep:
 
     def follow(self, signals: Signals) -> None:
         said = time.monotonic()
-        table = Live(console=Console(stderr=True), auto_refresh=False, redirect_stdout=sys.stdout.isatty())
+        console = Console(file=Unfailing(sys.stderr))  # type: ignore[arg-type]
+        table = Live(console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
         with table if on_a_terminal() else contextlib.nullcontext() as live:
             while signals.stop is None and self.book.open_tasks():
                 self.advance()
@@ -198,8 +199,8 @@ def main() -> None:
         settings, asked = command_line(sys.argv[1:])
         runs = plan(asked)
         folder = Path("sweeps", default_name(asked, runs[0].args.env_id) if settings.name is None else settings.name)
-        if settings.threads_per_run is not None or (folder / "sweep.json").exists():
-            asked = replace(asked, threads=settings.threads_per_run or read_asked(folder).threads)
+        before = read_asked(folder) if (folder / "sweep.json").exists() else asked
+        asked = replace(asked, threads=settings.threads_per_run or before.threads, gpu=before.gpu)
         with alone_in(folder, MANIFEST) if (folder / MANIFEST).exists() and not settings.dry_run else contextlib.nullcontext():
             refuse_another(folder, asdict(asked))
         if settings.dry_run:
@@ -208,10 +209,11 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             stack.enter_context(cluster(settings.address))
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            wanted = (settings.cpus_per_run, settings.gpus_per_run, settings.memory_per_run)
+            gpus = 0 if settings.gpus_per_run is None and asked.gpu is False else settings.gpus_per_run
+            wanted = (settings.cpus_per_run, gpus, settings.memory_per_run)
             tasks = [Task(run, folder, code, resources(run, *wanted, nodes)) for code in [commit()] for run in runs]
             threads = asked.threads or max(1, int(tasks[0].resources["num_cpus"]))
-            asked = replace(asked, threads=threads)
+            asked = replace(asked, threads=threads, gpu=any(task.resources["num_gpus"] for task in tasks))
             prepare(folder)
             stack.enter_context(alone_in(folder, MANIFEST))
             refuse_another(folder, asdict(asked))  # once more, now that no other sweep can begin here

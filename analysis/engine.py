@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def cluster(address: str | None) -> Iterator[None]:
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), timeout=5).close()
             check = (sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1])", address)  # it may try for minutes
-            subprocess.run(check, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=20, check=True)
+            subprocess.run(check, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=60, check=True)
             ray.init(address, **quiet)
     except (subprocess.SubprocessError, OSError, RuntimeError, ValueError) as error:
         what = "Ray does not start here" if address is None else f"no Ray cluster answers at {address}"
@@ -52,6 +53,7 @@ def cluster(address: str | None) -> Iterator[None]:
         reason = said.strip().rpartition("\n")[2].partition(". ")[0]
         fix = "leave out --address to use this machine, or start one: ray start --head (docs/sweeps.md)"
         raise UsageError(f"{what} ({reason}): {fix}") from None
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # not with 15, as Ray has it
     try:
         yield
     finally:

@@ -73,7 +73,7 @@ def read_asked(folder: Path) -> Asked:
     """
     with reading(folder / "sweep.json", "what a sweep was asked", "give a folder under sweeps/"):
         values = json.loads((folder / "sweep.json").read_text())
-        return Asked(**{field.name: values[field.name] for field in fields(Asked)})
+        return Asked(**{field.name: values[field.name] for field in fields(Asked) if field.name in values})
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,12 @@ class Change:
 
 
 class Manifest:
-    """manifest.jsonl, to be written by one process. A last line that is not whole, of a process that was killed, goes."""
+    """manifest.jsonl, to be written by one process. The next line takes the place of a last one that is not whole."""
 
     def __init__(self, folder: Path):
         self.path = folder / MANIFEST
-        if self.path.exists() and not (content := self.path.read_bytes()).endswith(b"\n"):
-            os.truncate(self.path, content.rfind(b"\n") + 1)
+        self.path.touch()
+        self.end = self.path.read_bytes().rfind(b"\n") + 1  # of the whole lines
 
     def add(self, change: Change) -> None:
         """Appends a line and flushes it to the disk.
@@ -116,9 +116,13 @@ class Manifest:
         Raises:
             OSError: it cannot be written.
         """
-        with open(self.path, "a") as file:
-            file.write(json.dumps(vars(change)) + "\n")
+        line = json.dumps(vars(change)).encode() + b"\n"
+        with open(self.path, "r+b") as file:
+            file.truncate(self.end)
+            file.seek(self.end)
+            file.write(line)
         flush_to_disk(self.path)
+        self.end += len(line)
 
 
 def read_manifest(folder: Path) -> list[Change]:

@@ -47,6 +47,8 @@ class Asked:
     """how many more, from that checkpoint"""
     threads: int | None = None
     """that every run computes in; None as long as nobody has decided"""
+    gpu: bool | None = None
+    """whether there is a run that computes on one; None as long as nobody has decided"""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def runs_in(folders: Iterable[str]) -> tuple[tuple[str, ...], Path]:
     """The folders of runs, in the place of a sweep's folder those in it; and where what is made of them goes by default."""
     given = list(folders)
     sweeps = {folder: Path(folder, "runs") for folder in given if Path(folder, "sweep.json").is_file()}
-    of_sweeps = {folder: sorted(map(str, runs.iterdir())) if runs.is_dir() else [] for folder, runs in sweeps.items()}
+    of_sweeps = {folder: sorted(map(str, runs.glob("[!.]*"))) if runs.is_dir() else [] for folder, runs in sweeps.items()}
     runs = tuple(run for folder in given for run in of_sweeps.get(folder, [folder]))
     return runs, Path(given[0]) if len(given) == len(sweeps) == 1 else Path()
 

@@ -144,7 +144,8 @@ class Book:
         if task.run.trunk is None or task.run_folder is not None:
             return None, "ready"
         trunk = self.tasks[task.run.trunk]
-        if (folder := trunk.run_folder) is not None and (path := folder / f"checkpoint-{task.run.begins}").exists():
+        folder = None if trunk.state == "queued" else trunk.run_folder  # a search, in a folder that may be large
+        if folder is not None and (path := folder / f"checkpoint-{task.run.begins}").exists():
             return path, "ready"
         return None, "never" if trunk.state in ENDED else "wait"
 

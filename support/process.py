@@ -21,6 +21,24 @@ def say(line: str, write: Callable[[str], Any] = print) -> None:
         sys.stdout.flush()
 
 
+class Unfailing:
+    """A stream that drops what it cannot write, as where its terminal was closed."""
+
+    def __init__(self, stream: IO[str]):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def on_a_terminal() -> bool:
     """Whether a progress bar would be seen."""
     try:

@@ -1,6 +1,7 @@
 """Ray as the engine of sweeps: how a job has ended. Whole sweeps, and addresses where nothing answers, are in test_sweep.py."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,18 @@ def raises(error):
 def test_the_end_of_a_job_is_its_own_fault_or_is_not(monkeypatch, job, found):
     monkeypatch.setattr(ray, "get", lambda ref: job())
     assert engine.outcome(None) == found
+
+
+def test_a_signal_while_no_run_is_going_ends_it_with_the_status_of_that_signal(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number)))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    try:
+        with pytest.raises(SystemExit) as ended, engine.cluster(None):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 143
 
 
 # a job that fails when it gets SIGTERM, cancelled; Ray belongs into a process of its own, in which nothing of it is left

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,21 @@ def test_a_line_that_a_killed_sweep_has_torn_is_passed_over_and_the_next_one_is_
     assert read_manifest(HERE) == [change()]
     Manifest(HERE).add(change("y"))
     assert read_manifest(HERE) == [change(), change("y")]
+
+
+def test_of_a_line_that_did_not_fit_on_the_disk_nothing_is_left():
+    manifest = Manifest(HERE)
+    manifest.add(change())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (manifest.path.stat().st_size + 20, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            manifest.add(change("y"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not manifest.path.read_text().endswith("\n")
+    manifest.add(change("z"))
+    assert read_manifest(HERE) == [change(), change("z")]
 
 
 def test_a_damaged_manifest_is_refused():

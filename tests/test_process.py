@@ -19,6 +19,19 @@ from support.usage import UsageError
 ASKING = (*Signals.STOP, *Signals.CHECKPOINT)
 
 
+def test_what_a_closed_terminal_does_not_take_is_dropped():
+    ours, theirs = os.openpty()
+    terminal = io.TextIOWrapper(io.FileIO(theirs, "w"), write_through=True)
+    stream = process.Unfailing(terminal)
+    stream.write("a\n")
+    assert os.read(ours, 100) == b"a\r\n" and stream.isatty() and stream.encoding == terminal.encoding
+    os.close(ours)
+    with pytest.raises(OSError, match="Input/output error"):
+        terminal.write("b\n")
+    stream.write("c\n")
+    stream.flush()
+
+
 # signals
 
 

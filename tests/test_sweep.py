@@ -41,7 +41,8 @@ def start(*arguments, flags=FLAGS, stderr=subprocess.STDOUT):
     """The sweep as a process, all that it says in a file."""
     command = [sys.executable, str(SCRIPT), *SMALL, *map(str, arguments), "--", *flags]
     with open("said", "a") as said:
-        return subprocess.Popen(command, stdout=said, stderr=stderr, env=ENVIRONMENT)
+        interrupts = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731, ignored where tests run with &
+        return subprocess.Popen(command, stdout=said, stderr=stderr, env=ENVIRONMENT, preexec_fn=interrupts)
 
 
 def finish(*arguments):
@@ -158,6 +159,17 @@ def test_on_a_terminal_a_table_follows_the_runs():
 
 @pytest.mark.cluster
 @pytest.mark.slow
+def test_a_terminal_that_is_closed_does_not_end_the_sweep():
+    ours, theirs = pty.openpty()
+    process = start("--arms", "none", stderr=theirs)
+    os.close(theirs)
+    wait_for(lambda: b"steps/s" in os.read(ours, 4096), process)
+    os.close(ours)
+    assert process.wait(120) == 0 and finished() == {NAMES[0]: 1}
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_runs_are_as_urgent_as_those_that_are_started_by_hand():
     process = start("--arms", "none")
     (training,) = wait_for(lambda: trainings(FOLDER), process)
@@ -187,15 +199,16 @@ def test_killed_trainings_and_a_killed_worker_go_on_with_the_same_bits(by_hand):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_or_stopped_and_started_again_ends_with_the_same_bits(by_hand):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_killed_or_stopped_and_started_again_ends_with_the_same_bits(by_hand, number, status):
     process = start()
     wait_for(checkpoints(NAMES[0]), process)
     process.kill()
     process.wait()
     process = start()
     wait_for(lambda: (run_folder(NAMES[0]) / "checkpoint-301").exists() and checkpoints(NAMES[1])(), process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 143
+    process.send_signal(number)
+    assert process.wait(120) == status
     assert trainings(FOLDER) == []
     last = {change.run: change for change in read_manifest(FOLDER)}
     assert {change.state for change in last.values()} <= {"stopped", "finished"} and last[NAMES[1]].state == "stopped"
@@ -303,12 +316,12 @@ def test_an_address_where_nothing_answers_gets_one_line(command, no_ray, address
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.parametrize("automatic", [False, True])
-def test_an_address_where_something_else_answers_gets_one_line_in_half_a_minute(command, no_ray, monkeypatch, automatic):
+def test_an_address_where_something_else_answers_gets_one_line_after_a_minute(command, no_ray, monkeypatch, automatic):
     begun = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", address := f"127.0.0.1:{server.getsockname()[1]}")  # that auto takes
         status, _, errors = command("--address", "auto" if automatic else address)
-    assert status == 1 and time.monotonic() - begun < 35 and errors.count("\n") == 1 and "(timed out)" in errors
+    assert status == 1 and time.monotonic() - begun < 90 and errors.count("\n") == 1 and "(timed out)" in errors
 
 
 @pytest.mark.cluster
@@ -331,8 +344,8 @@ def test_a_cluster_that_loses_a_machine_in_mid_run_ends_with_the_same_bits(by_ha
     assert_as_by_hand(by_hand)
 
 
-def asked():
-    _, found = sweep.command_line([*SMALL, "--", *FLAGS])
+def asked(flags=FLAGS):
+    _, found = sweep.command_line([*SMALL, "--", *flags])
     return asdict(found)
 
 
@@ -365,6 +378,29 @@ def test_threads_decide_bits_and_stay_what_they_were(command, no_ray):
     for given in ((), ("--threads-per-run", "3")):
         with pytest.raises(AssertionError, match="Ray was started"):
             command(*given)
+
+
+def test_runs_stay_on_the_kind_of_device_that_they_began_on(command, monkeypatch):
+    flags, given = FLAGS[: FLAGS.index("--no-cuda")], []
+    monkeypatch.setattr(sweep, "cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(sweep.ray, "remote", lambda **_: lambda run: run)
+    monkeypatch.setattr(sweep, "conclude", lambda *_: None)
+    monkeypatch.setattr(
+        sweep.Sweep, "go", lambda self, _: given.append({task.resources["num_gpus"] for task in self.book.tasks.values()})
+    )
+
+    def on(gpus, *arguments):
+        machine = {"CPU": 2, "GPU": gpus, "memory": 1e12}
+        monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": machine}])
+        return command(*arguments, flags=flags)
+
+    assert on(0)[0] == on(1)[0] == 0 and given == [{0}, {0}]
+    assert "(gpu is True, there False): give another --name" in on(1, "--gpus-per-run", "0.5")[2]
+    (FOLDER / "sweep.json").unlink()
+    assert on(1)[0] == 0 and given.pop() == {1}
+    assert "(gpu is False, there True): give another --name" in on(0)[2]
+    assert "(gpu is False, there True): give another --name" in on(1, "--gpus-per-run", "0")[2]
+    assert on(1, "--gpus-per-run", "0.5")[0] == 0 and given.pop() == {0.5}
 
 
 def test_two_sweeps_cannot_run_in_one_folder(command, no_ray):
@@ -460,5 +496,5 @@ def test_of_two_sweeps_that_begin_at_once_the_later_one_is_refused(command, monk
     monkeypatch.setattr(sweep, "cluster", meanwhile)
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2, "memory": 1e11}}])
     status, _, errors = command()
-    assert status == 1 and "(seeds is [1], there [7]; threads is 1, there None)" in errors
+    assert status == 1 and "(seeds is [1], there [7]; threads is 1, there None; gpu is False, there None)" in errors
     assert read_asked(FOLDER).seeds == [7] and read_manifest(FOLDER) == []

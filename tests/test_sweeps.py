@@ -37,6 +37,7 @@ def begin(book, name, words=""):
     """An attempt that has begun, as the job and its process would show it."""
     task = book.tasks[name]
     task.begin()
+    task.state = "running"
     with open(task.log, "a") as log:
         log.write(f"{STARTED} node3: python script\n{PHOENIX} × 1 (sb3) on cpu with 1 thread, curves in runs/x\n{words}\n")
     Path("runs", f"{name}__7").mkdir(exist_ok=True)
@@ -55,6 +56,8 @@ def test_a_fork_waits_for_its_checkpoint_and_begins_with_it(book):
     checkpoint = Path("runs", f"{TRUNK}__7", "checkpoint-5000")
     checkpoint.mkdir()
     assert book.fork_point(fork) == (checkpoint, "ready")
+    trunk.state = "queued"
+    assert book.fork_point(fork) == (None, "wait"), "no folder is looked for, hundreds of times a second, before it has begun"
     job = fork.job(checkpoint, 3)
     assert job.begin[2:5] == ("--fork", str(checkpoint), "--intervention") and job.environment == {"OMP_NUM_THREADS": "3"}
     assert job.name == FORK and job.begin[-1] == "--no-cuda" and job.go_on == (*job.begin[:2], "--resume")
