@@ -213,7 +213,9 @@ def main() -> None:
             wanted = (settings.cpus_per_run, gpus, settings.memory_per_run)
             tasks = [Task(run, folder, code, resources(run, *wanted, nodes)) for code in [commit()] for run in runs]
             threads = asked.threads or max(1, int(tasks[0].resources["num_cpus"]))
-            asked = replace(asked, threads=threads, gpu=any(task.resources["num_gpus"] for task in tasks))
+            asked = replace(
+                asked, threads=threads, gpu=any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks)
+            )
             prepare(folder)
             stack.enter_context(alone_in(folder, MANIFEST))
             refuse_another(folder, asdict(asked))  # once more, now that no other sweep can begin here

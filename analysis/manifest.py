@@ -33,7 +33,8 @@ def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
     if path.exists():
         with reading(path, "what a sweep was asked", "give another --name"):
             before = dict(json.loads(path.read_text()))
-        if names := [name for name in {**before, **plain} if before.get(name) != plain.get(name)]:
+        # what nobody had decided there, as in an older sweep's, is no difference
+        if names := [name for name in {**before, **plain} if before.get(name, plain.get(name)) != plain.get(name)]:
             changes = "; ".join(f"{name} is {plain.get(name)}, there {before.get(name)}" for name in names)
             raise UsageError(f"{folder} is the folder of another sweep ({changes}): give another --name, or what it was asked")
         return

@@ -1,5 +1,6 @@
 """A sweep under way, engine aside: what each run is about, which may begin, and all of it in words."""
 
+import contextlib
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ from analysis.manifest import Change, Manifest, Progress, last_lines, newest, no
 from analysis.plan import Asked, PlannedRun, readable
 from analysis.report import report
 from support.jobs import Job, find_folder
-from support.process import say
+from support.process import Unfailing, say
 from support.usage import UsageError
 
 ENDED = ("finished", "failed", "not started")
@@ -261,7 +262,8 @@ def conclude(book: Book, metric: str) -> None:
     folders = [str(folder) for task in tasks if task.state == "finished" and (folder := task.run_folder) is not None]
     if folders:
         try:
-            report(folders, book.folder / "comparison.png", metric, None, "mean")
+            with contextlib.redirect_stdout(Unfailing(sys.stdout)):  # type: ignore[type-var]
+                report(folders, book.folder / "comparison.png", metric, None, "mean")
         except UsageError as error:
             say(f"no comparison: {error}")
     if missing := [task.run.name for task in tasks if task.state != "finished"]:

@@ -21,7 +21,7 @@ ASKING = (*Signals.STOP, *Signals.CHECKPOINT)
 
 def test_what_a_closed_terminal_does_not_take_is_dropped():
     ours, theirs = os.openpty()
-    terminal = io.TextIOWrapper(io.FileIO(theirs, "w"), write_through=True)
+    terminal = open(theirs, "w", buffering=1)  # noqa: SIM115, closing it fails
     stream = process.Unfailing(terminal)
     stream.write("a\n")
     assert os.read(ours, 100) == b"a\r\n" and stream.isatty() and stream.encoding == terminal.encoding
@@ -29,7 +29,10 @@ def test_what_a_closed_terminal_does_not_take_is_dropped():
     with pytest.raises(OSError, match="Input/output error"):
         terminal.write("b\n")
     stream.write("c\n")
+    stream.write("d")
     stream.flush()
+    with pytest.raises(OSError, match="Input/output error"):
+        terminal.close()
 
 
 # signals

@@ -1,10 +1,12 @@
 """sweep.py as a user runs it: whole sweeps on a local Ray, interrupted ones, and what the command line refuses."""
 
 import contextlib
+import json
 import os
 import pty
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,12 +39,11 @@ FOLDER = Path("sweeps/x")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "120", "LINES": "40"}
 
 
-def start(*arguments, flags=FLAGS, stderr=subprocess.STDOUT):
-    """The sweep as a process, all that it says in a file."""
+def start(*arguments, flags=FLAGS, stdout=None, stderr=subprocess.STDOUT):
+    """The sweep as a process, all that it says in a file, unless its output goes elsewhere."""
     command = [sys.executable, str(SCRIPT), *SMALL, *map(str, arguments), "--", *flags]
     with open("said", "a") as said:
-        interrupts = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731, ignored where tests run with &
-        return subprocess.Popen(command, stdout=said, stderr=stderr, env=ENVIRONMENT, preexec_fn=interrupts)
+        return subprocess.Popen(command, stdout=stdout or said, stderr=stderr, env=ENVIRONMENT)
 
 
 def finish(*arguments):
@@ -161,11 +162,11 @@ def test_on_a_terminal_a_table_follows_the_runs():
 @pytest.mark.slow
 def test_a_terminal_that_is_closed_does_not_end_the_sweep():
     ours, theirs = pty.openpty()
-    process = start("--arms", "none", stderr=theirs)
+    process = start("--arms", "none", stdout=theirs, stderr=theirs)
     os.close(theirs)
     wait_for(lambda: b"steps/s" in os.read(ours, 4096), process)
     os.close(ours)
-    assert process.wait(120) == 0 and finished() == {NAMES[0]: 1}
+    assert process.wait(120) == 0 and finished() == {NAMES[0]: 1} and (FOLDER / "comparison.json").exists()
 
 
 @pytest.mark.cluster
@@ -381,7 +382,7 @@ def test_threads_decide_bits_and_stay_what_they_were(command, no_ray):
 
 
 def test_runs_stay_on_the_kind_of_device_that_they_began_on(command, monkeypatch):
-    flags, given = FLAGS[: FLAGS.index("--no-cuda")], []
+    with_gpu, given = FLAGS[: FLAGS.index("--no-cuda")], []
     monkeypatch.setattr(sweep, "cluster", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(sweep.ray, "remote", lambda **_: lambda run: run)
     monkeypatch.setattr(sweep, "conclude", lambda *_: None)
@@ -389,7 +390,7 @@ def test_runs_stay_on_the_kind_of_device_that_they_began_on(command, monkeypatch
         sweep.Sweep, "go", lambda self, _: given.append({task.resources["num_gpus"] for task in self.book.tasks.values()})
     )
 
-    def on(gpus, *arguments):
+    def on(gpus, *arguments, flags=with_gpu):
         machine = {"CPU": 2, "GPU": gpus, "memory": 1e12}
         monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": machine}])
         return command(*arguments, flags=flags)
@@ -401,6 +402,13 @@ def test_runs_stay_on_the_kind_of_device_that_they_began_on(command, monkeypatch
     assert "(gpu is False, there True): give another --name" in on(0)[2]
     assert "(gpu is False, there True): give another --name" in on(1, "--gpus-per-run", "0")[2]
     assert on(1, "--gpus-per-run", "0.5")[0] == 0 and given.pop() == {0.5}
+    older = json.loads((FOLDER / "sweep.json").read_text())
+    del older["gpu"]
+    (FOLDER / "sweep.json").write_text(json.dumps(older))
+    assert on(1)[0] == 0 and read_asked(FOLDER).gpu is True, "an older sweep goes on"
+    shutil.rmtree(FOLDER)
+    for gpus in (0, 0.5):
+        assert on(1, "--gpus-per-run", gpus, flags=FLAGS)[0] == 0, "other resources for runs with --no-cuda"
 
 
 def test_two_sweeps_cannot_run_in_one_folder(command, no_ray):
