@@ -126,18 +126,23 @@ def test_arms_and_seeds_continue_one_agent():
     train(*FLAGS, "--env-id", GAME, "--intervention", "none", "--exp-name", "a")
     (origin,) = Path("runs").glob("*/checkpoint-301")
     script = [sys.executable, str(SCRIPT), "--name", "x", "--from-checkpoint", str(origin), "--steps", "200"]
-    more = ["--seeds", "5", "6", "--arms", "none", "injection", "--memory-per-run", "0.5"]
+    own = ["--arm", "all heads", "--no-freeze-heads"]
+    more = ["--seeds", "5", "6", "--arms", "none", "injection", *own, "--memory-per-run", "0.5"]
     done = subprocess.run([*script, *more], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    names = [f"{GAME}__{arm}__{seed}" for seed in (5, 6) for arm in ("none", "injection")]
+    names = [f"{GAME}__{arm}__{seed}" for seed in (5, 6) for arm in ("none", "injection", "all-heads")]
     assert finished() == dict.fromkeys(names, 1)
     for name in names:
         log = (FOLDER / "logs" / f"{name}.log").read_text()
         assert (
-            "forked at step 301" in log and "step 501 of 501" in log and ("plasticity injected" in log) == ("injection" in name)
+            "forked at step 301" in log and "step 501 of 501" in log and ("plasticity injected" in log) == ("none" not in name)
         )
-    weights = [torch.load(run_folder(name) / "checkpoint-501" / "state.pt")["learner"]["q_network"] for name in names]
-    assert not torch.equal(weights[0]["theta.0.weight"], weights[2]["theta.0.weight"]), "each seed goes its own way"
+    heads = [
+        torch.load(run_folder(name) / "checkpoint-501" / "state.pt")["learner"]["q_network"]["theta.0.weight"] for name in names
+    ]
+    assert not torch.equal(heads[0], heads[3]), "each seed goes its own way"
+    before = torch.load(origin / "state.pt")["learner"]["q_network"]["theta.0.weight"]
+    assert torch.equal(heads[1], before) and not torch.equal(heads[2], before), "an arm of one's own lets this head learn on"
 
 
 @pytest.mark.cluster
@@ -327,7 +332,7 @@ def test_an_address_where_something_else_answers_gets_one_line_after_a_minute(co
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_cluster_that_loses_a_machine_in_mid_run_ends_with_the_same_bits(by_hand):
+def test_a_cluster_that_loses_a_machine_in_mid_run_ends_with_the_same_bits(by_hand, monkeypatch):
     from ray.cluster_utils import Cluster
 
     machines = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -339,10 +344,13 @@ def test_a_cluster_that_loses_a_machine_in_mid_run_ends_with_the_same_bits(by_ha
         lost = next(node for node in nodes if node.all_processes["raylet"][0].process.pid in above)
         machines.remove_node(lost, allow_graceful=False)
         assert process.wait(600) == 0, Path("said").read_text()
+        monkeypatch.setitem(ENVIRONMENT, "RAY_ADDRESS", machines.address)
+        automatic, said = finish("--address", "auto")
     finally:
         machines.shutdown()
     assert "killed" in [state for _, state in states()]
     assert_as_by_hand(by_hand)
+    assert automatic == 0, said
 
 
 def asked(flags=FLAGS):
@@ -445,7 +453,12 @@ def one_run(monkeypatch):
     (run,) = sweep.plan(found)
     task = sweep.Task(run, FOLDER, "abc", {"num_cpus": 1, "num_gpus": 0})
     going, submitted = sweep.Sweep(sweep.Book(FOLDER, [task]), settings, 1), []
-    going.job = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda job: submitted.append(job) or object()))
+
+    def options(**kept):
+        assert kept == task.resources
+        return SimpleNamespace(remote=lambda job: submitted.append(job) or object())
+
+    going.job = SimpleNamespace(options=options)
     return going, task, submitted
 
 
@@ -460,6 +473,20 @@ def test_a_run_that_was_killed_waits_for_its_pause(one_run, monkeypatch):
     going.advance()
     going.advance()
     assert [job.name for job in submitted] == [NAMES[0]] and states() == [(NAMES[0], "queued")]
+
+
+def test_away_from_a_terminal_there_is_a_line_each_minute_on_those_that_are_going(one_run, monkeypatch, capsys):
+    going, task, _ = one_run
+    now = [0]
+
+    def advance():
+        now[0] += 25
+        task.state = "running" if now[0] < 200 else "finished"
+
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(going, "advance", advance)
+    going.follow(SimpleNamespace(stop=None))
+    assert capsys.readouterr().out == f"1 running\n  {NAMES[0]}: step 0\n" * 2  # after 75 and 150 seconds
 
 
 def test_where_the_manifest_cannot_be_written_every_run_is_stopped_and_waited_for(one_run, monkeypatch, capsys):
@@ -493,6 +520,15 @@ def test_a_dry_run_of_a_sweep_that_is_running_prints_its_plan(command, no_ray):
     begin(FOLDER, asked())
     with alone_in(FOLDER, "manifest.jsonl"):
         assert command("--dry-run")[::2] == (0, "")
+
+
+def test_a_dry_run_takes_the_speed_that_this_sweep_has_measured(command, no_ray, one_run):
+    going, task, _ = one_run
+    task.begin()
+    task.began, task.progress = time.monotonic() - 100, replace(task.progress, step=500)
+    going.book.record(task, "running")
+    going.book.record(task, "finished")
+    assert "at 6 steps per second" in command("--dry-run", "--arms", "none")[1].splitlines()[-1]
 
 
 def test_of_two_sweeps_that_begin_at_once_the_later_one_is_refused(command, monkeypatch):
