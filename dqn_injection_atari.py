@@ -3,8 +3,8 @@
     Q(s) = h_θ(φ(s)) + Σ_k [h_θ′₁ₖ(φ(s)) − h_θ′₂ₖ(φ(s))]
 
 φ is the Nature CNN's convolutional encoder, h a head of two linear layers. Before an injection Q = h_θ. An injection
-draws one fresh head, installs it twice (θ′₁ = θ′₂), and freezes θ and θ′₂: the output and the number of trainable
-parameters stay as they were, and θ′₁ learns with the plasticity of a new head.
+draws one fresh head, installs it twice (θ′₁ = θ′₂), and freezes θ and θ′₂: the output stays as it was, with heads of one
+width also the number of trainable parameters, and θ′₁ learns with the plasticity of a new head.
 
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000     # train, inject, log
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000 --no-apply-injection  # baseline

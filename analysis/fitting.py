@@ -130,10 +130,15 @@ def random_targets(network: QNetwork, obs: torch.Tensor) -> torch.Tensor:
 def make_contender(name: str, checkpoint: Checkpoint, seed: int, device: torch.device) -> Learner:
     """One of `CONTENDERS`, each with an optimizer that has no moments yet. `seed` decides the fresh weights, or the injection.
 
+    A fresh network's head is as wide as the one that the agent learns with.
+
     Raises:
         UsageError: the checkpoint's network is not this script's.
     """
-    learner = Learner(probe_args(checkpoint, seed), num_actions(checkpoint), device)
+    args = probe_args(checkpoint, seed)
+    if name == FRESH and num_injections(checkpoint):
+        args = replace(args, head_width=args.injected_head_width or args.head_width)
+    learner = Learner(args, num_actions(checkpoint), device)
     if name != FRESH:
         with reading(checkpoint.path, "a checkpoint", "take another"):
             learner.load_state_dict(checkpoint.state["learner"])

@@ -126,6 +126,33 @@ def in_window(runs: list[Run], metric: str, after: int, upto: int, begin: str) -
     return side, left_out
 
 
+def count_agents_once(sides: list[dict[int, Run]], before: int) -> tuple[bool, dict[str, str]]:
+    """Of several agents each counts once: where runs continue the same one, all but one of them leave the sides.
+
+    Continuations of one agent differ less than agents do, and would make an interval over both too narrow.
+
+    Args:
+        sides: {seed: run} without and with injection, changed in place
+        before: runs that were one up to this step continue one agent
+
+    Returns:
+        whether there are several seeds, and all of one agent; and {folder: reason} of the runs that left
+    """
+    runs = {seed: side[seed] for side in reversed(sides) for seed in side}
+    order = sorted(runs, key=lambda seed: (any(seed not in side for side in sides), seed))
+    agent = {
+        seed: next(other for other in order if other == seed or share_history(runs[other], runs[seed], before)) for seed in runs
+    }
+    if len(set(agent.values())) < 2:
+        return len(runs) > 1, {}
+    left_out = {}
+    for side in sides:
+        for seed in [seed for seed in side if agent[seed] != seed]:
+            folder = side.pop(seed).folder
+            left_out[folder] = f"{folder} continues the agent of seed {agent[seed]}, which counts once beside other agents"
+    return False, left_out
+
+
 def pair_up(sides: list[dict[int, Run]], firsts: dict[int, int]) -> tuple[set[int], dict[str, str]]:
     """Seeds whose runs were one up to their first injection; if those are enough, all other runs leave the sides.
 
@@ -165,6 +192,8 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
         side, reasons = in_window(runs, metric, after, upto, begin)
         sides.append(side)
         left_out |= reasons
+    one_agent, reasons = count_agents_once(sides, min(firsts.values(), default=after))
+    left_out |= reasons
     shared, reasons = pair_up(sides, firsts)
     left_out |= reasons
     returns = [{seed: side[seed].between(metric, after, upto)[1] for seed in sorted(side)} for side in sides]
@@ -174,8 +203,6 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
     cut_games = [sum(run.unreported(after, upto) for run in side.values()) for side in sides]
     paired = len(shared) >= MIN_SEEDS
     judgement = judge(np.array([*means[0].values()]), np.array([*means[1].values()]), paired, what)
-    counted = [run for side in sides for run in side.values()]
-    one_agent = len({run.args.seed for run in counted}) > 1 and all(share_history(counted[0], run, after) for run in counted)
     if one_agent:
         sentence = f"{judgement.sentence}; over continuations of one agent, not over agents"
         judgement = replace(judgement, sentence=sentence)

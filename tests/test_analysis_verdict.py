@@ -145,8 +145,20 @@ def test_a_verdict_on_continuations_of_one_agent_says_so():
     assert found.judgement.sentence.endswith("; over continuations of one agent, not over agents")
     found = verdict(*make_arms())
     assert not found.one_agent and "one agent" not in found.judgement.sentence
-    assert not verdict(*continuations((1, 2)), *make_arms((3,))).one_agent
     assert not verdict(*make_arms((1,))).one_agent, "a single seed is no set of continuations"
+
+
+def test_beside_other_agents_each_agent_counts_once():
+    agents = make_arms((2, 3, 4))
+    continued = continuations((1, 5, 6))
+    found = verdict(*agents, *continued)
+    assert not found.one_agent and [set(means) for means in found.means] == [{1, 2, 3, 4}] * 2 and found.shared == 4
+    assert found.left_out == {
+        run.folder: f"{run.folder} continues the agent of seed 1, which counts once beside other agents"
+        for run in continued[2:]
+    }
+    found = verdict(*agents, *continued[1:])
+    assert [set(means) for means in found.means] == [{2, 3, 4, 5}] * 2, "the one of which both arms are there"
 
 
 @pytest.mark.parametrize(

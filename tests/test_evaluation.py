@@ -204,6 +204,7 @@ def test_an_evaluation_of_so_many_steps_counts_the_games_that_ended_in_them(step
         {"shared_bias": True, "injection_step": (10, 20, 30)},
         {"injection_step": (), "injection_trigger": "norm", "max_injections": 2, "freeze_heads": False},
         {"intervention": "reset-head"},
+        {"head_width": 16, "injected_head_width": 32},
     ],
     ids=str,
 )

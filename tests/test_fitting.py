@@ -1,13 +1,15 @@
 """Agents and fresh networks that fit random targets: what they start from, and what they are given."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_GAMES
-from saved_agents import CPU, SMALL
+from saved_agents import CPU, SMALL, change
 
 from analysis import fitting
-from analysis.fitting import CONTENDERS, fresh_subject, random_play, read_subject, saved_args
+from analysis.fitting import CONTENDERS, FRESH, fresh_subject, random_play, read_subject, saved_args
 from dqn_injection_atari import Learner, make_parts
 from support.checkpoints import load_checkpoint
 from support.usage import UsageError
@@ -40,6 +42,16 @@ def test_every_contender_starts_without_moments(checkpoint):
     assert saved.state["learner"]["optimizer"]
     for name in CONTENDERS:
         assert not fitting.make_contender(name, saved, 0, CPU).optimizer.state
+
+
+def test_a_fresh_networks_head_is_as_wide_as_the_one_that_the_agent_learns_with(checkpoint):
+    learner = Learner(replace(SMALL, head_width=32, injected_head_width=96), 8, CPU)
+    for width, injections in ((32, 0), (96, 1)):
+        change(checkpoint, learner=learner, head_width=32, injected_head_width=96)
+        saved = load_checkpoint(checkpoint)
+        assert fitting.num_injections(saved) == injections
+        assert fitting.make_contender(FRESH, saved, 0, CPU).q_network.theta[0].out_features == width
+        learner.inject(180)
 
 
 def test_observations_come_from_replay_and_none_twice(checkpoint):

@@ -4,7 +4,7 @@ import contextlib
 import io
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,6 +14,8 @@ from dqn_injection_atari import PRESETS, Args, Training, plasticity_measures, tr
 
 # 20 updates before the injection and as many after it
 SMALL = replace(BRIEF, total_timesteps=240, learning_starts=60, checkpoint_frequency=0, injection_step=(141,))
+PAPER = PRESETS["paper"] | {"total_timesteps": 240, "buffer_size": 250, "learning_starts": 60, "exploration_start": 60}
+PAPER |= {"injection_step": (142,), "checkpoint_frequency": 0, "eval_frequency": 200, "eval_steps": 40}
 
 
 def trained(count=3, **args):
@@ -317,10 +319,7 @@ def test_an_injection_with_a_shared_bias_changes_nothing_and_learns():
 
 @pytest.mark.slow
 def test_a_short_run_in_the_papers_settings_trains_injects_and_evaluates():
-    small = {name: getattr(SMALL, name) for name in ("env_id", "env_backend", "num_envs", "total_timesteps", "buffer_size")}
-    sizes = {"learning_starts": 60, "exploration_start": 60, "injection_step": (142,), "eval_frequency": 200, "eval_steps": 40}
-    folder = train(Args(**PRESETS["paper"] | small | sizes | {"checkpoint_frequency": 0, "log_frequency": 60}))
-    curves = scalars(folder)
+    curves = scalars(train(replace(SMALL, **PAPER)))
     assert curves["injection/max_abs_delta_q"] == [(142, 0.0)] and len(curves["eval/episodic_return"]) == 1
     assert len(curves["losses/td_loss"]) == 3
 
@@ -340,6 +339,23 @@ def test_a_run_that_grows_says_from_how_many_trainable_parameters_to_how_many(ca
     )
     train(replace(SMALL, head_width=16, total_timesteps=150))
     assert "trainable parameters" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bf16": True},
+        {"freeze_heads": False},
+        PAPER | {"injection_optimizer_state": "fresh"},
+        asdict(NORM) | {"max_injections": 1},
+    ],
+    ids=("bf16", "all heads", "paper", "norm"),
+)
+def test_an_agent_grows_and_goes_on_learning_in_every_setting(changes):
+    curves = scalars(train(replace(SMALL, **changes | {"head_width": 16, "injected_head_width": 32})))
+    ((step, change),) = curves["injection/max_abs_delta_q"]
+    assert change == 0.0 and curves["losses/td_loss"][-1][0] > step and math.isfinite(curves["losses/td_loss"][-1][1])
 
 
 def test_moments_are_not_copied_to_a_head_of_another_width():
