@@ -4,14 +4,15 @@
 
 A point is an agent. Its measures are those of the run without an injection, at the step of the other's; its gain is the
 difference in mean return that compare.py finds for its seed. The JSON files are of compare.py --probe, at checkpoints of that
-step. Prints for every measure Spearman's correlation with the gain, over all agents and over those of one learning rate.
+step. Prints for every measure Spearman's correlation with the gain: over all agents; within learning rates, where every agent
+has its rank among those of its own, since what goes with the learning rate goes with a gain that does, whatever it
+measures; and at each one.
 """
 
 import json
 import math
-import re
 import sys
-from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -29,70 +30,86 @@ from analysis.task_sequence import INJECTED, SAME
 from analysis.verdict import comparisons
 
 RETURN = "charts/episodic_return"
-DRAWN = (
-    "dormant_fraction/head",
-    "active_fraction/conv3",
-    "srank",
-    "weight_norm_ratio",
-    "gradient_norm",
-    "probe",
-)
-Agent = tuple[float, int]  # learning rate and seed
+DRAWN = ("dormant_fraction/head", "active_fraction/conv3", "srank", "weight_norm_ratio", "gradient_norm")  # and all probes
 
 
-def gains_and_measures(files: list[str]) -> tuple[dict[Agent, float], dict[str, dict[Agent, float]]]:
-    """{agent: gain} and {measure: {agent: value}}, of files of curves."""
+@dataclass
+class Agent:
+    """`gain` is the return with an injection − without; `measures` those at the injection."""
+
+    learning_rate: float
+    gain: float
+    measures: dict[str, float] = field(default_factory=dict)
+
+
+def agents_in(files: list[str]) -> dict[tuple[str, str], Agent]:
+    """{(exp_name, seed) of its run without an injection: agent}, of files of curves."""
     arms, _ = group([run for path in files for run in read_curves(Path(path), RETURN)])
-    gains, measures = dict[Agent, float](), defaultdict[str, dict[Agent, float]](dict)
+    agents = {}
     for pair in comparisons(arms, RETURN, None):
+        without, injected = pair.means
         for run in pair.arms[0].runs if pair.intervention == "injection" else ():
-            agent = run.args.learning_rate, run.args.seed
-            if not all(agent[1] in means for means in pair.means):
-                continue
-            gains[agent] = pair.means[1][agent[1]] - pair.means[0][agent[1]]
-            for tag, (steps, values) in run.scalars.items():
-                if tag.startswith("plasticity/") and pair.after in steps:
-                    measures[tag.removeprefix("plasticity/")][agent] = float(values[steps == pair.after][0])
-    return gains, measures
+            if run.args.seed in without.keys() & injected.keys():
+                agent = Agent(run.args.learning_rate, injected[run.args.seed] - without[run.args.seed])
+                for tag, (steps, values) in run.scalars.items():
+                    if tag.startswith("plasticity/") and pair.after in steps:
+                        agent.measures[tag.removeprefix("plasticity/")] = float(values[steps == pair.after][0])
+                agents[run.args.exp_name, str(run.args.seed)] = agent
+    return agents
 
 
-def probed(path: Path) -> dict[str, dict[Agent, float]]:
-    """{measure: {agent: value}} of a file of probes. The checkpoints' folders name the learning rate."""
-    found = defaultdict[str, dict[Agent, float]](dict)
+def add_probe(agents: dict[tuple[str, str], Agent], path: Path) -> None:
+    """Adds to agents what a file of probes says of them: error ÷ a fresh network's, and what an injection makes of it."""
     for result in json.loads(path.read_text()):
-        ((rate, seed),) = re.findall(r"learning-rate-([^_]+)__(\d+)__", result["checkpoint"])
-        if "relative" in result:
-            agent, injected = (result["relative"][name]["since"]["ratio"] for name in (SAME, INJECTED))
-        else:
-            agent, injected = (result["relative_to_fresh"][name]["ratio"] for name in CONTENDERS[:2])
-        found[f"{path.stem}, agent"][float(rate), int(seed)] = agent
-        found[f"{path.stem}, injected ÷ agent"][float(rate), int(seed)] = injected / agent
-    return found
+        _, exp_name, seed, _ = Path(result["checkpoint"]).parent.name.split("__")
+        names = (SAME, INJECTED) if "probe_tasks" in result else CONTENDERS[:2]
+        agent, ratios = agents.get((exp_name, seed)), [result["relative_to_fresh"][name] for name in names]
+        if agent is None or None in ratios:
+            print(f"left out of {path}: {result['checkpoint']}, {'no gain is known' if agent is None else 'it diverged'}")
+            continue
+        own, injected = (ratio["ratio"] for ratio in ratios)
+        agent.measures |= {f"{path.stem}, agent": own, f"{path.stem}, injected ÷ agent": injected / own}
 
 
 def correlation(values: np.ndarray, gains: np.ndarray) -> float:
-    """NaN where there are fewer than three, or all are equal."""
-    return float(scipy.stats.spearmanr(values, gains).statistic) if len(values) > 2 and np.ptp(values) else math.nan
+    """Spearman's; NaN where there are fewer than three points, or all are equal."""
+    few = len(values) < 3 or not np.ptp(values) or not np.ptp(gains)
+    return math.nan if few else float(scipy.stats.spearmanr(values, gains).statistic)
+
+
+def correlation_within(groups: list[np.ndarray]) -> float:
+    """Pearson's of the ranks within each group, (2, n) of values and gains, less their mean; NaN where all are equal."""
+    ranks = np.hstack([scipy.stats.rankdata(points, axis=1) - (points.shape[1] + 1) / 2 for points in groups if points.size])
+    return float(np.corrcoef(ranks)[0, 1]) if np.ptp(ranks, axis=1).all() else math.nan
 
 
 def main() -> None:
     target, *files = sys.argv[1:]
-    gains, measures = gains_and_measures([path for path in files if path.endswith(".csv")])
+    agents = agents_in([path for path in files if path.endswith(".csv")])
+    if not agents:
+        sys.exit(
+            "error: no agent has runs with and without an injection, give the files of both that compare.py --export wrote"
+        )
+    own = {name for agent in agents.values() for name in agent.measures}
     for path in (Path(path) for path in files if path.endswith(".json")):
-        measures |= probed(path)
-    rates = sorted({rate for rate, _ in gains})
-    print("| at the injection | all |", " | ".join(f"{rate:g}" for rate in rates), "|\n|---|" + "---|" * (len(rates) + 1))
+        add_probe(agents, path)
+    names = list(dict.fromkeys(name for agent in agents.values() for name in agent.measures))
+    rates = sorted({agent.learning_rate for agent in agents.values()})
+    header = ["at the injection", "agents", "all", "within learning rates", *(f"{rate:g}" for rate in rates)]
+    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     with plt.rc_context(STYLE):
-        drawn = [name for name in measures if name.startswith(DRAWN)]
-        rows = math.ceil(len(drawn) / 4)
+        drawn = [name for name in names if name.startswith(DRAWN) or name not in own]
+        rows = max(1, math.ceil(len(drawn) / 4))
         figure, axes = plt.subplots(rows, 4, figsize=(11, 2.6 * rows), sharey=True, squeeze=False, layout="constrained")
-        for name, of_agents in measures.items():
-            each = [np.array([(of_agents[a], gains[a]) for a in of_agents if a[0] == rate]).reshape(-1, 2).T for rate in rates]
-            found = [correlation(*points) for points in (np.hstack(each), *each)]
-            print(f"| {name} |", " | ".join("–" if math.isnan(rho) else f"{rho:.2f}" for rho in found), "|")
+        for name in names:
+            having = [agent for agent in agents.values() if name in agent.measures]
+            of_rates = [[(a.measures[name], a.gain) for a in having if a.learning_rate == rate] for rate in rates]
+            groups = [np.array(of_rate).reshape(-1, 2).T for of_rate in of_rates]
+            found = [correlation(*np.hstack(groups)), correlation_within(groups), *(correlation(*points) for points in groups)]
+            print(f"| {name} | {len(having)} |", " | ".join("–" if math.isnan(rho) else f"{rho:.2f}" for rho in found), "|")
             if name in drawn:
                 ax = axes.flat[drawn.index(name)]
-                for rate, points, colour in zip(rates, each, COLOURS, strict=False):
+                for rate, points, colour in zip(rates, groups, COLOURS, strict=False):
                     ax.scatter(*points, color=colour, s=22, label=f"learning rate {rate:g}")
                 ax.axhline(0, color="#999999", lw=0.8)
                 ax.xaxis.set_major_locator(MaxNLocator(4))

@@ -1,0 +1,70 @@
+"""The table and figure of img/draw_signs.py: what was measured of agents beside what an injection gained."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from simulated_runs import INJECTION, RETURN, games, make_run
+
+from analysis.curves import write_curves
+
+SCRIPT = str(Path(__file__).parent.parent / "img" / "draw_signs.py")
+RATES = (1e-4, 1e-3)
+
+
+def write_dose():
+    """Three agents at either learning rate. The gain is larger at the larger one; there it falls with the dormant fraction."""
+    for rate in RATES:
+        for injected in (False, True):
+            runs = []
+            for seed in (1, 2, 3):
+                gain = injected * (1_000 * (rate == 1e-3) - 100 * seed)
+                measured = {"plasticity/dormant_fraction/head": [(INJECTION, seed / 10 + (rate == 1e-3)), (2_000, 0.0)]}
+                how = {"learning_rate": rate, "apply_injection": injected, "exp_name": f"{'in' * injected}none_{rate}"}
+                runs.append(make_run(f"{seed}", {RETURN: games(seed, injected, gain), **measured}, seed=seed, **how))
+            write_curves(runs, Path(f"{rate}_{injected}.csv"))
+
+
+def probe(exp_name, seed, agent, injected):
+    folder = f"sweeps/x/runs/PhoenixNoFrameskip-v4__{exp_name}__{seed}__1795760000"
+    relative = {"agent": agent and {"ratio": agent}, "agent, injected": {"ratio": injected}}
+    return {"checkpoint": f"{folder}/checkpoint-{INJECTION}", "relative_to_fresh": relative}
+
+
+def draw(monkeypatch, capsys):
+    """The table {measure: cells}, and what is said before it."""
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "x.png", *map(str, (*Path().glob("*.csv"), *Path().glob("*.json")))])
+    runpy.run_path(SCRIPT, run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {cells[0]: cells[1:] for cells in rows}, [line for line in lines if not line.startswith("|")]
+
+
+def test_what_goes_with_the_learning_rate_is_told_from_what_goes_with_the_gain(monkeypatch, capsys):
+    write_dose()
+    table, said = draw(monkeypatch, capsys)
+    assert table["at the injection"] == ["agents", "all", "within learning rates", "0.0001", "0.001"]
+    count, over_all, *within = table["dormant_fraction/head"]
+    assert count == "6" and float(over_all) > 0.5 and within == ["-1.00"] * 3 and not said
+    assert Path("x.png").stat().st_size > 5_000
+
+
+def test_probes_are_those_of_their_agents_and_what_cannot_be_used_is_named(monkeypatch, capsys):
+    write_dose()
+    probes = [probe(f"none_{rate}", seed, 1 + seed * (rate == 1e-3), 2.0) for rate in RATES for seed in (1, 2)]
+    probes += [probe("none_0.001", 3, None, 2.0), probe("none_0.001", 4, 1.0, 2.0)]
+    Path("probe_100.json").write_text(json.dumps(probes))
+    table, said = draw(monkeypatch, capsys)
+    assert table["probe_100, agent"][0] == "4" and float(table["probe_100, agent"][1]) > 0.5
+    assert float(table["probe_100, injected ÷ agent"][1]) < -0.5
+    assert ["diverged" in line for line in said] == [True, False] and "no gain" in said[1]
+
+
+def test_without_both_arms_there_is_nothing_to_draw(monkeypatch, capsys):
+    write_dose()
+    for path in Path().glob("*_True.csv"):
+        path.unlink()
+    with pytest.raises(SystemExit, match="no agent has runs with and without"):
+        draw(monkeypatch, capsys)
