@@ -18,7 +18,7 @@ Written beside --out: the figure of return, one of the plasticity measures (NAME
 asks saved agents, in minutes: how well does each fit random targets, as it is and after an injection, next to a fresh
 network? That needs no second arm, but says nothing about the return.
 
-    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 21 --out img/tasks.png
+    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 21 --probe-learning-rate 5e-4 --out img/tasks.png
     python compare.py --probe fresh --env-id PhoenixNoFrameskip-v4
 
 takes each through a sequence of random targets, also as a copy that is injected at a task, and one whose head is reset there:
