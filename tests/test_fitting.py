@@ -47,11 +47,12 @@ def test_every_contender_starts_without_moments(checkpoint):
 def test_a_fresh_networks_head_is_as_wide_as_the_one_that_the_agent_learns_with(checkpoint):
     learner = Learner(replace(SMALL, head_width=32, injected_head_width=96), 8, CPU)
     for width, injections in ((32, 0), (96, 1)):
+        if injections:
+            learner.inject(180)
         change(checkpoint, learner=learner, head_width=32, injected_head_width=96)
         saved = load_checkpoint(checkpoint)
         assert fitting.num_injections(saved) == injections
         assert fitting.make_contender(FRESH, saved, 0, CPU).q_network.theta[0].out_features == width
-        learner.inject(180)
 
 
 def test_observations_come_from_replay_and_none_twice(checkpoint):
