@@ -15,11 +15,11 @@ RATES = (1e-4, 1e-3)
 
 
 def write_dose():
-    """Three agents at either learning rate. The gain is larger at the larger one; there it falls with the dormant fraction."""
+    """Three agents at one learning rate, four at a larger one, where gains are larger. At each they fall as more is dormant."""
     for rate in RATES:
         for injected in (False, True):
             runs = []
-            for seed in (1, 2, 3):
+            for seed in range(1, 5 if rate == 1e-3 else 4):
                 gain = injected * (1_000 * (rate == 1e-3) - 100 * seed)
                 measured = {"plasticity/dormant_fraction/head": [(INJECTION, seed / 10 + (rate == 1e-3)), (2_000, 0.0)]}
                 how = {"learning_rate": rate, "apply_injection": injected, "exp_name": f"{'in' * injected}none_{rate}"}
@@ -47,14 +47,14 @@ def test_what_goes_with_the_learning_rate_is_told_from_what_goes_with_the_gain(m
     table, said = draw(monkeypatch, capsys)
     assert table["at the injection"] == ["agents", "all", "within learning rates", "0.0001", "0.001"]
     count, over_all, *within = table["dormant_fraction/head"]
-    assert count == "6" and float(over_all) > 0.5 and within == ["-1.00"] * 3 and not said
+    assert count == "7" and float(over_all) > 0.4 and within == ["-1.00"] * 3 and not said
     assert Path("x.png").stat().st_size > 5_000
 
 
 def test_probes_are_those_of_their_agents_and_what_cannot_be_used_is_named(monkeypatch, capsys):
     write_dose()
     probes = [probe(f"none_{rate}", seed, 1 + seed * (rate == 1e-3), 2.0) for rate in RATES for seed in (1, 2)]
-    probes += [probe("none_0.001", 3, None, 2.0), probe("none_0.001", 4, 1.0, 2.0)]
+    probes += [probe("none_0.001", 3, None, 2.0), probe("none_0.001", 5, 1.0, 2.0)]
     Path("probe_100.json").write_text(json.dumps(probes))
     table, said = draw(monkeypatch, capsys)
     assert table["probe_100, agent"][0] == "4" and float(table["probe_100, agent"][1]) > 0.5
