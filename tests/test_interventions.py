@@ -16,6 +16,7 @@ from dqn_injection_atari import PRESETS, Args, Training, plasticity_measures, tr
 SMALL = replace(BRIEF, total_timesteps=240, learning_starts=60, checkpoint_frequency=0, injection_step=(141,))
 PAPER = PRESETS["paper"] | {"total_timesteps": 240, "buffer_size": 250, "learning_starts": 60, "exploration_start": 60}
 PAPER |= {"injection_step": (142,), "checkpoint_frequency": 0, "eval_frequency": 200, "eval_steps": 40}
+PAPER |= {"batch_size": Args.batch_size, "head_width": Args.head_width}
 
 
 def trained(count=3, **args):
