@@ -126,6 +126,12 @@ def in_window(runs: list[Run], metric: str, after: int, upto: int, begin: str) -
     return side, left_out
 
 
+def leave(sides: list[dict[int, Run]], reasons: dict[int, str]) -> dict[str, str]:
+    """Takes the runs of the seeds in {seed: reason} out of the sides, {seed: run}; {folder: reason} of those runs."""
+    runs = [(side.pop(seed), reason) for side in sides for seed, reason in reasons.items() if seed in side]
+    return {run.folder: f"{run.folder} {reason}" for run, reason in runs}
+
+
 def count_agents_once(sides: list[dict[int, Run]], before: int) -> tuple[bool, dict[str, str]]:
     """Of several agents each counts once: where runs continue the same one, all but one of them leave the sides.
 
@@ -145,12 +151,9 @@ def count_agents_once(sides: list[dict[int, Run]], before: int) -> tuple[bool, d
     }
     if len(set(agent.values())) < 2:
         return len(runs) > 1, {}
-    left_out = {}
-    for side in sides:
-        for seed in [seed for seed in side if agent[seed] != seed]:
-            folder = side.pop(seed).folder
-            left_out[folder] = f"{folder} continues the agent of seed {agent[seed]}, which counts once beside other agents"
-    return False, left_out
+    same = {seed: first for seed, first in agent.items() if first != seed}
+    why = "continues the agent of seed {}, which counts once beside other agents"
+    return False, leave(sides, {seed: why.format(first) for seed, first in same.items()})
 
 
 def pair_up(sides: list[dict[int, Run]], firsts: dict[int, int]) -> tuple[set[int], dict[str, str]]:
@@ -163,12 +166,8 @@ def pair_up(sides: list[dict[int, Run]], firsts: dict[int, int]) -> tuple[set[in
         the seeds, and {folder: reason} of the runs that left
     """
     shared = {seed for seed in sides[0].keys() & sides[1].keys() if share_history(sides[0][seed], sides[1][seed], firsts[seed])}
-    left_out = {}
-    for side in sides:
-        for seed in [seed for seed in side if len(shared) >= MIN_SEEDS and seed not in shared]:
-            folder = side.pop(seed).folder
-            left_out[folder] = f"{folder} shares its history with no run of the other arm"
-    return shared, left_out
+    others = sorted((sides[0].keys() | sides[1].keys()) - shared) if len(shared) >= MIN_SEEDS else ()
+    return shared, leave(sides, dict.fromkeys(others, "shares its history with no run of the other arm"))
 
 
 def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Comparison:

@@ -71,25 +71,17 @@ def add_probe(agents: dict[tuple[str, str], Agent], path: Path) -> None:
         agent.measures |= {f"{path.stem}, agent": own, f"{path.stem}, injected ÷ agent": injected / own}
 
 
-def correlation(values: np.ndarray, gains: np.ndarray) -> float:
-    """Spearman's; NaN where there are fewer than three points, or all are equal."""
-    few = len(values) < 3 or not np.ptp(values) or not np.ptp(gains)
-    return math.nan if few else float(scipy.stats.spearmanr(values, gains).statistic)
-
-
-def correlation_within(groups: list[np.ndarray]) -> float:
-    """Pearson's of the ranks within each group, (2, n) of values and gains, less their mean; NaN where all are equal."""
-    ranks = np.hstack([scipy.stats.rankdata(points, axis=1) - (points.shape[1] + 1) / 2 for points in groups if points.size])
-    return float(np.corrcoef(ranks)[0, 1]) if np.ptp(ranks, axis=1).all() else math.nan
+def correlation(groups: list[np.ndarray]) -> float:
+    """Spearman's of values and gains, (2, n) each, ranked within groups; NaN for fewer than three points, or all equal."""
+    ranks = np.hstack([scipy.stats.rankdata(points, axis=1) - (points.shape[1] + 1) / 2 for points in groups])
+    return float(np.corrcoef(ranks)[0, 1]) if ranks.shape[1] > 2 and np.ptp(ranks, axis=1).all() else math.nan
 
 
 def main() -> None:
     target, *files = sys.argv[1:]
     agents = agents_in([path for path in files if path.endswith(".csv")])
     if not agents:
-        sys.exit(
-            "error: no agent has runs with and without an injection, give the files of both that compare.py --export wrote"
-        )
+        sys.exit("error: no agent has runs with and without an injection: give the files of both arms")
     own = {name for agent in agents.values() for name in agent.measures}
     for path in (Path(path) for path in files if path.endswith(".json")):
         add_probe(agents, path)
@@ -105,7 +97,7 @@ def main() -> None:
             having = [agent for agent in agents.values() if name in agent.measures]
             of_rates = [[(a.measures[name], a.gain) for a in having if a.learning_rate == rate] for rate in rates]
             groups = [np.array(of_rate).reshape(-1, 2).T for of_rate in of_rates]
-            found = [correlation(*np.hstack(groups)), correlation_within(groups), *(correlation(*points) for points in groups)]
+            found = [correlation([np.hstack(groups)]), correlation(groups), *(correlation([points]) for points in groups)]
             print(f"| {name} | {len(having)} |", " | ".join("–" if math.isnan(rho) else f"{rho:.2f}" for rho in found), "|")
             if name in drawn:
                 ax = axes.flat[drawn.index(name)]
