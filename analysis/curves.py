@@ -15,7 +15,8 @@ from support.run_log import read_scalars
 from support.usage import UsageError, reading
 
 SPEED = "charts/SPS"  # mean over the run, up to its last step
-COMPARED = ("charts/episodic_return", "charts/games_cut", "eval/", "injection/", "plasticity/")  # how their tags begin
+LENGTH = "charts/episodic_length"
+COMPARED = ("charts/episodic_return", LENGTH, "charts/games_cut", "eval/", "injection/", "plasticity/")  # how their tags begin
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Run:
         """How many training games in after < step ≤ upto have no return there: cut by new games, or going on at its end."""
         steps, games = self.between("charts/games_cut", after, upto)
         return int(games.sum()) + (0 if upto in steps or upto >= self.args.total_timesteps else self.args.num_envs)
+
+    def share_unreported(self, after: int, upto: int) -> float:
+        """Share of the games in after < step ≤ upto that have no return there, or of the steps in them, if that is more."""
+        ended, cut = self.between("charts/episodic_return", after, upto).shape[1], self.unreported(after, upto)
+        shares = [cut / (cut + ended) if cut else 0.0]
+        if cut and LENGTH in self.scalars:
+            shares.append(1 - float(self.between(LENGTH, after, upto)[1].sum()) / (upto - after))
+        return max(shares)
 
 
 def read_run(folder: str, metric: str) -> Run:

@@ -73,9 +73,10 @@ def draw(ax: plt.Axes, arms: list[Arm], colours: dict[str, str], tag: str, bins:
             common = ~np.isnan(curves).any(axis=0)
             centre, low, high = np.full((3, bins), np.nan)
             centre[common], low[common], high[common] = interval(curves[:, common], aggregate)
+            above = 2 + (arm.setting["intervention"] == "none")  # what arms share is drawn as without intervention
             for own in curves:
-                plot_broken(ax, middles, own, color=colour, lw=0.6, alpha=0.45)
-            plot_broken(ax, middles, centre, color=colour, lw=2, label=f"{arm.name} (n = {len(curves)})")
+                plot_broken(ax, middles, own, color=colour, lw=0.6, alpha=0.45, zorder=above)
+            plot_broken(ax, middles, centre, color=colour, lw=2, label=f"{arm.name} (n = {len(curves)})", zorder=above)
             ax.fill_between(middles, low, high, color=colour, alpha=0.18, lw=0)
         if any(map(len, undefined)):
             at = np.concatenate(undefined)
@@ -166,7 +167,7 @@ def draw_plasticity(arms: list[Arm], path: Path, aggregate: str) -> bool:
 
 @matplotlib.rc_context(STYLE)
 def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
-    """The figure of the difference in return, with − without, and its 95% interval, against the number that varies."""
+    """The figure of differences in return, with − without, their 95% intervals, and each seed's, against what varies."""
     games, lines = {pair.game for pair in pairs}, defaultdict[str, list[Comparison]](list)
     values = sorted({number_in(pair.arms[1].setting, number) for pair in pairs})
     for pair in pairs:
@@ -181,13 +182,15 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
         bars = np.nan_to_num(np.abs(found[:, 1:] - found[:, :1]).T)
         seeds = "–".join(map(str, sorted({len(means) for pair in of_one for means in pair.means})))
         colour = COLOURS[i % len(COLOURS)]
-        ax.errorbar(at, found[:, 0], bars, fmt="o-", color=colour, lw=1.5, capsize=4, label=f"{label} (n = {seeds})")
+        ax.errorbar(at, found[:, 0], bars, fmt="o", color=colour, lw=1.5, capsize=4, label=f"{label} (n = {seeds})")
+        own = [(x + 0.05, d) for x, pair in zip(at, of_one, strict=True) if pair.paired for d in pair.differences.values()]
+        ax.plot(*np.array(own).reshape(-1, 2).T, ".", color=colour, alpha=0.5)
     ax.axhline(0, color=INK, lw=0.8)
     ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
     ax.margins(x=0.15)
     ax.set(
         xlabel="step of the injection" if number == "injection" else number.replace("_", " "),
-        ylabel="difference in return, with − without",
+        ylabel="difference in return, with − without (small: one seed)",
     )
     ax.set_title(", ".join(sorted(games)), loc="left", fontweight="bold", fontsize=10)
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.13))

@@ -17,16 +17,8 @@ from support.usage import UsageError
 
 
 def carried(pair: Comparison) -> bool:
-    """Whether the games without a return could carry the verdict.
-
-    Where new games begin again and again, the reported ones are too short by about the share of those that are missing, if
-    their lengths are as good as memoryless; a mean return may be off by such a share of a game's, in one arm and not in the
-    other. Where half of an arm's games are missing, nothing is known.
-    """
-    sides, judged = list(zip(pair.unreported, pair.counts, pair.sizes, strict=True)), pair.judgement
-    if any(cut > ended > 0 for cut, ended, _ in sides):
-        return True
-    reach = max((size * cut / ended for cut, ended, size in sides if ended), default=0.0)
+    """Whether the games without a return could carry the verdict, were one arm's mean off by its reach and the other's not."""
+    judged, reach = pair.judgement, max(pair.reaches)
     low, high = (judged.difference,) * 2 if math.isnan(judged.low) else (judged.low, judged.high)
     changed = low - reach <= 0 if low > 0 else high + reach >= 0 if high < 0 else low + reach > 0 or high - reach < 0
     return bool(reach > 0 and changed)
@@ -37,9 +29,10 @@ def caution(pair: Comparison, metric: str) -> list[str]:
     if metric != "charts/episodic_return" or not carried(pair):
         return []
     without, injected = (f"{cut:,} of {cut + ended:,} games" for cut, ended in zip(pair.unreported, pair.counts, strict=True))
+    most = " and ".join(f"{max(shares.values(), default=0):.0%}" for shares in pair.missing)
     return [
-        f"caution: {without} without and {injected} with {noun(pair.intervention)} were cut or still going; they are the long "
-        "ones, and what they lack could carry this: compare --metric eval/episodic_return"
+        f"caution: {without} without and {injected} with {noun(pair.intervention)} were cut or still going, up to {most} of a "
+        "run; they are the long ones, and what they lack could carry this: compare --metric eval/episodic_return"
     ]
 
 
@@ -139,10 +132,11 @@ def as_json(
                 "means": means,
                 "points": points,
                 "games_unreported": cut,
+                "share_unreported": missing,
                 "human_normalised": normalised_mean(pair, side),
             }
-            for side, (arm, means, points, cut) in enumerate(
-                zip(pair.arms, pair.means, pair.counts, pair.unreported, strict=True)
+            for side, (arm, means, points, cut, missing) in enumerate(
+                zip(pair.arms, pair.means, pair.counts, pair.unreported, pair.missing, strict=True)
             )
         )
         return {

@@ -39,7 +39,8 @@ class Comparison:
     means: tuple[dict[int, float], dict[int, float]]  # seed: mean return of its run
     counts: tuple[int, int]  # of the returns in those means
     unreported: tuple[int, int]  # training games in the window that have no return: cut by new ones, or going on at its end
-    sizes: tuple[float, float]  # mean size of a return in those means, |return|
+    missing: tuple[dict[int, float], dict[int, float]]  # seed: share of its run's games, or steps, that is in no return
+    reaches: tuple[float, float]  # by how much the mean over runs of an arm may be off for want of those
     shared: int  # seeds whose runs were one up to the injection
     paired: bool
     one_agent: bool  # all runs were one up to the injection: continuations of one agent, each with a seed of its own
@@ -49,6 +50,12 @@ class Comparison:
     @property
     def game(self) -> str:
         return self.arms[0].game
+
+    @property
+    def differences(self) -> dict[int, float]:
+        """{seed: with − without} of the seeds that both arms have."""
+        without, injected = self.means
+        return {seed: injected[seed] - mean for seed, mean in without.items() if seed in injected}
 
 
 def show(value: float, low: float = math.nan, high: float = math.nan) -> str:
@@ -170,6 +177,15 @@ def pair_up(sides: list[dict[int, Run]], firsts: dict[int, int]) -> tuple[set[in
     return shared, leave(sides, dict.fromkeys(others, "shares its history with no run of the other arm"))
 
 
+def reach(returns: np.ndarray, missing: float) -> float:
+    """By how much the mean of a run's returns may be off, where a share of its play is missing from them.
+
+    Where new games begin again and again, the reported ones are too short by about the share of those that are missing, if
+    their lengths are as good as memoryless. Where half of it is missing, nothing is known: infinity.
+    """
+    return float(np.abs(returns).mean()) * missing / (1 - missing) if missing < 0.5 else math.inf
+
+
 def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Comparison:
     """The verdict on two arms that differ in nothing but the intervention."""
     arms, what = (without, injected), injected.runs[0].args.intervention
@@ -198,8 +214,12 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
     returns = [{seed: side[seed].between(metric, after, upto)[1] for seed in sorted(side)} for side in sides]
     means = [{seed: float(values.mean()) for seed, values in side.items()} for side in returns]
     counts = [sum(map(len, side.values())) for side in returns]
-    sizes = [float(np.abs(np.concatenate([*side.values()])).mean()) if side else math.nan for side in returns]
     cut_games = [sum(run.unreported(after, upto) for run in side.values()) for side in sides]
+    missing = [{seed: side[seed].share_unreported(after, upto) for seed in sorted(side)} for side in sides]
+    reaches = [
+        sum(reach(values, shares[seed]) for seed, values in side.items()) / max(len(side), 1)
+        for side, shares in zip(returns, missing, strict=True)
+    ]
     paired = len(shared) >= MIN_SEEDS
     judgement = judge(np.array([*means[0].values()]), np.array([*means[1].values()]), paired, what)
     if one_agent:
@@ -209,7 +229,8 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
         (means[0], means[1]),
         (counts[0], counts[1]),
         (cut_games[0], cut_games[1]),
-        (sizes[0], sizes[1]),
+        (missing[0], missing[1]),
+        (reaches[0], reaches[1]),
         len(shared),
         paired,
         one_agent,

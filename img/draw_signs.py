@@ -6,13 +6,14 @@ A point is an agent. Its measures are those of the run without an injection, at 
 difference in mean return that compare.py finds for its seed. The JSON files are of compare.py --probe, at checkpoints of that
 step. Prints for every measure Spearman's correlation with the gain: over all agents; within learning rates, where every agent
 has its rank among those of its own, since what goes with the learning rate goes with a gain that does, whatever it
-measures; and at each one.
+measures; and at each one. Then what the largest of so many correlations is by chance.
 """
 
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -31,6 +32,7 @@ from analysis.verdict import comparisons
 
 RETURN = "charts/episodic_return"
 DRAWN = ("dormant_fraction/head", "active_fraction/conv3", "srank", "weight_norm_ratio", "gradient_norm")  # and all probes
+SHUFFLES = 500
 
 
 @dataclass
@@ -38,43 +40,71 @@ class Agent:
     """`gain` is the return with an injection − without; `measures` those at the injection."""
 
     learning_rate: float
+    step: int
     gain: float
     measures: dict[str, float] = field(default_factory=dict)
 
 
-def agents_in(files: list[str]) -> dict[tuple[str, str], Agent]:
-    """{(exp_name, seed) of its run without an injection: agent}, of files of curves."""
+Agents = dict[tuple[str, ...], Agent]  # by exp_name and seed of the run without an injection
+
+
+def agents_in(files: list[str]) -> Agents:
+    """The agents in files of curves that went on both with an injection and without."""
     arms, _ = group([run for path in files for run in read_curves(Path(path), RETURN)])
-    agents = {}
+    agents: Agents = {}
     for pair in comparisons(arms, RETURN, None):
-        without, injected = pair.means
         for run in pair.arms[0].runs if pair.intervention == "injection" else ():
-            if run.args.seed in without.keys() & injected.keys():
-                agent = Agent(run.args.learning_rate, injected[run.args.seed] - without[run.args.seed])
+            key = run.args.exp_name, str(run.args.seed)
+            if run.args.seed in pair.differences:
+                if key in agents:
+                    sys.exit(f"error: two agents have the exp_name {key[0]} and seed {key[1]}: draw them one by one")
+                agents[key] = agent = Agent(run.args.learning_rate, pair.after, pair.differences[run.args.seed])
                 for tag, (steps, values) in run.scalars.items():
                     if tag.startswith("plasticity/") and pair.after in steps:
                         agent.measures[tag.removeprefix("plasticity/")] = float(values[steps == pair.after][0])
-                agents[run.args.exp_name, str(run.args.seed)] = agent
     return agents
 
 
-def add_probe(agents: dict[tuple[str, str], Agent], path: Path) -> None:
+def add_probe(agents: Agents, path: Path) -> None:
     """Adds to agents what a file of probes says of them: error ÷ a fresh network's, and what an injection makes of it."""
     for result in json.loads(path.read_text()):
-        _, exp_name, seed, _ = Path(result["checkpoint"]).parent.name.split("__")
+        checkpoint = Path(result["checkpoint"])
+        parts = checkpoint.parent.name.split("__")  # game, exp_name, seed, time of a run's folder
+        agent = agents.get(("__".join(parts[1:-2]), *parts[-2:-1]))
         names = (SAME, INJECTED) if "probe_tasks" in result else CONTENDERS[:2]
-        agent, ratios = agents.get((exp_name, seed)), [result["relative_to_fresh"][name] for name in names]
-        if agent is None or None in ratios:
-            print(f"left out of {path}: {result['checkpoint']}, {'no gain is known' if agent is None else 'it diverged'}")
-            continue
-        own, injected = (ratio["ratio"] for ratio in ratios)
-        agent.measures |= {f"{path.stem}, agent": own, f"{path.stem}, injected ÷ agent": injected / own}
+        ratios = [result["relative_to_fresh"][name] for name in names]
+        if agent is None or checkpoint.name != f"checkpoint-{agent.step}":
+            print(f"left out of {path}: {checkpoint}, no gain is known from there on")
+        elif None in ratios:
+            print(f"left out of {path}: {checkpoint}, it diverged")
+        else:
+            own, injected = (ratio["ratio"] for ratio in ratios)
+            agent.measures |= {f"{path.stem}, agent": own, f"{path.stem}, injected ÷ agent": injected / own}
+
+
+def points(by_rate: Sequence[Sequence[Agent]], name: str) -> list[np.ndarray]:
+    """For each learning rate the values of a measure and the gains, (2, n), of the n agents that have it."""
+    having = [[(agent.measures[name], agent.gain) for agent in agents if name in agent.measures] for agents in by_rate]
+    return [np.array(pairs).reshape(-1, 2).T for pairs in having]
 
 
 def correlation(groups: list[np.ndarray]) -> float:
     """Spearman's of values and gains, (2, n) each, ranked within groups; NaN for fewer than three points, or all equal."""
     ranks = np.hstack([scipy.stats.rankdata(points, axis=1) - (points.shape[1] + 1) / 2 for points in groups])
     return float(np.corrcoef(ranks)[0, 1]) if ranks.shape[1] > 2 and np.ptp(ranks, axis=1).all() else math.nan
+
+
+def largest_by_chance(by_rate: Sequence[Sequence[Agent]], names: list[str]) -> np.ndarray:
+    """(SHUFFLES,) sizes of the largest correlation within learning rates, of all measures, with the gains shuffled in each."""
+    random, largest = np.random.default_rng(0), np.empty(SHUFFLES)
+    for i in range(SHUFFLES):
+        gains = [random.permutation([agent.gain for agent in agents]) for agents in by_rate]
+        mixed = [
+            [replace(agent, gain=gain) for agent, gain in zip(agents, of_rate, strict=True)]
+            for agents, of_rate in zip(by_rate, gains, strict=True)
+        ]
+        largest[i] = np.nanmax([abs(correlation(points(mixed, name))) for name in names])
+    return largest
 
 
 def main() -> None:
@@ -87,6 +117,7 @@ def main() -> None:
         add_probe(agents, path)
     names = list(dict.fromkeys(name for agent in agents.values() for name in agent.measures))
     rates = sorted({agent.learning_rate for agent in agents.values()})
+    by_rate = [[agent for agent in agents.values() if agent.learning_rate == rate] for rate in rates]
     header = ["at the injection", "agents", "all", "within learning rates", *(f"{rate:g}" for rate in rates)]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     with plt.rc_context(STYLE):
@@ -94,15 +125,15 @@ def main() -> None:
         rows = max(1, math.ceil(len(drawn) / 4))
         figure, axes = plt.subplots(rows, 4, figsize=(11, 2.6 * rows), sharey=True, squeeze=False, layout="constrained")
         for name in names:
-            having = [agent for agent in agents.values() if name in agent.measures]
-            of_rates = [[(a.measures[name], a.gain) for a in having if a.learning_rate == rate] for rate in rates]
-            groups = [np.array(of_rate).reshape(-1, 2).T for of_rate in of_rates]
-            found = [correlation([np.hstack(groups)]), correlation(groups), *(correlation([points]) for points in groups)]
-            print(f"| {name} | {len(having)} |", " | ".join("–" if math.isnan(rho) else f"{rho:.2f}" for rho in found), "|")
+            groups = points(by_rate, name)
+            together = np.hstack(groups)
+            found = [correlation([together]), correlation(groups), *(correlation([of_one]) for of_one in groups)]
+            cells = ("–" if math.isnan(rho) else f"{rho:.2f}" for rho in found)
+            print(f"| {name} | {together.shape[1]} | {' | '.join(cells)} |")
             if name in drawn:
                 ax = axes.flat[drawn.index(name)]
-                for rate, points, colour in zip(rates, groups, COLOURS, strict=False):
-                    ax.scatter(*points, color=colour, s=22, label=f"learning rate {rate:g}")
+                for i, (rate, of_one) in enumerate(zip(rates, groups, strict=True)):
+                    ax.scatter(*of_one, color=COLOURS[i % len(COLOURS)], s=22, label=f"learning rate {rate:g}")
                 ax.axhline(0, color="#999999", lw=0.8)
                 ax.xaxis.set_major_locator(MaxNLocator(4))
                 ax.set_title(name, fontsize=9, loc="left")
@@ -111,6 +142,12 @@ def main() -> None:
         figure.supylabel("gain in return by the injection")
         figure.legend(*axes.flat[0].get_legend_handles_labels(), ncols=len(rates), loc="outside lower left")
         figure.savefig(target, dpi=160)
+    half, rare = np.quantile(largest_by_chance(by_rate, names), (0.5, 0.95))
+    print(
+        f"\nby chance the largest of {len(names)} within learning rates is beyond ±{half:.2f} in half of all cases, beyond ",
+        end="",
+    )
+    print(f"±{rare:.2f} in 1 of 20 ({SHUFFLES} times with gains shuffled among the agents of a learning rate)")
 
 
 if __name__ == "__main__":

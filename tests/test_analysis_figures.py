@@ -187,7 +187,17 @@ def test_differences_are_drawn_with_their_intervals_against_the_number_that_vari
     assert drawn.get_ydata().tolist() == [expected[rate].difference for rate in sorted(rates)]
     spans = [segment[:, 1].tolist() for segment in bars.get_segments()]
     np.testing.assert_allclose(spans, [(expected[rate].low, expected[rate].high) for rate in sorted(rates)])
-    assert ax.get_legend().get_texts()[0].get_text() == "injection at 1k (n = 3)"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["injection at 1k (n = 3)"]
+    seeds = [difference for rate in sorted(rates) for pair in pairs for difference in pair.differences.values()
+             if pair.arms[1].setting["learning_rate"] == rate]  # fmt: skip
+    assert next(line for line in ax.lines if line.get_marker() == ".").get_ydata().tolist() == seeds
+
+
+def test_what_arms_share_is_drawn_as_the_arm_without_an_intervention(saved):
+    arms = arms_of(*make_arms())
+    draw_returns(arms, comparisons(arms, RETURN, None), Path("x.png"), RETURN, "mean")
+    lines = {line.get_label().split(" (")[0]: line.get_zorder() for line in saved["x.png"].axes[0].lines}
+    assert lines["no injection"] > lines["injection at 1k"]
 
 
 def test_differences_are_drawn_against_the_step_of_the_injection(saved):

@@ -92,6 +92,20 @@ def test_words_warn_where_returns_are_about_0_and_where_half_of_an_arms_games_ar
     assert any(line.startswith("caution") for line in words(*runs))
 
 
+def test_words_warn_where_one_run_lacks_its_long_games():
+    """Few games may be missing, and much of what was played: steps count, too, and every run has its own share."""
+    runs = make_arms(effect=40.0)
+    for run in runs:
+        run.scalars["charts/games_cut"] = np.array([[3_000.0], [1.0]])
+        run.scalars["charts/episodic_length"] = run.scalars[RETURN].copy()
+        run.scalars["charts/episodic_length"][1] = 95.0  # of 20 games in 2,000 steps
+    assert not [line for line in words(*runs) if line.startswith("caution")]
+    runs[1].scalars["charts/episodic_length"][1] = 55.0
+    (line,) = [line for line in words(*runs) if line.startswith("caution")]
+    assert "3 of 63 games without and 3 of 63 games with injection were cut or still going, up to 5% and 45% of a run" in line
+    assert numbers(*runs)["comparisons"][0]["with"]["share_unreported"] == pytest.approx({"1": 0.45, "2": 0.05, "3": 0.05})
+
+
 def test_without_a_verdict_words_warn_where_the_difference_could_be_owed_to_missing_games():
     runs = make_arms(seeds=(1,))
     for cut, said in ((2, False), (15, True)):

@@ -9,6 +9,7 @@ import pytest
 from simulated_runs import INJECTION, RETURN, games, make_run
 
 from analysis.curves import write_curves
+from analysis.task_sequence import INJECTED, SAME
 
 SCRIPT = str(Path(__file__).parent.parent / "img" / "draw_signs.py")
 RATES = (1e-4, 1e-3)
@@ -27,10 +28,10 @@ def write_dose():
             write_curves(runs, Path(f"{rate}_{injected}.csv"))
 
 
-def probe(exp_name, seed, agent, injected):
+def probe(exp_name, seed, agent, injected, step=INJECTION, names=("agent", "agent, injected"), **more):
     folder = f"sweeps/x/runs/PhoenixNoFrameskip-v4__{exp_name}__{seed}__1795760000"
-    relative = {"agent": agent and {"ratio": agent}, "agent, injected": {"ratio": injected}}
-    return {"checkpoint": f"{folder}/checkpoint-{INJECTION}", "relative_to_fresh": relative}
+    relative = dict(zip(names, (agent and {"ratio": agent}, {"ratio": injected}), strict=True))
+    return {"checkpoint": f"{folder}/checkpoint-{step}", "relative_to_fresh": relative, **more}
 
 
 def draw(monkeypatch, capsys):
@@ -47,19 +48,37 @@ def test_what_goes_with_the_learning_rate_is_told_from_what_goes_with_the_gain(m
     table, said = draw(monkeypatch, capsys)
     assert table["at the injection"] == ["agents", "all", "within learning rates", "0.0001", "0.001"]
     count, over_all, *within = table["dormant_fraction/head"]
-    assert count == "7" and float(over_all) > 0.4 and within == ["-1.00"] * 3 and not said
+    assert count == "7" and float(over_all) > 0.4 and within == ["-1.00"] * 3
+    assert said[-1].startswith("by chance the largest of 1 within learning rates is beyond ±0.")
     assert Path("x.png").stat().st_size > 5_000
 
 
 def test_probes_are_those_of_their_agents_and_what_cannot_be_used_is_named(monkeypatch, capsys):
     write_dose()
     probes = [probe(f"none_{rate}", seed, 1 + seed * (rate == 1e-3), 2.0) for rate in RATES for seed in (1, 2)]
-    probes += [probe("none_0.001", 3, None, 2.0), probe("none_0.001", 5, 1.0, 2.0)]
+    probes += [probe("none_0.001", 3, None, 2.0), probe("none_0.001", 5, 1.0, 2.0), probe("none_0.001", 3, 1.0, 2.0, step=7)]
+    probes += [{**probes[0], "checkpoint": "agent/checkpoint-1000"}]
     Path("probe_100.json").write_text(json.dumps(probes))
     table, said = draw(monkeypatch, capsys)
     assert table["probe_100, agent"][0] == "4" and float(table["probe_100, agent"][1]) > 0.5
     assert float(table["probe_100, injected ÷ agent"][1]) < -0.5
-    assert ["diverged" in line for line in said] == [True, False] and "no gain" in said[1]
+    assert ["diverged" if "diverged" in line else "no gain" in line for line in said[:-2]] == ["diverged", True, True, True]
+
+
+def test_of_a_sequence_of_tasks_the_one_network_and_the_injected_one_count(monkeypatch, capsys):
+    write_dose()
+    sequences = [probe("none_0.001", seed, seed, 6 / seed, names=(SAME, INJECTED), probe_tasks=12) for seed in (1, 2, 3, 4)]
+    Path("probe_tasks.json").write_text(json.dumps(sequences))
+    table, _ = draw(monkeypatch, capsys)
+    assert (table["probe_tasks, agent"][-1], table["probe_tasks, injected ÷ agent"][-1]) == ("-1.00", "1.00")
+
+
+def test_two_agents_of_one_name_and_seed_are_refused(monkeypatch, capsys):
+    write_dose()
+    for path in Path().glob("*.csv"):
+        path.write_text(path.read_text().replace("none_0.0001", "none_0.001"))
+    with pytest.raises(SystemExit, match="two agents have the exp_name none_0"):
+        draw(monkeypatch, capsys)
 
 
 def test_without_both_arms_there_is_nothing_to_draw(monkeypatch, capsys):
