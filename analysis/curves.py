@@ -103,7 +103,9 @@ def write_curves(runs: Sequence[Run], path: Path) -> None:
     tags = [*sorted(points, key=lambda tag: (-points[tag], tag)), SPEED]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        file.writelines(f"# {json.dumps(asdict(run.args))}\n" for run in runs)
+        for run in runs:
+            fork = run.args.fork and "/".join(Path(run.args.fork).parts[-2:])  # without the folders of this machine
+            file.write(f"# {json.dumps(asdict(run.args) | {'fork': fork})}\n")
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["seed", "step", *tags])
         for run in runs:

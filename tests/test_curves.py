@@ -35,6 +35,12 @@ def test_they_come_back_with_six_digits_and_their_arguments():
     assert [run.folder for run in back] == ["new/x.csv (seed 1)", "new/x.csv (seed 2)"]
 
 
+@pytest.mark.parametrize(("fork", "kept"), [(None, None), ("/home/someone/runs/A/checkpoint-7", "A/checkpoint-7")])
+def test_of_the_checkpoint_that_a_run_began_from_its_own_folders_are_kept(fork, kept):
+    write_curves([make_run("a", {RETURN: games(1, 0)}, fork=fork)], path := Path("x.csv"))
+    assert read_curves(path, RETURN)[0].args.fork == kept
+
+
 def test_a_table_has_one_row_for_each_step_of_a_seed():
     write_curves(runs(), path := Path("x.csv"))
     lines = path.read_text().splitlines()

@@ -13,20 +13,21 @@ DOCUMENTS = ("README.md", "docs/results.md")
 
 
 @pytest.mark.parametrize(
-    ("files", "verdicts"),
+    ("files", "seeds", "verdicts"),
     [
-        (("dose/*",), ["no evidence", "no evidence", "raised"]),
-        (("dose/*no-injection*0.001.csv", "alternatives/*"), ["lowered", "lowered"]),
+        (("dose/*",), [2, 3, 4, 5, 6], ["no evidence", "no evidence", "raised"]),
+        (("dose/*no-injection*0.001.csv", "alternatives/*"), [2, 3, 4, 5, 6], ["lowered", "lowered"]),
+        (("one_agent/*",), [101, 102, 103], ["no evidence"]),
     ],
 )
-def test_documents_print_what_the_curves_give(files, verdicts):
+def test_documents_print_what_the_curves_give(files, seeds, verdicts):
     paths = [str(path) for pattern in files for path in sorted((ROOT / "results").glob(pattern))]
     arms, remarks = read_arms(paths, RETURN)
     pairs = comparisons(arms, RETURN, None)
     assert [pair.judgement.verdict for pair in pairs] == verdicts and not any(remarks.values())
     for pair in pairs:
         judged = pair.judgement
-        assert list(pair.means[0]) == list(pair.means[1]) == [2, 3, 4, 5, 6] and (pair.after, pair.upto) == (160_000, 320_000)
+        assert list(pair.means[0]) == list(pair.means[1]) == seeds and (pair.after, pair.upto) == (160_000, 320_000)
         printed = f"{judged.difference:,.0f} [{judged.low:,.0f}, {judged.high:,.0f}]".replace("-", "−")
         for name in DOCUMENTS:
             assert printed in (ROOT / name).read_text(), f"{name} lacks {pair.arms[1].name}: {printed}"
