@@ -4,9 +4,9 @@
 
 A point is an agent. Its measures are those of the run without an injection, at the step of the other's; its gain is the
 difference in mean return that compare.py finds for its seed. The JSON files are of compare.py --probe, at checkpoints of that
-step. Prints for every measure Spearman's correlation with the gain: over all agents; within learning rates, where every agent
-has its rank among those of its own, since what goes with the learning rate goes with a gain that does, whatever it
-measures; and at each one. Then what the largest of so many correlations is by chance.
+step. Prints for every measure its range at each learning rate, and Spearman's correlation with the gain: over all agents; and
+within learning rates, where every agent has its rank among those of its own, since what goes with the learning rate goes with
+a gain that does, whatever it measures. Then what the largest of so many correlations is by chance.
 """
 
 import json
@@ -31,7 +31,7 @@ from analysis.task_sequence import INJECTED, SAME
 from analysis.verdict import comparisons
 
 RETURN = "charts/episodic_return"
-DRAWN = ("dormant_fraction/head", "active_fraction/conv3", "srank", "weight_norm_ratio", "gradient_norm")  # and all probes
+DRAWN = ("dormant_fraction/head", "active_fraction/conv3", "srank/head", "effective_rank/head")  # and all probes
 SHUFFLES = 500
 
 
@@ -88,6 +88,10 @@ def points(by_rate: Sequence[Sequence[Agent]], name: str) -> list[np.ndarray]:
     return [np.array(pairs).reshape(-1, 2).T for pairs in having]
 
 
+def spread(values: Sequence[float]) -> str:
+    return f"{min(values):.3g} to {max(values):.3g}" if len(values) else "–"
+
+
 def correlation(groups: list[np.ndarray]) -> float:
     """Spearman's of values and gains, (2, n) each, ranked within groups; NaN for fewer than three points, or all equal."""
     ranks = np.hstack([scipy.stats.rankdata(points, axis=1) - (points.shape[1] + 1) / 2 for points in groups])
@@ -118,8 +122,9 @@ def main() -> None:
     names = list(dict.fromkeys(name for agent in agents.values() for name in agent.measures))
     rates = sorted({agent.learning_rate for agent in agents.values()})
     by_rate = [[agent for agent in agents.values() if agent.learning_rate == rate] for rate in rates]
-    header = ["at the injection", "agents", "all", "within learning rates", *(f"{rate:g}" for rate in rates)]
+    header = ["at the injection", "agents", *(f"{rate:g}" for rate in rates), "correlation, all", "within learning rates"]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
+    print(f"| gain | {len(agents)} | {' | '.join(spread([agent.gain for agent in of_rate]) for of_rate in by_rate)} | – | – |")
     with plt.rc_context(STYLE):
         drawn = [name for name in names if name.startswith(DRAWN) or name not in own]
         rows = max(1, math.ceil(len(drawn) / 4))
@@ -127,8 +132,8 @@ def main() -> None:
         for name in names:
             groups = points(by_rate, name)
             together = np.hstack(groups)
-            found = [correlation([together]), correlation(groups), *(correlation([of_one]) for of_one in groups)]
-            cells = ("–" if math.isnan(rho) else f"{rho:.2f}" for rho in found)
+            found = ("–" if math.isnan(rho) else f"{rho:.2f}" for rho in (correlation([together]), correlation(groups)))
+            cells = [*(spread(of_one[0]) for of_one in groups), *found]
             print(f"| {name} | {together.shape[1]} | {' | '.join(cells)} |")
             if name in drawn:
                 ax = axes.flat[drawn.index(name)]

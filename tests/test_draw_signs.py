@@ -46,9 +46,9 @@ def draw(monkeypatch, capsys):
 def test_what_goes_with_the_learning_rate_is_told_from_what_goes_with_the_gain(monkeypatch, capsys):
     write_dose()
     table, said = draw(monkeypatch, capsys)
-    assert table["at the injection"] == ["agents", "all", "within learning rates", "0.0001", "0.001"]
-    count, over_all, *within = table["dormant_fraction/head"]
-    assert count == "7" and float(over_all) > 0.4 and within == ["-1.00"] * 3
+    assert table["at the injection"] == ["agents", "0.0001", "0.001", "correlation, all", "within learning rates"]
+    count, low, high, over_all, within = table["dormant_fraction/head"]
+    assert (count, low, high, within) == ("7", "0.1 to 0.3", "1.1 to 1.4", "-1.00") and float(over_all) > 0.4
     assert said[-1].startswith("by chance the largest of 1 within learning rates is beyond ±0.")
     assert Path("x.png").stat().st_size > 5_000
 
@@ -60,8 +60,8 @@ def test_probes_are_those_of_their_agents_and_what_cannot_be_used_is_named(monke
     probes += [{**probes[0], "checkpoint": "agent/checkpoint-1000"}]
     Path("probe_100.json").write_text(json.dumps(probes))
     table, said = draw(monkeypatch, capsys)
-    assert table["probe_100, agent"][0] == "4" and float(table["probe_100, agent"][1]) > 0.5
-    assert float(table["probe_100, injected ÷ agent"][1]) < -0.5
+    assert table["probe_100, agent"][0] == "4" and float(table["probe_100, agent"][3]) > 0.5
+    assert float(table["probe_100, injected ÷ agent"][3]) < -0.5 and table["probe_100, agent"][2] == "2 to 3"
     assert ["diverged" if "diverged" in line else "no gain" in line for line in said[:-2]] == ["diverged", True, True, True]
 
 
@@ -70,7 +70,8 @@ def test_of_a_sequence_of_tasks_the_one_network_and_the_injected_one_count(monke
     sequences = [probe("none_0.001", seed, seed, 6 / seed, names=(SAME, INJECTED), probe_tasks=12) for seed in (1, 2, 3, 4)]
     Path("probe_tasks.json").write_text(json.dumps(sequences))
     table, _ = draw(monkeypatch, capsys)
-    assert (table["probe_tasks, agent"][-1], table["probe_tasks, injected ÷ agent"][-1]) == ("-1.00", "1.00")
+    assert table["probe_tasks, agent"] == ["4", "–", "1 to 4", "-1.00", "-1.00"]
+    assert table["probe_tasks, injected ÷ agent"][2:] == ["0.375 to 6", "1.00", "1.00"]
 
 
 def test_two_agents_of_one_name_and_seed_are_refused(monkeypatch, capsys):
