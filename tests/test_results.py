@@ -1,5 +1,6 @@
-"""The curves under results/ can be read, and give the numbers that the documents print."""
+"""The curves and probes under results/ can be read, and give the numbers that the documents print."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ DOCUMENTS = ("README.md", "docs/results.md")
 @pytest.mark.parametrize(
     ("files", "seeds", "verdicts"),
     [
-        (("dose/*",), [2, 3, 4, 5, 6], ["no evidence", "no evidence", "raised"]),
+        (("dose/*.csv",), [2, 3, 4, 5, 6], ["no evidence", "no evidence", "raised"]),
         (("dose/*no-injection*0.001.csv", "alternatives/*"), [2, 3, 4, 5, 6], ["lowered", "lowered"]),
         (("one_agent/*",), [101, 102, 103], ["no evidence"]),
     ],
@@ -31,3 +32,17 @@ def test_documents_print_what_the_curves_give(files, seeds, verdicts):
         printed = f"{judged.difference:,.0f} [{judged.low:,.0f}, {judged.high:,.0f}]".replace("-", "−")
         for name in DOCUMENTS:
             assert printed in (ROOT / name).read_text(), f"{name} lacks {pair.arms[1].name}: {printed}"
+
+
+@pytest.mark.parametrize("name", ["run", "100", "1e-4", "tasks"])
+def test_documents_print_what_the_probes_give(name):
+    rows = (ROOT / "docs/results.md").read_text().splitlines()
+    found = json.loads((ROOT / "results" / "dose" / f"probe_{name}.json").read_text())
+    own, injected = ("one network", "injected") if name == "tasks" else ("agent", "agent, injected")
+    ranges = []
+    for rate in ("1e-4", "5e-4", "1e-3"):
+        ratios = [result["relative_to_fresh"] for result in found if f"learning-rate-{rate}__" in result["checkpoint"]]
+        left = [ratio[injected]["ratio"] / ratio[own]["ratio"] for ratio in ratios]
+        assert len(left) == 5
+        ranges.append(f"{min(left):.3g} to {max(left):.3g}")
+    assert any(" | ".join(ranges) in row for row in rows), f"no row of docs/results.md has {ranges}"
