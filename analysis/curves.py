@@ -55,7 +55,9 @@ class Run:
         ended, cut = self.between("charts/episodic_return", after, upto).shape[1], self.unreported(after, upto)
         shares = [cut / (cut + ended) if cut else 0.0]
         if cut and LENGTH in self.scalars:
-            shares.append(1 - float(self.between(LENGTH, after, upto)[1].sum()) / (upto - after))
+            ends, lengths = self.between(LENGTH, after, upto)
+            within = np.minimum(lengths, (ends - after) / self.args.num_envs)  # of a game that began before, what came after
+            shares.append(1 - float(within.sum()) / (upto - after))
         return max(shares)
 
 

@@ -32,7 +32,8 @@ def caution(pair: Comparison, metric: str) -> list[str]:
     most = " and ".join(f"{max(shares.values(), default=0):.0%}" for shares in pair.missing)
     return [
         f"caution: {without} without and {injected} with {noun(pair.intervention)} were cut or still going, up to {most} of a "
-        "run; they are the long ones, and what they lack could carry this: compare --metric eval/episodic_return"
+        "run's games or steps; they are the long ones, and what they lack could carry this: "
+        "compare --metric eval/episodic_return"
     ]
 
 

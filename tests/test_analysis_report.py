@@ -102,7 +102,10 @@ def test_words_warn_where_one_run_lacks_its_long_games():
     assert not [line for line in words(*runs) if line.startswith("caution")]
     runs[1].scalars["charts/episodic_length"][1] = 55.0
     (line,) = [line for line in words(*runs) if line.startswith("caution")]
-    assert "3 of 63 games without and 3 of 63 games with injection were cut or still going, up to 5% and 45% of a run" in line
+    assert (
+        "3 of 63 games without and 3 of 63 games with injection were cut or still going, up to 5% and 45% of a run's games"
+        in line
+    )
     assert numbers(*runs)["comparisons"][0]["with"]["share_unreported"] == pytest.approx({"1": 0.45, "2": 0.05, "3": 0.05})
 
 

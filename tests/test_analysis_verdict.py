@@ -345,6 +345,11 @@ def test_games_in_the_window_that_have_no_return_are_counted(last):
     assert comparison.unreported == ((3 * 7, 3 * 7) if last == TOTAL else (3 * 4, 3 * 4))
 
 
+def test_of_a_game_that_began_before_the_window_only_the_steps_in_it_count():
+    lengths = {"charts/episodic_length": [(1_100, 900.0)], "charts/games_cut": [(3_000, 1.0)]}
+    assert make_run("a", {RETURN: [(1_100, 1.0)], **lengths}).share_unreported(1_000, TOTAL) == pytest.approx(0.95)
+
+
 def test_a_run_without_a_game_in_the_window_is_left_out_and_named():
     silent = make_run("silent", {RETURN: games(4, 1)[:10]}, seed=4)
     found = verdict(*make_arms(), silent)
