@@ -102,10 +102,12 @@ def largest_by_chance(by_rate: Sequence[Sequence[Agent]], names: list[str]) -> n
     """(SHUFFLES,) sizes of the largest correlation within learning rates, of all measures, with the gains shuffled in each."""
     random, largest = np.random.default_rng(0), np.empty(SHUFFLES)
     for i in range(SHUFFLES):
-        gains = [random.permutation([agent.gain for agent in agents]) for agents in by_rate]
         mixed = [
-            [replace(agent, gain=gain) for agent, gain in zip(agents, of_rate, strict=True)]
-            for agents, of_rate in zip(by_rate, gains, strict=True)
+            [
+                replace(agent, gain=gain)
+                for agent, gain in zip(agents, random.permutation([a.gain for a in agents]), strict=True)
+            ]
+            for agents in by_rate
         ]
         largest[i] = np.nanmax([abs(correlation(points(mixed, name))) for name in names])
     return largest
@@ -148,11 +150,10 @@ def main() -> None:
         figure.legend(*axes.flat[0].get_legend_handles_labels(), ncols=len(rates), loc="outside lower left")
         figure.savefig(target, dpi=160)
     half, rare = np.quantile(largest_by_chance(by_rate, names), (0.5, 0.95))
+    largest = f"by chance the largest of {len(names)} within learning rates is beyond ±{half:.2f} in half of all cases"
     print(
-        f"\nby chance the largest of {len(names)} within learning rates is beyond ±{half:.2f} in half of all cases, beyond ",
-        end="",
+        f"\n{largest}, beyond ±{rare:.2f} in 1 of 20 ({SHUFFLES} times with gains shuffled among the agents of a learning rate)"
     )
-    print(f"±{rare:.2f} in 1 of 20 ({SHUFFLES} times with gains shuffled among the agents of a learning rate)")
 
 
 if __name__ == "__main__":
