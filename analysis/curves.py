@@ -71,7 +71,7 @@ def read_run(folder: str, metric: str) -> Run:
     if not path.is_file():
         raise UsageError(f"{folder} is no run's folder, it has no run.json: the run is left out")
     with reading(path, "a run's arguments", "the run is left out"):
-        args = Args(**json.loads(path.read_text())["args"])
+        args = Args(**json.loads(path.read_text(encoding="utf-8"))["args"])
     scalars = {tag: points[:2] for tag, points in read_scalars(path.parent, "the run is left out").items()}
     return check_metric(Run(folder, args, scalars), metric)
 
@@ -104,7 +104,7 @@ def write_curves(runs: Sequence[Run], path: Path) -> None:
         points.update({tag: values.shape[1] for tag, values in run.scalars.items() if tag.startswith(COMPARED)})
     tags = [*sorted(points, key=lambda tag: (-points[tag], tag)), SPEED]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         for run in runs:
             fork = run.args.fork and "/".join(Path(run.args.fork).parts[-2:])  # without the folders of this machine
             file.write(f"# {json.dumps(asdict(run.args) | {'fork': fork})}\n")
@@ -126,7 +126,10 @@ def read_curves(path: Path, metric: str) -> list[Run]:
     Raises:
         UsageError: it is none, or damaged, or a run in it has logged no `metric`.
     """
-    with reading(path, "curves of runs", "give a file that compare.py --export wrote"), open(path, newline="") as file:
+    with (
+        reading(path, "curves of runs", "give a file that compare.py --export wrote"),
+        open(path, encoding="utf-8", newline="") as file,
+    ):
         lines = file.read().splitlines()
         every = [Args(**json.loads(line[2:])) for line in lines if line.startswith("# ")]
         points: dict[int, dict[str, list[tuple[float, float]]]] = {args.seed: defaultdict(list) for args in every}

@@ -45,7 +45,7 @@ def cluster(address: str | None) -> Iterator[None]:
                 host, _, port = address.rpartition(":")
                 socket.create_connection((host, int(port)), timeout=5).close()
             check = (sys.executable, "-c", "import ray, sys; ray.init(sys.argv[1])", address)  # it may try for minutes
-            subprocess.run(check, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=60, check=True)
+            subprocess.run(check, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", timeout=60, check=True)
             ray.init(address, **quiet)
     except (subprocess.SubprocessError, OSError, RuntimeError, ValueError) as error:
         what = "Ray does not start here" if address is None else f"no Ray cluster answers at {address}"

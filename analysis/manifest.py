@@ -32,7 +32,7 @@ def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
     path, plain = folder / "sweep.json", json.loads(json.dumps(asked))
     if path.exists():
         with reading(path, "what a sweep was asked", "give another --name"):
-            before = dict(json.loads(path.read_text()))
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
         # what nobody had decided there, as in an older sweep's, is no difference
         if names := [name for name in {**before, **plain} if before.get(name, plain.get(name)) != plain.get(name)]:
             changes = "; ".join(f"{name} is {plain.get(name)}, there {before.get(name)}" for name in names)
@@ -61,7 +61,7 @@ def begin(folder: Path, asked: dict[str, Any]) -> None:
         OSError: it cannot be written.
     """
     prepare(folder)
-    (folder / PARTIAL).write_text(json.dumps(asked, indent=1) + "\n")
+    (folder / PARTIAL).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
     flush_to_disk(folder / PARTIAL)
     (folder / PARTIAL).rename(folder / "sweep.json")
     flush_to_disk(folder)
@@ -73,7 +73,7 @@ def read_asked(folder: Path) -> Asked:
         UsageError: the folder is no sweep's.
     """
     with reading(folder / "sweep.json", "what a sweep was asked", "give a folder under sweeps/"):
-        values = json.loads((folder / "sweep.json").read_text())
+        values = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         return Asked(**{field.name: values[field.name] for field in fields(Asked) if field.name in values})
 
 
@@ -136,7 +136,7 @@ def read_manifest(folder: Path) -> list[Change]:
     if not path.exists():
         return []
     with reading(path, "a sweep's manifest", "move it away, the runs will be gone on with"):
-        return [Change(**json.loads(line)) for line in path.read_text().split("\n")[:-1]]
+        return [Change(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def newest(changes: list[Change]) -> dict[str, Change]:
@@ -213,5 +213,5 @@ def commit() -> str | None:
     """Of this code; None where it is in no repository."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ("git", "-C", str(Path(__file__).resolve().parent.parent), "describe", "--always", "--dirty")
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     return None

@@ -195,7 +195,7 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
     if not draw_plasticity(arms, plasticity, aggregate):
         written.remove(plasticity)
         print("no figure of plasticity: no run has measured it")
-    out.with_suffix(".md").write_text(table(arms, pairs, over_games, metric))
-    out.with_suffix(".json").write_text(as_json(arms, pairs, totals, remarks, metric))
+    out.with_suffix(".md").write_text(table(arms, pairs, over_games, metric), encoding="utf-8")
+    out.with_suffix(".json").write_text(as_json(arms, pairs, totals, remarks, metric), encoding="utf-8")
     print(f"wrote {', '.join(map(str, written))}")
     return arms

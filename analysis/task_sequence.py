@@ -262,7 +262,7 @@ def probe_sequence(
         print(f"{sequence_table(result)}\n{result['sentence']}", flush=True)
         draw_sequences(results, out)  # after each, so that none is lost
         parts = (f"{result['checkpoint']}: {result['sentence']}\n\n{sequence_table(result)}\n" for result in results)
-        out.with_suffix(".md").write_text("\n".join(parts))
+        out.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
         write_json(results, out.with_suffix(".json"))
     print(f"wrote {', '.join(str(out.with_suffix(ending)) for ending in (out.suffix, '.md', '.json'))}")
     return results

@@ -70,7 +70,7 @@ def content(run_folder: Path, checkpoint: str) -> dict[str, Any]:
     log = state["log"]
     del log["seconds"], log["interval_seconds"]
     log["points"] = waiting(log["points"])
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     with zstandard.open(folder / "replay.zst") as stream:
         replay = stream.read()
     return {
@@ -94,7 +94,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, str(SCRIPT), *flags], cwd=folder, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, str(SCRIPT), *flags], cwd=folder, stdout=subprocess.PIPE, encoding="utf-8")
 
 
 def first_line(process: subprocess.Popen[str]) -> str:

@@ -208,7 +208,7 @@ def main(settings: ProfileSettings) -> None:
     result = measure(settings)
     report(settings, result)
     if settings.json is not None:
-        settings.json.write_text(json.dumps(result, indent=1) + "\n")
+        settings.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def sweep_and_compare(backend: str, kills: int, settings: Settings, rng: random.
         arguments = ["--name", "x", "--env-ids", *GAMES, "--seeds", *SEEDS, "--arms", "none", *FORKS]
         arguments += ["--retries", "1000", "--retry-pause", "0.1", "--memory-per-run", "0.5", "--threads-per-run", "1"]
         command = [sys.executable, str(SWEEP), *arguments, "--", *flags]
-        with open(Path(name, "said"), "w") as said:
+        with open(Path(name, "said"), "w", encoding="utf-8") as said:
             for part in range(settings.sweep_kills + 1):
                 sweep = subprocess.Popen(command, cwd=name, stdout=said, stderr=subprocess.STDOUT)
                 due = kills * (part + 1) // (settings.sweep_kills + 1)
@@ -111,11 +111,13 @@ def sweep_and_compare(backend: str, kills: int, settings: Settings, rng: random.
                     killed["sweep"] += 1
                 sweep.wait()
         wrong = ["it ended before all kills were made"] * (killed.total() < kills + settings.sweep_kills)
-        wrong += [f"the sweep ended with {sweep.returncode}: {Path(name, 'said').read_text()}"] * bool(sweep.returncode)
+        wrong += [f"the sweep ended with {sweep.returncode}: {Path(name, 'said').read_text(encoding='utf-8')}"] * bool(
+            sweep.returncode
+        )
         finished = Counter(change.run for change in read_manifest(place) if change.state == "finished")
         wrong += [f"{run} finished {finished[run]} times" for run in {**references, **finished} if finished[run] != 1]
         for run, reference in references.items():
-            folders, log = list((place / "runs").glob(f"{run}__*")), (place / "logs" / f"{run}.log").read_text()
+            folders, log = list((place / "runs").glob(f"{run}__*")), (place / "logs" / f"{run}.log").read_text(encoding="utf-8")
             if max(len(folders), times := log.count(f": {LAST}, ")) > 1:
                 wrong.append(f"{run} was done {times} times, in {len(folders)} folders")
             wrong += [f"{run}: {what}" for what in differences(content(folders[0], LAST), reference)]

@@ -131,7 +131,7 @@ def sb3(settings: Settings, num_envs: int, stack: contextlib.ExitStack) -> Calla
     given = (settings.env_id, num_envs, settings.buffer_size, settings.fill, device)
     command = [sys.executable, str(ROOT / "benchmarks" / "sb3_dqn.py"), *map(str, given)]
     process = stack.enter_context(
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", bufsize=1)
     )
     assert process.stdin is not None and process.stdout is not None
     to_it, from_it = process.stdin, process.stdout
@@ -190,7 +190,9 @@ def table(speeds: dict[str, list[float]]) -> str:
 
 def provenance(settings: Settings, device: torch.device) -> dict[str, Any]:
     """Commit, software and hardware that a measurement belongs to."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, encoding="utf-8"
+    ).stdout.strip()
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
     return {"commit": commit, "settings": plain, "circumstances": circumstances(device, script.CODE_VERSION)}
 
@@ -202,7 +204,7 @@ def main(settings: ThroughputSettings) -> None:
     print(f"{result['circumstances']['device']}, commit {result['commit']}, medians of {settings.rounds} windows")
     print(table(speeds))
     if settings.json is not None:
-        settings.json.write_text(json.dumps(result, indent=1) + "\n")
+        settings.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def agents_in(files: list[str]) -> Agents:
 
 def add_probe(agents: Agents, path: Path) -> None:
     """Adds to agents what a file of probes says of them: error ÷ a fresh network's, and what an injection makes of it."""
-    for result in json.loads(path.read_text()):
+    for result in json.loads(path.read_text(encoding="utf-8")):
         checkpoint = Path(result["checkpoint"])
         parts = checkpoint.parent.name.split("__")  # game, exp_name, seed, time of a run's folder
         agent = agents.get(("__".join(parts[1:-2]), *parts[-2:-1]))

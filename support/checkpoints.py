@@ -71,7 +71,7 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[s
     try:
         partial.mkdir()
         manifest = {"format": FORMAT, "step": step, **meta}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         (partial / "state.pt").write_bytes(state.getbuffer())
         for name, part in parts.items():
             if hasattr(part, "tensors"):
@@ -79,7 +79,7 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[s
                 with open(partial / f"{name}.zst", "wb") as file, compressor.stream_writer(file) as stream:
                     for chunk in _chunks(part.tensors()):
                         stream.write(chunk.cpu().numpy().data)
-        (partial / CHECKSUMS).write_text(checksums(partial))
+        (partial / CHECKSUMS).write_text(checksums(partial), encoding="utf-8")
         for path in (*partial.iterdir(), partial):
             flush_to_disk(path)
         if final.exists():  # a damaged one, or the run would have gone on from it
@@ -110,7 +110,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if recorded != found:
             damaged = sorted({line.partition("  ")[2] for line in {*recorded.splitlines()} ^ {*found.splitlines()}})
             raise ValueError(f"{' and '.join(damaged) or CHECKSUMS} is damaged, the checksum is another")
-        meta = json.loads((path / "manifest.json").read_text())
+        meta = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise ValueError(f"its format is {meta['format']}, this version reads {FORMAT}")
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
@@ -146,7 +146,7 @@ def read_identity(path: Path) -> dict[str, Any]:
         UsageError: it holds none.
     """
     with reading(path, "a run's arguments", "give a run's folder to --resume, one of its checkpoints to --fork"):
-        identity = json.loads(path.read_text())
+        identity = json.loads(path.read_text(encoding="utf-8"))
         return {"run": identity.get("run"), "args": dict(identity["args"])}
 
 
@@ -168,7 +168,7 @@ def create_run_folder(folder: Path, identity: dict[str, Any]) -> Path:
     target = folder
     try:
         draft.mkdir(parents=True)
-        (draft / "run.json").write_text(json.dumps(identity, indent=1) + "\n")
+        (draft / "run.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
         flush_to_disk(draft / "run.json")
         for attempt in itertools.count(1):
             try:

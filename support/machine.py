@@ -61,12 +61,14 @@ def idle_gpu(root: Path = Path("/")) -> str | None:
     found = [*root.glob("dev/nvidia[0-9]*"), *root.glob("proc/driver/nvidia/gpus/*"), *root.glob("dev/kfd")]
     for card in root.glob("sys/bus/pci/devices/*"):  # also where no driver is loaded
         with contextlib.suppress(OSError):
-            if (card / "vendor").read_text().strip() == "0x10de" and (card / "class").read_text().startswith("0x03"):
+            if (card / "vendor").read_text(encoding="utf-8").strip() == "0x10de" and (card / "class").read_text(
+                encoding="utf-8"
+            ).startswith("0x03"):
                 found.append(card)
     if found:
         return f"/{found[0].relative_to(root)}"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", timeout=20, check=True).stdout
         return listed.partition("\n")[0].partition(" (")[0] or "nvidia-smi" if "no devices" not in listed.lower() else None
     return None
 
@@ -77,7 +79,7 @@ def control_groups(root: Path) -> Iterator[tuple[str, Path]]:
     The controller of version 2 is "".
     """
     groups = root / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.exists() else ():
+    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else ():
         _, controllers, name = line.split(":", 2)
         for controller in controllers.split(","):  # version 1 has several in one folder, with a link for each
             for place in {controller, controllers}:
@@ -95,9 +97,9 @@ def free_memory(root: Path = Path("/")) -> int:
     for controller, folder in control_groups(root):
         with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, another one, or "max": no limit
             limit, usage, cache = versions[controller]
-            statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
-            used = int((folder / usage).read_text()) - int(statistics[cache])
-            free = min(free, int((folder / limit).read_text()) - used)
+            statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+            used = int((folder / usage).read_text(encoding="utf-8")) - int(statistics[cache])
+            free = min(free, int((folder / limit).read_text(encoding="utf-8")) - used)
     return free
 
 
@@ -107,7 +109,9 @@ def usable_processors(root: Path = Path("/")) -> int:
     versions = {"": ("cpu.max",), "cpu": ("cpu.cfs_quota_us", "cpu.cfs_period_us")}
     for controller, folder in control_groups(root):
         with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, another one, or "max": no quota
-            quota, period = map(int, " ".join((folder / name).read_text() for name in versions[controller]).split())
+            quota, period = map(
+                int, " ".join((folder / name).read_text(encoding="utf-8") for name in versions[controller]).split()
+            )
             count = min(count, max(1, quota // period)) if quota > 0 else count
     return count
 
@@ -144,7 +148,7 @@ def circumstances(device: torch.device, script: str) -> dict[str, str]:
     modules = {"torch": torch, "numpy": numpy, "gymnasium": gymnasium, "ale-py": ale_py, "opencv": cv2}
     modules["stable-baselines3"] = stable_baselines3
     cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
     model = models[0] if models else platform.processor()
     cpu = f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return {

@@ -28,7 +28,11 @@ def release(version: str) -> tuple[int, int]:
 
 def unsupported_versions() -> list[str]:
     """A line per package that is older than what requirements.txt has, or of a later major version."""
-    pins = re.findall(r"^([\w.-]+)==(\S+)", REQUIREMENTS.read_text(), re.MULTILINE) if REQUIREMENTS.exists() else []
+    pins = (
+        re.findall(r"^([\w.-]+)==(\S+)", REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE)
+        if REQUIREMENTS.exists()
+        else []
+    )
     remarks = []
     for package, tested in pins:
         (major, minor), found = release(tested), installed(package)

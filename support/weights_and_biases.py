@@ -36,7 +36,7 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
     try:
         import wandb
 
-        with open(os.devnull) as sys.stdin:  # on a terminal it would ask for a login, and wait
+        with open(os.devnull, encoding="utf-8") as sys.stdin:  # on a terminal it would ask for a login, and wait
             run = wandb.init(
                 project=project,
                 entity=entity,

@@ -162,7 +162,7 @@ def uninterrupted_run(shared, args):
     """The folder of a run in these arguments that nobody touched, made by the first process of a test session to ask."""
     place = shared / hashlib.sha256(repr(args).encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
-    with open(place / "made", "a+") as made, pytest.MonkeyPatch.context() as patch:
+    with open(place / "made", "a+", encoding="utf-8") as made, pytest.MonkeyPatch.context() as patch:
         fcntl.flock(made, fcntl.LOCK_EX)
         made.seek(0)
         if not (name := made.read()):

@@ -35,10 +35,10 @@ def change(checkpoint, network=None, learner=None, **args):
     if learner is not None:
         state["learner"] = learner.state_dict()
     torch.save(state, checkpoint / "state.pt")
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
     manifest["args"] |= args
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    (checkpoint / CHECKSUMS).write_text(checksums(checkpoint))
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (checkpoint / CHECKSUMS).write_text(checksums(checkpoint), encoding="utf-8")
 
 
 def make_fresh(q_network):

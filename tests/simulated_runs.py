@@ -30,7 +30,7 @@ def write(run):
     """Writes a run's folder as training does, and returns it."""
     folder = Path(run.folder)
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"run": folder.name, "args": asdict(run.args)}))
+    (folder / "run.json").write_text(json.dumps({"run": folder.name, "args": asdict(run.args)}), encoding="utf-8")
     curves = Curves(folder, 0)
     points = [(int(step), tag, value) for tag, pairs in run.scalars.items() for step, value in pairs.T]
     for step, tag, value in sorted(points, key=lambda point: point[0]):

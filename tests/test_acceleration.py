@@ -171,7 +171,9 @@ halves = torch.full((4_000_000,), torch.finfo(torch.float32).tiny) * 0.5
 print(torch.get_num_threads(), halves.view(torch.int32).count_nonzero().item())
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, env=environment
+    ).stdout
     assert out == "2 0\n"
 
 

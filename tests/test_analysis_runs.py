@@ -269,9 +269,9 @@ def broken(kind):
     if kind == "no run.json":
         (folder / "run.json").unlink()
     elif kind == "cut run.json":
-        (folder / "run.json").write_text('{"run": "x", "args": {"se')
+        (folder / "run.json").write_text('{"run": "x", "args": {"se', encoding="utf-8")
     elif kind == "foreign run.json":
-        (folder / "run.json").write_text('{"run": "x", "args": {"colour": "red"}}')
+        (folder / "run.json").write_text('{"run": "x", "args": {"colour": "red"}}', encoding="utf-8")
     elif kind == "empty log":
         event_file(folder).write_bytes(b"")
     elif kind == "no log":
@@ -311,7 +311,7 @@ def test_six_runs_of_a_twentieth_of_full_length_are_read_in_a_twentieth_of_the_t
         for seed, i in arms
     ]
     folders = [write(run) for run in runs]
-    assert json.loads(Path(folders[0], "run.json").read_text())["args"]["total_timesteps"] == total
+    assert json.loads(Path(folders[0], "run.json").read_text(encoding="utf-8"))["args"]["total_timesteps"] == total
     memory, start = psutil.Process().memory_info().rss, time.process_time()
     read = [read_run(folder, RETURN) for folder in folders]
     seconds, memory = time.process_time() - start, psutil.Process().memory_info().rss - memory

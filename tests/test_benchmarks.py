@@ -43,7 +43,7 @@ def test_throughput_measures_every_contender_in_turns_and_writes_all_windows(cap
         *(f"ours, N=8, {dtype}, {when} injection" for dtype in ("fp32", "bf16") for when in ("before", "after")),
     ]
     assert windows == names * 3, "a warm-up, then two rounds"
-    result = json.loads(Path("out.json").read_text())
+    result = json.loads(Path("out.json").read_text(encoding="utf-8"))
     assert list(result["steps_per_second"]) == names
     assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in result["steps_per_second"].values())
     assert result["settings"]["rounds"] == 2 and "torch" in result["circumstances"] and result["commit"]
@@ -166,7 +166,7 @@ def test_the_profile_adds_up(capsys, monkeypatch, tmp_path):
     )
     profile_update.main(settings)
     out = capsys.readouterr().out
-    result = json.loads((tmp_path / "p.json").read_text())
+    result = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
     parts = result["seconds_per_vector_step"]
     assert set(parts) >= {"act", "emulate", "replay", "update", "all"}
     assert all(parts[part] > 0 for part in ("act", "emulate", "replay", "update"))
@@ -240,7 +240,9 @@ def write_run(folder, weight=1.0, returns=(5.0, 7.0), seconds=0.0, speed=100.0, 
         curves.points.append((step, seconds, summary.scalar(name, value)))
     log = {"points": curves.state_dict(), "returns": [5.0], "seconds": seconds, "interval_seconds": seconds}
     torch.save({"learner": {"weight": torch.tensor([weight])}, "log": log}, checkpoint / "state.pt")
-    (checkpoint / "manifest.json").write_text(json.dumps({"step": 8, "circumstances": {}, "run": str(folder)}))
+    (checkpoint / "manifest.json").write_text(
+        json.dumps({"step": 8, "circumstances": {}, "run": str(folder)}), encoding="utf-8"
+    )
     (checkpoint / "replay.zst").write_bytes(zstandard.compress(replay))
     for purge_step, suffix in ((None, ".0"), (4, ".1")):
         with SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=suffix) as writer:

@@ -108,7 +108,7 @@ def leftovers():
 
 def seal(path):
     """Makes the checksums right again, as someone would who tampers with a checkpoint."""
-    (path / CHECKSUMS).write_text(checkpoints.checksums(path))
+    (path / CHECKSUMS).write_text(checkpoints.checksums(path), encoding="utf-8")
 
 
 # save, load, restore
@@ -144,7 +144,7 @@ def test_parts_are_restored_in_the_given_order_and_others_left_alone():
 def test_the_checksums_can_be_checked_without_this_project():
     path = save(7)
     command = ["sha256sum", "--strict", "-c", CHECKSUMS]
-    assert subprocess.run(command, cwd=path, capture_output=True, text=True, check=True).stdout.count(": OK\n") == 3
+    assert subprocess.run(command, cwd=path, capture_output=True, encoding="utf-8", check=True).stdout.count(": OK\n") == 3
     (path / "frames.zst").write_bytes(b"")
     assert subprocess.run(command, cwd=path, capture_output=True, check=False).returncode == 1
 
@@ -384,8 +384,8 @@ def test_checkpoints_are_listed_by_number_newest_first():
 
 def test_another_format_is_refused_by_its_number():
     path = save(1)
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 4}))
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 4}), encoding="utf-8")
     seal(path)
     with pytest.raises(UsageError, match=f"its format is 4, this version reads {FORMAT}"):
         load_checkpoint(path)
@@ -481,7 +481,7 @@ def test_runs_that_start_in_the_same_second_get_folders_of_their_own():
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused_and_nothing_is_left():
-    Path("runs").write_text("a file is in the way")
+    Path("runs").write_text("a file is in the way", encoding="utf-8")
     with pytest.raises(UsageError, match=r"^cannot write run folder /.*/runs/name \(.+\): start elsewhere$"):
         create_run_folder(Path("runs/name"), {"run": "number", "args": {}})
     assert os.listdir() == ["runs"]

@@ -147,7 +147,7 @@ def test_flags_that_contradict_each_other_or_would_do_nothing_are_refused_with_t
 
 def fork_of(monkeypatch, origin, *flags):
     Path("runs/o/checkpoint-5").mkdir(parents=True, exist_ok=True)
-    Path("runs/o/checkpoint-5/manifest.json").write_text(json.dumps({"args": asdict(origin)}))
+    Path("runs/o/checkpoint-5/manifest.json").write_text(json.dumps({"args": asdict(origin)}), encoding="utf-8")
     return parse(monkeypatch, "--fork", "runs/o/checkpoint-5", *flags)
 
 
@@ -214,7 +214,9 @@ def test_a_baseline_may_have_the_flags_of_the_arm_it_belongs_to():
 def field_docstrings(source, name):
     """{field: docstring} of a class, read off its source."""
     body = next(
-        node for node in ast.parse(source.read_text()).body if isinstance(node, ast.ClassDef) and node.name == name
+        node
+        for node in ast.parse(source.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name == name
     ).body
     return {
         field.target.id: doc.value.value
@@ -225,7 +227,7 @@ def field_docstrings(source, name):
 
 def test_help_explains_every_flag_in_the_order_in_which_a_user_meets_them():
     command, environment = [sys.executable, str(SCRIPT), "--help"], {**os.environ, "COLUMNS": "160"}
-    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    out = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, env=environment).stdout
     plain = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
     explanations = field_docstrings(SCRIPT, "Experiment") | field_docstrings(Path(flags.__file__), "RunFlags")
     assert list(explanations) == [field.name for field in fields(Args)]
@@ -301,17 +303,17 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(monkeypatch, ca
 
 @pytest.mark.slow
 def test_the_shell_sees_one_line_and_a_status():
-    run = subprocess.run([sys.executable, str(SCRIPT), "--num-envs", "0"], capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, str(SCRIPT), "--num-envs", "0"], capture_output=True, encoding="utf-8", check=False)
     assert run.returncode == 1 and run.stdout == ""
     assert run.stderr == "error: num_envs is 0, but must be at least 1: change --num-envs\n"
 
 
 def test_a_run_folder_that_cannot_be_written_is_refused(monkeypatch):
-    Path("runs").write_text("a file is in the way")
+    Path("runs").write_text("a file is in the way", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["", "--buffer-size", "100"])
     with pytest.raises(SystemExit, match=r"^error: cannot write run folder .*runs/Phoenix"):
         main()
-    assert Path("runs").read_text() == "a file is in the way"
+    assert Path("runs").read_text(encoding="utf-8") == "a file is in the way"
 
 
 @pytest.mark.parametrize("given,kept", [(5, (5,)), (np.int64(5), (5,)), ([5], (5,)), ((5, 9), (5, 9)), ((), ())])
@@ -378,7 +380,7 @@ def test_interrupting_an_evaluation_of_a_saved_agent_is_no_traceback(monkeypatch
 
 def test_a_run_to_resume_takes_no_other_flag(monkeypatch):
     Path("run").mkdir()
-    Path("run/run.json").write_text(json.dumps({"args": asdict(Args(seed=7))}))
+    Path("run/run.json").write_text(json.dumps({"args": asdict(Args(seed=7))}), encoding="utf-8")
     assert parse(monkeypatch, "--resume", "run") == Args(resume="run")
     assert parse(monkeypatch, "--resume", "run", "--seed", "7") == Args(resume="run"), "which is its own"
     with pytest.raises(UsageError, match="gamma cannot change: leave out, or use --fork"):

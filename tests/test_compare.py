@@ -36,7 +36,7 @@ def write_all(runs):
 def test_a_sweeps_folder_stands_for_the_runs_in_it(command, monkeypatch):
     runs = [run for rate in (1e-4, 1e-3) for run in make_arms(prefix=f"{rate}-", learning_rate=rate)]
     Path("sweeps/x").mkdir(parents=True)
-    Path("sweeps/x/sweep.json").write_text("{}")
+    Path("sweeps/x/sweep.json").write_text("{}", encoding="utf-8")
     with monkeypatch.context() as patch:
         patch.chdir("sweeps/x")
         write_all(runs)
@@ -56,10 +56,10 @@ def test_exported_curves_are_compared_as_the_runs_are(command):
     files = sorted(map(str, Path("results/x").iterdir()))
     assert status == 0 and all(f"wrote {file}, " in printed for file in files)
     assert files == [f"results/x/{PHOENIX}_{arm}.csv" for arm in ("injection-at-1k", "no-injection")]
-    found = json.loads(Path("comparison.json").read_text())["comparisons"]
+    found = json.loads(Path("comparison.json").read_text(encoding="utf-8"))["comparisons"]
     status, printed, errors = command(*files, "nowhere.csv", "--out", "again.png")
     assert (status, errors) == (0, "") and "nowhere.csv cannot be read as curves of runs" in printed
-    (comparison,) = json.loads(Path("again.json").read_text())["comparisons"]
+    (comparison,) = json.loads(Path("again.json").read_text(encoding="utf-8"))["comparisons"]
     assert comparison["difference"] == pytest.approx(found[0]["difference"], rel=1e-5)
     assert comparison["paired"] and comparison["verdict"] == found[0]["verdict"] and comparison["window"] == found[0]["window"]
 
@@ -74,8 +74,8 @@ def test_a_report_prints_its_verdict_and_writes_figures_table_and_numbers_that_a
     files = ["x.png", "x_plasticity.png", "x.md", "x.json"]
     assert {path.name for path in Path("img/new").iterdir()} == set(files)
     assert printed.splitlines()[-1] == f"wrote {', '.join(f'img/new/{file}' for file in files)}"
-    (found,) = json.loads(Path("img/new/x.json").read_text())["comparisons"]
-    text = Path("img/new/x.md").read_text()
+    (found,) = json.loads(Path("img/new/x.json").read_text(encoding="utf-8"))["comparisons"]
+    text = Path("img/new/x.md").read_text(encoding="utf-8")
     assert found["verdict"] == "raised" and found["sentence"] in text and f"\n  {found['sentence']}\n" in printed
     assert "window 1,000 < step ≤ 2,500" in printed and f"- {printed.splitlines()[0]}; " in text
     assert all(plt.imread(f"img/new/{file}").shape[2] == 4 for file in files[:2])
@@ -94,7 +94,7 @@ def test_what_is_wrong_or_missing_is_named_and_the_rest_is_compared(command):
     assert (
         lines[-1] == "wrote comparison.png, comparison.md, comparison.json" and not Path("comparison_plasticity.png").exists()
     )
-    content = json.loads(Path("comparison.json").read_text())
+    content = json.loads(Path("comparison.json").read_text(encoding="utf-8"))
     assert content["left_out"].keys() == {"runs/nowhere"} and content["unfinished"].keys() == {going}
 
 
@@ -102,18 +102,20 @@ def test_without_two_arms_to_compare_there_are_figures_but_no_verdict(command):
     evaluations = {RETURN: games(1, 0), "eval/episodic_return": [(500, 1.0), (1_500, 2.0)]}
     status, printed, _ = command(write_run("a", evaluations), "--metric", "eval/episodic_return", "--out", "y.svg")
     assert status == 0 and printed.lstrip().startswith("no verdict: no two arms differ in the injection alone; --fork makes")
-    assert json.loads(Path("y.json").read_text())["metric"] == "eval/episodic_return"
-    assert "nothing to compare with" in Path("y.md").read_text() and "evaluation game" in Path("y.svg").read_text()
+    assert json.loads(Path("y.json").read_text(encoding="utf-8"))["metric"] == "eval/episodic_return"
+    assert "nothing to compare with" in Path("y.md").read_text(encoding="utf-8") and "evaluation game" in Path(
+        "y.svg"
+    ).read_text(encoding="utf-8")
 
 
 def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_only(command):
     folders = write_all(make_games(PHOENIX, ALIEN))
     _, printed, _ = command(*folders)
     over = "over 2 games (PhoenixNoFrameskip-v4 in 1,000 < step ≤ 3,000, AlienNoFrameskip-v4 in 1,000 < step ≤ 3,000)"
-    assert over in printed and over in Path("comparison.md").read_text()
+    assert over in printed and over in Path("comparison.md").read_text(encoding="utf-8")
     _, printed, _ = command(*folders[:6])
-    (total,) = json.loads(Path("comparison.json").read_text())["aggregates"]
-    assert total["games"] == [PHOENIX] and "games (" not in printed + Path("comparison.md").read_text()
+    (total,) = json.loads(Path("comparison.json").read_text(encoding="utf-8"))["aggregates"]
+    assert total["games"] == [PHOENIX] and "games (" not in printed + Path("comparison.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_what_cannot_work_is_refused_in_one_line_with_the_fix(command, arguments
 
 def test_a_file_that_cannot_be_written_is_named_in_one_line(command):
     folders = write_all(make_arms((1,)))
-    Path("img").write_text("not a folder")
+    Path("img").write_text("not a folder", encoding="utf-8")
     status, _, errors = command(*folders, "--out", "img/x.png")
     assert status == 1 and errors.startswith("error: ") and "img" in errors and errors.count("\n") == 1
 
@@ -195,6 +197,6 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package, m
 def test_the_script_runs_from_any_folder_in_a_shell_without_unicode():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, str(SCRIPT), *write_all(make_arms()), "--out", "y.pdf"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     assert (done.returncode, done.stderr) == (0, "") and "window 1,000 < step ? 3,000" in done.stdout
     assert {path.name for path in Path().iterdir()} == {"runs", "y.pdf", "y.md", "y.json"}

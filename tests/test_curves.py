@@ -43,7 +43,7 @@ def test_of_the_checkpoint_that_a_run_began_from_its_own_folders_are_kept(fork, 
 
 def test_a_table_has_one_row_for_each_step_of_a_seed():
     write_curves(runs(), path := Path("x.csv"))
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     rows = list(csv.DictReader(line for line in lines if not line.startswith("# ")))
     assert [*rows[0]] == ["seed", "step", RETURN, DORMANT, "charts/SPS"] and len(rows) == 30 + 30
     assert rows[30]["seed"] == "2" and rows[30][DORMANT] == "0.123457"
@@ -62,6 +62,6 @@ def test_a_table_has_one_row_for_each_step_of_a_seed():
     ],
 )
 def test_other_files_are_refused(content, words):
-    Path("x.csv").write_text(content)
+    Path("x.csv").write_text(content, encoding="utf-8")
     with pytest.raises(UsageError, match=words):
         read_curves(Path("x.csv"), RETURN)

@@ -33,7 +33,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 def commands(page):
     """The commands in a page's blocks of bash, one each."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     lines = "\n".join(blocks).splitlines()
     return [part for line in lines for command in line.split("&&") if (part := command.split(" #")[0].strip())]
 
@@ -50,18 +50,20 @@ def trains(command):
 def in_tables(page, pattern):
     """What `pattern` finds in the first cells of a page's tables."""
     return [
-        found for cell in re.findall(r"^\|([^|]*)\|", page.read_text(), re.MULTILINE) for found in re.findall(pattern, cell)
+        found
+        for cell in re.findall(r"^\|([^|]*)\|", page.read_text(encoding="utf-8"), re.MULTILINE)
+        for found in re.findall(pattern, cell)
     ]
 
 
 def flags_of_other_scripts():
     """Names of the fields that compare.py and the benchmarks take from their command lines."""
     sources = [ROOT / "compare.py", ROOT / "sweep.py", *(ROOT / "analysis").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
-    return {name for path in sources for name in re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE)}
+    return {name for path in sources for name in re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.MULTILINE)}
 
 
 def test_there_is_a_page_per_question_and_the_readme_links_to_each():
-    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", PAGES[0].read_text()))
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", PAGES[0].read_text(encoding="utf-8")))
     assert linked == {f"docs/{page.name}" for page in PAGES[1:]} and len(linked) == 9
 
 
@@ -69,9 +71,9 @@ def test_every_training_command_parses(monkeypatch):
     run, paper = asdict(Args()), asdict(Args(**PRESETS["paper"]))
     for name in ("run.json", "checkpoint-5000000/manifest.json", "checkpoint-100000/manifest.json"):
         Path("runs/FOLDER", name).parent.mkdir(parents=True, exist_ok=True)
-        Path("runs/FOLDER", name).write_text(json.dumps({"args": run}))
+        Path("runs/FOLDER", name).write_text(json.dumps({"args": run}), encoding="utf-8")
     Path("runs/FOLDER/checkpoint-12500000").mkdir()
-    Path("runs/FOLDER/checkpoint-12500000/manifest.json").write_text(json.dumps({"args": paper}))
+    Path("runs/FOLDER/checkpoint-12500000/manifest.json").write_text(json.dumps({"args": paper}), encoding="utf-8")
     parsed = [shlex.split(command) for page in PAGES for command in commands(page) if trains(command)]
     assert len(parsed) >= 20
     for words in parsed:
@@ -97,37 +99,39 @@ def test_every_other_command_is_one_that_a_reader_has(page):
 
 @each_page
 def test_every_flag_that_is_named_exists(page):
-    named = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", page.read_text())}
+    named = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", page.read_text(encoding="utf-8"))}
     known = OWN_FLAGS | {f"no_{name}" for name in OWN_FLAGS} | flags_of_other_scripts() | OTHERS_FLAGS
     assert named <= known | OF_TOOLS.get(page.name, set())
 
 
 @each_page
 def test_every_file_and_section_that_is_linked_exists(page):
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\(((?!http)[^)]+)\)|src=\"((?!http)[^\"]+)\"", text)
     for target in (a or b for a, b in links):
         name, _, section = target.partition("#")
         path = page.parent / name if name else page
         assert path.exists(), target
         if section:
-            assert section in {slug(h) for h in re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)}, target
+            assert section in {slug(h) for h in re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)}, (
+                target
+            )
 
 
 @each_page
 def test_no_placeholder_is_left(page):
-    assert not re.search(r"^[A-Z_]{4,}$|TODO|FIXME", page.read_text(), re.MULTILINE)
+    assert not re.search(r"^[A-Z_]{4,}$|TODO|FIXME", page.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @each_page
 def test_every_row_of_a_table_has_as_many_cells_as_its_head(page):
-    for table in re.findall(r"(?:^\|.*\|\n)+", page.read_text(), re.MULTILINE):
+    for table in re.findall(r"(?:^\|.*\|\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
         widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
         assert len(widths) == 1, table.splitlines()[0]
 
 
 def test_what_a_fork_may_change_is_listed_as_in_the_script():
-    text = (ROOT / "docs/nothing-is-lost.md").read_text()
+    text = (ROOT / "docs/nothing-is-lost.md").read_text(encoding="utf-8")
     listed = text.partition("Only these may differ:")[2].partition(".\n")[0]
     assert tuple(re.findall(r"`(\w+)`", listed)) == FORKABLE
 
@@ -135,7 +139,9 @@ def test_what_a_fork_may_change_is_listed_as_in_the_script():
 def test_every_curve_of_training_and_evaluation_is_explained_and_no_other():
     page, learner = ROOT / "docs/metrics.md", make_learner()
     learner.update(random_batch())
-    sources = "".join(path.read_text() for path in (ROOT / "dqn_injection_atari.py", *(ROOT / "support").glob("*.py")))
+    sources = "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "dqn_injection_atari.py", *(ROOT / "support").glob("*.py"))
+    )
     logged = set(re.findall(r'"((?:charts|injection|eval)/\w+)"', sources))
     logged |= {f"losses/{name}" for name in learner.losses.means(4, 4)}
     assert len(logged) == 12
@@ -158,14 +164,14 @@ def test_every_measure_of_plasticity_is_explained_and_no_other():
 
 @pytest.mark.parametrize("folder", ["support", "analysis", "benchmarks"])
 def test_the_readmes_map_names_every_module_and_no_other(folder):
-    row = re.search(rf"^\| \[`{folder}/`\]\({folder}\) \|(.*)\|$", PAGES[0].read_text(), re.MULTILINE)
+    row = re.search(rf"^\| \[`{folder}/`\]\({folder}\) \|(.*)\|$", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE)
     assert row is not None
     named = set(re.findall(r"`(\w+\.py)`", row.group(1)))
     assert named == {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
 
 
 def test_the_presets_numbers_are_those_of_the_page_on_deviations():
-    text = (ROOT / "docs/deviations.md").read_text()
+    text = (ROOT / "docs/deviations.md").read_text(encoding="utf-8")
     named = (
         "50M steps",
         "12.5M steps",

@@ -58,7 +58,7 @@ def test_probes_are_those_of_their_agents_and_what_cannot_be_used_is_named(monke
     probes = [probe(f"none_{rate}", seed, 1 + seed * (rate == 1e-3), 2.0) for rate in RATES for seed in (1, 2)]
     probes += [probe("none_0.001", 3, None, 2.0), probe("none_0.001", 5, 1.0, 2.0), probe("none_0.001", 3, 1.0, 2.0, step=7)]
     probes += [{**probes[0], "checkpoint": "agent/checkpoint-1000"}]
-    Path("probe_100.json").write_text(json.dumps(probes))
+    Path("probe_100.json").write_text(json.dumps(probes), encoding="utf-8")
     table, said = draw(monkeypatch, capsys)
     assert table["probe_100, agent"][0] == "4" and float(table["probe_100, agent"][3]) > 0.5
     assert float(table["probe_100, injected ÷ agent"][3]) < -0.5 and table["probe_100, agent"][2] == "2 to 3"
@@ -68,7 +68,7 @@ def test_probes_are_those_of_their_agents_and_what_cannot_be_used_is_named(monke
 def test_of_a_sequence_of_tasks_the_one_network_and_the_injected_one_count(monkeypatch, capsys):
     write_dose()
     sequences = [probe("none_0.001", seed, seed, 6 / seed, names=(SAME, INJECTED), probe_tasks=12) for seed in (1, 2, 3, 4)]
-    Path("probe_tasks.json").write_text(json.dumps(sequences))
+    Path("probe_tasks.json").write_text(json.dumps(sequences), encoding="utf-8")
     table, _ = draw(monkeypatch, capsys)
     assert table["probe_tasks, agent"] == ["4", "–", "1 to 4", "-1.00", "-1.00"]
     assert table["probe_tasks, injected ÷ agent"][2:] == ["0.375 to 6", "1.00", "1.00"]
@@ -77,7 +77,7 @@ def test_of_a_sequence_of_tasks_the_one_network_and_the_injected_one_count(monke
 def test_two_agents_of_one_name_and_seed_are_refused(monkeypatch, capsys):
     write_dose()
     for path in Path().glob("*.csv"):
-        path.write_text(path.read_text().replace("none_0.0001", "none_0.001"))
+        path.write_text(path.read_text(encoding="utf-8").replace("none_0.0001", "none_0.001"), encoding="utf-8")
     with pytest.raises(SystemExit, match="two agents have the exp_name none_0"):
         draw(monkeypatch, capsys)
 

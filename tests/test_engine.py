@@ -74,5 +74,5 @@ def test_a_job_that_is_cancelled_is_told_so_and_has_failed_if_it_fails_then(inte
     Path("runs").mkdir()
     environment = os.environ | {"PYTHONPATH": str(Path(jobs.__file__).parent.parent)}
     command = (sys.executable, "-c", CANCEL, interrupts)
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", timeout=120, check=True)
     assert done.stdout == "('failed', 'exit status 1 when it was stopped')\n"

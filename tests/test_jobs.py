@@ -48,7 +48,7 @@ def in_a_process(function, *arguments):
 def test_a_job_begins_where_it_has_no_folder_and_goes_on_where_it_has_with_one_log():
     assert run(job("sh", "-c", BEGIN)) == 0
     assert run(job("sh", "-c", BEGIN)) == 0
-    first, second, third, fourth = Path("x.log").read_text().splitlines()
+    first, second, third, fourth = Path("x.log").read_text(encoding="utf-8").splitlines()
     assert (second, fourth) == ("began 3", "goes on in runs/x__7")
     assert all(line.startswith(jobs.STARTED) for line in (first, third)) and third.endswith("echo 'goes on in' runs/x__7")
 
@@ -78,7 +78,7 @@ def test_what_ends_the_wait_ends_the_process_and_waits_for_it(number, ignored):
     wait_for(Path("up").exists)
     os.kill(waiting.pid, number)
     waiting.join(30)
-    assert Path("saved").read_text() == "x"
+    assert Path("saved").read_text(encoding="utf-8") == "x"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_process_whose_parent_is_killed_gets_sigterm_and_the_next_one_waits_un
     waiting = in_a_process(run, slow_job())
     wait_for(Path("up").exists)
     waiting.kill()
-    assert run(job("sh", "-c", "cp saved found")) == 0 and Path("found").read_text() == "x"
+    assert run(job("sh", "-c", "cp saved found")) == 0 and Path("found").read_text(encoding="utf-8") == "x"
 
 
 def test_signals_that_the_parent_holds_back_reach_the_process():

@@ -93,7 +93,7 @@ def no_nvidia_smi(monkeypatch, tmp_path, output=None, status=0):
     (tmp_path / "bin").mkdir(exist_ok=True)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     if output is not None:
-        (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{output}'\nexit {status}\n")
+        (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{output}'\nexit {status}\n", encoding="utf-8")
         (tmp_path / "bin/nvidia-smi").chmod(0o755)
 
 
@@ -121,8 +121,8 @@ def test_a_card_without_a_driver_is_seen_on_its_bus(monkeypatch, tmp_path):
     card = tmp_path / "sys/bus/pci/devices/0000:01:00.0"
     card.mkdir(parents=True)
     for vendor, kind, seen in (("0x10de", "0x030200", True), ("0x10de", "0x040300", False), ("0x1af4", "0x030000", False)):
-        (card / "vendor").write_text(f"{vendor}\n")
-        (card / "class").write_text(f"{kind}\n")
+        (card / "vendor").write_text(f"{vendor}\n", encoding="utf-8")
+        (card / "class").write_text(f"{kind}\n", encoding="utf-8")
         assert (idle_gpu(tmp_path) is not None) == seen
 
 
@@ -185,25 +185,25 @@ def test_tf32_is_a_choice(tf32):
 def test_free_memory_is_the_control_groups_where_that_is_less(tmp_path, line, folder, limit, usage, cache):
     assert free_memory(tmp_path / "no control groups") > 2e8
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/job\n{line}\n")
+    (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/job\n{line}\n", encoding="utf-8")
     group = tmp_path / "sys/fs/cgroup" / folder
     group.mkdir(parents=True)
-    (group / limit).write_text("150000000\n")
-    (group / usage).write_text("80000000\n")
-    (group / "memory.stat").write_text(f"anon 50000000\n{cache} 30000000\n")
+    (group / limit).write_text("150000000\n", encoding="utf-8")
+    (group / usage).write_text("80000000\n", encoding="utf-8")
+    (group / "memory.stat").write_text(f"anon 50000000\n{cache} 30000000\n", encoding="utf-8")
     assert free_memory(tmp_path) == 100_000_000
-    (group / limit).write_text("max\n")
+    (group / limit).write_text("max\n", encoding="utf-8")
     assert free_memory(tmp_path) > 2e8
 
 
 def test_of_nested_control_groups_the_tightest_counts(tmp_path):
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/job/step\n", encoding="utf-8")
     for folder, limit in (("job", 90_000_000), ("job/step", 100_000_000)):
         group = tmp_path / "sys/fs/cgroup" / folder
         group.mkdir(parents=True)
         for name, content in {"memory.max": limit, "memory.current": 20_000_000, "memory.stat": "file 0"}.items():
-            (group / name).write_text(f"{content}\n")
+            (group / name).write_text(f"{content}\n", encoding="utf-8")
     assert free_memory(tmp_path) == 70_000_000
 
 
@@ -213,10 +213,10 @@ def test_of_nested_control_groups_the_tightest_counts(tmp_path):
 def control_group(root, line, files):
     """A process's control group, with these files {path under /sys/fs/cgroup: content}."""
     (root / "proc/self").mkdir(parents=True)
-    (root / "proc/self/cgroup").write_text(f"{line}\n")
+    (root / "proc/self/cgroup").write_text(f"{line}\n", encoding="utf-8")
     for name, content in files.items():
         (root / "sys/fs/cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "sys/fs/cgroup" / name).write_text(f"{content}\n")
+        (root / "sys/fs/cgroup" / name).write_text(f"{content}\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_the_first_line_of_a_run_names_the_threads_which_follow_the_affinity_unl
         [sys.executable, script.__file__, *flags.split()],
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         preexec_fn=lambda: os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]),
     )
     assert said in run.stdout.splitlines()[0], run.stderr
@@ -344,7 +344,7 @@ def test_circumstances_name_packages_processor_and_threads(monkeypatch):
 
 @pytest.mark.parametrize("path", ["file", "folder"])
 def test_flushing_to_disk_reaches_the_disk_and_fails_where_that_fails(monkeypatch, path):
-    Path("file").write_text("content")
+    Path("file").write_text("content", encoding="utf-8")
     Path("folder").mkdir()
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
@@ -421,11 +421,11 @@ def test_what_is_locked_is_a_file_that_is_open_for_writing(monkeypatch):
         original(descriptor, how)
 
     monkeypatch.setattr(machine.fcntl, "flock", flock)
-    Path("run.json").write_text("content")
+    Path("run.json").write_text("content", encoding="utf-8")
     Path("other").touch()
     with alone_in(Path()), alone_in(Path(), "other"):
         pass
-    assert locked == [(True, os.O_RDWR)] * 2 and Path("run.json").read_text() == "content"
+    assert locked == [(True, os.O_RDWR)] * 2 and Path("run.json").read_text(encoding="utf-8") == "content"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL])

@@ -45,12 +45,12 @@ def test_changes_are_read_back_in_their_order():
         Manifest(HERE).add(each)
     assert read_manifest(HERE) == changes and newest(changes) == {"x": changes[2], "y": changes[1]}
     names = "time run arm seed game state step attempt host device steps_per_second hours commit folder".split()
-    assert [list(json.loads(line)) for line in Path("manifest.jsonl").read_text().splitlines()] == [names] * 3
+    assert [list(json.loads(line)) for line in Path("manifest.jsonl").read_text(encoding="utf-8").splitlines()] == [names] * 3
 
 
 def test_a_line_that_a_killed_sweep_has_torn_is_passed_over_and_the_next_one_is_whole():
     Manifest(HERE).add(change())
-    with open("manifest.jsonl", "a") as file:
+    with open("manifest.jsonl", "a", encoding="utf-8") as file:
         file.write('{"time": 1.5, "ru')
     assert read_manifest(HERE) == [change()]
     Manifest(HERE).add(change("y"))
@@ -67,13 +67,13 @@ def test_of_a_line_that_did_not_fit_on_the_disk_nothing_is_left():
             manifest.add(change("y"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not manifest.path.read_text().endswith("\n")
+    assert not manifest.path.read_text(encoding="utf-8").endswith("\n")
     manifest.add(change("z"))
     assert read_manifest(HERE) == [change(), change("z")]
 
 
 def test_a_damaged_manifest_is_refused():
-    Path("manifest.jsonl").write_text("[]\n")
+    Path("manifest.jsonl").write_text("[]\n", encoding="utf-8")
     with pytest.raises(UsageError, match="cannot be read as a sweep's manifest"):
         read_manifest(HERE)
 
@@ -92,7 +92,7 @@ def test_a_folder_keeps_what_was_asked_and_refuses_what_is_not_that():
     assert read_asked(folder).env_ids == ["A"] and {"runs", "logs"} < {path.name for path in folder.iterdir()}
     with pytest.raises(UsageError, match=r"\(steps is 5, there None; seeds is \[1, 2\], there \[1\]\)|seeds is .*steps is 5"):
         refuse_another(folder, ASKED | {"seeds": (1, 2), "steps": 5})
-    (folder / "sweep.json").write_text("{")
+    (folder / "sweep.json").write_text("{", encoding="utf-8")
     for attempt in (lambda: refuse_another(folder, ASKED), lambda: read_asked(folder)):
         with pytest.raises(UsageError, match="cannot be read as what a sweep was asked"):
             attempt()
@@ -101,7 +101,7 @@ def test_a_folder_keeps_what_was_asked_and_refuses_what_is_not_that():
 def test_a_folder_that_a_killed_sweep_has_only_made_is_taken_over():
     for name in ("runs", "logs"):
         Path("x", name).mkdir(parents=True)
-    Path("x/sweep.json.partial").write_text("{")
+    Path("x/sweep.json.partial").write_text("{", encoding="utf-8")
     refuse_another(Path("x"), ASKED)
     begin(Path("x"), ASKED)
     assert read_asked(Path("x")).seeds == [1] and not Path("x/sweep.json.partial").exists()
@@ -110,16 +110,16 @@ def test_a_folder_that_a_killed_sweep_has_only_made_is_taken_over():
 def test_progress_is_what_the_newest_attempt_has_said():
     log = Path("x.log")
     assert read_progress(log, 0) == Progress()
-    log.write_text(LOG)
+    log.write_text(LOG, encoding="utf-8")
     found = read_progress(log, 0)
     assert found == Progress("node3", "cpu", 18_000, 25_000, 30_000, "98", "1:00:04", "-")
     assert str(found) == "step 25,000 of 30,000, 98 SPS, 1:00:04 left, return -"
     offset = log.stat().st_size
     assert read_progress(log, offset) == Progress(), "nothing of the attempt before"
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         file.write(LOG.splitlines()[0] + "\n")
     assert read_progress(log, offset) == Progress("node3")
-    with open(log, "a") as file:
+    with open(log, "a", encoding="utf-8") as file:
         file.write(
             "forked at step 5 from runs/y/checkpoint-5\n"
             + "noise\n" * 10_000

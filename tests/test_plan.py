@@ -29,7 +29,7 @@ def begun(run, monkeypatch, trunk=None):
     if trunk is not None:
         checkpoint = Path("runs", trunk.name, f"checkpoint-{run.begins}")
         checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / "manifest.json").write_text(json.dumps({"args": asdict(trunk.args)}))
+        (checkpoint / "manifest.json").write_text(json.dumps({"args": asdict(trunk.args)}), encoding="utf-8")
         flags += ["--fork", str(checkpoint)]
     monkeypatch.setattr(sys, "argv", ["script", *flags])
     return replace(parse_args(), fork=None)
@@ -103,7 +103,7 @@ def checkpoint(monkeypatch):
     args = Args(total_timesteps=4_000, injection_step=(3_000,), intervention="none", learning_rate=1e-3, seed=7)
     path = Path("runs/X/checkpoint-2000").absolute()
     path.mkdir(parents=True)
-    (path / "manifest.json").write_text(json.dumps({"args": asdict(args)}))
+    (path / "manifest.json").write_text(json.dumps({"args": asdict(args)}), encoding="utf-8")
     found = Checkpoint(path, {"step": 2_000, "args": asdict(args)}, {"learner": {"interventions": ()}})
     monkeypatch.setattr(planning, "load_checkpoint", lambda _: found)
     return found
@@ -153,7 +153,7 @@ def test_what_cannot_continue_a_checkpoint_is_refused(checkpoint, changes, words
 
 def test_an_agent_that_was_injected_goes_on_with_another_injection_and_has_no_baseline(checkpoint):
     checkpoint.meta["args"] |= {"intervention": "injection", "injection_step": (1_000,)}
-    (checkpoint.path / "manifest.json").write_text(json.dumps({"args": checkpoint.meta["args"]}))
+    (checkpoint.path / "manifest.json").write_text(json.dumps({"args": checkpoint.meta["args"]}), encoding="utf-8")
     checkpoint.state["learner"]["interventions"] = (1_000,)
     assert plan(continued(checkpoint, "injection"))[0].args.injection_step == (1_000, 2_000)
     with pytest.raises(

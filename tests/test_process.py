@@ -21,7 +21,7 @@ ASKING = (*Signals.STOP, *Signals.CHECKPOINT)
 
 def test_what_a_closed_terminal_does_not_take_is_dropped():
     ours, theirs = os.openpty()
-    terminal = open(theirs, "w", buffering=1)  # noqa: SIM115, closing it fails
+    terminal = open(theirs, "w", encoding="utf-8", buffering=1)  # noqa: SIM115, closing it fails
     stream = process.Unfailing(terminal)
     stream.write("a\n")
     assert os.read(ours, 100) == b"a\r\n" and stream.isatty() and stream.encoding == terminal.encoding
@@ -250,7 +250,7 @@ def test_letters_that_a_terminal_has_not_are_question_marks(monkeypatch, tmp_pat
         monkeypatch.setattr(sys, "stdout", log)
         with ends_in_one_line():
             print("ε − x")
-    assert (tmp_path / "log").read_text() == "? ? x\n"
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "? ? x\n"
 
 
 ROOT = Path(process.__file__).parent.parent
@@ -270,14 +270,16 @@ with ends_in_one_line():
 @pytest.mark.slow
 @pytest.mark.parametrize("redirected", ["| true", ">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", "2>&1 | true"])
 def test_a_command_ends_well_and_writes_to_no_foreign_file_whatever_its_output_is(redirected):
-    Path("command.py").write_text(COMMAND)
+    Path("command.py").write_text(COMMAND, encoding="utf-8")
     ended = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {{ sleep 1; {sys.executable} command.py; }} {redirected}"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert ended.returncode == 0 and "Error" not in ended.stderr
-    assert int(Path("file").read_text()) > 2, "the number of a stream that was closed is not given to another file"
+    assert int(Path("file").read_text(encoding="utf-8")) > 2, (
+        "the number of a stream that was closed is not given to another file"
+    )
 
 
 def test_standard_streams_that_are_there_stay_as_they_are():

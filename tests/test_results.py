@@ -31,13 +31,13 @@ def test_documents_print_what_the_curves_give(files, seeds, verdicts):
         assert list(pair.means[0]) == list(pair.means[1]) == seeds and (pair.after, pair.upto) == (160_000, 320_000)
         printed = f"{judged.difference:,.0f} [{judged.low:,.0f}, {judged.high:,.0f}]".replace("-", "−")
         for name in DOCUMENTS:
-            assert printed in (ROOT / name).read_text(), f"{name} lacks {pair.arms[1].name}: {printed}"
+            assert printed in (ROOT / name).read_text(encoding="utf-8"), f"{name} lacks {pair.arms[1].name}: {printed}"
 
 
 @pytest.mark.parametrize("name", ["run", "100", "1e-4", "tasks"])
 def test_documents_print_what_the_probes_give(name):
-    rows = (ROOT / "docs/results.md").read_text().splitlines()
-    found = json.loads((ROOT / "results" / "dose" / f"probe_{name}.json").read_text())
+    rows = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    found = json.loads((ROOT / "results" / "dose" / f"probe_{name}.json").read_text(encoding="utf-8"))
     own, injected = ("one network", "injected") if name == "tasks" else ("agent", "agent, injected")
     ranges = []
     for rate in ("1e-4", "5e-4", "1e-3"):

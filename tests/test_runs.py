@@ -306,7 +306,13 @@ def test_the_newest_checkpoint_and_those_at_injection_steps_are_kept(monkeypatch
         ["checkpoint-80", "checkpoint-142", "checkpoint-240"],
     ]
     assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == ["events", "run.js"]
-    assert json.loads((folder / END / "manifest.json").read_text()).keys() == {"format", "step", "run", "args", "circumstances"}
+    assert json.loads((folder / END / "manifest.json").read_text(encoding="utf-8")).keys() == {
+        "format",
+        "step",
+        "run",
+        "args",
+        "circumstances",
+    }
 
 
 def test_curves_are_on_the_disk_itself_before_a_checkpoint_leaves_them_out(monkeypatch):
@@ -737,7 +743,7 @@ def test_the_shell_sees_the_exit_status_after_one_signal_and_after_two(numbers, 
         [sys.executable, "-c", code, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env={**os.environ, "PYTHONPATH": str(Path(script.__file__).parent)},
     )
     request.addfinalizer(process.kill)
@@ -999,7 +1005,9 @@ def test_a_checkpoint_whose_size_cannot_be_told_is_still_one(monkeypatch, capsys
 @pytest.mark.parametrize("gap", [0.2, 0.4])
 def test_a_signal_delivered_twice_ends_the_run_with_a_checkpoint_and_the_firsts_status(gap, request):
     flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --learning-starts 500"
-    process = subprocess.Popen([sys.executable, "-u", script.__file__, *flags.split()], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-u", script.__file__, *flags.split()], stdout=subprocess.PIPE, encoding="utf-8"
+    )
     request.addfinalizer(process.kill)
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
@@ -1031,7 +1039,7 @@ def test_curves_that_never_reached_the_disk_are_an_error(monkeypatch):
 
 def test_a_video_that_cannot_be_written_does_not_end_the_run(monkeypatch, capsys):
     args = replace(PLAYING, eval_frequency=40, eval_episodes=1, capture_video=True, total_timesteps=50, checkpoint_frequency=0)
-    at_step(monkeypatch, 20, lambda: (new_folder(set()) / "videos").write_text("in the way"))
+    at_step(monkeypatch, 20, lambda: (new_folder(set()) / "videos").write_text("in the way", encoding="utf-8"))
     folder = train(args)
     assert "warning: no video at step 40" in capsys.readouterr().out
     assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [40]
@@ -1142,9 +1150,9 @@ def test_what_is_no_checkpoint_is_refused_by_name(monkeypatch, given):
     elif given == "other format":
         folder, _ = bare_run()
         shutil.copytree(folder / END, path)
-        manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
-        (path / CHECKSUMS).write_text(checksums(path))
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}), encoding="utf-8")
+        (path / CHECKSUMS).write_text(checksums(path), encoding="utf-8")
         shutil.rmtree("runs")
     for flag in ("--fork", "--resume"):
         message = main(monkeypatch, flag, str(path))
@@ -1176,7 +1184,7 @@ def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_bef
         state = torch.load(uninterrupted(SMALL) / END / "state.pt", weights_only=True)
         change(state)
         torch.save(state, path / "state.pt")
-        (path / CHECKSUMS).write_text(checksums(path))
+        (path / CHECKSUMS).write_text(checksums(path), encoding="utf-8")
         before = all_files(folder)
         given = [{"resume": str(folder)}, {"fork": str(path), **LATER}]
         for args in given[: 1 if "games" in name else 2]:
@@ -1245,7 +1253,7 @@ def test_weights_and_biases_starts_before_tensorboard_does(monkeypatch):
     args = replace(PLAYING, total_timesteps=20, checkpoint_frequency=0, track=True, wandb_project_name="p", wandb_entity="e")
     folder = train(args)
     train(replace(args, track=False))
-    run_id = json.loads((folder / "run.json").read_text())["run"]
+    run_id = json.loads((folder / "run.json").read_text(encoding="utf-8"))["run"]
     assert given == [("p", "e", folder.name, run_id, asdict(args), [])]
 
 

@@ -42,19 +42,21 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "C
 def start(*arguments, flags=FLAGS, stdout=None, stderr=subprocess.STDOUT):
     """The sweep as a process, all that it says in a file, unless its output goes elsewhere."""
     command = [sys.executable, str(SCRIPT), *SMALL, *map(str, arguments), "--", *flags]
-    with open("said", "a") as said:
+    with open("said", "a", encoding="utf-8") as said:
         return subprocess.Popen(command, stdout=stdout or said, stderr=stderr, env=ENVIRONMENT)
 
 
 def finish(*arguments):
     """Runs it to its end; returns its status and what was said so far."""
-    return start(*arguments).wait(600), Path("said").read_text()
+    return start(*arguments).wait(600), Path("said").read_text(encoding="utf-8")
 
 
 def wait_for(condition, process=None, seconds=300):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline and (process is None or process.poll() is None), Path("said").read_text()
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), Path("said").read_text(
+            encoding="utf-8"
+        )
         time.sleep(0.05)
     return found
 
@@ -110,7 +112,7 @@ def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_h
     assert (last.arm, last.seed, last.game, last.step, last.attempt, last.device) == ("injection", 1, GAME, 600, 1, "cpu")
     assert last.steps_per_second > 0 and last.hours > 0 and last.host == os.uname().nodename
     assert (FOLDER / last.folder).samefile(run_folder(NAMES[1])) and read_asked(FOLDER).seeds == [1]
-    assert "with 1 thread" in (FOLDER / "logs" / f"{NAMES[0]}.log").read_text()
+    assert "with 1 thread" in (FOLDER / "logs" / f"{NAMES[0]}.log").read_text(encoding="utf-8")
     begun = {name: [state for run, state in states() if run == name] for name in NAMES}
     assert list(begun.values()) == [["queued", "running", "finished"]] * 2
     assert {path.suffix for path in FOLDER.glob("comparison*")} >= {".png", ".md", ".json"}
@@ -128,12 +130,12 @@ def test_arms_and_seeds_continue_one_agent():
     script = [sys.executable, str(SCRIPT), "--name", "x", "--from-checkpoint", str(origin), "--steps", "200"]
     own = ["--arm", "all heads", "--no-freeze-heads"]
     more = ["--seeds", "5", "6", "--arms", "none", "injection", *own, "--memory-per-run", "0.5"]
-    done = subprocess.run([*script, *more], capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run([*script, *more], capture_output=True, encoding="utf-8", env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     names = [f"{GAME}__{arm}__{seed}" for seed in (5, 6) for arm in ("none", "injection", "all-heads")]
     assert finished() == dict.fromkeys(names, 1)
     for name in names:
-        log = (FOLDER / "logs" / f"{name}.log").read_text()
+        log = (FOLDER / "logs" / f"{name}.log").read_text(encoding="utf-8")
         assert (
             "forked at step 301" in log and "step 501 of 501" in log and ("plasticity injected" in log) == ("none" not in name)
         )
@@ -196,9 +198,9 @@ def test_killed_trainings_and_a_killed_worker_go_on_with_the_same_bits(by_hand):
     wait_for(lambda: states().count((NAMES[0], "killed")) == 2, process)
     wait_for(checkpoints(NAMES[1]), process)
     next(training for training in trainings(FOLDER) if "injection" in training.cmdline()).kill()
-    assert process.wait(600) == 0, Path("said").read_text()
+    assert process.wait(600) == 0, Path("said").read_text(encoding="utf-8")
     assert_as_by_hand(by_hand)
-    assert "raylet" not in Path("said").read_text(), "Ray's own words on that"
+    assert "raylet" not in Path("said").read_text(encoding="utf-8"), "Ray's own words on that"
     attempts = {change.run: change.attempt for change in read_manifest(FOLDER)}
     assert attempts == {NAMES[0]: 3, NAMES[1]: 2}
 
@@ -218,7 +220,7 @@ def test_a_sweep_that_is_killed_or_stopped_and_started_again_ends_with_the_same_
     assert trainings(FOLDER) == []
     last = {change.run: change for change in read_manifest(FOLDER)}
     assert {change.state for change in last.values()} <= {"stopped", "finished"} and last[NAMES[1]].state == "stopped"
-    log = (FOLDER / "logs" / f"{NAMES[1]}.log").read_text()
+    log = (FOLDER / "logs" / f"{NAMES[1]}.log").read_text(encoding="utf-8")
     assert "SIGTERM, writing a checkpoint" in log and "stopped at step" in log
     status, said = finish()
     assert status == 0, said
@@ -236,7 +238,7 @@ def test_a_run_that_fails_for_its_own_reason_is_reported_once_and_the_others_go_
         (bad.format("injection"), "not started"),
     ]
     log = FOLDER / "logs" / f"{bad.format('none')}.log"
-    assert said.count(f"last lines of {log}") == 1 and said.count(log.read_text().splitlines()[-1]) == 1
+    assert said.count(f"last lines of {log}") == 1 and said.count(log.read_text(encoding="utf-8").splitlines()[-1]) == 1
     assert said.splitlines()[-1].startswith("error: 2 of 4 runs are not finished") and (FOLDER / "comparison.png").exists()
 
 
@@ -247,7 +249,7 @@ def test_a_run_that_is_killed_more_often_than_retries_fails():
     wait_for(checkpoints(NAMES[0]), process)
     trainings(FOLDER)[0].kill()
     assert process.wait(120) == 1
-    assert states()[-1] == (NAMES[0], "failed") and "--retries 0" in Path("said").read_text()
+    assert states()[-1] == (NAMES[0], "failed") and "--retries 0" in Path("said").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -343,7 +345,7 @@ def test_a_cluster_that_loses_a_machine_in_mid_run_ends_with_the_same_bits(by_ha
         above = {parent.pid for training in trainings(FOLDER) for parent in training.parents()}
         lost = next(node for node in nodes if node.all_processes["raylet"][0].process.pid in above)
         machines.remove_node(lost, allow_graceful=False)
-        assert process.wait(600) == 0, Path("said").read_text()
+        assert process.wait(600) == 0, Path("said").read_text(encoding="utf-8")
         monkeypatch.setitem(ENVIRONMENT, "RAY_ADDRESS", machines.address)
         automatic, said = finish("--address", "auto")
     finally:
@@ -410,9 +412,9 @@ def test_runs_stay_on_the_kind_of_device_that_they_began_on(command, monkeypatch
     assert "(gpu is False, there True): give another --name" in on(0)[2]
     assert "(gpu is False, there True): give another --name" in on(1, "--gpus-per-run", "0")[2]
     assert on(1, "--gpus-per-run", "0.5")[0] == 0 and given.pop() == {0.5}
-    older = json.loads((FOLDER / "sweep.json").read_text())
+    older = json.loads((FOLDER / "sweep.json").read_text(encoding="utf-8"))
     del older["gpu"]
-    (FOLDER / "sweep.json").write_text(json.dumps(older))
+    (FOLDER / "sweep.json").write_text(json.dumps(older), encoding="utf-8")
     assert on(1)[0] == 0 and read_asked(FOLDER).gpu is True, "an older sweep goes on"
     shutil.rmtree(FOLDER)
     for gpus in (0, 0.5):

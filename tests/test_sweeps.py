@@ -38,7 +38,7 @@ def begin(book, name, words=""):
     task = book.tasks[name]
     task.begin()
     task.state = "running"
-    with open(task.log, "a") as log:
+    with open(task.log, "a", encoding="utf-8") as log:
         log.write(f"{STARTED} node3: python script\n{PHOENIX} × 1 (sb3) on cpu with 1 thread, curves in runs/x\n{words}\n")
     Path("runs", f"{name}__7").mkdir(exist_ok=True)
     return task
@@ -128,11 +128,11 @@ def test_a_run_keeps_its_step_until_a_new_attempt_has_said_one(book):
     book.settle(task, "killed", "", 5, 0.0)
     assert read_manifest(Path())[-1].step == 4_000
     task.begin()
-    with open(task.log, "a") as log:
+    with open(task.log, "a", encoding="utf-8") as log:
         log.write(f"{STARTED} node4: python script\n")
     book.look()
     assert states()[-1] == (TRUNK, "killed"), "it has not said yet where it computes"
-    with open(task.log, "a") as log:
+    with open(task.log, "a", encoding="utf-8") as log:
         log.write(f"{PHOENIX} × 1 (sb3) on cuda with 1 thread, curves in runs/x\n")
     task.ref = object()
     book.look()

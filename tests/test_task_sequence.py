@@ -174,8 +174,8 @@ def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn):
     results = probe_sequence(
         [str(checkpoint), f"{checkpoint}/", "nowhere", "fresh"], **HOW | {"env_id": TINY_GAMES}, out=Path("a", "b.png")
     )
-    printed, table = capsys.readouterr().out, Path("a", "b.md").read_text()
-    assert len(results) == 2 and json.loads(Path("a", "b.json").read_text()) == results
+    printed, table = capsys.readouterr().out, Path("a", "b.md").read_text(encoding="utf-8")
+    assert len(results) == 2 and json.loads(Path("a", "b.json").read_text(encoding="utf-8")) == results
     for result in results:
         assert result["sentence"] in printed and result["sentence"] in table
     warnings = [str(found.message) for found in recwarn if "layout" in str(found.message)]

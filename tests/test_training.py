@@ -566,7 +566,7 @@ def test_a_diverging_run_ends_in_one_line(monkeypatch):
 @pytest.mark.slow
 def test_a_run_in_a_shell_prints_plain_lines_and_ends_with_status_0():
     command = [sys.executable, str(SCRIPT), *SMALL_FLAGS, "--injection-step", "120"]
-    plain = subprocess.run(command, capture_output=True, text=True, check=True)
+    plain = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     assert plain.stderr == ""
     assert "step 200 of 200" in plain.stdout and "SPS" in plain.stdout and "left, ε 0.01, return" in plain.stdout
     assert "step 120: plasticity injected" in plain.stdout and "\r" not in plain.stdout

@@ -17,7 +17,7 @@ from support.versions import installed, refuse_wrong_versions, release, unsuppor
 
 
 def pin(monkeypatch, tmp_path, *lines):
-    (tmp_path / "requirements.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.setattr(versions, "REQUIREMENTS", tmp_path / "requirements.txt")
 
 
@@ -26,9 +26,11 @@ def test_this_environment_is_supported():
     refuse_wrong_versions()
 
 
-@pytest.mark.parametrize("package", [line.partition("==")[0] for line in versions.REQUIREMENTS.read_text().split()])
+@pytest.mark.parametrize(
+    "package", [line.partition("==")[0] for line in versions.REQUIREMENTS.read_text(encoding="utf-8").split()]
+)
 def test_every_required_packages_version_can_be_told(package):
-    pinned = dict(line.split("==") for line in versions.REQUIREMENTS.read_text().split())[package]
+    pinned = dict(line.split("==") for line in versions.REQUIREMENTS.read_text(encoding="utf-8").split())[package]
     assert release(installed(package)) == release(pinned)
 
 
@@ -91,5 +93,5 @@ def test_a_wrong_version_that_lacks_what_the_code_imports_is_refused_in_one_line
     code = "import sys, gymnasium as g; g.__version__ = '0.29.1'; del g.vector.AutoresetMode; import runpy; "
     code += f"sys.argv = ['x', '--help']; sys.path.insert(0, {str(versions.REQUIREMENTS.parent)!r}); "
     code += f"runpy.run_path({script.__file__!r}, run_name='__main__')"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert ended.returncode == 1 and ended.stderr.startswith("error: gymnasium 0.29.1") and ended.stderr.count("\n") == 1

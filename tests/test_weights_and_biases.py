@@ -42,7 +42,7 @@ def own_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path.parent / "home"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path.parent / "home"))
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdin", open(os.devnull, encoding="utf-8"))  # noqa: SIM115
     yield
     if "wandb" in sys.modules and hasattr(sys.modules["wandb"], "teardown"):
         sys.modules["wandb"].teardown()
@@ -212,7 +212,7 @@ def begun(flags, request, **options):
         [sys.executable, "-u", script.__file__, *flags.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env=OFFLINE,
         **options,
     )
