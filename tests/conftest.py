@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import sys
+from typing import ClassVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start take it over
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a GPU's first product, whichever test makes it
@@ -14,6 +15,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dqn_injection_atari import Args, Learner, train  # registers the games, too
+from support import environments, measures
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background, and so their runs, would ignore it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -30,6 +32,32 @@ SHORT_GAMES = variant("BriefPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames
 TINY_GAMES = variant("TinyPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames_per_episode=120)  # 30 steps
 
 
+class ReusedAtariVectorEnv(environments.EagerAtariVectorEnv):
+    """ALE's vectoriser. Where one in the same settings was closed before, it is that one: loading a ROM takes 0.1 s a game.
+
+    A run seeds its games before it plays, and that loads their ROMs anew.
+    """
+
+    closed_before: ClassVar[dict[tuple, list]] = {}
+
+    def __new__(cls, **settings):
+        waiting = cls.closed_before.setdefault(tuple(sorted(settings.items())), [])
+        return waiting.pop() if waiting else super().__new__(cls)
+
+    def __init__(self, **settings):
+        if "settings" not in vars(self):
+            super().__init__(**settings)
+        self.settings, self.is_open = tuple(sorted(settings.items())), True
+
+    def close(self, **_):
+        if self.is_open and not self.sent:  # or its games are still playing
+            self.closed_before[self.settings].append(self)
+        self.is_open = False
+
+
+environments.EagerAtariVectorEnv = ReusedAtariVectorEnv
+
+
 BRIEF = Args(  # a whole run, in seconds
     env_id=TINY_GAMES,
     env_backend="ale",
@@ -38,7 +66,7 @@ BRIEF = Args(  # a whole run, in seconds
     buffer_size=250,
     learning_starts=100,
     batch_size=4,
-    head_width=64,  # checkpoints of 5 MB, not 50
+    head_width=16,  # checkpoints of 4 MB, not 50
     target_network_frequency=50,
     log_frequency=60,
     checkpoint_frequency=120,
@@ -81,6 +109,13 @@ def random_batch(rng=0, size=8):
         dones=torch.from_numpy(rng.integers(2, size=(size, 1)).astype(np.float32)),
         rewards=torch.from_numpy(rng.normal(size=(size, 1)).astype(np.float32) * 2),
     )
+
+
+@pytest.fixture
+def quick_ranks(monkeypatch):
+    """Singular values of 32 columns, in place of 3136 that take a second and a half a measurement."""
+    original = measures.singular_values
+    monkeypatch.setattr(measures, "singular_values", lambda features: original(features[:, :32]))
 
 
 def joined(batches):

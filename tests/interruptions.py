@@ -30,7 +30,7 @@ SMALL = replace(
     train_frequency=6,
     log_frequency=40,
     plasticity_frequency=0,
-    checkpoint_frequency=80,
+    checkpoint_frequency=130,  # new games begin there, each of which takes 0.1 s
     injection_step=(142,),
 )
 END = "checkpoint-240"

@@ -48,7 +48,7 @@ def lockstep(env_id, num_envs, steps, actions_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env_id,num_envs", [(PHOENIX, 3), ("BreakoutNoFrameskip-v4", 2), ("ALE/Qbert-v5", 1)])
+@pytest.mark.parametrize("env_id,num_envs", [(PHOENIX, 2), ("BreakoutNoFrameskip-v4", 2), ("ALE/Qbert-v5", 1)])
 def test_backends_agree_on_rewards_ends_and_raw_returns(env_id, num_envs):
     if env_id.startswith("ALE/"):  # without its sticky actions, whose generators differ
         env_id = variant("SteadyQbert-v5", env_id, repeat_action_probability=0.0)
@@ -206,11 +206,11 @@ def test_a_seed_fixes_every_game_and_another_seed_changes_them(backend):
 )
 @both_backends
 def test_any_atari_id_plays(env_id, backend):
-    envs = make_envs(env_id, backend, 2)
+    envs = make_envs(env_id, backend, 1)
     obs, _ = envs.reset(seed=0)
     for _ in range(5):
-        obs, *_ = envs.step(np.array([0, 1]))
-    assert obs.shape == (2, 4, 84, 84)
+        obs, *_ = envs.step(np.array([1]))
+    assert obs.shape == (1, 4, 84, 84)
     assert envs.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     assert envs.single_action_space.n == gym.make(env_id).action_space.n
 

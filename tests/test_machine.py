@@ -269,7 +269,7 @@ def test_pytorchs_threads_follow_what_is_usable_unless_the_user_chose(monkeypatc
 def test_the_first_line_of_a_run_names_the_threads_which_follow_the_affinity_unless_the_user_chose(chosen, said):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment |= {"OMP_NUM_THREADS": chosen} if chosen else {}
-    flags = "--env-backend ale --total-timesteps 4 --buffer-size 100 --checkpoint-frequency 0 --learning-starts 0 --no-cuda"
+    flags = "--env-backend ale --total-timesteps 4 --buffer-size 100 --checkpoint-frequency 0 --head-width 16 --no-cuda"
     run = subprocess.run(
         [sys.executable, script.__file__, *flags.split()],
         env=environment,

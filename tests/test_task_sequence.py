@@ -1,7 +1,7 @@
 """One network that fits one random target after another: python compare.py --probe CHECKPOINT --probe-tasks ..."""
 
 import json
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,20 @@ import torch
 from conftest import TINY_GAMES
 from saved_agents import CPU, SMALL, change, kill_encoder, kill_head
 
-from analysis import task_sequence
+from analysis import fitting, task_sequence
 from analysis.fitting import read_subject, relative_error, replayed_observations
 from analysis.task_sequence import EACH_FRESH, INJECTED, NAMES, RESET, SAME, probe_sequence, run_sequence, twin
-from dqn_injection_atari import Learner
+from dqn_injection_atari import Args, Learner
 from support.usage import UsageError
 
 HOW = {"env_id": "", "tasks": 3, "inject_at": 2, "observations": 16, "updates": 3, "seeds": 2, "rate": None}
+
+
+@pytest.fixture
+def narrow_heads(monkeypatch):
+    """Fresh networks are as wide as those of the checkpoints here."""
+    narrow = make_dataclass("Narrow", [("head_width", int, SMALL.head_width)], bases=(Args,), frozen=True)
+    monkeypatch.setattr(fitting, "Args", narrow)
 
 
 @pytest.fixture
@@ -62,10 +69,10 @@ def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_th
     learner.inject()
     with torch.no_grad():
         learner.q_network.theta[0].bias.fill_(-1e3)
-        learner.q_network.theta_prime_1[0][0].bias[:128] = -1e3
+        learner.q_network.theta_prime_1[0][0].bias[:16] = -1e3
         learner.q_network.encoder[4].bias[:16], learner.q_network.encoder[4].bias[16:] = -1e3, 1e3
     measured = task_sequence.unit_measures(learner, obs)
-    assert measured["encoder_active"] == 48 / 64 and 128 / 512 <= measured["dormant"] < 1
+    assert measured["encoder_active"] == 48 / 64 and 16 / 64 <= measured["dormant"] < 1
 
 
 def test_the_one_network_goes_its_way_whatever_is_done_to_its_copies(checkpoint):
@@ -101,10 +108,10 @@ def test_seeds_differ_and_twice_gives_the_same_numbers(checkpoint):
     assert once["relative_to_fresh"] == {name: relative_error(since[name].tolist(), fresh) for name in NAMES[:-1]}
 
 
-def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits):
-    result = run_sequence(Path("fresh"), **HOW | {"env_id": TINY_GAMES, "rate": 1e-3})
-    agents = [call for call in fits if call[1] is fits[0][1]], [call for call in fits if call[1] is fits[10][1]]
-    assert [len(calls) for calls in agents] == [3, 3]
+def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits, narrow_heads):
+    result = run_sequence(Path("fresh"), **HOW | {"env_id": TINY_GAMES, "rate": 1e-3, "tasks": 2})
+    agents = [call for call in fits if call[1] is fits[0][1]], [call for call in fits if call[1] is fits[6][1]]
+    assert [len(calls) for calls in agents] == [2, 2]
     assert not torch.equal(agents[0][0][0]["theta.0.weight"], agents[1][0][0]["theta.0.weight"]), "one for each seed"
     assert not torch.equal(fits[0][0]["theta.0.weight"], fits[1][0]["theta.0.weight"]), (
         "and another than the fresh one beside it"
@@ -170,7 +177,7 @@ def test_it_is_compared_with_its_own_first_tasks(at, tasks):
     assert list(range(1, 40))[task_sequence.early(at)] == tasks
 
 
-def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn):
+def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn, narrow_heads):
     results = probe_sequence(
         [str(checkpoint), f"{checkpoint}/", "nowhere", "fresh"], **HOW | {"env_id": TINY_GAMES}, out=Path("a", "b.png")
     )

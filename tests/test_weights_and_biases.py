@@ -25,7 +25,7 @@ import support.weights_and_biases as weights_and_biases
 from support.usage import UsageError
 from support.weights_and_biases import require_wandb, start_wandb
 
-TRACKED = replace(BRIEF, total_timesteps=240, plasticity_frequency=120, track=True)
+TRACKED = replace(BRIEF, total_timesteps=240, plasticity_frequency=0, track=True)
 OFFLINE = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {"WANDB_MODE": "offline"}
 
 
@@ -172,7 +172,7 @@ def newest_run():
 
 def assert_whole(curves, folder):
     logged = scalars(folder)
-    assert len(logged) > 10
+    assert len(logged) >= 8
     for tag, points in logged.items():
         np.testing.assert_allclose(curves[tag], points, err_msg=tag)
 
@@ -226,6 +226,7 @@ def begun(flags, request, **options):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request):
     flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --log-frequency 50 --learning-starts 100 --track"
+    flags += " --head-width 16"
     process = begun(flags, request, start_new_session=True)  # a group of its own
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
@@ -239,7 +240,8 @@ def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request
 
 @pytest.mark.slow
 def test_where_it_dies_in_mid_run_the_run_goes_on_and_ends_as_it_should(request):
-    flags = "--env-backend ale --buffer-size 500 --total-timesteps 1500 --log-frequency 50 --learning-starts 100 --track"
+    flags = "--env-backend ale --buffer-size 500 --total-timesteps 800 --log-frequency 50 --learning-starts 100 --track"
+    flags += " --head-width 16"
     process = begun(flags, request)
     (core,) = (child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "wandb-core")
     core.kill()
@@ -247,4 +249,4 @@ def test_where_it_dies_in_mid_run_the_run_goes_on_and_ends_as_it_should(request)
     assert process.returncode == 0
     assert "warning: Weights & Biases has failed" in out and "cannot be written" not in out and "script" not in err
     curves = scalars(new_folder(set()))
-    assert [step for step, _ in curves["losses/td_loss"]] == list(range(150, 1501, 50))
+    assert [step for step, _ in curves["losses/td_loss"]] == list(range(150, 801, 50))
