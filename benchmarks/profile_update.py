@@ -165,7 +165,8 @@ def measure(settings: ProfileSettings) -> dict[str, Any]:
         flops = update_flops(training)
         measuring = seconds_per_call(measure_plasticity, device, repeats=5)
         frames = replay.frames[: replay._used].nbytes
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kB elsewhere
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     rate = flops * updates_per_vector_step(settings) / parts["update"]
     limit = highest_rate(device, torch.bfloat16 if settings.bf16 else torch.float32)
     speed, emulators = settings.num_envs / parts["all"], emulator_speed(training.args)

@@ -55,7 +55,7 @@ class ReusedAtariVectorEnv(environments.EagerAtariVectorEnv):
         self.is_open = False
 
 
-environments.EagerAtariVectorEnv = ReusedAtariVectorEnv
+environments.EagerAtariVectorEnv = ReusedAtariVectorEnv  # type: ignore[misc, assignment]
 
 
 BRIEF = Args(  # a whole run, in seconds
@@ -95,7 +95,8 @@ ACTIONS = 6
 
 
 def make_learner(**kwargs):
-    return Learner(Args(**{"injection_step": (10, 20), "batch_size": 8, "learning_rate": 1e-3, **kwargs}), ACTIONS, "cpu")
+    settings = {"injection_step": (10, 20), "batch_size": 8, "learning_rate": 1e-3, "head_width": 64}
+    return Learner(Args(**settings | kwargs), ACTIONS, "cpu")
 
 
 def random_batch(rng=0, size=8):

@@ -50,7 +50,7 @@ def test_throughput_measures_every_contender_in_turns_and_writes_all_windows(cap
     assert all(name in capsys.readouterr().out for name in names[:1])
 
 
-@pytest.mark.parametrize("num_envs", [1, 8])
+@pytest.mark.parametrize("num_envs", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_sb3_makes_one_update_per_four_steps(monkeypatch, num_envs):
     updates, steps = [], []
     monkeypatch.setattr(sb3_dqn.DQN, "train", lambda model, gradient_steps, **_: updates.append(gradient_steps))
@@ -162,7 +162,14 @@ def test_the_profile_adds_up(capsys, monkeypatch, tmp_path, quick_ranks):
     monkeypatch.setattr(profile_update, "seconds_per_call", lambda call, device, **_: once(call, device))
     monkeypatch.setattr(profile_update, "emulator_speed", functools.partial(profile_update.emulator_speed, seconds=0.2))
     settings = profile_update.ProfileSettings(
-        fill=64, num_envs=4, buffer_size=1000, warm_up=2, vector_steps=4, inject=True, full_replay=True, json=tmp_path / "p.json"
+        fill=64,
+        num_envs=4,
+        buffer_size=1000,
+        warm_up=2,
+        vector_steps=4,
+        inject=True,
+        full_replay=True,
+        json=tmp_path / "p.json",
     )
     profile_update.main(settings)
     out = capsys.readouterr().out

@@ -166,9 +166,9 @@ def test_a_game_at_its_frame_limit_is_truncated_and_not_terminal(backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "num_envs", "seed"), [("sb3", 5, 37), ("ale", 6, 86)])
+@pytest.mark.parametrize(("backend", "num_envs", "seed"), [("sb3", 3, 22), ("ale", 3, 6)])
 def test_v5_keeps_its_sticky_actions_and_skips_four_frames_once(backend, num_envs, seed):
-    """Of games that start on the same frame, as two pairs do with these seeds, all go one way, but not with sticky actions."""
+    """Two of three games start on the same frame with these seeds, and go one way, but not with sticky actions."""
 
     def equal_courses(env_id):
         envs = make_envs(env_id, backend, num_envs)
@@ -182,7 +182,7 @@ def test_v5_keeps_its_sticky_actions_and_skips_four_frames_once(backend, num_env
         pairs = np.argwhere(np.triu(starts[:, None] == starts, k=1))
         return [np.array_equal(courses[a], courses[b]) for a, b in pairs]
 
-    assert equal_courses(PHOENIX) == [True, True] and equal_courses("ALE/Phoenix-v5") == [False, False]
+    assert equal_courses(PHOENIX) == [True] and equal_courses("ALE/Phoenix-v5") == [False]
 
 
 @pytest.mark.slow

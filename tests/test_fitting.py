@@ -90,7 +90,8 @@ def test_fresh_networks_differ_by_seed_and_have_the_actions_of_their_game():
     assert fitting.num_actions(one) == 8 and fitting.num_injections(one) == 0 and one.step == 0
 
 
+@pytest.mark.slow
 def test_random_play_shows_many_observations_and_always_the_same():
-    obs = random_play("PhoenixNoFrameskip-v4", 50, CPU)
-    assert obs.shape == (50, 4, 84, 84) and obs.dtype == torch.uint8 and len(obs.flatten(1).unique(dim=0)) > 45
-    assert torch.equal(obs, random_play("PhoenixNoFrameskip-v4", 50, CPU))
+    obs = random_play("PhoenixNoFrameskip-v4", 20, CPU)
+    assert obs.shape == (20, 4, 84, 84) and obs.dtype == torch.uint8 and len(obs.flatten(1).unique(dim=0)) > 18
+    assert torch.equal(obs, random_play("PhoenixNoFrameskip-v4", 20, CPU))

@@ -100,7 +100,7 @@ def test_copied_moments_move_the_new_head_where_none_would_not():
 
 
 def test_resetting_the_head_draws_its_two_layers_anew_and_nothing_else():
-    learner = trained(intervention="reset-head")
+    learner = trained(intervention="reset-head", head_width=512)
     before, moments_before = parameters(learner), moments(learner)
     learner.intervene(step=10)
     after, network = parameters(learner), learner.q_network

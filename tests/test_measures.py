@@ -165,7 +165,7 @@ def only_biases(layer, active):
 
 @pytest.mark.parametrize("injections", [0, 1, 2])
 def test_measures_of_a_network_made_to_have_them(injections):
-    learner = make_learner()
+    learner = make_learner(head_width=512)
     for _ in range(injections):
         learner.inject()
     network = learner.q_network
@@ -186,7 +186,7 @@ def test_measures_of_a_network_made_to_have_them(injections):
 
 
 def test_a_silent_layer_is_wholly_dormant_and_what_is_undefined_is_left_out():
-    learner = make_learner()
+    learner = make_learner(head_width=512)
     only_biases(learner.q_network.theta[0], 0)
     measures = plasticity_measures(learner, random_batch())
     assert measures["dormant_fraction/head"] == 1 and measures["active_fraction/head"] == 0

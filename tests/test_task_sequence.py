@@ -75,6 +75,7 @@ def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_th
     assert measured["encoder_active"] == 48 / 64 and 16 / 64 <= measured["dormant"] < 1
 
 
+@pytest.mark.slow
 def test_the_one_network_goes_its_way_whatever_is_done_to_its_copies(checkpoint):
     early, late = (run_sequence(checkpoint, **HOW | {"inject_at": at}) for at in (2, 3))
     assert early["error"][SAME] == late["error"][SAME] and early["error"][EACH_FRESH] == late["error"][EACH_FRESH]
@@ -94,6 +95,7 @@ def test_a_twin_has_all_of_the_state_and_shares_none(checkpoint):
     assert task_sequence.fit(one, obs, targets, batches) == after, "moments included"
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_twice_gives_the_same_numbers(checkpoint):
     once, again = (run_sequence(checkpoint, **HOW) for _ in range(2))
     assert once == again and once["error"][SAME][0] != once["error"][SAME][1]
@@ -108,6 +110,7 @@ def test_seeds_differ_and_twice_gives_the_same_numbers(checkpoint):
     assert once["relative_to_fresh"] == {name: relative_error(since[name].tolist(), fresh) for name in NAMES[:-1]}
 
 
+@pytest.mark.slow
 def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits, narrow_heads):
     result = run_sequence(Path("fresh"), **HOW | {"env_id": TINY_GAMES, "rate": 1e-3, "tasks": 2})
     agents = [call for call in fits if call[1] is fits[0][1]], [call for call in fits if call[1] is fits[6][1]]
@@ -142,6 +145,7 @@ def test_an_agent_that_has_grown_goes_on_with_its_wider_head(checkpoint, fits):
     assert injected.theta[0].out_features == 32
 
 
+@pytest.mark.slow
 def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
     change(checkpoint, lambda q_network: q_network["theta.2.weight"].fill_(1e30))
     result = run_sequence(checkpoint, **HOW)
@@ -177,6 +181,7 @@ def test_it_is_compared_with_its_own_first_tasks(at, tasks):
     assert list(range(1, 40))[task_sequence.early(at)] == tasks
 
 
+@pytest.mark.slow
 def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn, narrow_heads):
     results = probe_sequence(
         [str(checkpoint), f"{checkpoint}/", "nowhere", "fresh"], **HOW | {"env_id": TINY_GAMES}, out=Path("a", "b.png")
