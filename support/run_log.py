@@ -2,21 +2,23 @@
 
 import contextlib
 import logging
+import re
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.backend.event_processing.directory_watcher import DirectoryWatcher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-from tensorboard.backend.event_processing.io_wrapper import IsSummaryEventsFile
 from tensorboard.compat import tf
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
@@ -25,7 +27,10 @@ from support.process import on_a_terminal, say
 from support.usage import reading
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a resumed run purges what it logs again is no news
-EVENT_FILES = "events.out.tfevents.*"
+# as SummaryWriter names them: a second, a host, a process and how many files it had begun; nothing after that
+EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{10,})\..*\.[1-9][0-9]*\.[0-9]+")
+AROUND_RECORD = 16  # bytes of a length and two checksums
+RECORD_BEGINS = re.compile(rb"(?=((?!\0\0\0)...\0{5})(....))", re.DOTALL)  # its length, below 16 MB, and that one's checksum
 SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in comparisons of runs
     "return of training games": "charts/episodic_return",
     "return of evaluation games": "eval/episodic_return",
@@ -40,29 +45,80 @@ SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in compari
 }
 
 
+def event_files(folder: Path) -> list[Path]:
+    """A run's event files, in the order in which readers take them: that of their names. Copies by other programs are none."""
+    return sorted(path for path in folder.iterdir() if EVENT_FILE.fullmatch(path.name) and path.is_file())
+
+
 class EventFile(LegacyEventFileLoader):
-    """TensorBoard's reader of one event file, which says where a file is damaged instead of leaving out what follows."""
+    """TensorBoard's reader of one event file, which says what of it cannot be read.
+
+    A file that ends in something that is no record, as after a power cut, or while it is written, is read up to there. One
+    with records beyond that is damaged: they would be missing in the middle of a curve.
+    """
 
     def Load(self) -> Iterator[Event]:
+        path, whole = Path(self._file_path), 0
         try:
-            yield from map(Event.FromString, self._iterator)
+            for record in self._iterator:
+                yield Event.FromString(record)
+                whole += AROUND_RECORD + len(record)
         except tf.errors.DataLossError as error:
-            if "truncated record" not in str(error):  # a last point that is not whole, as of a run that goes on or was killed
-                raise ValueError(f"{Path(self._file_path).name} is damaged, a checksum is another") from error
+            tail = path.read_bytes()[whole:]
+            if "truncated record" not in str(error):
+                of_nothing_else = whole == 0 and any(tail)
+                if of_nothing_else or holds_a_record(tail[1:]):
+                    raise ValueError(f"{path.name} is damaged, a checksum is another") from error
+            say(f"warning: the last {len(tail):,} bytes of {path} are no whole point: all before them is read")
+
+
+def holds_a_record(content: bytes) -> bool:
+    """Whether one begins anywhere in these bytes."""
+    for found in RECORD_BEGINS.finditer(content):
+        length, checksum = found.groups()
+        if masked_crc32c(length) == int.from_bytes(checksum, "little"):
+            return True
+    return False
+
+
+class EventFiles:
+    """What `EventAccumulator` takes events from: one event file after the other, once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def Load(self) -> Iterator[Event]:
+        for path in event_files(self.folder):
+            yield from EventFile(str(path)).Load()
 
 
 def read_scalars(folder: Path, fix: str = "move that file away") -> dict[str, np.ndarray]:
     """Every scalar in a folder's event files, {tag: (3, K) float64}: K steps, values and wall-clock times in seconds.
+
+    What is at a file's end and no whole point is passed over, and said.
 
     Raises:
         UsageError: a file is damaged or cannot be read; the message ends with `fix`.
     """
     with reading(folder, "a run's curves", fix):
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1})
-        events._generator = DirectoryWatcher(str(folder), EventFile, IsSummaryEventsFile)
+        events._generator = EventFiles(folder)
         events.Reload()
     points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     return {tag: np.array([(e.step, e.value, e.wall_time) for e in of_one]).T for tag, of_one in points.items()}
+
+
+def next_number(older: list[Path]) -> int:
+    """The number in a new event file's name: the second, or what comes after the newest file's, where a clock was ahead.
+
+    Readers take files in the order of their names, as text, and the new one has to be the last.
+    """
+    now = int(time.time())
+    newest = max((path.name.split(".")[3] for path in older), default="")
+    if f"{now:010}" > newest:
+        return now
+    following = int(newest) + 1
+    return following if str(following) > newest else 10 * int(newest)
 
 
 class Curves:
@@ -93,7 +149,7 @@ class Curves:
         Raises:
             OSError: it cannot be written; the next call tries again.
         """
-        before = set(self.folder.glob(EVENT_FILES))
+        before = event_files(self.folder)
         report, threading.excepthook = threading.excepthook, lambda _: None  # the writer's thread tells this one as well
         try:
             if self.writer is None:
@@ -103,7 +159,7 @@ class Curves:
             self.writer.flush()
         except OSError:
             self.writer = None
-            for new in set(self.folder.glob(EVENT_FILES)) - before:
+            for new in set(event_files(self.folder)) - set(before):
                 new.unlink()  # nothing of it counts
             raise
         finally:
@@ -111,11 +167,18 @@ class Curves:
         self.points = [point for point in self.points if point[0] >= self.step]
         self.written = len(self.points)
 
-    def _new_file(self, older: set[Path]) -> SummaryWriter:
-        newest = max((int(path.name.split(".")[3]) for path in older), default=0)
-        # readers go by the files' names, which begin with the second
-        time.sleep(min(max(0.0, newest + 1.01 - time.time()), 60))
-        return SummaryWriter(str(self.folder), purge_step=min([self.step, *(step for step, *_ in self.points)]))
+    def _new_file(self, older: list[Path]) -> SummaryWriter:
+        number = next_number(older)
+
+        def second_of_the_name() -> int:
+            event_file_writer.time = time  # what is asked after that is the time
+            return number
+
+        event_file_writer.time = types.SimpleNamespace(time=second_of_the_name)
+        try:
+            return SummaryWriter(str(self.folder), purge_step=min([self.step, *(step for step, *_ in self.points)]))
+        finally:
+            event_file_writer.time = time
 
     def close(self) -> None:
         if self.writer is not None:
@@ -248,7 +311,7 @@ class RunLog:
         try:
             self.curves.flush()
             if to_disk:
-                for path in self.folder.glob(EVENT_FILES):
+                for path in event_files(self.folder):
                     flush_to_disk(path)
             self.disk_full = False
         except OSError as error:
