@@ -39,7 +39,10 @@ def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
             raise UsageError(f"{folder} is the folder of another sweep ({changes}): give another --name, or what it was asked")
         return
     own = {MANIFEST, "runs", "logs", PARTIAL}
-    if folder.exists() and ({entry.name for entry in folder.iterdir()} - own or any(folder.glob("runs/*"))):
+    others = {
+        entry.name for entry in folder.glob("[!.]*")
+    } - own  # hidden files are other programs', as those of a file manager
+    if others or any(folder.glob("runs/[!.]*")):
         raise UsageError(f"{folder} is no sweep's folder, it has no sweep.json: give another --name")
 
 
@@ -136,7 +139,7 @@ def read_manifest(folder: Path) -> list[Change]:
     if not path.exists():
         return []
     with reading(path, "a sweep's manifest", "move it away, the runs will be gone on with"):
-        return [Change(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        return [Change(**json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def newest(changes: list[Change]) -> dict[str, Change]:

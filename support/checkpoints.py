@@ -4,8 +4,8 @@ A part is any object with `state_dict` and `load_state_dict`, whose state is pla
 large to be held twice also has `tensors()`: contiguous tensors, which are streamed to a compressed file of their own and,
 once `load_state_dict` has made room for them, filled in place.
 
-Whatever other programs leave beside ours is passed over: of a run's folder only what is named as a checkpoint is one, and of a
-checkpoint only the files that its list of checksums names.
+Whatever other programs leave beside ours is passed over: in a run's folder only what is named as a checkpoint is one, and to
+a checkpoint belong only the files that its list of checksums names.
 """
 
 import errno
@@ -98,7 +98,7 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[s
         (partial / CHECKSUMS).write_text(checksums(partial), encoding="utf-8")
         for path in (*_own_files(partial), partial / CHECKSUMS, partial):
             flush_to_disk(path)
-        if os.path.lexists(final):  # a damaged one, or the run would have gone on from it; or a file of somebody else's
+        if os.path.lexists(final):  # a damaged one, or the run would have gone on from it; or somebody else's file
             final.rename(folder / f".{final.name}.damaged")
         _put_in_place(partial, final)
     except BaseException:

@@ -30,7 +30,8 @@ logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a resumed run p
 # as SummaryWriter names them: a second, a host, a process and how many files it had begun; nothing after that
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{10,})\..*\.[1-9][0-9]*\.[0-9]+")
 AROUND_RECORD = 16  # bytes of a length and two checksums
-RECORD_BEGINS = re.compile(rb"(?=((?!\0\0\0)...\0{5})(....))", re.DOTALL)  # its length, below 16 MB, and that one's checksum
+# the length of a record below 16 MB, and the checksum of that
+RECORD_BEGINS = re.compile(rb"(?=((?!\0\0\0)...\0{5})(....))", re.DOTALL)
 SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in comparisons of runs
     "return of training games": "charts/episodic_return",
     "return of evaluation games": "eval/episodic_return",
@@ -46,19 +47,20 @@ SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in compari
 
 
 def event_files(folder: Path) -> list[Path]:
-    """A run's event files, in the order in which readers take them: that of their names. Copies by other programs are none."""
+    """A run's event files, in the order of their names, in which readers take them. Copies by other programs are none."""
     return sorted(path for path in folder.iterdir() if EVENT_FILE.fullmatch(path.name) and path.is_file())
 
 
 class EventFile(LegacyEventFileLoader):
     """TensorBoard's reader of one event file, which says what of it cannot be read.
 
-    A file that ends in something that is no record, as after a power cut, or while it is written, is read up to there. One
-    with records beyond that is damaged: they would be missing in the middle of a curve.
+    A file that ends in something that is no record, as after a power cut or while it is written, is read up to there.
+    Where records follow, it is damaged: they would be missing in the middle of a curve.
     """
 
     def Load(self) -> Iterator[Event]:
-        path, whole = Path(self._file_path), 0
+        path = Path(self._file_path)
+        whole = 0  # bytes of the records so far
         try:
             for record in self._iterator:
                 yield Event.FromString(record)
@@ -109,7 +111,7 @@ def read_scalars(folder: Path, fix: str = "move that file away") -> dict[str, np
 
 
 def next_number(older: list[Path]) -> int:
-    """The number in a new event file's name: the second, or what comes after the newest file's, where a clock was ahead.
+    """The number in a new event file's name: the second; where a clock was ahead, what comes after the newest file's.
 
     Readers take files in the order of their names, as text, and the new one has to be the last.
     """
@@ -169,6 +171,7 @@ class Curves:
 
     def _new_file(self, older: list[Path]) -> SummaryWriter:
         number = next_number(older)
+        first = min([self.step, *(step for step, *_ in self.points)])
 
         def second_of_the_name() -> int:
             event_file_writer.time = time  # what is asked after that is the time
@@ -176,7 +179,7 @@ class Curves:
 
         event_file_writer.time = types.SimpleNamespace(time=second_of_the_name)
         try:
-            return SummaryWriter(str(self.folder), purge_step=min([self.step, *(step for step, *_ in self.points)]))
+            return SummaryWriter(str(self.folder), purge_step=first)
         finally:
             event_file_writer.time = time
 

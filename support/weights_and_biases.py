@@ -26,7 +26,7 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
     Returns that run; where its `resumed` is false, it has nothing of what a process before this one wrote.
 
     Raises:
-        UsageError: no login, or no network. Weights & Biases then leaves its own folder, wandb/ or what WANDB_DIR names.
+        UsageError: no login, or no network. What Weights & Biases leaves is its own: wandb/, here or in WANDB_DIR.
     """
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds, not 90
     os.environ.setdefault("WANDB_SILENT", "true")  # what it has to say is said here

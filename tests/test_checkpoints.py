@@ -350,21 +350,24 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_reason_whatever_the_damage(
     assert_good(path)
 
 
-LINES = {name: f"{'0' * 64}  {name}\n" for name in (*FILES, "more.zst", "../checkpoint-1/state.pt", "..", ".", "", "a b.zst")}
+def line_of(name):
+    return f"{'0' * 64}  {name}\n"
+
+
 LISTS = {  # what becomes of the list of checksums
     "empty": lambda text: "",
     "without manifest.json": lambda text: without("manifest.json", text),
     "without state.pt": lambda text: without("state.pt", text),
     "one file twice": lambda text: text + text.splitlines(keepends=True)[0],
-    "a file that is not there": lambda text: text + LINES["more.zst"],
-    "itself": lambda text: text + LINES[CHECKSUMS],
-    "a file elsewhere": lambda text: text + LINES["../checkpoint-1/state.pt"],
+    "a file that is not there": lambda text: text + line_of("more.zst"),
+    "itself": lambda text: text + line_of(CHECKSUMS),
+    "a file elsewhere": lambda text: text + line_of("../checkpoint-1/state.pt"),
     "a way out and in again": lambda text: text.replace("state.pt", "../checkpoint-2/state.pt"),
     "an absolute path": lambda text: text.replace("state.pt", "/etc/hostname"),
-    "the folder above": lambda text: text + LINES[".."],
-    "the folder": lambda text: text + LINES["."],
-    "no name": lambda text: text + LINES[""],
-    "another program's file": lambda text: text + LINES["a b.zst"],
+    "the folder above": lambda text: text + line_of(".."),
+    "the folder": lambda text: text + line_of("."),
+    "no name": lambda text: text + line_of(""),
+    "another program's file": lambda text: text + line_of("a b.zst"),
     "carriage returns": lambda text: text.replace("\n", "\r\n"),
     "no last newline": lambda text: text[:-1],
     "an empty line": lambda text: "\n" + text,

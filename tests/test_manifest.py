@@ -48,10 +48,11 @@ def test_changes_are_read_back_in_their_order():
     assert [list(json.loads(line)) for line in Path("manifest.jsonl").read_text(encoding="utf-8").splitlines()] == [names] * 3
 
 
-def test_a_line_that_a_killed_sweep_has_torn_is_passed_over_and_the_next_one_is_whole():
+@pytest.mark.parametrize("tail", [b'{"time": 1.5, "ru', bytes(4_096), b'{"time": 1.5' + bytes(7), b"\xff\xfe"])
+def test_a_line_that_a_kill_or_a_power_cut_has_torn_is_passed_over_and_the_next_one_is_whole(tail):
     Manifest(HERE).add(change())
-    with open("manifest.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"time": 1.5, "ru')
+    with open("manifest.jsonl", "ab") as file:
+        file.write(tail)
     assert read_manifest(HERE) == [change()]
     Manifest(HERE).add(change("y"))
     assert read_manifest(HERE) == [change(), change("y")]
@@ -102,6 +103,8 @@ def test_a_folder_that_a_killed_sweep_has_only_made_is_taken_over():
     for name in ("runs", "logs"):
         Path("x", name).mkdir(parents=True)
     Path("x/sweep.json.partial").write_text("{", encoding="utf-8")
+    for hidden in ("x/.DS_Store", "x/._runs", "x/runs/.DS_Store"):
+        Path(hidden).touch()
     refuse_another(Path("x"), ASKED)
     begin(Path("x"), ASKED)
     assert read_asked(Path("x")).seeds == [1] and not Path("x/sweep.json.partial").exists()
