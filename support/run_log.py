@@ -172,16 +172,17 @@ class Curves:
     def _new_file(self, older: list[Path]) -> SummaryWriter:
         number = next_number(older)
         first = min([self.step, *(step for step, *_ in self.points)])
+        clock = event_file_writer.time
 
         def second_of_the_name() -> int:
-            event_file_writer.time = time  # what is asked after that is the time
+            event_file_writer.time = clock  # what is asked after that is the time
             return number
 
         event_file_writer.time = types.SimpleNamespace(time=second_of_the_name)
         try:
             return SummaryWriter(str(self.folder), purge_step=first)
         finally:
-            event_file_writer.time = time
+            event_file_writer.time = clock
 
     def close(self) -> None:
         if self.writer is not None:
