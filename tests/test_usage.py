@@ -203,3 +203,22 @@ def test_flags_given_are_those_that_the_command_line_names(monkeypatch, words, n
 
 def test_a_flag_is_its_fields_name_in_the_shells_spelling():
     assert usage.flag("num_envs") == "--num-envs" and usage.flag("seed") == "--seed"
+
+
+def test_the_users_home_is_put_in_where_a_shell_leaves_it_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = [
+        "x.py",
+        "~/runs/a",
+        "--out=~/x.png",
+        "--export",
+        "~",
+        "a~b",
+        "--name=a=~/b",
+        "~nobody-of-this-name/x",
+        "--",
+        "-o=~",
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    expected = ["/home/me/runs/a", "--out=/home/me/x.png", "--export", "/home/me", *given[5:-1], "-o=/home/me"]
+    assert usage.words_given() == expected
