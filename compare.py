@@ -80,8 +80,8 @@ class Settings:
     probe_updates: Annotated[int | None, Ge(1)] = None
     """gradient steps of each network at each target, with the run's batch size; by default 1,000, of a sequence 200"""
     probe_learning_rate: Annotated[float | None, Interval(gt=0, lt=math.inf)] = None
-    """of all networks, whatever the run's was; by default 1e-4, of a sequence of tasks 5e-4. A higher one is no good for one
-    target: there an agent that has lost plasticity fits it as well as any"""
+    """of all networks, whatever the run's was; by default 1e-4, of a sequence of tasks 5e-4. A higher one is no good for
+    a single target: an agent that has lost plasticity may fit it as well as any"""
     probe_seeds: Count = 3
     """repetitions, each with its own targets, batches, fresh weights and injection"""
 

@@ -12,11 +12,11 @@ import numpy as np
 
 @contextlib.contextmanager
 def settings_hidden() -> Iterator[None]:
-    """While matplotlib is imported, which reads what the user has set for other work, and ends where that is no good.
+    """While matplotlib is imported: it reads what the user has set for other work, and fails where that is no good.
 
-    That is MPLBACKEND, as every command of a notebook inherits it, and a file matplotlibrc: in the working folder, at
-    MATPLOTLIBRC, or in the user's folder of settings. In that folder matplotlib also keeps its list of fonts, so
-    MPLCONFIGDIR stays what it is.
+    That is MPLBACKEND, as every command of a notebook inherits it, and a file matplotlibrc: in the working
+    folder, at MATPLOTLIBRC, or in the user's folder of settings. In that folder matplotlib also keeps its list of
+    fonts, so MPLCONFIGDIR stays what it is.
     """
     instead = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     if os.environ.get("MPLCONFIGDIR"):
@@ -50,7 +50,8 @@ with settings_hidden():
     from matplotlib.transforms import ScaledTranslation as ScaledTranslation
 
 INK = "#222222"
-COLOURS = (  # Okabe and Ito's, safe for the colour-blind; wine in the place of their yellow, which is faint on white
+# Okabe and Ito's, safe for the colour-blind; wine in the place of their yellow, which is faint on white
+COLOURS = (
     "#0072b2",
     "#d55e00",
     "#009e73",
@@ -61,7 +62,7 @@ COLOURS = (  # Okabe and Ito's, safe for the colour-blind; wine in the place of 
     "#882255",
 )
 MARKERS = ("", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p")
-DASHES = ("-", "--", "-.", ":")  # as many as are easily told apart; with 11 markers that makes 44 different lines
+DASHES = ("-", "--", "-.", ":")  # with 11 markers that makes 44 different lines
 MARKED = 8  # places at which a line has its marker
 
 STYLE: dict[Any, Any] = {
@@ -75,13 +76,15 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "the same names in every file",
     "text.parse_math": False,  # a $ in a name is a $
 }
-DEFAULTS: dict[Any, Any] = {name: matplotlib.rcParamsDefault[name] for name in matplotlib.rcParamsDefault if name != "backend"}
-UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # a figure that is drawn twice is the same file
+DEFAULTS: dict[Any, Any] = dict(matplotlib.rcParamsDefault)
+del DEFAULTS["backend"]  # of windows, which nothing here opens
+# a figure that is drawn twice is the same file
+UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Around, or as a decorator of, all that draws and saves: matplotlib's defaults and `STYLE`, nothing else."""
+    """Around all that draws and saves, also as a decorator: matplotlib's defaults and `STYLE`, nothing else."""
     with matplotlib.rc_context(DEFAULTS | STYLE):
         yield
 
@@ -97,12 +100,13 @@ def save(figure: Figure, path: str | Path, **how: Any) -> None:
 
 @dataclass(frozen=True)
 class Look:
-    """How one of several things is drawn: no other has its dashes and marker, so that they are told apart without colours."""
+    """How one of several things is drawn. No other has its dashes and marker: they are told apart without colours."""
 
     colour: str
     dashes: str
     marker: str  # "" for none
-    shift: float = 0.0  # where between two places the first marker is, 0 to 1, so that those of several lines lie apart
+    shift: float = 0.0
+    """where between two places the first marker is, 0 to 1, so that those of several lines lie apart"""
 
     @property
     def line(self) -> dict[str, Any]:
@@ -126,8 +130,15 @@ def look(number: int) -> Look:
     )
 
 
-def plot_broken(ax: Axes, x: np.ndarray, y: np.ndarray, marker: str = "", shift: float = 0.0, **style: Any) -> None:
-    """A line with gaps where `y` (B,) is NaN, and with a marker at about `MARKED` places; a value between two gaps is a dot."""
+def plot_broken(
+    ax: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    marker: str = "",
+    shift: float = 0.0,
+    **style: Any,
+) -> None:
+    """A line with gaps where `y` (B,) is NaN; a value between two gaps is a dot. A marker is at about `MARKED` places."""
     gaps = np.pad(np.isnan(y), 1, constant_values=True)
     marked = set(np.flatnonzero(~gaps[1:-1] & gaps[:-2] & gaps[2:]).tolist())
     if marker:

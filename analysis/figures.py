@@ -57,7 +57,8 @@ def draw(ax: Axes, arms: list[Arm], looks: dict[str, Look], tag: str, bins: int,
             above = 2 + (arm.setting["intervention"] == "none")  # what arms share is drawn as without intervention
             for own in curves:
                 plot_broken(ax, middles, own, color=style.colour, lw=0.6, alpha=0.45, zorder=above)
-            plot_broken(ax, middles, centre, **style.line, lw=2, label=f"{arm.name} (n = {len(curves)})", zorder=above)
+            name = f"{arm.name} (n = {len(curves)})"
+            plot_broken(ax, middles, centre, **style.line, lw=2, label=name, zorder=above)
             ax.fill_between(middles, low, high, color=style.colour, alpha=0.18, lw=0)
         if any(map(len, undefined)):
             at = np.concatenate(undefined)
@@ -102,7 +103,7 @@ def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: s
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     legend_rows = [0]
-    below = ScaledTranslation(0, -0.45, figure.dpi_scale_trans)  # inches: the legend is below the label of the axis
+    below = ScaledTranslation(0, -0.45, figure.dpi_scale_trans)  # inches, below the label of the axis
     played = "a training game" if metric == "charts/episodic_return" else "an evaluation game"
     for ax, (game, shown) in zip(axes.flat, games.items(), strict=False):
         num_points = np.mean([run.scalars[metric].shape[1] for arm in shown for run in arm.runs])

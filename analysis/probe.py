@@ -30,13 +30,13 @@ def probe_checkpoint(path: Path, observations: int, updates: int, seeds: int, ra
     """Fitting capacity of the agent in a checkpoint, with and without a fresh injection, against a fresh network's.
 
     With each seed all three get the same observations, targets (but for `fit`'s offset) and batches. The agent's and the
-    injected agent's errors before the first update are one number, since an injection does not change Q. They learn at `rate`,
-    by default `PROBE_LEARNING_RATE`, whatever the run's was.
+    injected agent's errors before the first update are one number, since an injection does not change Q. They learn
+    at `rate`, by default `PROBE_LEARNING_RATE`, whatever the run's was.
 
     Returns:
         plain data: "errors" {contender: {"start": (seeds,), "end": (seeds,)}}, mean squared, None where not finite;
-        "relative_to_fresh" {contender: see `relative_error`}, of the errors at the end; "sentence"; "remark", None where there
-        is none; what it was measured on
+        "relative_to_fresh" {contender: see `relative_error`}, of the errors at the end; "sentence"; "remark", None where
+        there is none; what it was measured on
 
     Raises:
         UsageError: the checkpoint is damaged or cannot be probed.
@@ -83,12 +83,12 @@ def times(relative: dict[str, Any]) -> str:
 
 
 def remark(rate: float) -> str | None:
-    """What a reader should know of the learning rate of a probe of one target; None at the default and below."""
+    """What to know of the learning rate of a probe of one target; None at the default and below."""
     if rate <= PROBE_LEARNING_RATE:
         return None
     return (
-        f"at learning rate {rate:g} an agent may fit well that has lost plasticity: with enough updates a high rate fits "
-        f"anything; leave out --probe-learning-rate for {PROBE_LEARNING_RATE:g}"
+        f"at learning rate {rate:g} an agent may fit well that has lost plasticity: with enough updates a high rate "
+        f"fits anything; leave out --probe-learning-rate for {PROBE_LEARNING_RATE:g}"
     )
 
 

@@ -27,7 +27,8 @@ def draw(target: str, title: str, arms: dict[str, np.ndarray], steps: np.ndarray
     for number, (name, values) in enumerate(arms.items()):
         style = look(number)
         ax.plot(steps, values.T, color=style.colour, lw=0.8, alpha=0.5)
-        plot_broken(ax, steps, values.mean(axis=0), **style.line, lw=2.2, label=f"{name}, mean of {len(values)}")
+        label = f"{name}, mean of {len(values)}"
+        plot_broken(ax, steps, values.mean(axis=0), **style.line, lw=2.2, label=label)
     ax.set(xlabel="step (1 step = 4 frames)", ylabel="mean score of an evaluation")
     ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
     means = [line for line in ax.lines if line.get_linewidth() == 2.2]
@@ -40,21 +41,26 @@ def main() -> None:
     with ends_in_one_line():
         target, *folders = words_given() or [""]
         if not folders:
-            raise UsageError("give a figure's name and folders of runs: python img/draw_arms.py img/NAME.png runs/FOLDER ...")
+            raise UsageError("give a figure and runs: python img/draw_arms.py img/NAME.png runs/FOLDER ...")
         runs = [read_run(folder, RETURN) for folder in sorted(folders)]
-        curves = defaultdict(list)
+        curves = defaultdict(list)  # of each arm {step: mean score}
         for run in runs:
-            steps, values = run.scalars[RETURN]
-            curves[run.args.exp_name].append(dict(zip(steps.astype(int).tolist(), values.tolist(), strict=True)))
-        shared = sorted(set.intersection(*(set(curve) for of_arm in curves.values() for curve in of_arm)))
-        if not shared:
+            points = zip(*run.scalars[RETURN], strict=True)
+            curves[run.args.exp_name].append({int(step): float(value) for step, value in points})
+        every = [set(curve) for of_arm in curves.values() for curve in of_arm]
+        steps = sorted(set.intersection(*every))
+        if not steps:
             raise UsageError("the runs have no step in common at which each was evaluated: give others")
-        arms = {name: np.array([[curve[step] for step in shared] for curve in of_arm]) for name, of_arm in curves.items()}
-        print("| step | " + " | ".join(arms) + " |\n|" + "---|" * (len(arms) + 1))
-        for i, step in enumerate(shared):
-            cells = (f"{v[:, i].mean():.1f} [{v[:, i].min():.1f}, {v[:, i].max():.1f}]" for v in arms.values())
-            print(f"| {step:,} | " + " | ".join(cells) + " |")
-        draw(target, runs[0].args.env_id, arms, np.array(shared))
+        arms = {}
+        for name, of_arm in curves.items():
+            arms[name] = np.array([[curve[step] for step in steps] for curve in of_arm])
+        print(f"| step | {' | '.join(arms)} |")
+        print(f"| --- | {' | '.join('---' for _ in arms)} |")
+        for i, step in enumerate(steps):
+            at_step = [values[:, i] for values in arms.values()]
+            cells = [f"{values.mean():.1f} [{values.min():.1f}, {values.max():.1f}]" for values in at_step]
+            print(f"| {step:,} | {' | '.join(cells)} |")
+        draw(target, runs[0].args.env_id, arms, np.array(steps))
 
 
 if __name__ == "__main__":

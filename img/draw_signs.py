@@ -120,7 +120,8 @@ def draw(target: str, by_rate: dict[float, list[Agent]], drawn: list[str]) -> No
     figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, 4, sharey=True, squeeze=False)
     for ax, name in zip(axes.flat, drawn, strict=False):
-        for number, (rate, of_one) in enumerate(zip(by_rate, points(list(by_rate.values()), name), strict=True)):
+        groups = points(list(by_rate.values()), name)
+        for number, (rate, of_one) in enumerate(zip(by_rate, groups, strict=True)):
             ax.scatter(*of_one, **look(number).point, s=22, label=f"learning rate {rate:g}")
         ax.axhline(0, color="#999999", lw=0.8)
         ax.xaxis.set_major_locator(MaxNLocator(4))
@@ -157,7 +158,9 @@ def main() -> None:
             add_probe(agents, path)
         names = list(dict.fromkeys(name for agent in agents.values() for name in agent.measures))
         rates = sorted({agent.learning_rate for agent in agents.values()})
-        by_rate = {rate: [agent for agent in agents.values() if agent.learning_rate == rate] for rate in rates}
+        by_rate = {}
+        for rate in rates:
+            by_rate[rate] = [agent for agent in agents.values() if agent.learning_rate == rate]
         print_table(by_rate, names)
         draw(target, by_rate, [name for name in names if name.startswith(DRAWN) or name not in own])
         half, rare = np.quantile(largest_by_chance(list(by_rate.values()), names), (0.5, 0.95))

@@ -161,7 +161,7 @@ def reading(path: Path, kind: str, fix: str) -> Iterator[None]:
 
 
 def words_given() -> list[str]:
-    """The words of this process's command line, ~ as the user's home: also in --out=~/x.png, where no shell puts it in."""
+    """This process's command line, ~ as the user's home: also in --out=~/x.png, where no shell puts it in."""
     words = []
     for word in sys.argv[1:]:
         name, equals, value = word.partition("=")

@@ -65,7 +65,7 @@ def test_a_runs_return_is_drawn(script, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "arguments", "fix"),
     [
-        ("draw_arms", [], "give a figure's name and folders of runs"),
+        ("draw_arms", [], "give a figure and runs"),
         ("draw_arms", ["x.png", "nowhere"], "nowhere is no run's folder"),
         ("draw_return", [], "give a run and a figure's name"),
         ("draw_return", ["nowhere", "x.png", "many"], "RANDOM_SCORE is many, but must be a number"),

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from dqn_injection_atari import Args
+from dqn_injection_atari import Args, parse_args
 from support import usage
 from support.flags import Period, PositivePeriod
 from support.usage import Count, NotBelow, OnlyWith, Positive, Share, Steps, UsageError, check_bounds
@@ -222,3 +222,5 @@ def test_the_users_home_is_put_in_where_a_shell_leaves_it_out(monkeypatch):
     monkeypatch.setattr(sys, "argv", given)
     expected = ["/home/me/runs/a", "--out=/home/me/x.png", "--export", "/home/me", *given[5:-1], "-o=/home/me"]
     assert usage.words_given() == expected
+    monkeypatch.setattr(sys, "argv", ["dqn_injection_atari.py", "--evaluate=~/runs/a"])
+    assert parse_args().evaluate == "/home/me/runs/a"
