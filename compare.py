@@ -18,7 +18,7 @@ Written beside --out: the figure of return, one of the plasticity measures (NAME
 asks saved agents, in minutes: how well does each fit random targets, as it is and after an injection, next to a fresh
 network? That needs no second arm, but says nothing about the return.
 
-    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 21 --probe-learning-rate 5e-4 --out img/tasks.png
+    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 21 --out img/tasks.png
     python compare.py --probe fresh --env-id PhoenixNoFrameskip-v4
 
 takes each through a sequence of random targets, also as a copy that is injected at a task, and one whose head is reset there:
@@ -46,7 +46,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed: pip install -r requirements-dev.txt")
 
 from support.process import ends_in_one_line
-from support.usage import Count, UsageError, changed_fields, check_bounds
+from support.usage import Count, UsageError, changed_fields, check_bounds, words_given
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Settings:
     probe_updates: Annotated[int | None, Ge(1)] = None
     """gradient steps of each network at each target, with the run's batch size; by default 1,000, of a sequence 200"""
     probe_learning_rate: Annotated[float | None, Interval(gt=0, lt=math.inf)] = None
-    """by default the run's, for fresh 5e-4"""
+    """of all networks, whatever the run's was; by default 1e-4, of a sequence of tasks 5e-4. A higher one is no good for
+    a single target: an agent that has lost plasticity may fit it as well as any"""
     probe_seeds: Count = 3
     """repetitions, each with its own targets, batches, fresh weights and injection"""
 
@@ -111,7 +112,7 @@ def check(settings: Settings) -> None:
 
 def main() -> None:
     with ends_in_one_line():
-        settings = tyro.cli(Settings, description=__doc__)
+        settings = tyro.cli(Settings, description=__doc__, args=words_given())
         check(settings)
         out = None if settings.out is None else Path(settings.out)
         tasks = settings.probe_tasks or (21 if NO_CHECKPOINT in settings.probe else None)

@@ -708,7 +708,7 @@ class CommandLine(Args):
 
 def parse_args() -> Args:
     """The command line as `Args`. Flags that are not given are as in the preset, or as in the run to resume or fork."""
-    line, named = asdict(tyro.cli(CommandLine, description=__doc__)), usage.flags_given()
+    line, named = asdict(tyro.cli(CommandLine, description=__doc__, args=usage.words_given())), usage.flags_given()
     given = {name: value for name, value in line.items() if name in named}
     preset, what, apply = PRESETS[line["preset"]], given.get("intervention"), given.get("apply_injection")
     if what is not None and apply is not None and apply == (what == "none"):

@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.machine import circumstances, pick_device
-from support.process import Signals
+from support.process import Signals, ends_in_one_line
 from support.runs import Origin, Run
+from support.usage import words_given
 
 
 @dataclass
@@ -149,4 +150,5 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    with ends_in_one_line():
+        main(tyro.cli(Settings, description=__doc__, args=words_given()))

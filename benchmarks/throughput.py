@@ -29,8 +29,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
 from support.machine import circumstances, pick_device
-from support.process import Signals
+from support.process import Signals, ends_in_one_line
 from support.runs import Origin, Run
+from support.usage import words_given
 
 ROOT = Path(script.__file__).parent
 
@@ -208,4 +209,5 @@ def main(settings: ThroughputSettings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ThroughputSettings, description=__doc__))
+    with ends_in_one_line():
+        main(tyro.cli(ThroughputSettings, description=__doc__, args=words_given()))

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -157,6 +158,18 @@ def reading(path: Path, kind: str, fix: str) -> Iterator[None]:
             raise
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UsageError(f"{path} cannot be read as {kind} ({type(error).__name__}: {reason}): {fix}") from error
+
+
+def words_given() -> list[str]:
+    """This process's command line, ~ as the user's home: also in --out=~/x.png, where no shell puts it in."""
+    words = []
+    for word in sys.argv[1:]:
+        name, equals, value = word.partition("=")
+        if equals and name.startswith("-"):
+            words.append(f"{name}={os.path.expanduser(value)}")
+        else:
+            words.append(os.path.expanduser(word))
+    return words
 
 
 def flags_given() -> set[str]:

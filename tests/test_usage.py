@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import pytest
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from dqn_injection_atari import Args
+from dqn_injection_atari import Args, parse_args
 from support import usage
 from support.flags import Period, PositivePeriod
 from support.usage import Count, NotBelow, OnlyWith, Positive, Share, Steps, UsageError, check_bounds
@@ -203,3 +203,24 @@ def test_flags_given_are_those_that_the_command_line_names(monkeypatch, words, n
 
 def test_a_flag_is_its_fields_name_in_the_shells_spelling():
     assert usage.flag("num_envs") == "--num-envs" and usage.flag("seed") == "--seed"
+
+
+def test_the_users_home_is_put_in_where_a_shell_leaves_it_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = [
+        "x.py",
+        "~/runs/a",
+        "--out=~/x.png",
+        "--export",
+        "~",
+        "a~b",
+        "--name=a=~/b",
+        "~nobody-of-this-name/x",
+        "--",
+        "-o=~",
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    expected = ["/home/me/runs/a", "--out=/home/me/x.png", "--export", "/home/me", *given[5:-1], "-o=/home/me"]
+    assert usage.words_given() == expected
+    monkeypatch.setattr(sys, "argv", ["dqn_injection_atari.py", "--evaluate=~/runs/a"])
+    assert parse_args().evaluate == "/home/me/runs/a"
