@@ -305,7 +305,7 @@ def test_the_newest_checkpoint_and_those_at_injection_steps_are_kept(monkeypatch
         ["checkpoint-80", "checkpoint-142", "checkpoint-160"],
         ["checkpoint-80", "checkpoint-142", "checkpoint-240"],
     ]
-    assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == ["events", "run.js"]
+    assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == ["events", "progre", "run.js"]
     assert json.loads((folder / END / "manifest.json").read_text(encoding="utf-8")).keys() == {
         "format",
         "step",

@@ -1,0 +1,53 @@
+"""How far a run has come, in progress.json in its folder: for programs, so that none has to read what it says to people."""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+PROGRESS = "progress.json"
+
+
+class ProgressFile:
+    """A run's progress.json, whole at any moment. It is no part of the run: where it cannot be written, that goes on without.
+
+    Args:
+        folder: of the run
+        first: step at which this process begins
+        total: step at which the run ends
+    """
+
+    PAUSE_SECONDS = 2
+
+    def __init__(self, folder: Path, first: int, total: int):
+        self.path = folder / PROGRESS
+        self.written = -float("inf")  # on the monotonic clock
+        self.state: dict[str, Any] = {
+            "step": first,
+            "total_timesteps": total,
+            "steps_per_second": None,  # of late
+            "return": None,  # mean of late games
+            "device": None,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "began": time.time(),  # this process, seconds since 1970
+            "first": first,
+            "time": None,  # of what is said here, seconds since 1970
+        }
+
+    def note(self, **changes: Any) -> None:
+        """Takes up what has changed, and writes it if the last time is a while ago."""
+        self.state |= changes | {"time": time.time()}
+        if time.monotonic() - self.written >= self.PAUSE_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Writes all that was noted, in place of what is there; not flushed to the disk, since nothing depends on it."""
+        self.written = time.monotonic()
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with contextlib.suppress(OSError):
+            partial.write_text(json.dumps(self.state) + "\n", encoding="utf-8")
+            os.replace(partial, self.path)
