@@ -119,9 +119,11 @@ def cluster(address: str | None) -> Iterator[None]:
             sys.exit(128 + signal.SIGTERM)
         except Exception as error:
             why = reason(error)
+            if isinstance(error, UnicodeError):  # a folder's name in a locale that has no such letters
+                raise UsageError(f"Ray cannot take a path here ({why}): set PYTHONUTF8=1, or a locale in UTF-8") from None
             if address is None:
-                fix = "once more, or see what ray start --head says and give the address it names to --address"
-                raise UsageError(f"Ray does not start here ({why}): try {fix} (docs/sweeps.md)") from None
+                fix = "try once more, or see what ray start --head says and give the address that it names to --address"
+                raise UsageError(f"Ray does not start here ({why}): {fix} (docs/sweeps.md)") from None
             fix = "leave out --address to use this machine, or start one: ray start --head (docs/sweeps.md)"
             raise UsageError(f"no Ray cluster answers at {address} ({why}): {fix}") from None
         signal.signal(signal.SIGTERM, end)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,10 +125,9 @@ def check_names(names: list[str]) -> None:
         raise UsageError(f"{longest} makes a folder's name of {length} bytes, but {LONGEST_NAME} are possible: {fix}")
     seen: set[str] = set()
     for name in names:
-        as_on_macos = unicodedata.normalize("NFC", name).casefold()
-        if as_on_macos in seen:
+        if name.casefold() in seen:  # on macOS, capital letters make no other name
             raise UsageError(f"two runs would have the name {name}: give arms, games and values that are spelt differently")
-        seen.add(as_on_macos)
+        seen.add(name.casefold())
 
 
 def identity_of(checkpoint: str | None) -> dict[str, Any] | None:
