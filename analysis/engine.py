@@ -26,6 +26,9 @@ os.environ |= {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # or under `uv run` every worker would be started by uv once more
     **os.environ,
 }
+# a cluster that is started by hand asks for the token of Ray's where there is one, but ray.init shows it only if it is told to
+if os.path.exists(os.path.expanduser("~/.ray/auth_token")):
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 import ray
 
 from support.jobs import failed
@@ -76,6 +79,8 @@ def join(address: str) -> None:
     """A cluster that is there."""
     if address != "auto":
         host, _, port = address.rpartition(":")
+        if not port.isdigit():
+            raise ValueError("it is neither HOST:PORT nor auto")
         socket.create_connection((host, int(port)), timeout=5).close()
     # it may try for minutes; -P, since what lies in the working directory is none of Python's modules
     check = (sys.executable, "-P", "-c", "import ray, sys; ray.init(sys.argv[1])", address)

@@ -23,7 +23,7 @@ class ProgressFile:
     PAUSE_SECONDS = 2
 
     def __init__(self, folder: Path, first: int, total: int):
-        self.path = folder / PROGRESS
+        self.folder = folder
         self.written = -float("inf")  # on the monotonic clock
         self.state: dict[str, Any] = {
             "step": first,
@@ -47,7 +47,7 @@ class ProgressFile:
     def write(self) -> None:
         """Writes all that was noted, in place of what is there; not flushed to the disk, since nothing depends on it."""
         self.written = time.monotonic()
-        partial = self.path.with_name(f".{self.path.name}.partial")
         with contextlib.suppress(OSError):
+            partial = self.folder / f".{PROGRESS}.partial"
             partial.write_text(json.dumps(self.state) + "\n", encoding="utf-8")
-            os.replace(partial, self.path)
+            os.replace(partial, self.folder / PROGRESS)

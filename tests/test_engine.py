@@ -142,6 +142,21 @@ def test_rays_settings_are_ours_unless_the_user_has_set_them(monkeypatch):
         assert os.environ[name] == found
 
 
+@pytest.mark.parametrize(
+    ("given", "token", "found"), [(None, True, "token"), (None, False, None), ("disabled", True, "disabled")]
+)
+def test_a_cluster_that_asks_for_rays_token_gets_it_where_there_is_one(monkeypatch, tmp_path, given, token, found):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", given or "")
+    if given is None:
+        monkeypatch.delenv("RAY_AUTH_MODE")
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").touch()
+    runpy.run_path(engine.__file__)
+    assert os.environ.get("RAY_AUTH_MODE") == found
+
+
 # a job that fails when it gets SIGTERM, cancelled; Ray belongs into a process of its own, in which nothing of it is left
 CANCEL = """
 import signal, sys, time

@@ -73,7 +73,7 @@ def test_a_log_notes_steps_speed_and_return_as_it_says_them():
 def test_a_run_says_how_far_it_is_from_its_first_moment_to_its_end(monkeypatch):
     written = []
     original = ProgressFile.write
-    monkeypatch.setattr(ProgressFile, "write", lambda file: (original(file), written.append(said(file.path.parent))))
+    monkeypatch.setattr(ProgressFile, "write", lambda file: (original(file), written.append(said(file.folder))))
     short = {"total_timesteps": 120, "learning_starts": 120, "checkpoint_frequency": 60, "plasticity_frequency": 0}
     folder = train(replace(BRIEF, **short))
     first, last = written[0], said(folder)
