@@ -195,6 +195,11 @@ class Sweep:
                 live.update(self.book.table(len(self.book.tasks)))
 
 
+def alone(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """No other sweep runs in this folder during the block, see `alone_in`."""
+    return alone_in(folder, MANIFEST, "a sweep's folder", "give another --name")
+
+
 def main() -> None:
     with ends_in_one_line():
         settings, asked = command_line(sys.argv[1:])
@@ -205,7 +210,7 @@ def main() -> None:
             raise UsageError(f"name is {folder.name}, {length} bytes, but {LONGEST_NAME} are possible: give a shorter --name")
         before = read_asked(folder) if (folder / "sweep.json").exists() else asked
         asked = replace(asked, threads=settings.threads_per_run or before.threads, gpu=before.gpu)
-        with alone_in(folder, MANIFEST) if (folder / MANIFEST).exists() and not settings.dry_run else contextlib.nullcontext():
+        with alone(folder) if (folder / MANIFEST).exists() and not settings.dry_run else contextlib.nullcontext():
             refuse_another(folder, asdict(asked))
         if settings.dry_run:
             print(*plan_in_words(runs, settings.speed or measured_speed(read_manifest(folder))), sep="\n")
@@ -221,7 +226,7 @@ def main() -> None:
                 asked, threads=threads, gpu=any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks)
             )
             prepare(folder)
-            stack.enter_context(alone_in(folder, MANIFEST))
+            stack.enter_context(alone(folder))
             refuse_another(folder, asdict(asked))  # once more, now that no other sweep can begin here
             begin(folder, asdict(asked))
             book = Book(folder, tasks)

@@ -82,7 +82,7 @@ def read_asked(folder: Path) -> Asked:
     Raises:
         UsageError: the folder is no sweep's.
     """
-    with reading(folder / "sweep.json", "what a sweep was asked", "give a folder under sweeps/"):
+    with reading(folder / "sweep.json", "what a sweep was asked", "give another --name"):
         values = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         return Asked(**{field.name: values[field.name] for field in fields(Asked) if field.name in values})
 

@@ -126,7 +126,8 @@ def check_names(names: list[str]) -> None:
     seen: set[str] = set()
     for name in names:
         if name.casefold() in seen:  # on macOS, capital letters make no other name
-            raise UsageError(f"two runs would have the name {name}: give arms, games and values that are spelt differently")
+            fix = "give arms, games and values that are spelt differently, and not in capital letters alone"
+            raise UsageError(f"two runs would have the name {name}: {fix}")
         seen.add(name.casefold())
 
 

@@ -67,7 +67,10 @@ def test_a_log_notes_steps_speed_and_return_as_it_says_them():
     log.games({"_episode": [True, True], "episode": {"r": np.array([3.0, 6.0]), "l": [5, 5]}}, 40)
     log.interval(60, 1.0, {})
     assert (said()["step"], said()["return"]) == (60, 4.5)
+    log.progress.PAUSE_SECONDS = 1_000
+    log.interval(80, 1.0, {})
     log.close()
+    assert said()["step"] == 80, "what was noted last is there in the end"
 
 
 def test_a_run_says_how_far_it_is_from_its_first_moment_to_its_end(monkeypatch):

@@ -471,6 +471,18 @@ def test_two_sweeps_cannot_run_in_one_folder(command, no_ray):
     assert status == 1 and f"another process is running {FOLDER}: wait for it" in errors
 
 
+def test_a_folder_that_cannot_be_a_sweeps_names_the_flag_for_another(command, no_ray):
+    def refused():
+        status, _, errors = command()
+        return status == 1 and "cannot be read as" in errors and errors.endswith(": give another --name\n")
+
+    (FOLDER / "manifest.jsonl").mkdir(parents=True)
+    assert refused()
+    (FOLDER / "manifest.jsonl").rmdir()
+    (FOLDER / "sweep.json").write_text("[]", encoding="utf-8")
+    assert refused()
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_run_that_needs_more_than_the_machine_has_is_refused(command):
