@@ -102,7 +102,9 @@ def command_line(words: list[str]) -> tuple[Settings, Asked]:
         raise UsageError(f"gpus_per_run is {gpus:g}, but must be whole above 1: change --gpus-per-run")
     if settings.name is not None and (Path(settings.name).name != settings.name or settings.name in ("", "..")):
         raise UsageError(f"name is {settings.name}, but must be a folder's under sweeps/: change --name")
-    origin = None if settings.from_checkpoint is None else str(Path(os.path.expanduser(settings.from_checkpoint)).resolve())
+    origin = None
+    if settings.from_checkpoint is not None:
+        origin = str(Path(os.path.expanduser(settings.from_checkpoint)).resolve())
     arms, grid = all_arms(settings.arms, own), [list(axis) for axis in settings.grid]
     return settings, Asked(settings.env_ids, settings.seeds, arms, grid, rest[1:], origin, settings.steps)
 
@@ -206,8 +208,10 @@ def main() -> None:
         runs = plan(asked)
         asked = replace(asked, origin=identity_of(asked.from_checkpoint))
         folder = Path("sweeps", default_name(asked, runs[0].args.env_id) if settings.name is None else settings.name)
-        if (length := len(os.fsencode(folder.name))) > LONGEST_NAME:
-            raise UsageError(f"name is {folder.name}, {length} bytes, but {LONGEST_NAME} are possible: give a shorter --name")
+        length = len(os.fsencode(folder.name))
+        if length > LONGEST_NAME:
+            too_long = f"name is {folder.name}, {length} bytes, but {LONGEST_NAME} are possible"
+            raise UsageError(f"{too_long}: give a shorter --name")
         before = read_asked(folder) if (folder / "sweep.json").exists() else asked
         asked = replace(asked, threads=settings.threads_per_run or before.threads, gpu=before.gpu)
         with alone(folder) if (folder / MANIFEST).exists() and not settings.dry_run else contextlib.nullcontext():

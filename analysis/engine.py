@@ -26,7 +26,7 @@ os.environ |= {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # or under `uv run` every worker would be started by uv once more
     **os.environ,
 }
-# a cluster that is started by hand asks for the token of Ray's where there is one, but ray.init shows it only if it is told to
+# a cluster that was started by hand asks for Ray's token where there is one; ray.init shows it only if told to
 if os.path.exists(os.path.expanduser("~/.ray/auth_token")):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 import ray
@@ -36,11 +36,11 @@ from support.machine import usable_processors
 from support.usage import UsageError
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
-SOCKET = "session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"  # the longest one in a folder of Ray's
+SOCKET = "session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"  # the longest in Ray's folder
 
 
 def folder_for_sockets() -> str:
-    """A new folder, for Ray alone, in which its sockets can be: systems keep their paths short, Linux to 107 bytes.
+    """A new folder, for Ray alone, in which its sockets can be: their paths have to be short, 107 bytes on Linux.
 
     Raises:
         UsageError: there is no place for it.
@@ -60,7 +60,8 @@ def folder_for_sockets() -> str:
             return folder
         except OSError:  # it is too long, or this file system has none
             shutil.rmtree(folder, ignore_errors=True)
-    raise UsageError(f"Ray's sockets can be in none of {', '.join(places)}: set TMPDIR to a folder with a short path")
+    tried = ", ".join(places)
+    raise UsageError(f"Ray's sockets can be in none of {tried}: set TMPDIR to a folder with a short path")
 
 
 def start(folder: str) -> None:
@@ -84,13 +85,24 @@ def join(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
     # it may try for minutes; -P, since what lies in the working directory is none of Python's modules
     check = (sys.executable, "-P", "-c", "import ray, sys; ray.init(sys.argv[1])", address)
-    subprocess.run(check, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", timeout=60, check=True)
+    subprocess.run(check, capture_output=True, encoding="utf-8", timeout=60, check=True)
     ray.init(address, **QUIET)
 
 
 def reason(error: Exception) -> str:
-    """Why Ray does not start, or is not there, in its own words; the error itself goes on where it is none of Ray's."""
-    expected = (subprocess.SubprocessError, OSError, RuntimeError, ValueError, OverflowError, ray.exceptions.RayError)
+    """Why Ray does not start, or is not there, in its own words.
+
+    Raises:
+        Exception: the error itself, where it is none of Ray's.
+    """
+    expected = (
+        subprocess.SubprocessError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        OverflowError,
+        ray.exceptions.RayError,
+    )
     if type(error) is not Exception and not isinstance(error, expected):
         raise error
     if isinstance(error, subprocess.TimeoutExpired):
@@ -125,9 +137,10 @@ def cluster(address: str | None) -> Iterator[None]:
         except Exception as error:
             why = reason(error)
             if isinstance(error, UnicodeError):  # a folder's name in a locale that has no such letters
-                raise UsageError(f"Ray cannot take a path here ({why}): set PYTHONUTF8=1, or a locale in UTF-8") from None
+                fix = "set PYTHONUTF8=1, or a locale in UTF-8"
+                raise UsageError(f"Ray cannot take a path here ({why}): {fix}") from None
             if address is None:
-                fix = "try once more, or see what ray start --head says and give the address that it names to --address"
+                fix = "try once more, or see what ray start --head says, and give its address to --address"
                 raise UsageError(f"Ray does not start here ({why}): {fix} (docs/sweeps.md)") from None
             fix = "leave out --address to use this machine, or start one: ray start --head (docs/sweeps.md)"
             raise UsageError(f"no Ray cluster answers at {address} ({why}): {fix}") from None

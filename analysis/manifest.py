@@ -43,14 +43,15 @@ def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
 
 
 def same_checkpoint(before: dict[str, Any], plain: dict[str, Any]) -> bool:
-    """Whether two sweeps were asked to go on from one checkpoint, or both from none. It may lie elsewhere by now."""
-    then, now = before.get("from_checkpoint"), plain.get("from_checkpoint")
-    if then is None or now is None:
-        return then is now
+    """Whether two sweeps go on from one checkpoint, which may lie elsewhere by now, or both from none."""
+    path_before = before.get("from_checkpoint")
+    path = plain.get("from_checkpoint")
+    if path_before is None or path is None:
+        return path_before is path
     if before.get("origin") is not None and plain.get("origin") is not None:
         return before["origin"] == plain["origin"]
-    # an older sweep noted its path alone; the names of a run's folder and of its checkpoint stay when both are moved
-    return Path(then).parts[-2:] == Path(now).parts[-2:]
+    # an older sweep noted the path alone; a run's folder and its checkpoint keep their names when moved
+    return Path(path_before).parts[-2:] == Path(path).parts[-2:]
 
 
 def prepare(folder: Path) -> None:
@@ -230,12 +231,12 @@ def now() -> float:
 
 
 def commit(root: Path = ROOT) -> str | None:
-    """Of the code in this folder; None where it is no repository of its own, also where it lies within another one."""
+    """Of the code in this folder; None where that is no repository of its own, as within another one."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     # with its own .git named, git looks for no repository in the folders around it
     command = ("git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always", "--dirty")
     try:
-        described = subprocess.run(command, cwd=root, env=own, capture_output=True, encoding="utf-8", check=True)
+        done = subprocess.run(command, cwd=root, env=own, capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-    return described.stdout.strip()
+    return done.stdout.strip()

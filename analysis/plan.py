@@ -29,7 +29,7 @@ OF_CONTINUATIONS = {  # those that it gives as well where runs continue one agen
     **{"injection_trigger": "--from-checkpoint", "preset": "--from-checkpoint"},
 }
 LONGEST_NAME = 255  # bytes that file systems allow
-AFTER_NAME = "__1234567890-1000"  # time and number, in the name of a run's folder; more than in that of its log
+AFTER_NAME = "__1234567890-1000"  # what a run's folder has after it: time and number; a log has less
 PARTS_BYTES, BYTES_PER_FRAME, BYTES_PER_STEP = 70e6, 120, 1.0  # estimates of checkpoints and curves, see docs/sweeps.md
 
 
@@ -120,9 +120,11 @@ def check_names(names: list[str]) -> None:
         UsageError: a file system has no room for the name of a run, or may take two for one.
     """
     longest = max(names, key=lambda name: len(name.encode()))
-    if (length := len((longest + AFTER_NAME).encode())) > LONGEST_NAME:
+    length = len((longest + AFTER_NAME).encode())
+    if length > LONGEST_NAME:
         fix = "give a shorter name to --arm, or fewer flags and values to --grid"
-        raise UsageError(f"{longest} makes a folder's name of {length} bytes, but {LONGEST_NAME} are possible: {fix}")
+        too_long = f"{longest} makes a folder's name of {length} bytes, but {LONGEST_NAME} are possible"
+        raise UsageError(f"{too_long}: {fix}")
     seen: set[str] = set()
     for name in names:
         if name.casefold() in seen:  # on macOS, capital letters make no other name
@@ -185,7 +187,8 @@ def all_arms(interventions: Sequence[str], own: dict[str, str]) -> dict[str, lis
     arms = {arm: ["--intervention", arm] for arm in interventions}
     for arm, flags in own.items():
         if not readable(arm):
-            raise UsageError(f'arm "{arm}" has no letter or digit that a folder\'s name could have: give another name to --arm')
+            nothing = f'arm "{arm}" has no letter or digit that a folder\'s name could have'
+            raise UsageError(f"{nothing}: give another name to --arm")
         if arm in INTERVENTIONS:
             raise UsageError(f"arm {arm} has flags already, --intervention {arm}: give another name to --arm")
         says = names_in(words := words_of(flags)) & {"intervention", "apply_injection"}

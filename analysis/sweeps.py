@@ -64,15 +64,20 @@ class Task:
             self.found = find_folder(self.folder, self.run.name)
         return self.found
 
+    def read(self) -> Progress | None:
+        """What its process says of itself; None before it has a folder."""
+        return None if self.run_folder is None else read_progress(self.run_folder)
+
     def take_up(self, last: Change) -> None:
         """Goes on from what a manifest says. A run whose folder has gone is to be done once more.
 
         Where the sweep was killed while it ran, nobody noted its hours: it counts up to its last word.
         """
         self.attempt, self.hours = last.attempt, last.hours
-        said = read_progress(self.run_folder) if last.state == "running" and self.run_folder is not None else None
-        if said is not None and said.time is not None:
-            self.hours += max(0.0, said.time - last.time) / 3600
+        if last.state == "running":
+            said = self.read()
+            if said is not None and said.time is not None:
+                self.hours += max(0.0, said.time - last.time) / 3600
         self.progress = Progress(step=last.step)
         if last.state == "finished" and self.run_folder is not None:
             self.state = "finished"
@@ -82,14 +87,14 @@ class Task:
         self.attempt += 1
         self.began, self.progress = None, Progress(step=self.progress.step)
         self.offset = self.log.stat().st_size if self.log.exists() else 0
-        said = None if self.run_folder is None else read_progress(self.run_folder)
+        said = self.read()
         self.before = None if said is None else said.process
 
     def look(self) -> bool:
         """Reads how far it has come. Returns whether it has begun since the last look."""
         if not self.log.exists() or self.log.stat().st_size <= self.offset:
             return False  # no process yet; to search for its folder among many would take long
-        progress = None if self.run_folder is None else read_progress(self.run_folder)
+        progress = self.read()
         if progress is None or progress.device is None or progress.process == self.before:
             return False  # it has not said yet where it computes, and from which step
         begun = self.began is None

@@ -1,4 +1,4 @@
-"""How far a run has come, in progress.json in its folder: for programs, so that none has to read what it says to people."""
+"""How far a run is, for programs: progress.json in its folder. None of them reads what it says to people."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ PROGRESS = "progress.json"
 
 
 class ProgressFile:
-    """A run's progress.json, whole at any moment. It is no part of the run: where it cannot be written, that goes on without.
+    """A run's progress.json, whole at any moment. Where it cannot be written, the run goes on without.
 
     Args:
         folder: of the run
@@ -45,7 +45,7 @@ class ProgressFile:
             self.write()
 
     def write(self) -> None:
-        """Writes all that was noted, in place of what is there; not flushed to the disk, since nothing depends on it."""
+        """Writes all that was noted, in place of what is there; not flushed, since nothing depends on it."""
         self.written = time.monotonic()
         with contextlib.suppress(OSError):
             partial = self.folder / f".{PROGRESS}.partial"

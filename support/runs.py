@@ -241,7 +241,8 @@ class Run:
         threads = torch.get_num_threads()
         self.log.progress.note(device=device.type)
         self.log.progress.write()
-        self.log.say(f"{what} on {device} with {threads} thread{'s' * (threads > 1)}, curves in {self.folder}")
+        where = f"{what} on {device}"
+        self.log.say(f"{where} with {threads} thread{'s' * (threads > 1)}, curves in {self.folder}")
         for remark in unsupported_versions():
             self.log.say(f"warning: {remark}")
         if self.args["cuda"] and (sign := idle_gpu()):
