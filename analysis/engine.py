@@ -26,7 +26,7 @@ os.environ |= {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # or under `uv run` every worker would be started by uv once more
     **os.environ,
 }
-# a cluster that was started by hand asks for Ray's token where there is one; ray.init shows it only if told to
+# a cluster started by hand asks for Ray's token where there is one; ray.init shows it only if told to
 if os.path.exists(os.path.expanduser("~/.ray/auth_token")):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 import ray
@@ -40,7 +40,7 @@ SOCKET = "session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"  # 
 
 
 def folder_for_sockets() -> str:
-    """A new folder, for Ray alone, in which its sockets can be: their paths have to be short, 107 bytes on Linux.
+    """A new folder, for Ray alone, in which its sockets can be: paths of 107 bytes at most, on Linux.
 
     Raises:
         UsageError: there is no place for it.
