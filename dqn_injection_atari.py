@@ -652,7 +652,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
         stack.callback(envs.close)
         name, parts = f"{args.env_id}__{args.exp_name}__{args.seed}", {"learner": learner, "replay": replay, "envs": envs}
         run = Run(origin, name, asdict(args), parts, circumstances(device, CODE_VERSION), signals, stack)
-        run.introduce(f"{args.env_id} × {args.num_envs} ({args.env_backend}) on {device}", origin)
+        run.introduce(f"{args.env_id} × {args.num_envs} ({args.env_backend})", device, origin)
         baseline = args.applied_intervention == "none"
         if baseline or (args.injection_trigger == "step" and not args.injection_step):
             run.log.say("no plasticity injection in this run" + ": baseline arm" * baseline)

@@ -9,6 +9,7 @@ The same command once more goes on with what is not finished.
 """
 
 import contextlib
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +29,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {str(error.name).partition('.')[0]} is not installed: pip install -r requirements-sweep.txt")
 
 from analysis.manifest import MANIFEST, begin, commit, measured_speed, prepare, read_asked, read_manifest, refuse_another
-from analysis.plan import Asked, all_arms, plan
+from analysis.plan import LONGEST_NAME, Asked, all_arms, identity_of, plan
 from support import jobs
 from support.machine import alone_in
 from support.process import Signals, Unfailing, ends_in_one_line, on_a_terminal, say
@@ -101,7 +102,9 @@ def command_line(words: list[str]) -> tuple[Settings, Asked]:
         raise UsageError(f"gpus_per_run is {gpus:g}, but must be whole above 1: change --gpus-per-run")
     if settings.name is not None and (Path(settings.name).name != settings.name or settings.name in ("", "..")):
         raise UsageError(f"name is {settings.name}, but must be a folder's under sweeps/: change --name")
-    origin = None if settings.from_checkpoint is None else str(Path(settings.from_checkpoint).resolve())
+    origin = None
+    if settings.from_checkpoint is not None:
+        origin = str(Path(os.path.expanduser(settings.from_checkpoint)).resolve())
     arms, grid = all_arms(settings.arms, own), [list(axis) for axis in settings.grid]
     return settings, Asked(settings.env_ids, settings.seeds, arms, grid, rest[1:], origin, settings.steps)
 
@@ -194,14 +197,24 @@ class Sweep:
                 live.update(self.book.table(len(self.book.tasks)))
 
 
+def alone(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """No other sweep runs in this folder during the block, see `alone_in`."""
+    return alone_in(folder, MANIFEST, "a sweep's folder", "give another --name")
+
+
 def main() -> None:
     with ends_in_one_line():
         settings, asked = command_line(sys.argv[1:])
         runs = plan(asked)
+        asked = replace(asked, origin=identity_of(asked.from_checkpoint))
         folder = Path("sweeps", default_name(asked, runs[0].args.env_id) if settings.name is None else settings.name)
+        length = len(os.fsencode(folder.name))
+        if length > LONGEST_NAME:
+            too_long = f"name is {folder.name}, {length} bytes, but {LONGEST_NAME} are possible"
+            raise UsageError(f"{too_long}: give a shorter --name")
         before = read_asked(folder) if (folder / "sweep.json").exists() else asked
         asked = replace(asked, threads=settings.threads_per_run or before.threads, gpu=before.gpu)
-        with alone_in(folder, MANIFEST) if (folder / MANIFEST).exists() and not settings.dry_run else contextlib.nullcontext():
+        with alone(folder) if (folder / MANIFEST).exists() and not settings.dry_run else contextlib.nullcontext():
             refuse_another(folder, asdict(asked))
         if settings.dry_run:
             print(*plan_in_words(runs, settings.speed or measured_speed(read_manifest(folder))), sep="\n")
@@ -217,7 +230,7 @@ def main() -> None:
                 asked, threads=threads, gpu=any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks)
             )
             prepare(folder)
-            stack.enter_context(alone_in(folder, MANIFEST))
+            stack.enter_context(alone(folder))
             refuse_another(folder, asdict(asked))  # once more, now that no other sweep can begin here
             begin(folder, asdict(asked))
             book = Book(folder, tasks)

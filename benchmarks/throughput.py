@@ -28,6 +28,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
+from analysis.manifest import commit
 from support.machine import circumstances, pick_device
 from support.process import Signals, ends_in_one_line
 from support.runs import Origin, Run
@@ -191,11 +192,8 @@ def table(speeds: dict[str, list[float]]) -> str:
 
 def provenance(settings: Settings, device: torch.device) -> dict[str, Any]:
     """Commit, software and hardware that a measurement belongs to."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, encoding="utf-8"
-    ).stdout.strip()
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-    return {"commit": commit, "settings": plain, "circumstances": circumstances(device, script.CODE_VERSION)}
+    return {"commit": commit(), "settings": plain, "circumstances": circumstances(device, script.CODE_VERSION)}
 
 
 def main(settings: ThroughputSettings) -> None:

@@ -182,7 +182,9 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, file: str = "run.json") -> Iterator[None]:
+def alone_in(
+    folder: Path, file: str = "run.json", kind: str = "a run's folder", fix: str = "give one to --resume"
+) -> Iterator[None]:
     """Keeps other processes from running in `folder` during this block, or until this process ends in any other way.
 
     The lock is on a file there, opened for writing, because NFS locks nothing else. Where there are no locks, it says so.
@@ -190,7 +192,7 @@ def alone_in(folder: Path, file: str = "run.json") -> Iterator[None]:
     Raises:
         UsageError: another process holds it, or there is no such folder or file.
     """
-    with reading(folder, "a run's folder", "give one to --resume"):
+    with reading(folder, kind, fix):
         descriptor = os.open(folder / file, os.O_RDWR)
     try:
         try:

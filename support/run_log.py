@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from support.machine import flush_to_disk
 from support.process import on_a_terminal, say
+from support.progress import ProgressFile
 from support.usage import reading
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a resumed run purges what it logs again is no news
@@ -209,6 +210,7 @@ class RunLog:
     def __init__(self, folder: Path, step: int, total: int):
         self.folder, self.total = folder, total
         self.curves = Curves(folder, step)
+        self.progress = ProgressFile(folder, step, total)
         self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=not on_a_terminal())
         self.returns: deque[float] = deque(maxlen=100)
         self.start = self.interval_start = self.last_line = self.last_flush = time.perf_counter()
@@ -286,7 +288,9 @@ class RunLog:
         self.scalar("charts/SPS_recent", recent, step)
         for name, value in losses.items():
             self.scalar(f"losses/{name}", value, step)
-        score = f"{np.mean(self.returns):,.0f}" if self.returns else "-"
+        mean_return = float(np.mean(self.returns)) if self.returns else None
+        self.progress.note(**{"step": step, "steps_per_second": recent, "return": mean_return})
+        score = "-" if mean_return is None else f"{mean_return:,.0f}"
         self.bar.set_postfix_str(f"{recent:,.0f} SPS, ε {epsilon:.2f}, return {score}", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (now - self.last_line > self.PLAIN_LINE_SECONDS or step == self.total):
@@ -328,8 +332,9 @@ class RunLog:
         say(line, self.bar.write)
 
     def close(self) -> None:
-        """Writes out the curves."""
+        """Writes out the curves, and how far the run has come."""
         self.bar.close()
+        self.progress.write()
         self.flush()
         with contextlib.suppress(OSError):
             self.curves.close()

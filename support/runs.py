@@ -203,6 +203,8 @@ class Run:
             say(f"warning: no checkpoint at step {self.step:,} ({error}): make room, the run will try again; {self.kept}")
         else:
             self.saved = self.step
+            self.log.progress.note(step=self.step)
+            self.log.progress.write()
             seconds, size = time.perf_counter() - start, math.nan
             with contextlib.suppress(OSError):
                 size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
@@ -234,10 +236,13 @@ class Run:
         self.log.evaluation(scores, self.step)
         return True
 
-    def introduce(self, what: str, origin: Origin) -> None:
+    def introduce(self, what: str, device: torch.device, origin: Origin) -> None:
         """Says what runs where, and what of the circumstances is not as it should be, or as it was."""
         threads = torch.get_num_threads()
-        self.log.say(f"{what} with {threads} thread{'s' * (threads > 1)}, curves in {self.folder}")
+        self.log.progress.note(device=device.type)
+        self.log.progress.write()
+        where = f"{what} on {device}"
+        self.log.say(f"{where} with {threads} thread{'s' * (threads > 1)}, curves in {self.folder}")
         for remark in unsupported_versions():
             self.log.say(f"warning: {remark}")
         if self.args["cuda"] and (sign := idle_gpu()):
@@ -252,7 +257,10 @@ class Run:
 
     def command(self, script: str, flag: str) -> str:
         """What to type to have the script do something with this run."""
-        return f"python {os.path.relpath(script)} --{flag} {shlex.quote(str(self.folder))}"
+        paths = (os.path.relpath(script), str(self.folder))
+        # what begins with a dash would be a flag, with a ~ somebody's home
+        plain = [os.path.join(os.curdir, path) if path[0] in "-~" else path for path in paths]
+        return f"python {shlex.quote(plain[0])} --{flag} {shlex.quote(plain[1])}"
 
     def finish(self, complete: bool, script: str) -> None:
         """Says how to go on with a run that was stopped; makes sure of one that is complete.

@@ -206,6 +206,46 @@ def test_what_cannot_work_is_refused_in_one_line(changes, words):
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"own": {"x" * 300: ""}}, r"of \d+ bytes, but 255 are possible: give a shorter name to --arm"),
+        ({"own": {"ä" * 110: ""}}, r"of 26\d bytes, but 255"),
+        ({"grid": [["injection-step", " ".join(map(str, range(1_001, 2_000, 16)))]]}, "fewer flags and values to --grid"),
+        ({"own": {"Wide": "", "wide": "--no-freeze-heads"}}, "two runs would have the name"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_names_for_which_a_file_system_has_no_room_or_that_it_takes_for_one_are_refused(changes, words):
+    with pytest.raises(UsageError, match=words):
+        plan(asked(seeds=(1,), **changes))
+
+
+def test_a_name_that_just_fits_makes_folders_and_logs():
+    room = 255 - len(f"{PHOENIX}____1__1234567890-1000")
+    run = plan(asked(own={"ä" * (room // 2): "--no-freeze-heads"}, seeds=(1,)))[-1]
+    Path("runs", f"{run.name}__1234567890-1000").mkdir(parents=True)
+    Path("runs", f"{run.name}.log").touch()
+    with pytest.raises(UsageError, match="bytes, but 255 are possible"):
+        plan(asked(own={"ä" * (room // 2 + 1): "--no-freeze-heads"}, seeds=(1,)))
+
+
+@pytest.mark.parametrize("name", ["", "///", "- -", "\udcff"], ids=ascii)
+def test_a_name_of_which_nothing_is_left_in_a_folders_name_is_refused(name):
+    with pytest.raises(UsageError, match="give another name to --arm"):
+        all_arms((), {name: "--no-freeze-heads"})
+
+
+def test_a_checkpoint_is_what_its_manifest_says_wherever_it_lies():
+    assert planning.identity_of(None) is None
+    for path in ("a/checkpoint-5", "b c/moved"):
+        Path(path).mkdir(parents=True)
+        Path(path, "manifest.json").write_text(json.dumps({"run": "abc", "step": 5, "args": {}}), encoding="utf-8")
+        assert planning.identity_of(path) == {"run": "abc", "step": 5}
+    with pytest.raises(UsageError, match="gone cannot be read as a checkpoint"):
+        planning.identity_of("gone")
+
+
 def test_arms_without_a_meaning_are_refused():
     for interventions, own, words in (
         (("reset",), {}, 'arm reset is none of injection, reset-head.*give --arm "reset" FLAGS'),

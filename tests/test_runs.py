@@ -305,7 +305,7 @@ def test_the_newest_checkpoint_and_those_at_injection_steps_are_kept(monkeypatch
         ["checkpoint-80", "checkpoint-142", "checkpoint-160"],
         ["checkpoint-80", "checkpoint-142", "checkpoint-240"],
     ]
-    assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == ["events", "run.js"]
+    assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == ["events", "progre", "run.js"]
     assert json.loads((folder / END / "manifest.json").read_text(encoding="utf-8")).keys() == {
         "format",
         "step",
@@ -697,6 +697,20 @@ def test_a_run_of_another_version_is_refused_in_one_line(monkeypatch):
 
 
 # signals
+
+
+@pytest.mark.parametrize("place", ["a b", "it's", '"$HOME"', "~", "-x", "--y z", "größe", "a;b&c", "*"])
+def test_the_command_to_go_on_means_this_script_and_this_run_when_it_is_pasted(monkeypatch, place):
+    project, folder = Path(place).absolute(), Path(place, "runs", place).absolute()
+    folder.mkdir(parents=True)
+    (project / "script.py").touch()
+    for here, run in ((project.parent, folder.relative_to(project.parent)), (folder.parent, Path(place)), (project, folder)):
+        monkeypatch.chdir(here)
+        command = runs.Run.command(types.SimpleNamespace(folder=run), str(project / "script.py"), "resume")
+        shown = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], stdout=subprocess.PIPE, encoding="utf-8", check=True)
+        python, script_path, flag, found = shown.stdout.splitlines()
+        assert (python, flag) == ("python", "--resume") and script_path[0] not in "-~" and found[0] not in "-~"
+        assert Path(script_path).samefile(project / "script.py") and Path(found).samefile(folder)
 
 
 @pytest.mark.slow

@@ -1,0 +1,53 @@
+"""How far a run is, for programs: progress.json in its folder. None of them reads what it says to people."""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+PROGRESS = "progress.json"
+
+
+class ProgressFile:
+    """A run's progress.json, whole at any moment. Where it cannot be written, the run goes on without.
+
+    Args:
+        folder: of the run
+        first: step at which this process begins
+        total: step at which the run ends
+    """
+
+    PAUSE_SECONDS = 2
+
+    def __init__(self, folder: Path, first: int, total: int):
+        self.folder = folder
+        self.written = -float("inf")  # on the monotonic clock
+        self.state: dict[str, Any] = {
+            "step": first,
+            "total_timesteps": total,
+            "steps_per_second": None,  # of late
+            "return": None,  # mean of late games
+            "device": None,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "began": time.time(),  # this process, seconds since 1970
+            "first": first,
+            "time": None,  # of what is said here, seconds since 1970
+        }
+
+    def note(self, **changes: Any) -> None:
+        """Takes up what has changed, and writes it if the last time is a while ago."""
+        self.state |= changes | {"time": time.time()}
+        if time.monotonic() - self.written >= self.PAUSE_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Writes all that was noted, in place of what is there; not flushed, since nothing depends on it."""
+        self.written = time.monotonic()
+        with contextlib.suppress(OSError):
+            partial = self.folder / f".{PROGRESS}.partial"
+            partial.write_text(json.dumps(self.state) + "\n", encoding="utf-8")
+            os.replace(partial, self.folder / PROGRESS)
