@@ -17,6 +17,7 @@ Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator 
 import contextlib
 import copy
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
@@ -336,7 +337,8 @@ class Learner:
         self.rng = np.random.default_rng(stream_seed(args.seed, Stream.EXPLORATION))
         self.losses, self.norms = measures.LossMeter(self.device), measures.NormTracker()
         self.interventions: list[int] = []  # their steps
-        self.graphs = CUDAGraphs(self._tensors, enabled=args.cuda_graphs)
+        tensors = functools.partial(Learner._tensors, weakref.proxy(self))  # held weakly: no cycle may keep old graphs
+        self.graphs = CUDAGraphs(tensors, enabled=args.cuda_graphs)
         self._renew()
 
     def _renew(self) -> None:
