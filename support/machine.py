@@ -53,6 +53,20 @@ def try_out(device: torch.device) -> None:
     (torch.nn.functional.conv2d(one, one).flatten(1) @ one[0, 0]).item()
 
 
+def slow_bfloat16(device: torch.device) -> str | None:
+    """What makes bfloat16 slower than float32 on a device, where that is so (docs/speed.md); else None."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        fast = False
+    else:  # oneDNN says yes with AVX-512 of any kind; without its BF16 it converts there and back, in twice float32's time
+        fast = torch.cpu._is_avx512_bf16_supported() or not torch.cpu._is_avx512_supported()
+    if fast:
+        return None
+    kind = "GPU" if device.type == "cuda" else "processor"
+    return f"--bf16 is much slower than float32 here, where PyTorch has no instructions for bfloat16 on this {kind}"
+
+
 def idle_gpu(root: Path = Path("/")) -> str | None:
     """What shows that there is a GPU here, where PyTorch sees none although nobody hid it; else None."""
     hidden = [os.environ.get(f"{name}_VISIBLE_DEVICES", "?") in ("", "-1", "NoDevFiles") for name in ("CUDA", "HIP", "ROCR")]
