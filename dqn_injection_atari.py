@@ -17,6 +17,7 @@ Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator 
 import contextlib
 import copy
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,9 @@ import tyro
 from annotated_types import Ge, Interval
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor
+
+if __name__ == "__main__" and not Path(__file__).parent.joinpath("support", "usage.py").exists():
+    sys.exit("error: support/ is not beside this script: clone or copy the project's whole folder, and run it there")
 
 from support import environments, measures, usage
 from support.acceleration import CUDAGraphs, HiddenLayer, copy_gradients, in_bfloat16, prepare_cpu, upload

@@ -26,7 +26,10 @@ try:
     from analysis.engine import cluster, outcome, ray
     from analysis.sweeps import Book, Task, conclude, default_name, plan_in_words, resources
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {str(error.name).partition('.')[0]} is not installed: pip install -r requirements-sweep.txt")
+    package = str(error.name).partition(".")[0]
+    if package in ("analysis", "support", "dqn_injection_atari"):
+        sys.exit(f"error: {error.name} is not beside this script: clone or copy the project's whole folder, and run it there")
+    sys.exit(f"error: {package} is not installed: pip install -r requirements-sweep.txt")
 
 from analysis.manifest import MANIFEST, begin, commit, measured_speed, prepare, read_asked, read_manifest, refuse_another
 from analysis.plan import Asked, all_arms, plan

@@ -20,7 +20,7 @@ import stable_baselines3
 import torch
 
 from support.process import say
-from support.usage import UsageError, reading
+from support.usage import UsageError, out_of_resources, reading
 
 
 def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
@@ -40,7 +40,9 @@ def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
     device = torch.device("cuda")
     try:
         try_out(device)
-    except Exception as error:  # of many kinds: another job holds it, its memory is full, the wheel has no code for it
+    except (RuntimeError, AssertionError) as error:  # another job holds it, its memory is full, the wheel has no code for it
+        if isinstance(error, RuntimeError) and not out_of_resources(error):  # the other is of a PyTorch without CUDA
+            raise
         reason = str(error).partition("\n")[0].partition(". ")[0]
         fix = "free it, choose another one by CUDA_VISIBLE_DEVICES, or hide it by CUDA_VISIBLE_DEVICES= to use the CPU"
         raise UsageError(f"a GPU is listed, but cannot be used ({type(error).__name__}: {reason}): {fix}") from error
@@ -147,7 +149,8 @@ def place_for(needed: int, steps: int, device: torch.device) -> torch.device:
         return device
     if needed > (free := free_memory()):
         sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
-        raise UsageError(f"a replay of {steps:,} steps {sizes}: lower --buffer-size to {int(0.9 * steps * free / needed)}")
+        fits = int(0.9 * steps * free / needed)
+        raise UsageError(f"a replay of {steps:,} steps {sizes}: free some, or in a new run lower --buffer-size to {fits}")
     return torch.device("cpu")
 
 

@@ -13,7 +13,6 @@ from typing import IO, Any
 
 from support.usage import UsageError, out_of_resources
 
-
 GROUP_SIZES = (  # how many processes a launcher has started alike, in a step or a group; an allocation's size is none of these
     "SLURM_STEP_NUM_TASKS",  # srun
     "WORLD_SIZE",  # torchrun, DeepSpeed, Accelerate
