@@ -45,7 +45,8 @@ try:
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
     if package in ("analysis", "support", "dqn_injection_atari"):
-        sys.exit(f"error: {error.name} is not beside this script: clone or copy the project's whole folder, and run it there")
+        fix = "clone or copy the project's whole folder, and run it there"
+        sys.exit(f"error: {error.name} is not beside this script: {fix}")
     sys.exit(f"error: {package} is not installed: pip install -r requirements-dev.txt")
 
 from support.process import ends_in_one_line

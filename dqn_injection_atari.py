@@ -35,7 +35,8 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor
 
 if __name__ == "__main__" and not Path(__file__).parent.joinpath("support", "usage.py").exists():
-    sys.exit("error: support/ is not beside this script: clone or copy the project's whole folder, and run it there")
+    fix = "clone or copy the project's whole folder, and run it there"
+    sys.exit(f"error: support/ is not beside this script: {fix}")
 
 from support import environments, measures, usage
 from support.acceleration import CUDAGraphs, HiddenLayer, copy_gradients, in_bfloat16, prepare_cpu, upload
@@ -341,7 +342,7 @@ class Learner:
         self.rng = np.random.default_rng(stream_seed(args.seed, Stream.EXPLORATION))
         self.losses, self.norms = measures.LossMeter(self.device), measures.NormTracker()
         self.interventions: list[int] = []  # their steps
-        tensors = functools.partial(Learner._tensors, weakref.proxy(self))  # held weakly: no cycle may keep old graphs
+        tensors = functools.partial(Learner._tensors, weakref.proxy(self))  # weak: no cycle keeps old graphs
         self.graphs = CUDAGraphs(tensors, enabled=args.cuda_graphs)
         self._renew()
 

@@ -28,7 +28,8 @@ try:
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
     if package in ("analysis", "support", "dqn_injection_atari"):
-        sys.exit(f"error: {error.name} is not beside this script: clone or copy the project's whole folder, and run it there")
+        fix = "clone or copy the project's whole folder, and run it there"
+        sys.exit(f"error: {error.name} is not beside this script: {fix}")
     sys.exit(f"error: {package} is not installed: pip install -r requirements-sweep.txt")
 
 from analysis.manifest import MANIFEST, begin, commit, measured_speed, prepare, read_asked, read_manifest, refuse_another
@@ -113,7 +114,7 @@ def command_line(words: list[str]) -> tuple[Settings, Asked]:
 def refuse_slow_bfloat16(tasks: list[Task]) -> None:
     """
     Raises:
-        UsageError: a run that is new is to learn in bfloat16 on this machine's processor. It would refuse that itself.
+        UsageError: a new run is to learn in bfloat16 on this machine's processor, and would refuse that itself.
     """
     slow = slow_bfloat16(torch.device("cpu"))
     for task in tasks:
@@ -233,7 +234,7 @@ def main() -> None:
             asked = replace(
                 asked, threads=threads, gpu=any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks)
             )
-            if settings.address is None:  # other machines may be of other kinds: there each run speaks for itself
+            if settings.address is None:  # other machines may be of other kinds: each run speaks for itself
                 refuse_slow_bfloat16(tasks)
             prepare(folder)
             stack.enter_context(alone_in(folder, MANIFEST))

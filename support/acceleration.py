@@ -81,10 +81,11 @@ class CUDAGraphs:
 
     A captured function holds the memory of what it uses: call `clear` when a tensor that it uses is replaced.
 
-    The graphs between two calls of `clear` are captured on one stream, where they have been warmed up, and those after it on
-    another. Libraries keep a workspace for each stream, in the memory of the first graph that was captured there: it is gone
-    with that graph (pytorch/pytorch#193402), and autograd goes back to the stream on which it met a parameter first. Nothing
-    here may belong to a reference cycle: a graph that the garbage collector ends in the middle of a capture ends that, too.
+    The graphs between two calls of `clear` are a set, which is warmed up and captured on a stream of its own.
+    Libraries keep a workspace for each stream, in the memory of the first graph that was captured there, and it
+    goes with that graph (pytorch/pytorch#193402). Autograd goes back to the stream on which it met a parameter.
+
+    Graphs must not belong to a reference cycle: one that the garbage collector ends during a capture ends that, too.
 
     Args:
         state: gives every tensor that the functions change. Before a capture they have to run a few times, which

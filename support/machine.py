@@ -40,10 +40,10 @@ def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
     device = torch.device("cuda")
     try:
         try_out(device)
-    except (RuntimeError, AssertionError) as error:  # another job holds it, its memory is full, the wheel has no code for it
-        if isinstance(error, RuntimeError) and not out_of_resources(error):  # the other is of a PyTorch without CUDA
-            raise
+    except (RuntimeError, AssertionError) as error:  # held by another job, full, or not in the wheel
         reason = str(error).partition("\n")[0].partition(". ")[0]
+        if not out_of_resources(error) and "not compiled with CUDA" not in reason:
+            raise
         fix = "free it, choose another one by CUDA_VISIBLE_DEVICES, or hide it by CUDA_VISIBLE_DEVICES= to use the CPU"
         raise UsageError(f"a GPU is listed, but cannot be used ({type(error).__name__}: {reason}): {fix}") from error
     return device
@@ -61,12 +61,12 @@ def slow_bfloat16(device: torch.device) -> str | None:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         fast = False
-    else:  # oneDNN says yes with AVX-512 of any kind; without its BF16 it converts there and back, in twice float32's time
+    else:  # oneDNN says yes to AVX-512 of any kind; without its BF16 that takes twice as long as float32
         fast = torch.cpu._is_avx512_bf16_supported() or not torch.cpu._is_avx512_supported()
     if fast:
         return None
     kind = "GPU" if device.type == "cuda" else "processor"
-    return f"--bf16 is much slower than float32 here, where PyTorch has no instructions for bfloat16 on this {kind}"
+    return f"--bf16 is much slower than float32 here: PyTorch has no instructions for bfloat16 on this {kind}"
 
 
 def idle_gpu(root: Path = Path("/")) -> str | None:
@@ -150,7 +150,8 @@ def place_for(needed: int, steps: int, device: torch.device) -> torch.device:
     if needed > (free := free_memory()):
         sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
         fits = int(0.9 * steps * free / needed)
-        raise UsageError(f"a replay of {steps:,} steps {sizes}: free some, or in a new run lower --buffer-size to {fits}")
+        fix = f"free some, or in a new run lower --buffer-size to {fits}"
+        raise UsageError(f"a replay of {steps:,} steps {sizes}: {fix}")
     return torch.device("cpu")
 
 

@@ -13,7 +13,8 @@ from typing import IO, Any
 
 from support.usage import UsageError, out_of_resources
 
-GROUP_SIZES = (  # how many processes a launcher has started alike, in a step or a group; an allocation's size is none of these
+# how many processes a launcher has started alike, in a step or a group; the size of an allocation is none of these
+GROUP_SIZES = (
     "SLURM_STEP_NUM_TASKS",  # srun
     "WORLD_SIZE",  # torchrun, DeepSpeed, Accelerate
     "OMPI_COMM_WORLD_SIZE",  # Open MPI
@@ -29,7 +30,8 @@ def group_of_equals() -> tuple[str, int] | None:
     """The variable that says that this process is one of several which were started alike, and how many; else None."""
     for name in GROUP_SIZES:
         with contextlib.suppress(ValueError):  # no number: nobody's count
-            if (size := int(os.environ.get(name, ""))) > 1:
+            size = int(os.environ.get(name, "1"))
+            if size > 1:
                 return name, size
     return None
 

@@ -245,10 +245,12 @@ class Run:
         self.log.say(f"{what} with {threads} thread{'s' * (threads > 1)}, curves in {self.folder}")
         for remark in unsupported_versions():
             self.log.say(f"warning: {remark}")
-        if group := group_of_equals():
+        group = group_of_equals()
+        if group is not None:
             name, size = group
             equal = f"{size} processes were started alike, and those with one seed are one and the same run"
-            self.log.say(f"warning: {name} is {size}: {equal}; start one (srun -n 1), or give each a --seed of its own")
+            fix = "start one (srun -n 1), or give each a --seed of its own"
+            self.log.say(f"warning: {name} is {size}: {equal}; {fix}")
         if self.args["cuda"] and (sign := idle_gpu()):
             cannot = f"there is a GPU ({sign}), but PyTorch {torch.__version__} cannot use it"
             self.log.say(f"warning: {cannot}, and the CPU takes days: see to driver, PyTorch's build, CUDA_VISIBLE_DEVICES")

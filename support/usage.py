@@ -133,7 +133,8 @@ def _broken_rule(value: Any, annotation: Any) -> str:
     return "" if all(kept) else " and ".join(words)
 
 
-OF_A_GPU = (  # what its driver and its maker's libraries report of themselves, in the words that PyTorch passes on
+# what a GPU's driver and its maker's libraries report of themselves, in the words that PyTorch passes on
+OF_A_GPU = (
     r"\b(cuda|hip)( driver| runtime| unknown)? error\b",
     r"\b(cudnn|cublas|cusolver|cusparse|hipblas|hipsolver|rocblas|miopen) error\b",
     r"\b(cudnn|cublas|cusolver|cusparse|hipblas|hipsolver|rocblas)_status_\w+",
@@ -144,7 +145,8 @@ OF_A_GPU = (  # what its driver and its maker's libraries report of themselves, 
     r"\bno kernel image\b",
     r"\bunable to find an engine\b",
 )
-OF_THE_CODE = (  # and what they say there of the program that uses them: a mistake, which its trace leads to
+# and what they say there of the program that uses them: a mistake, which its trace leads to
+OF_THE_CODE = (
     r"assert triggered",
     r"illegal memory access",
     r"misaligned address",
@@ -152,9 +154,15 @@ OF_THE_CODE = (  # and what they say there of the program that uses them: a mist
     r"invalid (argument|configuration|resource handle|device pointer|device ordinal|pitch|program counter)",
     r"status_(invalid_value|bad_param|not_supported)",
 )
-NO_FILES_FAULT = (r"cuda|cudnn|cublas|miopen|\bhip\b", r"on the same device", r"deterministic", r"\bin-?place\b")
-NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")
-NO_MEMORY_ON_A_GPU = ("alloc_failed", "out of memory")
+# what no file is to blame for, whatever reads it
+NO_FILES_FAULT = (
+    r"cuda|cudnn|cublas|miopen|\bhip\b",
+    r"on the same device",
+    r"deterministic",
+    r"\bin-?place\b",
+)
+NO_MEMORY = (r"can't allocate memory", r"not enough memory", r"bad_alloc")
+NO_MEMORY_ON_A_GPU = (r"alloc_failed", r"out of memory")
 
 
 def says(text: str, patterns: tuple[str, ...]) -> bool:
@@ -170,16 +178,19 @@ def of_a_gpu(error: BaseException) -> bool:
 def out_of_resources(error: BaseException) -> str | None:
     """What ran out or broke down, and the fix, where an error comes from memory or a GPU; else None."""
     line = str(error).partition("\n")[0]
-    reason, lower = line.partition(". Tried")[0] or type(error).__name__, line.lower()
-    if isinstance(error, torch.OutOfMemoryError) or (of_a_gpu(error) and any(name in lower for name in NO_MEMORY_ON_A_GPU)):
+    reason = line.partition(". Tried")[0] or type(error).__name__
+    of_the_runtime = isinstance(error, RuntimeError)
+    if isinstance(error, torch.OutOfMemoryError) or (of_a_gpu(error) and says(line, NO_MEMORY_ON_A_GPU)):
         fix = "free it of other jobs, or lower --batch-size or --num-envs in a new run"
         return f"the GPU's memory has run out ({reason}): {fix}"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(name in lower for name in NO_MEMORY)):
+    if isinstance(error, MemoryError) or (of_the_runtime and says(line, NO_MEMORY)):
         return f"memory has run out ({reason}): free some, or lower --buffer-size in a new run"
-    if isinstance(error, RuntimeError) and "can't start new thread" in lower:
-        return f"the system starts no more threads ({reason}): end other processes, or raise the limit (ulimit -u)"
+    if of_the_runtime and says(line, (r"can't start new thread",)):
+        fix = "end other processes, or raise the limit (ulimit -u)"
+        return f"the system starts no more threads ({reason}): {fix}"
     if of_a_gpu(error):
-        return f"the GPU has failed ({reason}): try another one by CUDA_VISIBLE_DEVICES, or the CPU by CUDA_VISIBLE_DEVICES="
+        fix = "try another one by CUDA_VISIBLE_DEVICES, or the CPU by CUDA_VISIBLE_DEVICES="
+        return f"the GPU has failed ({reason}): {fix}"
     return None
 
 
