@@ -43,7 +43,11 @@ try:
     from analysis.runs import runs_in
     from analysis.task_sequence import probe_sequence
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {error.name} is not installed: pip install -r requirements-dev.txt")
+    package = str(error.name).partition(".")[0]
+    if package in ("analysis", "support", "dqn_injection_atari"):
+        fix = "clone or copy the project's whole folder, and run it there"
+        sys.exit(f"error: {error.name} is not beside this script: {fix}")
+    sys.exit(f"error: {package} is not installed: pip install -r requirements-dev.txt")
 
 from support.process import ends_in_one_line
 from support.usage import Count, UsageError, changed_fields, check_bounds, words_given

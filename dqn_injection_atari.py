@@ -17,6 +17,8 @@ Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator 
 import contextlib
 import copy
 import functools
+import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
@@ -32,13 +34,17 @@ from annotated_types import Ge, Interval
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor
 
+if __name__ == "__main__" and not Path(__file__).parent.joinpath("support", "usage.py").exists():
+    fix = "clone or copy the project's whole folder, and run it there"
+    sys.exit(f"error: support/ is not beside this script: {fix}")
+
 from support import environments, measures, usage
 from support.acceleration import CUDAGraphs, HiddenLayer, copy_gradients, in_bfloat16, prepare_cpu, upload
 from support.checkpoints import Checkpoint, read_identity
 from support.environments import STACK, LearnerView
 from support.evaluation import Stop, epsilon_greedy, play_games, player, print_scores, save_agent
 from support.flags import Period, PositivePeriod, RunFlags
-from support.machine import circumstances, code_version, pick_device, place_for
+from support.machine import circumstances, code_version, pick_device, place_for, slow_bfloat16
 from support.optimizers import CenteredRMSProp, copy_moments, load_moments, moments_by_name, num_trainable
 from support.process import Signals, deaf_in_the_end, ends_in_one_line
 from support.randomness import redraw, stream_seed
@@ -336,7 +342,8 @@ class Learner:
         self.rng = np.random.default_rng(stream_seed(args.seed, Stream.EXPLORATION))
         self.losses, self.norms = measures.LossMeter(self.device), measures.NormTracker()
         self.interventions: list[int] = []  # their steps
-        self.graphs = CUDAGraphs(self._tensors, enabled=args.cuda_graphs)
+        tensors = functools.partial(Learner._tensors, weakref.proxy(self))  # weak: no cycle keeps old graphs
+        self.graphs = CUDAGraphs(tensors, enabled=args.cuda_graphs)
         self._renew()
 
     def _renew(self) -> None:
@@ -648,11 +655,16 @@ def train(args: Args, signals: Signals | None = None) -> Path:
         if origin.checkpoint is not None and origin.forked:
             check_fork(args, origin.checkpoint)
         device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
+        slow = slow_bfloat16(device) if args.bf16 else None
+        if slow and origin.nothing:
+            raise UsageError(f"{slow}: leave out --bf16")
         envs, learner, replay = make_parts(args, device)
         stack.callback(envs.close)
         name, parts = f"{args.env_id}__{args.exp_name}__{args.seed}", {"learner": learner, "replay": replay, "envs": envs}
         run = Run(origin, name, asdict(args), parts, circumstances(device, CODE_VERSION), signals, stack)
         run.introduce(f"{args.env_id} × {args.num_envs} ({args.env_backend})", device, origin)
+        if slow:  # without --bf16 the numbers would be others
+            run.log.say(f"warning: {slow}; it goes on as it began")
         baseline = args.applied_intervention == "none"
         if baseline or (args.injection_trigger == "step" and not args.injection_step):
             run.log.say("no plasticity injection in this run" + ": baseline arm" * baseline)

@@ -1,6 +1,6 @@
 """Many runs of dqn_injection_atari.py, games × seeds × arms, on this machine or a Ray cluster (docs/sweeps.md).
 
-    python sweep.py --env-ids PhoenixNoFrameskip-v4 --seeds 1 2 3 --arms none injection -- --injection-step 5000000 --bf16
+    python sweep.py --env-ids PhoenixNoFrameskip-v4 --seeds 1 2 3 --arms none injection -- --injection-step 5000000
     python sweep.py --from-checkpoint runs/X/checkpoint-5000000 --seeds 1 2 3 --arms none injection --steps 1000000
 
 Flags after -- go to the training script. For each game, seed and setting one arm runs whole, and the others fork from it at
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from annotated_types import Ge
 
@@ -26,12 +27,16 @@ try:
     from analysis.engine import cluster, outcome, ray
     from analysis.sweeps import Book, Task, conclude, default_name, plan_in_words, resources
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {str(error.name).partition('.')[0]} is not installed: pip install -r requirements-sweep.txt")
+    package = str(error.name).partition(".")[0]
+    if package in ("analysis", "support", "dqn_injection_atari"):
+        fix = "clone or copy the project's whole folder, and run it there"
+        sys.exit(f"error: {error.name} is not beside this script: {fix}")
+    sys.exit(f"error: {package} is not installed: pip install -r requirements-sweep.txt")
 
 from analysis.manifest import MANIFEST, begin, commit, measured_speed, prepare, read_asked, read_manifest, refuse_another
 from analysis.plan import LONGEST_NAME, Asked, all_arms, identity_of, plan
 from support import jobs
-from support.machine import alone_in
+from support.machine import alone_in, slow_bfloat16
 from support.process import Signals, Unfailing, ends_in_one_line, on_a_terminal, say
 from support.usage import Positive, Steps, UsageError, check_bounds
 
@@ -107,6 +112,19 @@ def command_line(words: list[str]) -> tuple[Settings, Asked]:
         origin = str(Path(os.path.expanduser(settings.from_checkpoint)).resolve())
     arms, grid = all_arms(settings.arms, own), [list(axis) for axis in settings.grid]
     return settings, Asked(settings.env_ids, settings.seeds, arms, grid, rest[1:], origin, settings.steps)
+
+
+def refuse_slow_bfloat16(tasks: list[Task]) -> None:
+    """
+    Raises:
+        UsageError: a new run is to learn in bfloat16 on this machine's processor, and would refuse that itself.
+    """
+    slow = slow_bfloat16(torch.device("cpu"))
+    for task in tasks:
+        on_cpu = not task.resources["num_gpus"]
+        new = not task.run.forks and jobs.find_folder(task.folder, task.run.name) is None
+        if slow and task.run.args.bf16 and on_cpu and new:
+            raise UsageError(f"{slow}: leave out --bf16")
 
 
 class Sweep:
@@ -229,6 +247,8 @@ def main() -> None:
             asked = replace(
                 asked, threads=threads, gpu=any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks)
             )
+            if settings.address is None:  # other machines may be of other kinds: each run speaks for itself
+                refuse_slow_bfloat16(tasks)
             prepare(folder)
             stack.enter_context(alone(folder))
             refuse_another(folder, asdict(asked))  # once more, now that no other sweep can begin here

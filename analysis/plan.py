@@ -75,6 +75,11 @@ class PlannedRun:
         return f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}".replace("/", "-")
 
     @property
+    def forks(self) -> bool:
+        """Whether it goes on from a checkpoint of another run."""
+        return self.trunk is not None or "--fork" in self.flags
+
+    @property
     def steps(self) -> int:
         return self.args.total_timesteps - self.begins
 

@@ -27,7 +27,7 @@ from support.usage import words_given
 
 ROOT = Path(__file__).resolve().parent.parent
 GAME, SEEDS = "PhoenixNoFrameskip-v4", ("1", "2")
-FLAGS = """--env-backend ale --num-envs 8 --bf16 --buffer-size 50000 --learning-starts 2000
+FLAGS = """--env-backend ale --num-envs 8 --buffer-size 50000 --learning-starts 2000
 --exploration-fraction 0.1""".split()
 
 

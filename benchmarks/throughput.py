@@ -29,7 +29,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
 from analysis.manifest import commit
-from support.machine import circumstances, pick_device
+from support.machine import circumstances, pick_device, slow_bfloat16
 from support.process import Signals, ends_in_one_line
 from support.runs import Origin, Run
 from support.usage import words_given
@@ -86,6 +86,8 @@ def make_run(settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf1
         overlap=settings.overlap,
     )
     device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
+    if bf16 and (slow := slow_bfloat16(device)):
+        raise SystemExit(f"error: {slow}: leave out --bf16")
     envs, learner, replay = script.make_parts(args, device)
     stack.callback(envs.close)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -155,8 +157,12 @@ def sb3(settings: Settings, num_envs: int, stack: contextlib.ExitStack) -> Calla
 
 def contenders(settings: ThroughputSettings, stack: contextlib.ExitStack) -> dict[str, Callable[[float], float]]:
     made = {f"SB3 DQN, N={n}": sb3(settings, n, stack) for n in settings.sb3_num_envs}
+    precisions = [False, True]
+    if slow := slow_bfloat16(pick_device(settings.cuda, deterministic=False, tf32=script.Args.tf32)):
+        precisions = [False]
+        print(f"bfloat16 is left out: {slow}")
     for n in settings.num_envs:
-        for bf16 in (False, True):
+        for bf16 in precisions:
             for injected in (False, True):
                 name = f"ours, N={n}, {'bf16' if bf16 else 'fp32'}, {'after' if injected else 'before'} injection"
                 made[name] = ours(settings, n, bf16, injected, stack)

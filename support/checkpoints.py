@@ -163,7 +163,8 @@ def read_identity(path: Path) -> dict[str, Any]:
     """
     with reading(path, "a run's arguments", "give a run's folder to --resume, one of its checkpoints to --fork"):
         identity = json.loads(path.read_text(encoding="utf-8"))
-        return {"run": identity.get("run"), "args": dict(identity["args"])}
+        args = dict(identity["args"])
+        return {"run": identity.get("run"), "args": args}
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:

@@ -20,7 +20,7 @@ import stable_baselines3
 import torch
 
 from support.process import say
-from support.usage import UsageError, reading
+from support.usage import UsageError, out_of_resources, reading
 
 
 def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
@@ -40,8 +40,10 @@ def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
     device = torch.device("cuda")
     try:
         try_out(device)
-    except Exception as error:  # of many kinds: another job holds it, its memory is full, the wheel has no code for it
+    except (RuntimeError, AssertionError) as error:  # held by another job, full, or not in the wheel
         reason = str(error).partition("\n")[0].partition(". ")[0]
+        if not out_of_resources(error) and "not compiled with CUDA" not in reason:
+            raise
         fix = "free it, choose another one by CUDA_VISIBLE_DEVICES, or hide it by CUDA_VISIBLE_DEVICES= to use the CPU"
         raise UsageError(f"a GPU is listed, but cannot be used ({type(error).__name__}: {reason}): {fix}") from error
     return device
@@ -51,6 +53,20 @@ def try_out(device: torch.device) -> None:
     """A product and a convolution, waited for: what a GPU that can run nothing fails at."""
     one = torch.ones(1, 1, 1, 1, device=device)
     (torch.nn.functional.conv2d(one, one).flatten(1) @ one[0, 0]).item()
+
+
+def slow_bfloat16(device: torch.device) -> str | None:
+    """What makes bfloat16 slower than float32 on a device, where that is so (docs/speed.md); else None."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        fast = False
+    else:  # oneDNN says yes to AVX-512 of any kind; without its BF16 that takes twice as long as float32
+        fast = torch.cpu._is_avx512_bf16_supported() or not torch.cpu._is_avx512_supported()
+    if fast:
+        return None
+    kind = "GPU" if device.type == "cuda" else "processor"
+    return f"--bf16 is much slower than float32 here: PyTorch has no instructions for bfloat16 on this {kind}"
 
 
 def idle_gpu(root: Path = Path("/")) -> str | None:
@@ -133,7 +149,9 @@ def place_for(needed: int, steps: int, device: torch.device) -> torch.device:
         return device
     if needed > (free := free_memory()):
         sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
-        raise UsageError(f"a replay of {steps:,} steps {sizes}: lower --buffer-size to {int(0.9 * steps * free / needed)}")
+        fits = int(0.9 * steps * free / needed)
+        fix = f"free some, or in a new run lower --buffer-size to {fits}"
+        raise UsageError(f"a replay of {steps:,} steps {sizes}: {fix}")
     return torch.device("cpu")
 
 

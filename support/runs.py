@@ -25,7 +25,7 @@ from support.checkpoints import (
 )
 from support.evaluation import require_film
 from support.machine import alone_in, idle_gpu
-from support.process import Signals
+from support.process import Signals, group_of_equals
 from support.run_log import RunLog, read_scalars
 from support.usage import UsageError, out_of_resources
 from support.versions import refuse_wrong_versions, unsupported_versions
@@ -55,6 +55,11 @@ class Origin:
     args: dict[str, Any] = field(default_factory=dict)  # the arguments of the run that is resumed or forked
     checkpoint: Checkpoint | None = None
     curves: dict[str, np.ndarray] = field(default_factory=dict)  # of the run that is forked, see `read_scalars`
+
+    @property
+    def nothing(self) -> bool:
+        """Whether a new run begins."""
+        return self.folder is None and self.checkpoint is None
 
     @property
     def forked(self) -> bool:
@@ -245,6 +250,12 @@ class Run:
         self.log.say(f"{where} with {threads} thread{'s' * (threads > 1)}, curves in {self.folder}")
         for remark in unsupported_versions():
             self.log.say(f"warning: {remark}")
+        group = group_of_equals()
+        if group is not None:
+            name, size = group
+            equal = f"{size} processes were started alike, and those with one seed are one and the same run"
+            fix = "start one (srun -n 1), or give each a --seed of its own"
+            self.log.say(f"warning: {name} is {size}: {equal}; {fix}")
         if self.args["cuda"] and (sign := idle_gpu()):
             cannot = f"there is a GPU ({sign}), but PyTorch {torch.__version__} cannot use it"
             self.log.say(f"warning: {cannot}, and the CPU takes days: see to driver, PyTorch's build, CUDA_VISIBLE_DEVICES")

@@ -463,6 +463,29 @@ def test_a_sweep_that_was_moved_with_its_checkpoint_goes_on_and_another_checkpoi
     assert status == 1 and "is the folder of another sweep (" in errors and errors.count("\n") == 1
 
 
+def test_slow_bfloat16_is_refused_before_a_sweep_begins_unless_other_machines_or_gpus_do_it(command, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(sweep, "cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(sweep.ray, "remote", lambda **_: lambda run: run)
+    monkeypatch.setattr(sweep, "conclude", lambda *_: None)
+    monkeypatch.setattr(sweep.Sweep, "go", lambda *_: None)
+
+    def on(gpus, *arguments, flags):
+        machine = {"CPU": 2, "GPU": gpus, "memory": 1e12}
+        monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": machine}])
+        return command(*arguments, flags=flags)
+
+    status, _, errors = on(0, flags=[*FLAGS, "--bf16"])
+    assert status == 1 and errors.startswith("error: --bf16 is much slower") and errors.endswith("leave out --bf16\n")
+    assert not FOLDER.exists()
+    assert on(1, flags=[*FLAGS[: FLAGS.index("--no-cuda")], "--bf16"])[0] == 0
+    shutil.rmtree(FOLDER)
+    assert on(0, "--address", "here:1", flags=[*FLAGS, "--bf16"])[0] == 0, "each run speaks for its machine"
+    for name in NAMES:
+        (FOLDER / "runs" / f"{name}__1").mkdir(parents=True)
+    assert on(0, flags=[*FLAGS, "--bf16"])[0] == 0, "what has begun goes on"
+
+
 def test_two_sweeps_cannot_run_in_one_folder(command, no_ray):
     FOLDER.mkdir(parents=True)
     begin(FOLDER, asked())
