@@ -135,8 +135,11 @@ def test_words_name_the_run_that_ends_the_window_and_those_that_are_left_out():
     going = make_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
     ends = "step ≤ 2,050, where runs/going is (a longer --window leaves it out), and the median run has 90% more steps, "
     assert ends in words(*make_arms(), going)[2]
-    almost = make_run("almost", {RETURN: games(4, 1)}, last=TOTAL - 5, seed=4)
-    assert "where runs/almost is (a longer --window leaves it out), 80 points" in words(*make_arms(), almost)[2]
+    almost = make_run("almost", {RETURN: games(4, 1, upto=2_900)}, last=TOTAL - 5, seed=4)
+    lone = make_run("lone", {RETURN: games(5, 1)}, seed=5)
+    strangers = [make_run(f"s{seed}", {RETURN: games(seed + 9, 1)}, seed=seed) for seed in (1, 2, 3)]
+    window = words(*make_arms()[::2], *strangers, almost, lone)[2]
+    assert "where runs/almost is (a longer --window leaves it out), 57 points" in window, "five steps are nothing to speak of"
     left_out = words(*make_arms(), going, window=1_500)[4:]
     assert left_out == ["not in this comparison: runs/going is at step 2,050 and has not got to the window's end at 2,500"]
 
