@@ -43,7 +43,7 @@ class Ancestor:
 
 @dataclass(frozen=True)
 class Identity:
-    """What tells a run from others: its id, its folder's name, and the runs that it was before, newest first."""
+    """What tells a run from others: its id, its folder's name, the runs that it was before, newest first."""
 
     run: str | None
     folder: str | None
@@ -184,9 +184,9 @@ def header_of(run: Run) -> dict[str, Any]:
 def write_curves(runs: Sequence[Run], path: Path) -> None:
     """Writes the curves of an arm's runs, those that comparisons look at, and of the speed the last point.
 
-    A line `# {...}` for each run holds its `header_of`, as JSON. Below them is a table: `seed`, `step`, and a column
-    for each curve, those with most points first and the speed last, with six digits of measures of plasticity. A field
-    is empty where that curve has no point, and left out where all further ones are empty, too.
+    A line `# {...}` for each run holds its `header_of`, as JSON. Below them is a table: `seed`, `step`, and a
+    column for each curve, those with most points first and the speed last, with six digits of measures of
+    plasticity. A field is empty where that curve has no point, and left out where all further ones are empty, too.
 
     Raises:
         OSError: it cannot be written.
@@ -219,7 +219,7 @@ def lines_of(path: Path) -> list[str]:
     """The lines of a file of `write_curves`, without a byte-order mark and empty columns, whatever ends them.
 
     Raises:
-        OSError, ValueError: it cannot be read, or a spreadsheet has saved it again and may have changed its numbers.
+        OSError, ValueError: it cannot be read, or a spreadsheet has saved it again and may have changed numbers.
     """
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):

@@ -46,7 +46,7 @@ def ending(pair: Comparison) -> str:
 
 
 def correction(pair: Comparison) -> list[str]:
-    """A line on how many verdicts are given at once, if it is not the only one: of many, some come by chance."""
+    """A line on how many verdicts are given at once, if there are several: of many, some come by chance."""
     if pair.verdicts < 2 or math.isnan(pair.judgement.p):
         return []
     numbers = f"p = {pair.judgement.p:.2g}, corrected for them (Holm) {pair.p_holm:.2g}"
@@ -54,7 +54,7 @@ def correction(pair: Comparison) -> list[str]:
 
 
 def late_injection(pair: Comparison) -> list[str]:
-    """A line where the norm injected one run so late that little is left of what others have after their own."""
+    """A line where the norm injected one run so late that little is left of what others have after theirs."""
     firsts = [step for seed, step in pair.firsts.items() if seed in pair.means[1]]
     if not firsts:
         return []

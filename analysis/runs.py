@@ -60,14 +60,15 @@ def runs_in(folders: Iterable[str]) -> tuple[tuple[str, ...], Path]:
 
 
 def evaluation(args: Args, metric: str) -> dict[str, Any]:
-    """The arguments that change `metric` and nothing that is learned: none for the return of training games."""
+    """The arguments that change `metric` and nothing that is learned: none for the return of training."""
     names = EVALUATION if metric.startswith("eval/") else ()
     return {name: getattr(args, name) for name in names}
 
 
 def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
-    """The arguments that change what is learned or `metric`, in a form in which those that come to the same are equal.
+    """The arguments that change what is learned or `metric`.
 
+    They are in a form in which those that come to the same are equal.
     "intervention" is what the run does, "injection" the steps at which, () where it does nothing or the norm decides; what
     the run does not look at is None.
     """
@@ -116,7 +117,7 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
 
 
 def group(runs: list[Run], metric: str = TRAINING_RETURN) -> tuple[list[Arm], dict[str, str]]:
-    """Arms, those of a game together and the one without injection first; and {folder: reason} of runs left out.
+    """Arms, those of a game together, the one without injection first; and {folder: reason} of runs left out.
 
     Runs whose `metric` was measured in different ways are different arms.
     """

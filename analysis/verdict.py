@@ -13,13 +13,13 @@ import scipy.stats
 from analysis.intervals import CONFIDENCE, MIN_SEEDS
 from analysis.runs import EVALUATION, OF_INTERVENTION, Arm, Run, evaluation
 
-LEAST_SHARE = 0.5  # of the steps that the median run has after the intervention: one with fewer cuts off too much
+LEAST_SHARE = 0.5  # of the steps that the median run has after the intervention: fewer would cut off too much
 DEEDS = {"injection": "injection", "reset-head": "resetting the head", "shrink-perturb": "shrink and perturb"}
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Difference of mean returns, with − without, its 95% interval and p, NaN where there is none, and the verdict."""
+    """Difference of mean returns, with − without, its 95% interval and p, and the verdict; NaN where there is none."""
 
     difference: float
     low: float
@@ -39,7 +39,7 @@ class Comparison:
     after: int
     upto: int
     ended_by: str | None  # the run whose last step is `upto`, where others have got further
-    beyond: float  # steps of the median run after the intervention, of those that count, as a multiple of the window
+    beyond: float  # steps that the median run has after the intervention, as a multiple of the window
     means: tuple[dict[int, float], dict[int, float]]  # seed: mean return of its run
     counts: tuple[int, int]  # of the returns in those means
     unreported: tuple[int, int]  # training games in the window that have no return: cut by new ones, or going on at its end
@@ -116,7 +116,7 @@ def judge(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Each p corrected for their number (Holm 1979): where nothing differs, one below 0.05 has a chance of at most 0.05."""
+    """Each p corrected for their number (Holm 1979): where nothing differs, any is below 0.05 in 1 of 20 cases."""
     corrected, largest = [math.nan] * len(p), 0.0
     for rank, i in enumerate(np.argsort(p)):
         largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
@@ -125,7 +125,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def common_step(run: Run, other: Run) -> tuple[float, bool]:
-    """The last step at which both are known to have been one run, and whether its id says so, or only a folder's name.
+    """The last step at which both are known to have been one run, and whether its id says so, or only a name.
 
     -1 where no origin of theirs is known to be the same.
     """
@@ -166,9 +166,9 @@ def same_games(run: Run, other: Run, upto: int) -> bool:
 def share_history(run: Run, other: Run, upto: int) -> bool:
     """Whether two runs, whose settings are the same up to a step, were one up to there.
 
-    Their origins say so: one run was both up to there, or up to an earlier step from which they went on with one seed;
-    or both were begun whole, with one seed. Names of folders and seeds say less than ids: then their games must not
-    contradict, and of runs that were begun whole, maybe elsewhere or by another version, there must be some.
+    Their origins say so: one run was both up to there, or up to an earlier step from which they went on with one
+    seed; or both were begun whole, with one seed. Names of folders and seeds say less than ids: then their games
+    must not contradict, and of runs that were begun whole, maybe elsewhere or by another version, there must be some.
     """
     step, by_id = common_step(run, other)
     if by_id and step >= upto:
@@ -185,9 +185,7 @@ def share_history(run: Run, other: Run, upto: int) -> bool:
         return False
     if known:
         return courses[0] == courses[1]
-    # an earlier version did not note the seed of what was forked, and in CSV files no run's name
-    unnamed = None in (run.known_as.folder, other.known_as.folder)
-    return run.args.seed == other.args.seed or unnamed
+    return run.args.seed == other.args.seed  # an earlier version did not note the seed of what was forked
 
 
 def in_window(runs: list[Run], metric: str, after: int, upto: int, begin: str) -> tuple[dict[int, Run], dict[str, str]]:
@@ -278,8 +276,8 @@ class Window:
 def common_window(sides: Sequence[Sequence[Run]], firsts: dict[int, int], what: str) -> Window:
     """From the latest of the first interventions to the last step that all these runs have reached.
 
-    A run that has come less than half as far beyond it as the median run of either side is left out: it would shorten the
-    window of all to what it has itself.
+    A run that has come less than half as far beyond it as the median run of either side is left out: it would
+    shorten the window of all to what it has itself.
 
     Args:
         sides: runs without and with an intervention
@@ -343,11 +341,12 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
     left_out |= reasons
     shared, reasons = pair_up(sides, firsts)
     left_out |= reasons
-    returns = [{seed: side[seed].between(metric, span.after, span.upto)[1] for seed in sorted(side)} for side in sides]
+    after, upto = span.after, span.upto
+    returns = [{seed: side[seed].between(metric, after, upto)[1] for seed in sorted(side)} for side in sides]
     means = [{seed: float(values.mean()) for seed, values in side.items()} for side in returns]
     counts = [sum(map(len, side.values())) for side in returns]
-    cut_games = [sum(run.unreported(span.after, span.upto) for run in side.values()) for side in sides]
-    missing = [{seed: side[seed].share_unreported(span.after, span.upto) for seed in sorted(side)} for side in sides]
+    cut_games = [sum(run.unreported(after, upto) for run in side.values()) for side in sides]
+    missing = [{seed: side[seed].share_unreported(after, upto) for seed in sorted(side)} for side in sides]
     reaches = [
         sum(reach(values, shares[seed]) for seed, values in side.items()) / max(len(side), 1)
         for side, shares in zip(returns, missing, strict=True)
@@ -362,8 +361,8 @@ def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Com
         arms=arms,
         intervention=what,
         firsts=firsts,
-        after=span.after,
-        upto=span.upto,
+        after=after,
+        upto=upto,
         ended_by=span.ended_by,
         beyond=span.beyond,
         means=(means[0], means[1]),
@@ -402,7 +401,7 @@ def varied(pairs: list[Comparison]) -> str | None:
 
 
 def evaluated_differently(arms: Iterable[Arm], metric: str) -> str:
-    """`eval_epsilon 0.01 and 0.1`, where the runs of these arms were evaluated in different ways; else nothing."""
+    """`eval_epsilon 0.01 and 0.1`, where the runs of these arms were evaluated differently; else nothing."""
     found = [evaluation(run.args, metric) for arm in arms for run in arm.runs]
     differing = []
     for name in found[0]:
@@ -424,7 +423,7 @@ def counterparts(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
 
 
 def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Comparison]:
-    """One for every arm with an intervention that has a counterpart without, if both were evaluated in one way."""
+    """One for every arm with an intervention that has a counterpart without, evaluated in the same way."""
     pairs = [
         compare(*counterpart, metric, window)
         for counterpart in counterparts(arms)
@@ -438,7 +437,7 @@ def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Compar
 
 
 def not_compared(arms: list[Arm], pairs: list[Comparison], metric: str) -> dict[str, str]:
-    """{arms: reason} where two would be a comparison, had they been evaluated in one way, and one is in no other."""
+    """{arms: reason} of those that would be compared, had they been evaluated alike, one of them with no other."""
     compared = {(arm.game, arm.name) for pair in pairs for arm in pair.arms}
     reasons = {}
     for without, injected in counterparts(arms):

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import secrets
 import shlex
 import time
@@ -70,15 +71,16 @@ class Origin:
         if not self.forked:
             return history_of(meta)
         folder = self.checkpoint.path.resolve().parent.name
-        forked_from = {"run": meta["run"], "folder": folder, "step": self.checkpoint.step, "seed": meta["args"]["seed"]}
+        seed = meta["args"]["seed"]
+        forked_from = {"run": meta["run"], "folder": folder, "step": self.checkpoint.step, "seed": seed}
         return [forked_from, *history_of(meta)]
 
 
 def history_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs that a run was before, the newest first: "run" (an id), "folder" (its name), "seed", and "step", up to which.
+    """The runs that a run was before, newest first: "run" (an id), "folder" (its name), "seed", and "step", up to which.
 
-    Empty for a run that was begun whole. Earlier versions noted no more than the path given to --fork: what is not known is
-    None there.
+    Empty for a run that was begun whole. Earlier versions noted no more than the path given to --fork: what is not
+    known is None there.
 
     Args:
         identity: what a run.json holds, or a checkpoint's manifest
@@ -92,7 +94,8 @@ def history_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
     folder, _, step = "/".join(Path("..", fork).parts[-2:]).partition("/checkpoint-")
     if folder == ".." or not step.isdigit():
         return [unknown]
-    return [unknown | {"folder": folder, "step": int(step)}]
+    named = re.search(r"__(\d+)__\d+(-\d+)?$", folder)  # as `Run` names folders
+    return [unknown | {"folder": folder, "step": int(step), "seed": int(named[1]) if named else None}]
 
 
 def find_origin(resume: str | None, fork: str | None, stack: contextlib.ExitStack) -> Origin:
@@ -167,7 +170,8 @@ class Run:
         with signals.nothing_to_save():
             mirror = self._mirror(stack) if args["track"] else None
         if origin.folder is None:
-            self.folder = create_run_folder(self.folder, {"run": self.id, "args": args, "history": self.history})
+            identity = {"run": self.id, "args": args, "history": self.history}
+            self.folder = create_run_folder(self.folder, identity)
             stack.enter_context(alone_in(self.folder))
         self.saved = self.step if checkpoint is not None and not origin.forked else None  # step of the newest checkpoint
         stack.push(self._name_what_is_left)
@@ -226,7 +230,8 @@ class Run:
         if stop is not None:
             say(f"step {self.step:,}: {stop.name}, writing a checkpoint; once more ends the run without it")
         self.log.flush(to_disk=True)
-        meta = {"run": self.id, "args": self.args, "history": self.history, "circumstances": self.circumstances}
+        meta = {"run": self.id, "args": self.args, "history": self.history}
+        meta["circumstances"] = self.circumstances
         start = time.perf_counter()
         try:
             with self.log.pause():

@@ -138,7 +138,7 @@ def test_where_as_many_parameters_learn_as_before_it_does(how):
 
 
 def naive_holm(p):
-    """Tests one hypothesis after the other at rising levels until the first that stays: the least level at which each falls."""
+    """The least level at which each falls, where one after the other is tested until the first that stays."""
     corrected = []
     for own in p:
         others = sorted(p)
@@ -148,7 +148,7 @@ def naive_holm(p):
 
 
 def test_several_p_are_corrected_as_holm_says():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # of R's help on p.adjust, by hand
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # by hand
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([0.3]) == [0.3] and holm([]) == []
     rng = np.random.default_rng(0)
     for n in range(1, 8):
@@ -415,6 +415,30 @@ def test_of_whole_runs_of_one_seed_the_games_decide():
     for points, one in (([(500, 1.0)], True), ([(500, 2.0)], False), ([(501, 1.0)], False)):
         assert share_history(ours, make_run("b", {RETURN: points}, identity=known("b")), INJECTION) == one
     assert not share_history(ours, make_run("b", {RETURN: [(500, 1.0)]}, identity=known("b"), seed=2), INJECTION)
+
+
+@pytest.mark.parametrize(
+    ("origins", "seeds", "one"),
+    [
+        ((None, "P__none__1__1700000000"), (1, 1), True),
+        ((None, "P__none__1__1700000000"), (1, 9), True),  # another seed only from there on
+        ((None, "P__none__2__1700000000"), (1, 2), False),
+        (("P__none__1__1700000000", "P__none__2__1700000000"), (1, 2), False),
+        ((None, "renamed"), (1, 1), True),
+        ((None, "renamed"), (1, 2), False),
+        (("renamed", "renamed"), (1, 2), True),
+        (("renamed", "another"), (1, 2), False),
+        (("renamed", "another"), (1, 1), True),
+    ],
+)
+@pytest.mark.parametrize("identity", [None, Identity(None, None, (), rounded=True)], ids=["folder", "file"])
+def test_of_earlier_versions_runs_the_path_of_a_fork_and_equal_games_decide(origins, seeds, one, identity):
+    runs = []
+    for origin, seed in zip(origins, seeds, strict=True):
+        fork = origin and f"runs/{origin}/checkpoint-{INJECTION}"
+        run = make_run(f"x{seed}", {RETURN: [(500, 1.0)]}, seed=seed, fork=fork)
+        runs.append(replace(run, identity=identity and replace(identity, history=run.known_as.history)))
+    assert share_history(*runs, INJECTION) == share_history(*runs[::-1], INJECTION) == one
 
 
 def test_three_paired_seeds_are_preferred_to_more_that_are_not_and_those_are_named():

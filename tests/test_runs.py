@@ -479,19 +479,21 @@ def test_a_fork_knows_what_it_was_before_it_had_a_folder_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("fork", "folder", "step"),
+    ("fork", "folder", "step", "seed"),
     [
-        ("runs/A/checkpoint-500", "A", 500),
-        ("A/checkpoint-500/", "A", 500),
-        ("/x/y/../A/./checkpoint-0", "A", 0),
-        ("../checkpoint-500", None, 0),
-        ("checkpoint-500", None, 0),
-        ("runs/A/newest", None, 0),
+        ("runs/A/checkpoint-500", "A", 500, None),
+        ("A/checkpoint-500/", "A", 500, None),
+        ("/x/y/../A/./checkpoint-0", "A", 0, None),
+        ("runs/Pong-v4__none__7__1795767634/checkpoint-5", "Pong-v4__none__7__1795767634", 5, 7),
+        ("runs/Pong-v4__a__b__8__1795767634-2/checkpoint-5", "Pong-v4__a__b__8__1795767634-2", 5, 8),
+        ("../checkpoint-500", None, 0, None),
+        ("checkpoint-500", None, 0, None),
+        ("runs/A/newest", None, 0, None),
     ],
 )
-def test_of_a_fork_of_an_earlier_version_the_path_says_what_is_known(fork, folder, step):
+def test_of_a_fork_of_an_earlier_version_the_path_says_what_is_known(fork, folder, step, seed):
     (before,) = runs.history_of({"args": {"fork": fork}})
-    assert before == {"run": None, "folder": folder, "step": step, "seed": None}
+    assert before == {"run": None, "folder": folder, "step": step, "seed": seed}
     assert runs.history_of({"args": {"fork": None}}) == runs.history_of({"args": {}}) == []
 
 
