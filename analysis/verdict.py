@@ -171,21 +171,16 @@ def share_history(run: Run, other: Run, upto: int) -> bool:
     must not contradict, and of runs that were begun whole, maybe elsewhere or by another version, there must be some.
     """
     step, by_id = common_step(run, other)
-    if by_id and step >= upto:
-        return True
-    if not same_games(run, other, upto):
-        return False
     if step >= upto:
-        return True
-    courses = [seeds_between(one, step, upto) for one in (run, other)]
-    known = all(seed is not None for course in courses for _, seed in course)
-    if step >= 0 and known:
-        return courses[0] == courses[1]
-    if not run.games(upto).size:
+        return by_id or same_games(run, other, upto)
+    ours, theirs = (seeds_between(one, step, upto) for one in (run, other))
+    if all(seed is not None for _, seed in ours + theirs):
+        one_course = ours == theirs
+    else:  # an earlier version did not note the seed of what was forked
+        one_course = run.args.seed == other.args.seed
+    if not one_course or not same_games(run, other, upto):
         return False
-    if known:
-        return courses[0] == courses[1]
-    return run.args.seed == other.args.seed  # an earlier version did not note the seed of what was forked
+    return step >= 0 or run.games(upto).size > 0
 
 
 def in_window(runs: list[Run], metric: str, after: int, upto: int, begin: str) -> tuple[dict[int, Run], dict[str, str]]:
