@@ -174,9 +174,8 @@ def share_history(run: Run, other: Run, upto: int) -> bool:
     if step >= upto:
         return by_id or same_games(run, other, upto)
     ours, theirs = (seeds_between(one, step, upto) for one in (run, other))
-    if all(seed is not None for _, seed in ours + theirs):
-        one_course = ours == theirs
-    else:  # an earlier version did not note the seed of what was forked
+    one_course = ours == theirs
+    if any(seed is None for _, seed in ours + theirs):  # an earlier version did not note that of what was forked
         one_course = run.args.seed == other.args.seed
     if not one_course or not same_games(run, other, upto):
         return False
