@@ -6,9 +6,10 @@ Runs with the same arguments but for the seed are an arm. For two arms that diff
 is on the difference in mean return, with − without, over all that is logged in a window after the injection: one mean per
 run, and a 95% t interval over seeds. Where the two arms' runs of a seed are one run up to the injection, as forks are, it is
 the interval of the differences within seeds, else Welch's. There is one window: from the injection to the last step that all
-these runs have reached, or --window steps long. Where the norm decided when to inject, it begins at the latest of the runs'
-first injections. A head reset, or shrink and perturb, is compared in the same way. Comparisons that differ in the game alone
-are also aggregated, as human-normalised scores.
+these runs have reached, but for those that have hardly gone beyond the injection, or --window steps long. Where the norm
+decided when to inject, it begins at the latest of the runs' first injections. Several verdicts at once are also corrected for
+their number (Holm). A head reset, or shrink and perturb, is compared in the same way. Comparisons that differ in the game
+alone are also aggregated, as human-normalised scores.
 
 Written beside --out: the figure of return, one of the plasticity measures (NAME_plasticity), a table (NAME.md) and all numbers
 (NAME.json). Runs may still be going. 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.

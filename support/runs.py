@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import secrets
 import shlex
 import time
@@ -65,6 +66,41 @@ class Origin:
     def forked(self) -> bool:
         """Whether the checkpoint is another run's."""
         return self.checkpoint is not None and self.checkpoint.meta["run"] != self.run_id
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The runs that this one was before it had a folder of its own, see `history_of`."""
+        if self.checkpoint is None:
+            return []
+        meta = self.checkpoint.meta
+        if not self.forked:
+            return history_of(meta)
+        folder = self.checkpoint.path.resolve().parent.name
+        seed = meta["args"]["seed"]
+        forked_from = {"run": meta["run"], "folder": folder, "step": self.checkpoint.step, "seed": seed}
+        return [forked_from, *history_of(meta)]
+
+
+def history_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a run was before, newest first: "run" (an id), "folder" (its name), "seed", and "step", up to which.
+
+    Empty for a run that was begun whole. Earlier versions noted no more than the path given to --fork: what is not
+    known is None there.
+
+    Args:
+        identity: what a run.json holds, or a checkpoint's manifest
+    """
+    if "history" in identity:
+        return list(identity["history"])
+    fork = identity["args"].get("fork")
+    if fork is None:
+        return []
+    unknown = {"run": None, "folder": None, "step": 0, "seed": None}
+    folder, _, step = "/".join(Path("..", fork).parts[-2:]).partition("/checkpoint-")
+    if folder == ".." or not step.isdigit():
+        return [unknown]
+    named = re.search(r"__(\d+)__\d+(-\d+)?$", folder)  # as `Run` names folders
+    return [unknown | {"folder": folder, "step": int(step), "seed": int(named[1]) if named else None}]
 
 
 def find_origin(resume: str | None, fork: str | None, stack: contextlib.ExitStack) -> Origin:
@@ -134,11 +170,13 @@ class Run:
             with signals.nothing_to_save():
                 checkpoint.restore(parts)
         self.id = origin.run_id or secrets.token_hex(8)
+        self.history = origin.history
         self.folder = origin.folder or Path("runs") / f"{name}__{int(time.time())}".replace("/", "-")
         with signals.nothing_to_save():
             mirror = self._mirror(stack) if args["track"] else None
         if origin.folder is None:
-            self.folder = create_run_folder(self.folder, {"run": self.id, "args": args})
+            identity = {"run": self.id, "args": args, "history": self.history}
+            self.folder = create_run_folder(self.folder, identity)
             stack.enter_context(alone_in(self.folder))
         self.saved = self.step if checkpoint is not None and not origin.forked else None  # step of the newest checkpoint
         stack.push(self._name_what_is_left)
@@ -197,7 +235,8 @@ class Run:
         if stop is not None:
             say(f"step {self.step:,}: {stop.name}, writing a checkpoint; once more ends the run without it")
         self.log.flush(to_disk=True)
-        meta = {"run": self.id, "args": self.args, "circumstances": self.circumstances}
+        meta = {"run": self.id, "args": self.args, "history": self.history}
+        meta["circumstances"] = self.circumstances
         start = time.perf_counter()
         try:
             with self.log.pause():

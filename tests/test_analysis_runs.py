@@ -12,8 +12,9 @@ import pytest
 from simulated_runs import INJECTION, NORM, RETURN, games, make_arms, make_run, write, write_run
 from torch.utils.tensorboard import summary
 
-from analysis.runs import BOOKKEEPING, Run, group, read_arms, read_run, setting, short
+from analysis.runs import BOOKKEEPING, EVALUATION, Run, group, read_arms, read_run, setting, short
 from dqn_injection_atari import Args, Experiment
+from support.flags import RunFlags
 from support.run_log import Curves
 from support.usage import UsageError
 
@@ -90,6 +91,15 @@ def test_names_hardware_logging_evaluation_and_length_make_no_other_arm():
     assert not BOOKKEEPING & OTHER.keys() and BOOKKEEPING | OTHER.keys() == {field.name for field in fields(Args)}
 
 
+def test_how_a_run_is_evaluated_makes_another_arm_where_evaluations_are_compared():
+    names = {field.name for field in fields(RunFlags) if field.name.startswith("eval_")}
+    assert set(EVALUATION) == names, "whatever changes an evaluation"
+    others = ({"eval_frequency": 500}, {"eval_episodes": 3}, {"eval_steps": 500, "eval_episodes": 0}, {"eval_epsilon": 0.1})
+    for other in others:
+        assert setting(Args(**other), "eval/episodic_return") != setting(Args(), "eval/episodic_return")
+        assert setting(Args(**other), RETURN) == setting(Args())
+
+
 @pytest.mark.parametrize(
     "args",
     [
@@ -130,6 +140,8 @@ def test_arms_are_named_by_their_injections_and_by_what_else_sets_them_apart():
     copied = AT | {"injection_optimizer_state": "copy"}
     assert names(AT, copied)[1] == "injection at 5M, optimizer state copied"
     assert names(NORM, NORM | {"max_injections": 2})[1].endswith("3×, max injections 2")
+    assert names({}, AT | {"injected_head_width": 1024})[1] == "injection at 5M, injected head width 1,024"
+    assert names({}, AT | {"injected_head_width": 512})[1] == "injection at 5M"
 
 
 def test_interventions_are_named_and_in_their_company_a_baseline_is_one_without_intervention():

@@ -6,8 +6,10 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import status_of
 from simulated_runs import ALIEN, PHOENIX, RETURN, games, make_arms, make_games, write, write_run
@@ -106,6 +108,23 @@ def test_without_two_arms_to_compare_there_are_figures_but_no_verdict(command):
     assert "nothing to compare with" in Path("y.md").read_text(encoding="utf-8") and "evaluation game" in Path(
         "y.svg"
     ).read_text(encoding="utf-8")
+
+
+def test_arms_that_were_evaluated_differently_get_figures_and_the_reason_why_there_is_no_verdict(command):
+    runs = make_arms()
+    for run in runs:
+        evaluations = [(step, float(run.args.seed + run.args.apply_injection)) for step in (500, 1_500, 2_500)]
+        run.scalars["eval/episodic_return"] = np.array(evaluations).T
+    runs = [replace(run, args=replace(run.args, eval_epsilon=0.1)) if run.args.apply_injection else run for run in runs]
+    folders = write_all(runs)
+    status, printed, _ = command(*folders, "--metric", "eval/episodic_return")
+    names = "injection at 1k, eval epsilon 0.1 against no injection, eval epsilon 0.01"
+    assert status == 0 and f"not compared: {PHOENIX}: {names}, evaluated differently: eval_epsilon 0.01 and 0.1\n" in printed
+    assert "no verdict: arms that were evaluated differently have none" in printed and "raised" not in printed
+    content = json.loads(Path("comparison.json").read_text(encoding="utf-8"))
+    assert content["comparisons"] == [] and list(content["not_compared"]) == [f"{PHOENIX}: {names}"]
+    _, printed, _ = command(*folders)
+    assert "injection raised the return by" in printed and "not compared" not in printed
 
 
 def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_only(command):

@@ -50,7 +50,7 @@ from support.checkpoints import CHECKSUMS, Checkpoint, checksums, create_run_fol
 from support.machine import alone_in, flush_to_disk
 from support.process import Signals
 from support.run_log import SIDE_BY_SIDE, Curves, RunLog
-from support.runs import Run, find_origin
+from support.runs import Origin, Run, find_origin
 from support.usage import UsageError
 
 slow = pytest.mark.slow
@@ -443,6 +443,9 @@ def test_a_fork_is_a_run_of_its_own_that_can_be_killed_at_once(uninterrupted, ca
         train(arm)
     folder = new_folder({origin})
     assert "__arm__" in folder.name and names(folder) == []
+    begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    origin_id = json.loads((origin / "run.json").read_text(encoding="utf-8"))["run"]
+    assert begun["history"] == [{"run": origin_id, "folder": origin.name, "step": 152, "seed": SMALL.seed}]
     capsys.readouterr()
     train_until(155, Args(resume=str(folder)))
     assert f"forked at step 152 from {origin / 'checkpoint-152'}" in capsys.readouterr().out
@@ -450,12 +453,48 @@ def test_a_fork_is_a_run_of_its_own_that_can_be_killed_at_once(uninterrupted, ca
     shutil.move(origin, "elsewhere")
     train(Args(resume=str(folder)))
     assert_same_end(folder, uninterrupted(TWICE))
+    assert load_checkpoint(folder / "checkpoint-240").meta["history"] == begun["history"]
     shutil.move("elsewhere", origin)
     assert all_files(origin) == before
     texts = EventAccumulator(str(folder)).Reload().Tensors("hyperparameters/text_summary")
     shown = {(text.step, text.tensor_proto.string_val[0].decode()) for text in texts}
     ((step, table),) = shown
     assert step == 152 and "|exp_name|arm|" in table and "checkpoint-152|" in table
+
+
+def test_a_fork_knows_what_it_was_before_it_had_a_folder_of_its_own():
+    def origin(folder, step, seed, run_id=None, **more):
+        meta = {"run": f"id of {folder}", "step": step, "args": {"seed": seed, "fork": None}, **more}
+        return Origin(run_id=run_id, checkpoint=Checkpoint(Path(f"runs/{folder}/checkpoint-{step}"), meta, {}))
+
+    trunk = {"run": "id of trunk", "folder": "trunk", "step": 80, "seed": 1}
+    branch = {"run": "id of branch", "folder": "branch", "step": 142, "seed": 2}
+    assert Origin().history == origin("trunk", 80, 1, run_id="id of trunk", history=[]).history == []
+    assert origin("trunk", 80, 1, history=[]).history == [trunk]
+    assert origin("branch", 142, 2, run_id="id of branch", history=[trunk]).history == [trunk], "resumed"
+    assert origin("branch", 142, 2, history=[trunk]).history == [branch, trunk]
+    earlier = {"seed": 2, "fork": "/home/x/runs/trunk/checkpoint-80"}  # by a version that noted no more
+    named = {"run": None, "folder": "trunk", "step": 80, "seed": None}
+    assert origin("branch", 142, 2, args=earlier).history == [branch, named]
+
+
+@pytest.mark.parametrize(
+    ("fork", "folder", "step", "seed"),
+    [
+        ("runs/A/checkpoint-500", "A", 500, None),
+        ("A/checkpoint-500/", "A", 500, None),
+        ("/x/y/../A/./checkpoint-0", "A", 0, None),
+        ("runs/Pong-v4__none__7__1795767634/checkpoint-5", "Pong-v4__none__7__1795767634", 5, 7),
+        ("runs/Pong-v4__a__b__8__1795767634-2/checkpoint-5", "Pong-v4__a__b__8__1795767634-2", 5, 8),
+        ("../checkpoint-500", None, 0, None),
+        ("checkpoint-500", None, 0, None),
+        ("runs/A/newest", None, 0, None),
+    ],
+)
+def test_of_a_fork_of_an_earlier_version_the_path_says_what_is_known(fork, folder, step, seed):
+    (before,) = runs.history_of({"args": {"fork": fork}})
+    assert before == {"run": None, "folder": folder, "step": step, "seed": seed}
+    assert runs.history_of({"args": {"fork": None}}) == runs.history_of({"args": {}}) == []
 
 
 @pytest.mark.slow
