@@ -38,7 +38,7 @@ from analysis.plan import LONGEST_NAME, Asked, all_arms, identity_of, plan
 from support import jobs
 from support.machine import alone_in, slow_bfloat16
 from support.process import Signals, Unfailing, ends_in_one_line, on_a_terminal, say
-from support.usage import Positive, Steps, UsageError, check_bounds
+from support.usage import Positive, Steps, UsageError, check_bounds, words_given
 
 TICK, MINUTE = 1.0, 60.0  # seconds
 
@@ -109,7 +109,7 @@ def command_line(words: list[str]) -> tuple[Settings, Asked]:
         raise UsageError(f"name is {settings.name}, but must be a folder's under sweeps/: change --name")
     origin = None
     if settings.from_checkpoint is not None:
-        origin = str(Path(os.path.expanduser(settings.from_checkpoint)).resolve())
+        origin = str(Path(settings.from_checkpoint).resolve())
     arms, grid = all_arms(settings.arms, own), [list(axis) for axis in settings.grid]
     return settings, Asked(settings.env_ids, settings.seeds, arms, grid, rest[1:], origin, settings.steps)
 
@@ -222,7 +222,7 @@ def alone(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 def main() -> None:
     with ends_in_one_line():
-        settings, asked = command_line(sys.argv[1:])
+        settings, asked = command_line(words_given())
         runs = plan(asked)
         asked = replace(asked, origin=identity_of(asked.from_checkpoint))
         folder = Path("sweeps", default_name(asked, runs[0].args.env_id) if settings.name is None else settings.name)
