@@ -324,7 +324,7 @@ class QNetwork(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes up a state, also one with more or fewer pairs of heads that are not in use: those are zero."""
         in_use = ["encoder.", "theta.", "_extra_state"]
-        for k in range(int(state_dict["_extra_state"])):
+        for k in range(int(state_dict.get("_extra_state", self.num_injections))):
             in_use += [f"theta_prime_1.{k}.", f"theta_prime_2.{k}."]
         state = {name: value for name, value in state_dict.items() if name.startswith(tuple(in_use))}
         for name, value in self.state_dict().items():
