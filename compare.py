@@ -28,6 +28,7 @@ does it lose its plasticity, and does an injection restore it (paper, §3)? With
 
 import math
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -51,7 +52,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {package} is not installed: pip install -r requirements-dev.txt")
 
 from support.process import ends_in_one_line
-from support.usage import Count, UsageError, changed_fields, check_bounds, words_given
+from support.usage import Count, UsageError, changed_fields, check_bounds, flags_given, words_given
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,11 @@ class Settings:
     """repetitions, each with its own targets, batches, fresh weights and injection"""
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, named: Collection[str] = ()) -> None:
     """
+    Args:
+        named: fields that the command line sets, also to what they were anyway
+
     Raises:
         UsageError: a setting contradicts another one, or would be passed over.
     """
@@ -104,7 +108,7 @@ def check(settings: Settings) -> None:
         raise UsageError("fresh and env_id belong together: give --probe fresh --env-id PhoenixNoFrameskip-v4, or neither")
     if settings.probe_inject_at is not None and not (settings.probe_tasks or fresh):
         raise UsageError("probe_inject_at is a task of a sequence: give --probe-tasks")
-    changed = changed_fields(settings, Settings())
+    changed = sorted({*changed_fields(settings, Settings()), *named})
     if settings.probe and (given := [name for name in changed if name in ("metric", "window", "aggregate")]):
         raise UsageError(f"{given[0]} is of comparisons, a probe makes none: leave out --{given[0]}")
     if not settings.probe and (given := [name for name in changed if name.startswith("probe_")]):
@@ -118,7 +122,7 @@ def check(settings: Settings) -> None:
 def main() -> None:
     with ends_in_one_line():
         settings = tyro.cli(Settings, description=__doc__, args=words_given())
-        check(settings)
+        check(settings, flags_given())
         out = None if settings.out is None else Path(settings.out)
         tasks = settings.probe_tasks or (21 if NO_CHECKPOINT in settings.probe else None)
         how = settings.probe_seeds, settings.probe_learning_rate

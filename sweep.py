@@ -105,6 +105,8 @@ def command_line(words: list[str]) -> tuple[Settings, Asked]:
     check_bounds(settings)
     if (gpus := settings.gpus_per_run or 0) > 1 and gpus % 1:
         raise UsageError(f"gpus_per_run is {gpus:g}, but must be whole above 1: change --gpus-per-run")
+    if settings.speed is not None and not settings.dry_run:
+        raise UsageError("speed is for the hours in a plan: give --dry-run as well, or leave it out")
     if settings.name is not None and (Path(settings.name).name != settings.name or settings.name in ("", "..")):
         raise UsageError(f"name is {settings.name}, but must be a folder's under sweeps/: change --name")
     origin = None

@@ -53,8 +53,11 @@ def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:
     made = num_injections(checkpoint)
     changes: dict[str, Any] = {"seed": seed, "bf16": False, "cuda_graphs": False}
     changes |= {"injection_step": tuple(range(1, made + 2)), "total_timesteps": made + 2, "num_envs": 1}
-    changes |= {"injection_trigger": "step"}
-    changes |= {name: getattr(Args, name) for name, of in CONDITIONS.items() if of.field == "injection_trigger"}
+    changes |= {"intervention": "injection", "apply_injection": True, "injection_trigger": "step"}
+    changes |= {"keep_checkpoints": ()}
+    for name, condition in CONDITIONS.items():
+        if changes[condition.field] not in condition.values:
+            changes[name] = getattr(Args, name)
     return replace(saved_args(checkpoint), **changes)
 
 

@@ -30,7 +30,9 @@ OF_CONTINUATIONS = {  # those that it gives as well where runs continue one agen
 }
 LONGEST_NAME = 255  # bytes that file systems allow
 AFTER_NAME = "__1234567890-1000"  # what a run's folder has after it: time and number; a log has less
-PARTS_BYTES, BYTES_PER_FRAME, BYTES_PER_STEP = 70e6, 120, 1.0  # estimates of checkpoints and curves, see docs/sweeps.md
+# estimates of checkpoints and curves, see docs/sweeps.md.
+# Of a pair of heads both networks have weights, and one has moments
+NETWORK_BYTES, BYTES_PER_PAIR, BYTES_PER_FRAME, BYTES_PER_STEP = 30e6, 40e6, 120, 1.0
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,13 @@ class PlannedRun:
     @property
     def disk(self) -> float:
         """Bytes of its checkpoints, one in the making included, and curves: an estimate."""
-        kept = len(self.args.planned_interventions) + 2
-        frames = min(self.args.buffer_size, self.args.total_timesteps)
-        return kept * (PARTS_BYTES + BYTES_PER_FRAME * frames) + BYTES_PER_STEP * self.args.total_timesteps
+        args = self.args
+        stay = sum(step >= self.begins for step in args.kept_checkpoints)
+        if args.injection_trigger == "norm" and args.applied_intervention != "none":
+            stay += 1  # before the first one
+        checkpoint = NETWORK_BYTES + BYTES_PER_PAIR * args.planned_pairs
+        checkpoint += BYTES_PER_FRAME * min(args.buffer_size, args.total_timesteps)
+        return (stay + 2) * checkpoint + BYTES_PER_STEP * args.total_timesteps
 
 
 def plan(asked: Asked) -> list[PlannedRun]:

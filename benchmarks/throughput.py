@@ -77,6 +77,7 @@ def make_run(settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf1
         num_envs=num_envs,
         buffer_size=settings.buffer_size,
         learning_starts=settings.fill,
+        injection_step=(settings.fill + num_envs,),  # room for the one that `ours` makes
         exploration_fraction=settings.fill / script.Args.total_timesteps,  # ε is at its end when learning begins
         checkpoint_frequency=0,
         bf16=bf16,
@@ -93,7 +94,8 @@ def make_run(settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf1
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
     parts = {"learner": learner, "replay": replay, "envs": envs}
-    run = Run(origin, "", asdict(args), parts, circumstances(device, script.CODE_VERSION), Signals(), stack)
+    surroundings = circumstances(device, script.CODE_VERSION)
+    run = Run(origin, "", script.__version__, asdict(args), parts, surroundings, Signals(), stack)
     run.log.bar.disable, run.log.PLAIN_LINE_SECONDS = True, sys.maxsize
     training = script.Training(args, run, envs, learner, replay)
     envs.reset(seed=0)

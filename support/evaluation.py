@@ -67,7 +67,7 @@ def play_games(
         stack.callback(envs.close)
         obs, _ = envs.reset(seed=seed)
         if video:
-            video.parent.mkdir(parents=True, exist_ok=True)
+            video.parent.mkdir(exist_ok=True)
             height, width, _ = envs.render()[0].shape
             film = open_film(video, width, height)
             stack.callback(film.release)

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,6 +198,70 @@ def flush_to_disk(path: Path) -> None:
     except OSError as error:
         if error.errno not in (CANNOT | CANNOT_OPEN if path.is_dir() else CANNOT):
             raise
+
+
+class FolderGone(FileNotFoundError):
+    """A folder that this process writes to is nowhere to be found."""
+
+    FIX = "if it was moved to another disk, stop this run and --resume it there"
+
+    def __init__(self, path: Path):
+        super().__init__(f"{path} is no longer there")
+
+
+def path_of(descriptor: int) -> Path | None:
+    """Where the file or folder of an open descriptor is now, whatever it was called; None where no one can tell."""
+    with contextlib.suppress(OSError):
+        if hasattr(fcntl, "F_GETPATH"):  # macOS
+            return Path(os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")))
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return None
+
+
+class HeldFolder:
+    """A folder that is found again where it was renamed or moved, within its file system, in the meantime.
+
+    `path` is where it was seen last.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.descriptor: int | None = None
+        with contextlib.suppress(OSError):  # not every file system opens folders: there, it is what has the name
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            weakref.finalize(self, os.close, self.descriptor)
+
+    def find(self) -> Path | None:
+        """Its present path, a relative one where a relative one was given.
+
+        None where it was deleted, or moved to another file system; a new folder of its name is another one.
+        """
+        if self._is_at(self.path):
+            return self.path
+        moved = None if self.descriptor is None else path_of(self.descriptor)
+        if moved is None or not self._is_at(moved):
+            return None
+        self.path = moved if self.path.is_absolute() else Path(os.path.relpath(moved))
+        return self.path
+
+    def here(self) -> Path:
+        """Its present path, see `find`.
+
+        Raises:
+            FolderGone: there is none.
+        """
+        found = self.find()
+        if found is None:
+            raise FolderGone(self.path)
+        return found
+
+    def _is_at(self, path: Path) -> bool:
+        if self.descriptor is None:
+            return path.is_dir()
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self.descriptor))
+        except OSError:
+            return False
 
 
 @contextlib.contextmanager

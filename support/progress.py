@@ -5,8 +5,9 @@ import json
 import os
 import socket
 import time
-from pathlib import Path
 from typing import Any
+
+from support.machine import HeldFolder
 
 PROGRESS = "progress.json"
 
@@ -15,15 +16,15 @@ class ProgressFile:
     """A run's progress.json, whole at any moment. Where it cannot be written, the run goes on without.
 
     Args:
-        folder: of the run
+        place: the run's folder
         first: step at which this process begins
         total: step at which the run ends
     """
 
     PAUSE_SECONDS = 2
 
-    def __init__(self, folder: Path, first: int, total: int):
-        self.folder = folder
+    def __init__(self, place: HeldFolder, first: int, total: int):
+        self.place = place
         self.written = -float("inf")  # on the monotonic clock
         self.state: dict[str, Any] = {
             "step": first,
@@ -48,6 +49,7 @@ class ProgressFile:
         """Writes all that was noted, in place of what is there; not flushed, since nothing depends on it."""
         self.written = time.monotonic()
         with contextlib.suppress(OSError):
-            partial = self.folder / f".{PROGRESS}.partial"
+            folder = self.place.here()
+            partial = folder / f".{PROGRESS}.partial"
             partial.write_text(json.dumps(self.state) + "\n", encoding="utf-8")
-            os.replace(partial, self.folder / PROGRESS)
+            os.replace(partial, folder / PROGRESS)

@@ -22,7 +22,7 @@ from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
-from support.machine import flush_to_disk
+from support.machine import FolderGone, HeldFolder, flush_to_disk
 from support.process import on_a_terminal, say
 from support.progress import ProgressFile
 from support.usage import reading
@@ -132,15 +132,16 @@ class Curves:
     point on (`purge_step`), and begins with all of these.
 
     Args:
-        folder: where event files go
+        folder: where event files go, also where it is moved in the meantime
         step: the step from which on this run logs
     """
 
     def __init__(self, folder: Path, step: int):
-        self.folder, self.step = folder, step
+        self.place, self.step = HeldFolder(folder), step
         self.points: list[tuple[int, float, Summary]] = []  # step, wall-clock time, content; steps never fall
         self.written = 0  # how many of them are in the event file
         self.writer: Any = None  # a SummaryWriter, once there is something to write
+        self.written_to: Path | None = None  # its folder, which it opens by this name each time
 
     def add(self, content: Summary, step: int) -> None:
         self.points.append((step, time.time(), content))
@@ -152,23 +153,36 @@ class Curves:
         Raises:
             OSError: it cannot be written; the next call tries again.
         """
-        before = event_files(self.folder)
+        folder = self.place.here()
+        try:
+            self._write_to(folder)
+        except OSError:
+            if self.place.here() == folder:
+                raise
+            self.flush()  # it was moved just now
+        self.points = [point for point in self.points if point[0] >= self.step]
+        self.written = len(self.points)
+
+    def _write_to(self, folder: Path) -> None:
+        if folder != self.written_to:
+            self.close()  # the event file has moved, too, and all of it is there
+            self.writer = None
+        before = event_files(folder)
         report, threading.excepthook = threading.excepthook, lambda _: None  # the writer's thread tells this one as well
         try:
             if self.writer is None:
                 self.writer, self.written = self._new_file(before), 0
+                self.written_to = Path(self.writer.log_dir)
             for step, wall_time, content in self.points[self.written :]:
                 self.writer.file_writer.add_summary(content, step, wall_time)
             self.writer.flush()
         except OSError:
             self.writer = None
-            for new in set(event_files(self.folder)) - set(before):
+            for new in set(event_files(folder)) - set(before):
                 new.unlink()  # nothing of it counts
             raise
         finally:
             threading.excepthook = report
-        self.points = [point for point in self.points if point[0] >= self.step]
-        self.written = len(self.points)
 
     def _new_file(self, older: list[Path]) -> SummaryWriter:
         number = next_number(older)
@@ -181,7 +195,7 @@ class Curves:
 
         event_file_writer.time = types.SimpleNamespace(time=second_of_the_name)
         try:
-            return SummaryWriter(str(self.folder), purge_step=first)
+            return SummaryWriter(str(self.place.here()), purge_step=first)
         finally:
             event_file_writer.time = clock
 
@@ -208,14 +222,23 @@ class RunLog:
     FLUSH_SECONDS = 10
 
     def __init__(self, folder: Path, step: int, total: int):
-        self.folder, self.total = folder, total
+        self.total = total
         self.curves = Curves(folder, step)
-        self.progress = ProgressFile(folder, step, total)
+        self.progress = ProgressFile(self.curves.place, step, total)
         self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=not on_a_terminal())
         self.returns: deque[float] = deque(maxlen=100)
         self.start = self.interval_start = self.last_line = self.last_flush = time.perf_counter()
         self.interval_step = 0
         self.disk_full = False
+
+    @property
+    def folder(self) -> Path:
+        """That of the run, where it is now.
+
+        Raises:
+            FolderGone: it is nowhere.
+        """
+        return self.curves.place.here()
 
     def state_dict(self) -> dict[str, Any]:
         now = time.perf_counter()
@@ -324,7 +347,8 @@ class RunLog:
             self.disk_full = False
         except OSError as error:
             if not self.disk_full:
-                self.say(f"warning: the curves cannot be written for now ({error}): make room, training goes on")
+                fix = FolderGone.FIX if isinstance(error, FolderGone) else "make room"
+                self.say(f"warning: the curves cannot be written for now ({error}): {fix}, training goes on")
             self.disk_full = True
 
     def say(self, line: str) -> None:

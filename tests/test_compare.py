@@ -158,9 +158,11 @@ def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_onl
         (["--probe", "fresh"], "give --probe fresh --env-id"),
         (["--probe", "fresh", "--env-id", "Foo"], "unknown env_id 'Foo'"),
         (["--probe", "a", "--window", 5], "window is of comparisons, a probe makes none: leave out --window"),
+        (["--probe", "a", "--metric", "charts/episodic_return"], "metric is of comparisons, a probe makes none"),
         (["--probe", "a", "--export", "x"], "export keeps curves of runs"),
         (["--probe", "a", "--out", "x"], "must end in .png, .pdf or .svg: change --out"),
         (["runs/a", "--probe-updates", 5], "probe_updates is given, but nothing to probe"),
+        (["runs/a", "--probe-observations", 512], "probe_observations is given, but nothing to probe"),
         (["--probe", "nowhere"], "no checkpoint to probe; nowhere cannot be read as a checkpoint"),
     ],
 )

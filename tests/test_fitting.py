@@ -1,6 +1,7 @@
 """Agents and fresh networks that fit random targets: what they start from, and what they are given."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from saved_agents import CPU, SMALL, change
 from analysis import fitting
 from analysis.fitting import CONTENDERS, FRESH, fresh_subject, random_play, read_subject, saved_args
 from dqn_injection_atari import Learner, make_parts
-from support.checkpoints import load_checkpoint
+from support.checkpoints import Checkpoint, load_checkpoint
 from support.usage import UsageError
 
 
@@ -94,3 +95,26 @@ def test_random_play_shows_many_observations_and_always_the_same():
     obs = random_play("PhoenixNoFrameskip-v4", 50, CPU)
     assert obs.shape == (50, 4, 84, 84) and obs.dtype == torch.uint8 and len(obs.flatten(1).unique(dim=0)) > 45
     assert torch.equal(obs, random_play("PhoenixNoFrameskip-v4", 50, CPU))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"intervention": "reset-head", "keep_checkpoints": (4, 60)},
+        {"intervention": "shrink-perturb", "shrink_factor": 0.5},
+        {"intervention": "none", "injection_optimizer_state": "copy", "shrink_factor": 0.5},
+        {"intervention": "none", "injection_step": ()},
+        {"intervention": "reset-head", "injection_step": (), "injection_trigger": "norm", "injection_norm_ratio": 2.0},
+        {"apply_injection": False, "freeze_heads": False},
+    ],
+    ids=str,
+)
+def test_an_agent_of_a_run_that_adds_no_heads_can_be_injected_in_a_probe(changes):
+    args = replace(SMALL, **changes)
+    learner = Learner(args, 8, CPU)
+    learner.reset_head(180)
+    saved = Checkpoint(Path("x"), {"step": 200, "args": asdict(args)}, {"learner": learner.state_dict()})
+    obs = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8)
+    injected = fitting.make_contender("agent, injected", saved, 0, CPU)
+    assert injected.q_network.num_injections == 1 and injected.q_network.freeze_heads == args.freeze_heads
+    assert torch.equal(injected.q_network(obs), learner.q_network(obs))

@@ -23,6 +23,8 @@ import dqn_injection_atari as script
 import support.environments as environments
 import support.machine as machine
 from support.machine import (
+    FolderGone,
+    HeldFolder,
     alone_in,
     circumstances,
     code_version,
@@ -552,3 +554,66 @@ def test_a_folder_that_is_not_there_is_refused_by_name():
         alone_in(Path("nowhere")),
     ):
         pytest.fail("it came in")
+
+
+# folders that move
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_held_folder_is_found_wherever_it_goes_and_no_other_is_taken_for_it(absolute):
+    where = Path("runs/x").absolute() if absolute else Path("runs/x")
+    where.mkdir(parents=True)
+    held = HeldFolder(where)
+    assert held.here() == where
+    for name in ("runs/y", "elsewhere", "runs/x"):
+        held.here().rename(name)
+        expected = Path(name).absolute() if absolute else Path(name)
+        assert held.here() == expected == held.path
+    Path("runs").rename("stopped")
+    Path("runs/x").mkdir(parents=True)
+    assert held.here() == expected.parent.parent / "stopped/x"
+    shutil.rmtree("stopped/x")
+    Path("stopped/x").mkdir()
+    assert held.find() is None
+    with pytest.raises(FolderGone, match=r"stopped/x is no longer there$"):
+        held.here()
+
+
+@pytest.mark.parametrize("obstacle", ["folders cannot be opened", "nobody tells paths"])
+def test_where_a_folder_cannot_be_followed_it_is_what_has_its_name(monkeypatch, obstacle):
+    Path("x").mkdir()
+    with monkeypatch.context() as patch:
+        if obstacle == "folders cannot be opened":
+            patch.setattr(machine.os, "open", lambda *_: fail_with(errno.EACCES))
+        held = HeldFolder(Path("x"))
+    monkeypatch.setattr(machine.os, "readlink", lambda _: fail_with(errno.ENOENT))
+    assert held.here() == Path("x")
+    Path("x").rename("y")
+    assert held.find() is None
+    Path("y").rename("x")
+    assert held.here() == Path("x")
+
+
+def test_a_mac_tells_a_folders_path_by_a_call_of_its_own(monkeypatch):
+    Path("x").mkdir()
+    held = HeldFolder(Path("x"))
+    answer = os.fsencode(Path("y").absolute()).ljust(1024, b"\0")
+    monkeypatch.setattr(machine.fcntl, "F_GETPATH", 50, raising=False)
+    monkeypatch.setattr(machine.fcntl, "fcntl", lambda descriptor, *_: {held.descriptor: answer}[descriptor])
+    assert held.here() == Path("x")
+    Path("x").rename("y")
+    assert held.here() == Path("y")
+
+
+def test_a_held_folders_descriptor_goes_with_it():
+    Path("x").mkdir()
+    held = HeldFolder(Path("x"))
+    descriptor = held.descriptor
+    os.fstat(descriptor)
+    del held
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def fail_with(number):
+    raise OSError(number, os.strerror(number))

@@ -93,8 +93,24 @@ def test_the_grid_multiplies_the_plan_and_each_setting_has_a_trunk_of_its_own():
 def test_a_plan_knows_its_memory_and_disk():
     run, small = (plan(asked(flags=[*FLAGS, "--buffer-size", size]))[0] for size in ("1000000", "1000"))
     assert 7.0e9 < run.memory < 7.4e9 and small.memory < 0.01e9
-    kept = [replace(run, args=replace(run.args, injection_step=steps)).disk for steps in ((), (1000,), (1000, 2000))]
-    assert kept[1] - kept[0] == kept[2] - kept[1] >= 66e6, "a checkpoint is kept for each injection"
+
+
+def test_the_disk_of_a_plan_counts_the_checkpoints_that_stay_and_the_heads_in_them():
+    baseline = plan(asked("none", flags=[*FLAGS, "--buffer-size", "1000"]))[0]
+
+    def disk(begins=0, **changes):
+        return replace(baseline, begins=begins, args=replace(baseline.args, **changes)).disk
+
+    three = disk()
+    assert three == disk(injection_step=(1000,)) == disk(injection_step=tuple(range(4, 9000, 4)))
+    one = three - disk(injection_step=())
+    assert disk(keep_checkpoints=(0, 2000)) == three + 2 * one == disk(keep_checkpoints=(0, 1001, 2000))
+    assert disk(begins=2000, keep_checkpoints=(0, 2000)) == three, "those before the fork are its origin's"
+    assert one < 35e6 and disk(intervention="reset-head") == three
+    norm = {"injection_step": (), "injection_trigger": "norm"}
+    assert disk(**norm) == disk(injection_step=()) and disk(**norm, intervention="reset-head") == three
+    twice = disk(intervention="injection") - three
+    assert twice == 3 * 2 * (disk(intervention="injection", injection_step=(1000,)) - three) / 3 >= 3 * 2 * 38e6
 
 
 @pytest.fixture

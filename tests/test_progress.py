@@ -14,6 +14,7 @@ from interruptions import full_disk
 
 from dqn_injection_atari import train
 from support import progress
+from support.machine import HeldFolder
 from support.progress import ProgressFile
 from support.run_log import RunLog
 
@@ -25,7 +26,7 @@ def said(folder=HERE):
 
 
 def test_a_process_says_who_it_is_where_it_began_and_how_far_it_is():
-    file = ProgressFile(HERE, 20, 100)
+    file = ProgressFile(HeldFolder(HERE), 20, 100)
     file.note(**{"step": 60, "steps_per_second": 12.5, "return": -3.0, "device": "cpu"})
     assert said() == {
         **{"step": 60, "total_timesteps": 100, "steps_per_second": 12.5, "return": -3.0, "device": "cpu", "first": 20},
@@ -37,7 +38,7 @@ def test_a_process_says_who_it_is_where_it_began_and_how_far_it_is():
 def test_it_is_written_every_few_seconds_however_often_something_is_noted(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    file = ProgressFile(HERE, 0, 100)
+    file = ProgressFile(HeldFolder(HERE), 0, 100)
     seen = []
     for step in range(10):
         file.note(step=step)
@@ -48,14 +49,23 @@ def test_it_is_written_every_few_seconds_however_often_something_is_noted(monkey
     assert said()["step"] == 9, "at once where it is asked for"
 
 
+def test_it_follows_a_folder_that_is_renamed_and_makes_none_of_the_old_name():
+    before, after = Path("before"), Path("after")
+    before.mkdir()
+    file = ProgressFile(HeldFolder(before), 0, 100)
+    before.rename(after)
+    file.write()
+    assert said(after)["step"] == 0 and not before.exists()
+
+
 def test_where_it_cannot_be_written_what_was_there_stays_and_the_run_goes_on(monkeypatch):
-    ProgressFile(HERE, 0, 100).write()
+    ProgressFile(HeldFolder(HERE), 0, 100).write()
     with full_disk(10):
-        ProgressFile(HERE, 50, 100).write()
-    ProgressFile(Path("gone"), 0, 100).write()
+        ProgressFile(HeldFolder(HERE), 50, 100).write()
+    ProgressFile(HeldFolder(Path("gone")), 0, 100).write()
     monkeypatch.setattr(progress.os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        ProgressFile(HERE, 60, 100).write()
+        ProgressFile(HeldFolder(HERE), 60, 100).write()
     assert said()["step"] == 0 and not Path("gone").exists(), "a file that is whole takes its place, or none does"
 
 
@@ -76,7 +86,7 @@ def test_a_log_notes_steps_speed_and_return_as_it_says_them():
 def test_a_run_says_how_far_it_is_from_its_first_moment_to_its_end(monkeypatch):
     written = []
     original = ProgressFile.write
-    monkeypatch.setattr(ProgressFile, "write", lambda file: (original(file), written.append(said(file.folder))))
+    monkeypatch.setattr(ProgressFile, "write", lambda file: (original(file), written.append(said(file.place.here()))))
     short = {"total_timesteps": 120, "learning_starts": 120, "checkpoint_frequency": 60, "plasticity_frequency": 0}
     folder = train(replace(BRIEF, **short))
     first, last = written[0], said(folder)

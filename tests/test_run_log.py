@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import pickle
@@ -349,6 +350,49 @@ def test_the_name_of_an_event_file_has_the_second_in_which_it_was_begun(clock):
     clock.now += 100
     log_a_life(1, 2, 2)
     assert [path.name.split(".")[3] for path in run_log.event_files(FOLDER)] == ["1700000000", "1700000100"]
+
+
+@pytest.mark.parametrize("during", [False, True], ids=["between writes", "during a write"])
+def test_a_folder_that_moves_takes_its_curves_along(clock, monkeypatch, during):
+    """Nothing of them is written where another folder has its old name."""
+
+    def move(add, *given):
+        if not Path("moved").exists():
+            FOLDER.rename("moved")
+        add(*given)
+
+    FOLDER.mkdir()
+    curves, expected = Curves(FOLDER, 0), []
+    for step in range(1, 31):
+        curves.add(summary.scalar("a", step / 2), step)
+        expected.append((step, step / 2))
+        if step == 12 and not during:
+            FOLDER.rename("moved")
+        if step == 12 and during:
+            monkeypatch.setattr(
+                curves.writer.file_writer, "add_summary", functools.partial(move, curves.writer.file_writer.add_summary)
+            )
+        if step == 16:
+            FOLDER.mkdir()
+        if step % 3 == 0:
+            curves.flush()
+    curves.close()
+    assert list(FOLDER.iterdir()) == [] and scalars(Path("moved")) == {"a": expected}
+    assert len(list(Path("moved").glob("events*"))) == 2
+
+
+def test_curves_whose_folder_is_gone_say_so_once_and_make_none(clock, capsys):
+    FOLDER.mkdir()
+    log = RunLog(FOLDER, 0, 100)
+    for step in range(1, 8):
+        log.scalar("a", step, step)
+        log.flush(to_disk=True)
+        if step == 3:
+            shutil.rmtree(FOLDER)
+    log.close()
+    fix = "if it was moved to another disk, stop this run and --resume it there"
+    said = f"warning: the curves cannot be written for now (run is no longer there): {fix}, training goes on\n"
+    assert capsys.readouterr().out == said and not FOLDER.exists() and log.disk_full
 
 
 @pytest.mark.parametrize("ended", [[0], [1, 2], [0, 1, 2], []])

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -286,7 +287,7 @@ def test_multiples_of_a_period_fall_due_once_at_the_end_of_their_vector_step(num
 
 
 @pytest.mark.slow
-def test_the_newest_checkpoint_and_those_at_injection_steps_are_kept(monkeypatch):
+def test_the_newest_checkpoint_and_the_one_before_the_first_injection_are_kept(monkeypatch):
     """Also in a baseline, which has no injection there."""
     seen = []
     original = runs.save_checkpoint
@@ -302,8 +303,8 @@ def test_the_newest_checkpoint_and_those_at_injection_steps_are_kept(monkeypatch
         ["checkpoint-0"],
         ["checkpoint-80"],
         ["checkpoint-80", "checkpoint-142"],
-        ["checkpoint-80", "checkpoint-142", "checkpoint-160"],
-        ["checkpoint-80", "checkpoint-142", "checkpoint-240"],
+        ["checkpoint-80", "checkpoint-160"],
+        ["checkpoint-80", "checkpoint-240"],
     ]
     assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == ["events", "progre", "run.js"]
     assert json.loads((folder / END / "manifest.json").read_text(encoding="utf-8")).keys() == {
@@ -340,11 +341,11 @@ def test_checkpoint_frequency_is_a_choice(frequency, expected):
 
 
 @slow
-def test_interventions_that_the_norm_triggers_keep_their_checkpoints(uninterrupted):
+def test_of_interventions_that_the_norm_triggers_the_first_keeps_its_checkpoint(uninterrupted):
     folder = uninterrupted(NORM)
-    steps = made(folder / END)
-    assert len(steps) == 2 and names(folder) == [*(f"checkpoint-{step}" for step in steps), END]
-    assert [made(folder / f"checkpoint-{step}") for step in steps] == [[], steps[:1]]
+    first, _ = made(folder / END)
+    assert names(folder) == [f"checkpoint-{first}", END]
+    assert made(folder / f"checkpoint-{first}") == []
 
 
 @slow
@@ -625,6 +626,43 @@ def test_a_refused_fork_leaves_nothing_behind(uninterrupted):
     assert os.listdir() == []
 
 
+# checkpoints that stay
+
+
+def test_keep_checkpoints_has_more_of_them_written_and_stay_and_changes_nothing_else():
+    args = replace(PLAYING, total_timesteps=90, checkpoint_frequency=40, injection_step=(50, 60), log_frequency=30)
+    folder = train(replace(args, keep_checkpoints=(89, 13, 0)))
+    assert names(folder) == [f"checkpoint-{step}" for step in (0, 14, 50, 90)]
+    plain = train(args)
+    assert names(plain) == ["checkpoint-50", "checkpoint-90"]
+    assert_same_end(folder, plain, "checkpoint-90")
+    arm = replace(args, keep_checkpoints=(0, 14, 60), apply_injection=False)
+    forked = train(replace(arm, fork=str(folder / "checkpoint-14"), total_timesteps=90))
+    assert names(forked) == [f"checkpoint-{step}" for step in (14, 50, 60, 90)]
+
+
+def test_a_fork_is_not_asked_for_checkpoints_of_steps_that_have_passed():
+    with pytest.raises(UsageError, match=r"checkpoint-160 lies beyond 20, 82, of .*: leave it out of --keep-checkpoints"):
+        check_fork(replace(SMALL, keep_checkpoints=(20, 82, 200)), FORKED)
+    kept = checkpoint_of(replace(SMALL, keep_checkpoints=(20,)), 160, (142,))
+    check_fork(replace(SMALL, keep_checkpoints=(20, 160, 200)), kept)
+
+
+@slow
+@pytest.mark.parametrize("intervention", ["reset-head", "none"])
+def test_the_norm_decides_also_in_a_network_without_room_for_heads(uninterrupted, intervention):
+    """And from there an arm that injects equals the run that did so from the start."""
+    args = replace(NORM, intervention=intervention)
+    folder = uninterrupted(args)
+    assert not [name for name in content(folder, END) if "prime" in name]
+    resumed = until_signal(150, args)
+    train(Args(resume=str(resumed)))
+    assert_same_end(resumed, folder)
+    if intervention == "reset-head":
+        first = made(folder / END)[0]
+        assert_same_end(fork(folder / f"checkpoint-{first}", NORM), uninterrupted(NORM))
+
+
 # growth
 
 
@@ -700,6 +738,75 @@ def test_continuations_of_one_agent_differ_and_each_is_exact_however_it_is_inter
     early = train_until(143, replace(arm, fork=str(origin)), send(signal.SIGTERM))
     train(Args(resume=str(early)))
     assert_same_end(early, second)
+
+
+CONTINUED = replace(
+    SMALL,
+    total_timesteps=70,
+    buffer_size=60,
+    learning_starts=20,
+    train_frequency=10,
+    log_frequency=20,
+    checkpoint_frequency=40,
+    injection_step=(50,),
+)
+FIRST_KILLS = {  # where a fork is killed in its first process
+    "before its first checkpoint": (runs, "save_checkpoint", 1),
+    "before its streams begin": (script.Training, "begin_streams", 1),
+    "as its first checkpoint is in place but for its name": (Path, "rename", 2),
+    "after its first checkpoint": (Run, "evaluate", 1),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=slow if k else ()) for k, case in enumerate(FIRST_KILLS)])
+def test_a_fork_with_another_seed_ends_the_same_wherever_its_first_process_was_killed(uninterrupted, case):
+    origin = uninterrupted(replace(CONTINUED, apply_injection=False)) / "checkpoint-50"
+    arm = replace(CONTINUED, seed=2, fork=str(origin), eval_frequency=50, eval_episodes=1)
+    whole = uninterrupted(arm)
+    killed_in(*FIRST_KILLS[case], arm)
+    folder = new_folder(set())
+    assert (names(folder) == []) == (not case.startswith("after"))
+    train(Args(resume=str(folder)))
+    assert_same_end(folder, whole, "checkpoint-70")
+
+
+def beginning(args):
+    """What a run holds as its loop begins, with which it is killed."""
+    found = {}
+
+    def loop(training):
+        state = {name: part.state_dict() for name, part in (training.run.parts | {"log": training.run.log}).items()}
+        del state["log"]["seconds"], state["log"]["interval_seconds"]
+        state["log"]["points"] = kill_test.waiting(state["log"]["points"])
+        found.update(kill_test.flat(copy.deepcopy(state)))
+        found.update({f"frames {k}": tensor.clone() for k, tensor in enumerate(training.replay.tensors())})
+        found["anew"] = training.run.saved is None
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunLog, "close", lambda log: log.bar.close())
+        patch.setattr(script.Training, "loop", loop)
+        train(args)
+    return found
+
+
+@pytest.mark.parametrize(("seed", "of_a_fork"), [(1, False), (2, False), (1, True)])
+def test_what_a_fork_takes_from_its_origin_and_says_of_it_is_the_same_each_time_it_begins(
+    uninterrupted, monkeypatch, capsys, seed, of_a_fork
+):
+    """Also of a fork of a fork, which with seed 1 has that of its origin's origin."""
+    origin = uninterrupted(replace(CONTINUED, apply_injection=False)) / "checkpoint-50"
+    if of_a_fork:
+        origin = uninterrupted(replace(CONTINUED, seed=2, fork=str(origin), eval_frequency=50, eval_episodes=1)) / origin.name
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    capsys.readouterr()
+    first = beginning(replace(CONTINUED, seed=seed, fork=str(origin)))
+    folder, said = new_folder(set()), capsys.readouterr().out
+    assert differences(beginning(Args(resume=str(folder))), first) == []
+    assert capsys.readouterr().out == said and "torch was" in said
+    fresh = np.random.default_rng(script.stream_seed(seed, script.Stream.EXPLORATION)).bit_generator.state
+    own = load_checkpoint(origin).meta["args"]["seed"] == seed
+    assert (first["/learner/rng/state/state"] == fresh["state"]["state"]) == (not own)
 
 
 @slow
@@ -952,7 +1059,7 @@ def test_a_disk_that_is_full_at_the_start_or_the_end_is_one_line(monkeypatch, st
         else:
             original = script.save_agent
             monkeypatch.setattr(script, "save_agent", lambda *given: (original(*given), disk.close()))
-            at_step(monkeypatch, 59, lambda: disk.enter_context(full_disk(4_000_000)))
+            at_step(monkeypatch, 59, lambda: disk.enter_context(full_disk(1_500_000)))
         message = main(monkeypatch, *flags_of(args))
     if start:
         assert message.startswith("error: cannot write run folder ") and "File too large" in message
@@ -1293,6 +1400,101 @@ def test_a_killed_process_resumed_equals_one_that_nobody_touched(monkeypatch):
     monkeypatch.setattr(kill_test, "FLAGS", [*kill_test.FLAGS, "--train-frequency", "20"])
     where, different = kill_test.kill_and_compare("ale", ["injection", "resuming"], random.Random(0))
     assert different == [] and where["(had ended)"] < 2, where
+
+
+# a folder that is moved, or goes
+
+
+MOVED = replace(PLAYING, total_timesteps=80, checkpoint_frequency=20, log_frequency=10)
+
+
+def moved_at(patch, step, to):
+    """Has a run's folder renamed once it comes to a step; the name that it had is added to the list that is returned."""
+    before = []
+
+    def move():
+        before.append(new_folder(set()))
+        before[0].rename(to)
+
+    at_step(patch, step, move)
+    return before
+
+
+def test_a_run_whose_folder_is_renamed_goes_on_in_it_and_names_it_as_it_is_now(uninterrupted, monkeypatch, capsys):
+    """Also where another folder gets its old name."""
+    to = "else where"
+    before = moved_at(monkeypatch, 30, to)
+    at_step(monkeypatch, 34, lambda: before[0].mkdir())
+    at_step(monkeypatch, 64, send(signal.SIGTERM))
+    args = replace(MOVED, eval_frequency=50, eval_episodes=1, capture_video=True, save_model=True)
+    assert train(args) == Path(to)
+    assert list(before[0].iterdir()) == [], "nothing of it is written where it was"
+    assert names(Path(to)) == ["checkpoint-64"] and (Path(to) / "videos/step-50.mp4").exists()
+    printed = capsys.readouterr().out.partition("go on with: ")[2].strip()
+    assert main(monkeypatch, *shlex.split(printed)[2:]) == 0
+    assert f"--evaluate {shlex.quote(to)}\n" in capsys.readouterr().out and (Path(to) / "agent.pt").exists()
+    before[0].rmdir()
+    assert_same_end(Path(to), uninterrupted(replace(args, capture_video=False)), "checkpoint-80")
+
+
+def test_a_folder_that_is_moved_while_a_checkpoint_is_written_has_it_all_the_same(monkeypatch, capsys):
+    original, moved = runs.save_checkpoint, []
+
+    def save(folder, step, *given):
+        if step == 20 and not moved:
+            moved.append(folder.rename("runs/renamed"))
+        return original(folder, step, *given)
+
+    monkeypatch.setattr(runs, "save_checkpoint", save)
+    assert train(replace(MOVED, total_timesteps=30)) == Path("runs/renamed")
+    assert os.listdir("runs") == ["renamed"] and names(Path("runs/renamed")) == ["checkpoint-30"]
+    assert "no checkpoint" not in capsys.readouterr().out
+
+
+def test_a_folder_that_is_deleted_is_not_made_anew_and_the_run_says_so_and_ends_with_an_error(monkeypatch, capsys):
+    at_step(monkeypatch, 30, lambda: shutil.rmtree(new_folder(set())))
+    at_step(monkeypatch, 74, send(signal.SIGTERM))
+    message = main(monkeypatch, *flags_of(replace(MOVED, eval_frequency=50, eval_episodes=1, capture_video=True)))
+    out = capsys.readouterr().out
+    folder = out.partition("curves in ")[2].partition("\n")[0]
+    assert os.listdir("runs") == []
+    fix = "if it was moved to another disk, stop this run and --resume it there"
+    gone = f"({folder} is no longer there)"
+    assert f"warning: the curves cannot be written for now {gone}: {fix}, training goes on\n" in out
+    for step in (40, 60):
+        lost = f"the last one, checkpoint-{20}, was in it"
+        assert f"warning: no checkpoint at step {step} {gone}: {fix}, the run will try again; {lost}\n" in out
+    assert f"warning: no video at step 50 {gone}\n" in out
+    assert message == f"error: stopped at step 74 without a checkpoint {gone}: the last one, checkpoint-20, was in it"
+
+
+@pytest.mark.parametrize("frequency", [0, 20])
+def test_a_complete_run_whose_folder_was_deleted_is_no_success(monkeypatch, frequency):
+    at_step(monkeypatch, 30, lambda: shutil.rmtree(new_folder(set())))
+    message = main(monkeypatch, *flags_of(replace(MOVED, total_timesteps=40, checkpoint_frequency=frequency)))
+    assert message.startswith("error: runs/") and "is no longer there: the run is complete, and all" in message
+    assert os.listdir("runs") == []
+
+
+@slow
+def test_a_real_run_is_renamed_stopped_and_gone_on_with_as_its_last_line_says(request):
+    flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --learning-starts 500 --log-frequency 50"
+    process = subprocess.Popen(
+        [sys.executable, "-u", script.__file__, *flags.split()], stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    request.addfinalizer(process.kill)
+    process.stdout.readline()
+    new_folder(set()).rename("runs/a new name")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    command = out.partition("go on with: ")[2].strip()
+    assert process.returncode == 143 and command.endswith("--resume 'runs/a new name'")
+    assert os.listdir("runs") == ["a new name"]
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    request.addfinalizer(lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))
+    assert "curves in runs/a new name" in process.stdout.readline()
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
 
 
 # Weights & Biases

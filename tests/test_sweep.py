@@ -290,6 +290,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command, no_ray):
         "hours: 0.0 of one run at a time at 10 steps per second"
     )
     assert "give --speed" in command("--dry-run")[1].splitlines()[-1]
+    status, _, errors = command("--speed", "10")
+    assert status == 1 and errors == "error: speed is for the hours in a plan: give --dry-run as well, or leave it out\n"
 
 
 @pytest.mark.parametrize(
