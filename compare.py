@@ -6,9 +6,10 @@ Runs with the same arguments but for the seed are an arm. For two arms that diff
 is on the difference in mean return, with − without, over all that is logged in a window after the injection: one mean per
 run, and a 95% t interval over seeds. Where the two arms' runs of a seed are one run up to the injection, as forks are, it is
 the interval of the differences within seeds, else Welch's. There is one window: from the injection to the last step that all
-these runs have reached, or --window steps long. Where the norm decided when to inject, it begins at the latest of the runs'
-first injections. A head reset, or shrink and perturb, is compared in the same way. Comparisons that differ in the game alone
-are also aggregated, as human-normalised scores.
+these runs have reached, but for those that have hardly gone beyond the injection, or --window steps long. Where the norm
+decided when to inject, it begins at the latest of the runs' first injections. Several verdicts at once are also corrected for
+their number (Holm). A head reset, or shrink and perturb, is compared in the same way. Comparisons that differ in the game
+alone are also aggregated, as human-normalised scores.
 
 Written beside --out: the figure of return, one of the plasticity measures (NAME_plasticity), a table (NAME.md) and all numbers
 (NAME.json). Runs may still be going. 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
@@ -18,7 +19,7 @@ Written beside --out: the figure of return, one of the plasticity measures (NAME
 asks saved agents, in minutes: how well does each fit random targets, as it is and after an injection, next to a fresh
 network? That needs no second arm, but says nothing about the return.
 
-    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 21 --probe-learning-rate 5e-4 --out img/tasks.png
+    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 21 --out img/tasks.png
     python compare.py --probe fresh --env-id PhoenixNoFrameskip-v4
 
 takes each through a sequence of random targets, also as a copy that is injected at a task, and one whose head is reset there:
@@ -27,6 +28,7 @@ does it lose its plasticity, and does an injection restore it (paper, §3)? With
 
 import math
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,10 +45,14 @@ try:
     from analysis.runs import runs_in
     from analysis.task_sequence import probe_sequence
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {error.name} is not installed: pip install -r requirements-dev.txt")
+    package = str(error.name).partition(".")[0]
+    if package in ("analysis", "support", "dqn_injection_atari"):
+        fix = "clone or copy the project's whole folder, and run it there"
+        sys.exit(f"error: {error.name} is not beside this script: {fix}")
+    sys.exit(f"error: {package} is not installed: pip install -r requirements-dev.txt")
 
 from support.process import ends_in_one_line
-from support.usage import Count, UsageError, changed_fields, check_bounds
+from support.usage import Count, UsageError, changed_fields, check_bounds, flags_given, words_given
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,17 @@ class Settings:
     probe_updates: Annotated[int | None, Ge(1)] = None
     """gradient steps of each network at each target, with the run's batch size; by default 1,000, of a sequence 200"""
     probe_learning_rate: Annotated[float | None, Interval(gt=0, lt=math.inf)] = None
-    """by default the run's, for fresh 5e-4"""
+    """of all networks, whatever the run's was; by default 1e-4, of a sequence of tasks 5e-4. A higher one is no good for
+    a single target: an agent that has lost plasticity may fit it as well as any"""
     probe_seeds: Count = 3
     """repetitions, each with its own targets, batches, fresh weights and injection"""
 
 
-def check(settings: Settings) -> None:
+def check(settings: Settings, named: Collection[str] = ()) -> None:
     """
+    Args:
+        named: fields that the command line sets, also to what they were anyway
+
     Raises:
         UsageError: a setting contradicts another one, or would be passed over.
     """
@@ -98,7 +108,7 @@ def check(settings: Settings) -> None:
         raise UsageError("fresh and env_id belong together: give --probe fresh --env-id PhoenixNoFrameskip-v4, or neither")
     if settings.probe_inject_at is not None and not (settings.probe_tasks or fresh):
         raise UsageError("probe_inject_at is a task of a sequence: give --probe-tasks")
-    changed = changed_fields(settings, Settings())
+    changed = sorted({*changed_fields(settings, Settings()), *named})
     if settings.probe and (given := [name for name in changed if name in ("metric", "window", "aggregate")]):
         raise UsageError(f"{given[0]} is of comparisons, a probe makes none: leave out --{given[0]}")
     if not settings.probe and (given := [name for name in changed if name.startswith("probe_")]):
@@ -111,8 +121,8 @@ def check(settings: Settings) -> None:
 
 def main() -> None:
     with ends_in_one_line():
-        settings = tyro.cli(Settings, description=__doc__)
-        check(settings)
+        settings = tyro.cli(Settings, description=__doc__, args=words_given())
+        check(settings, flags_given())
         out = None if settings.out is None else Path(settings.out)
         tasks = settings.probe_tasks or (21 if NO_CHECKPOINT in settings.probe else None)
         how = settings.probe_seeds, settings.probe_learning_rate

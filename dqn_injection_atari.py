@@ -17,7 +17,9 @@ Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator 
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
+import sys
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -32,19 +34,25 @@ from annotated_types import Ge, Interval
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor
 
+if __name__ == "__main__" and not Path(__file__).parent.joinpath("support", "usage.py").exists():
+    fix = "clone or copy the project's whole folder, and run it there"
+    sys.exit(f"error: support/ is not beside this script: {fix}")
+
 from support import environments, measures, usage
 from support.acceleration import CUDAGraphs, HiddenLayer, copy_gradients, in_bfloat16, prepare_cpu, upload
 from support.checkpoints import Checkpoint, read_identity
 from support.environments import STACK, LearnerView
 from support.evaluation import Stop, epsilon_greedy, play_games, player, print_scores, save_agent
 from support.flags import Period, PositivePeriod, RunFlags
-from support.machine import circumstances, code_version, pick_device, place_for
+from support.machine import circumstances, code_version, pick_device, place_for, slow_bfloat16
 from support.optimizers import CenteredRMSProp, copy_moments, load_moments, moments_by_name, num_trainable
 from support.process import Signals, deaf_in_the_end, ends_in_one_line
 from support.randomness import redraw, stream_seed
 from support.replay import FrameReplayBuffer
 from support.runs import Run, check_machine, find_origin
 from support.usage import Count, OnlyWith, Positive, Share, Steps, UsageError, check_bounds, flag, reading
+
+__version__ = "0.9.0"
 
 prepare_cpu()
 CODE_VERSION = code_version(Path(__file__))  # of the code that runs, edits come later
@@ -137,7 +145,9 @@ class Args(RunFlags, Experiment):
     """Every knob of a run: those of `Experiment`, then those of `support/flags.py`."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "injection_step", tuple(np.atleast_1d(self.injection_step).astype(int).tolist()))
+        for name in ("injection_step", "keep_checkpoints"):  # one step, or several in whatever holds them
+            steps = np.atleast_1d(getattr(self, name)).astype(int).tolist()
+            object.__setattr__(self, name, tuple(steps))
         check_bounds(self)
         self.check_flags()
         what, when, planned = self.intervention, self.injection_trigger, self.planned_interventions
@@ -154,6 +164,12 @@ class Args(RunFlags, Experiment):
             raise UsageError("injection_trigger norm decides when to inject: give --injection-step without a number")
         if what in ("reset-head", "shrink-perturb") and when == "step" and not planned:
             raise UsageError(f"intervention {what} would never happen: give --injection-step, or --injection-trigger norm")
+        if any(not 0 <= step <= self.total_timesteps for step in self.keep_checkpoints):
+            rule = f"within 0 ... {self.total_timesteps}, the run's steps: change --keep-checkpoints"
+            raise UsageError(f"keep_checkpoints is {self.keep_checkpoints}, but must be {rule}")
+        if self.keep_checkpoints and self.checkpoint_frequency == 0:
+            fix = "give a --checkpoint-frequency, or --keep-checkpoints without a number"
+            raise UsageError(f"keep_checkpoints is {self.keep_checkpoints}, but checkpoint_frequency 0 writes none: {fix}")
 
     @property
     def applied_intervention(self) -> str:
@@ -165,13 +181,34 @@ class Args(RunFlags, Experiment):
         """`injection_step`, each at the end of the vector step of num_envs steps in which it lies."""
         return tuple(-(-step // self.num_envs) * self.num_envs for step in self.injection_step)
 
+    @property
+    def kept_checkpoints(self) -> set[int]:
+        """Steps of the checkpoints that stay, each at the end of its vector step, which may be the run's end.
 
+        They are the one before the first planned intervention, and `keep_checkpoints`.
+        """
+        asked_for = {-(-step // self.num_envs) * self.num_envs for step in self.keep_checkpoints}
+        return {*self.planned_interventions[:1], *(min(step, self.total_timesteps) for step in asked_for)}
+
+    @property
+    def planned_pairs(self) -> int:
+        """How many pairs of heads the run's injections will add, those before a fork included."""
+        if self.applied_intervention != "injection":
+            return 0
+        return self.max_injections if self.injection_trigger == "norm" else len(self.injection_step)
+
+
+# what playing with a saved agent looks at; the rest is as the agent was trained
+PLAYING = (
+    *("seed", "cuda", "torch_deterministic", "tf32", "capture_video"),
+    *("eval_episodes", "eval_steps", "eval_epsilon", "evaluate"),
+)
 FORKABLE = (  # what a fork may change: nothing of this changes what lies before a checkpoint, or `check_fork` sees to it
     *("seed", "exp_name", "cuda", "cuda_graphs", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_model"),
     *("total_timesteps", "exploration_fraction", "injection_step", "apply_injection", "intervention", "freeze_heads"),
     *("injection_optimizer_state", "injected_head_width", "injection_trigger", "injection_norm_ratio", "shrink_factor"),
     *("injection_check_frequency", "max_injections", "plasticity_frequency"),
-    *("eval_frequency", "eval_episodes", "eval_steps", "eval_epsilon"),
+    *("eval_frequency", "eval_episodes", "eval_steps", "eval_epsilon", "keep_checkpoints"),
 )
 OF_KIND = {"intervention", "freeze_heads", "injection_optimizer_state", "injected_head_width", "shrink_factor"}  # not after one
 
@@ -199,8 +236,8 @@ class QNetwork(nn.Module):
 
     Q = θ(φ) + Σ_k (θ′₁[k](φ) − θ′₂[k](φ)) over the injections made so far, each difference taken first: at injection
     it is exactly 0, where (θ(φ) + θ′₁(φ)) − θ′₂(φ) would be off by rounding. All heads exist from the start, so that
-    an optimizer holds them all and a state dict has one shape; those not injected yet are zero and not evaluated. They may be
-    wider than θ: then the network grows at the injection, and so does the number of trainable parameters.
+    an optimizer holds them all; those not injected yet are zero and not evaluated. They may be wider than θ: then the
+    network grows at the injection, and so does the number of trainable parameters.
     """
 
     def __init__(
@@ -290,12 +327,22 @@ class QNetwork(nn.Module):
         self.num_injections = int(state)
         self._set_trainable()
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Takes up a state, also one with more or fewer pairs of heads that are not in use: those are zero."""
+        in_use = ["encoder.", "theta.", "_extra_state"]
+        for k in range(int(state_dict.get("_extra_state", self.num_injections))):
+            in_use += [f"theta_prime_1.{k}.", f"theta_prime_2.{k}."]
+        state = {name: value for name, value in state_dict.items() if name.startswith(tuple(in_use))}
+        for name, value in self.state_dict().items():
+            if not name.startswith(tuple(in_use)):
+                state[name] = torch.zeros_like(value)
+        return super().load_state_dict(state, strict, assign)
+
 
 def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> QNetwork:
-    """The network of a run, with room for its injections, or for one where none is planned."""
-    injections = args.max_injections if args.injection_trigger == "norm" else max(1, len(args.injection_step))
+    """The network of a run, with room for its injections and no other."""
     widths = args.head_width, args.injected_head_width
-    q_network = QNetwork(num_actions, injections, args.freeze_heads, args.shared_bias, *widths)
+    q_network = QNetwork(num_actions, args.planned_pairs, args.freeze_heads, args.shared_bias, *widths)
     return q_network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -336,7 +383,8 @@ class Learner:
         self.rng = np.random.default_rng(stream_seed(args.seed, Stream.EXPLORATION))
         self.losses, self.norms = measures.LossMeter(self.device), measures.NormTracker()
         self.interventions: list[int] = []  # their steps
-        self.graphs = CUDAGraphs(self._tensors, enabled=args.cuda_graphs)
+        tensors = functools.partial(Learner._tensors, weakref.proxy(self))  # weak: no cycle keeps old graphs
+        self.graphs = CUDAGraphs(tensors, enabled=args.cuda_graphs)
         self._renew()
 
     def _renew(self) -> None:
@@ -446,12 +494,9 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up a saved state, also one with more or fewer pairs of heads that were not injected yet: those are zero."""
-        for network, saved in ((self.q_network, state["q_network"]), (self.target_network, state["target_network"])):
-            zero = {n: torch.zeros_like(value) for n, value in network.state_dict().items() if n.startswith("theta_prime_")}
-            made = [f"theta_prime_{pair}.{k}." for pair in (1, 2) for k in range(int(saved["_extra_state"]))]
-            live = tuple(["encoder.", "theta.", "_extra_state", *made])
-            network.load_state_dict(zero | {name: value for name, value in saved.items() if name.startswith(live)})
+        """Takes up a saved state, also one with more or fewer pairs of heads that were not injected yet."""
+        self.q_network.load_state_dict(state["q_network"])
+        self.target_network.load_state_dict(state["target_network"])
         self.target_network.requires_grad_(False)
         load_moments(self.optimizer, self.q_network, state["optimizer"])
         self.interventions = list(state["interventions"])
@@ -584,10 +629,11 @@ class Training:
                 run.log.unreported(self.envs.going, step)
                 self.envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS, step))
             intervening = self.intervention_due()
-            notable = boundary or intervening or step in (run.first, *args.planned_interventions, args.total_timesteps)
+            special = {run.first, *args.planned_interventions, *args.kept_checkpoints, args.total_timesteps}
+            notable = boundary or intervening or step in special
             if run.interrupted or (notable and args.checkpoint_frequency):
                 self.learner.losses.check_finite(step, args.train_frequency)
-                run.save(keep=(*args.planned_interventions, *self.learner.interventions))
+                run.save(keep={*args.kept_checkpoints, *self.learner.interventions[:1]})
             if run.signals.stop:
                 return False
             if step and run.due(args.eval_frequency):
@@ -617,6 +663,8 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     room = len(made) + bool(changed & {"injection_trigger", "max_injections"})
     ragged = step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency)
     fall, before = (a.exploration_fraction * a.total_timesteps for a in (args, saved))
+    asked_for = args.kept_checkpoints.difference(saved.kept_checkpoints, args.planned_interventions)
+    past = sorted(kept for kept in asked_for if kept < step)
     for wrong, message in (
         (refused, f"not as in {where}: {values}; a fork may differ in {', '.join(FORKABLE)} only"),
         (made != said, f"{where} lies after injections at {made or 'no step'}, but the arguments say {said or 'none'} before "
@@ -625,6 +673,8 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
         (by_norm and made and args.max_injections < room, f"{where} lies after {len(made)} injections, and max_injections is "
         f"{args.max_injections}: give a --max-injections of {room} or more, or an earlier checkpoint"),
         (args.total_timesteps <= step, f"{where} lies at step {step}: give a --total-timesteps of {step + 1} or more"),
+        (past, f"{where} lies beyond {', '.join(map(str, past))}, of which no checkpoint can be kept any more: "
+        "leave it out of --keep-checkpoints, or give an earlier checkpoint"),
         (ragged, f"{where} ends a run whose length is no multiple of num_envs and log_frequency: give an earlier checkpoint"),
         (step and not np.isclose(fall, before, rtol=1e-9), f"ε would fall over {fall:,.0f} steps, but before {where} over "
         f"{before:,.0f}: give --exploration-fraction {before / args.total_timesteps} with this --total-timesteps"),
@@ -648,18 +698,25 @@ def train(args: Args, signals: Signals | None = None) -> Path:
         if origin.checkpoint is not None and origin.forked:
             check_fork(args, origin.checkpoint)
         device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
+        slow = slow_bfloat16(device) if args.bf16 else None
+        if slow and origin.nothing:
+            raise UsageError(f"{slow}: leave out --bf16")
         envs, learner, replay = make_parts(args, device)
         stack.callback(envs.close)
         name, parts = f"{args.env_id}__{args.exp_name}__{args.seed}", {"learner": learner, "replay": replay, "envs": envs}
-        run = Run(origin, name, asdict(args), parts, circumstances(device, CODE_VERSION), signals, stack)
-        run.introduce(f"{args.env_id} × {args.num_envs} ({args.env_backend}) on {device}", origin)
+        surroundings = circumstances(device, CODE_VERSION)
+        run = Run(origin, name, __version__, asdict(args), parts, surroundings, signals, stack)
+        run.introduce(f"{args.env_id} × {args.num_envs} ({args.env_backend})", device, origin)
+        if slow:  # without --bf16 the numbers would be others
+            run.log.say(f"warning: {slow}; it goes on as it began")
         baseline = args.applied_intervention == "none"
         if baseline or (args.injection_trigger == "step" and not args.injection_step):
             run.log.say("no plasticity injection in this run" + ": baseline arm" * baseline)
         if args.learning_starts >= args.total_timesteps:
             run.log.say(f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}")
         training = Training(args, run, envs, learner, replay)
-        if origin.forked and args.seed != origin.args["seed"]:  # one agent that goes on in several ways
+        if origin.forked and args.seed != origin.forked_args["seed"]:
+            # one agent that goes on in several ways
             training.begin_streams()
         del origin  # and with it a copy of every parameter
         complete = training.loop()
@@ -680,15 +737,37 @@ def load_agent(path: Path, device: torch.device | str) -> tuple[QNetwork, Args, 
         return q_network, args, int(saved["step"])
 
 
+def agent_path(given: str) -> Path:
+    """The file of a saved agent, for which a run's folder may be given."""
+    path = Path(given)
+    return path / "agent.pt" if path.is_dir() else path
+
+
+def refuse_unplayed(given: dict[str, Any], trained: Args, path: Path) -> None:
+    """
+    Raises:
+        UsageError: playing with this agent would pass over some of these arguments, which are not its own.
+    """
+    ignored = {}
+    for name, value in given.items():
+        if name not in PLAYING and value != getattr(trained, name):
+            ignored[name] = getattr(trained, name)
+    if not ignored:
+        return
+    own = ", ".join(f"{name} {value}" for name, value in ignored.items())
+    how = f"plays as it was trained, with {own}"
+    if "env_id" in ignored:
+        how = f"plays {trained.env_id}, not {given['env_id']}"
+    raise UsageError(f"the agent in {path} {how}: leave out {', '.join(map(flag, ignored))}")
+
+
 def evaluate_saved(args: Args) -> np.ndarray:
     """Plays with the agent in `args.evaluate`, prints and returns its scores (eval_episodes,) float64."""
-    path = Path(args.evaluate or "")
-    path = path / "agent.pt" if path.is_dir() else path
+    path = agent_path(args.evaluate or "")
     q_network, trained, step = load_agent(path, pick_device(args.cuda, args.torch_deterministic, args.tf32))
-    if args.env_id not in (trained.env_id, Args.env_id):
-        raise UsageError(f"the agent in {path} plays {trained.env_id}, not {args.env_id}: leave out --env-id")
-    own = ("seed", "cuda", "capture_video", "eval_episodes", "eval_steps", "eval_epsilon", "evaluate")
-    settings = replace(trained, fork=None, **{name: getattr(args, name) for name in own})
+    changed = usage.changed_fields(args, Args())
+    refuse_unplayed({name: getattr(args, name) for name in changed}, trained, path)
+    settings = replace(trained, fork=None, **{name: getattr(args, name) for name in PLAYING})
     video = path.parent / "videos" / f"evaluate-seed-{args.seed}.mp4" if args.capture_video else None
     scores = evaluate(q_network, settings, step, video)
     print_scores(f"{trained.env_id}, agent at step {step:,}, ε {settings.eval_epsilon:g}", scores)
@@ -706,19 +785,56 @@ class CommandLine(Args):
         pass
 
 
+def parse_evaluation(given: dict[str, Any]) -> Args:
+    """What is given with --evaluate.
+
+    Raises:
+        UsageError: playing would not look at some of it, also where it is what this script's default is.
+    """
+    if not set(given).issubset(PLAYING):
+        path = agent_path(given["evaluate"])
+        _, trained, _ = load_agent(path, "cpu")
+        refuse_unplayed(given, trained, path)
+    return Args(**{name: value for name, value in given.items() if name in PLAYING})
+
+
+def refuse_idle(given: dict[str, Any], args: Args) -> None:
+    """
+    Raises:
+        UsageError: a flag is given that nothing looks at in a run like this.
+    """
+    of_evaluations = ("eval_episodes", "eval_steps", "eval_epsilon")
+    of_wandb = ("wandb_project_name", "wandb_entity")
+    of_injections = ("freeze_heads", "injection_optimizer_state", "injected_head_width", "shrink_factor")
+    for name in given:
+        fix = None
+        if name in of_evaluations and args.eval_frequency == 0:
+            fix = "--eval-frequency"
+        if name in of_wandb and not args.track:
+            fix = "--track"
+        if name in of_injections and args.injection_trigger == "step" and not args.injection_step:
+            fix = "--injection-step, or --injection-trigger norm"
+        if fix is not None:
+            raise UsageError(f"{name} is given, and nothing in this run looks at it: give {fix}, or leave it out")
+
+
 def parse_args() -> Args:
     """The command line as `Args`. Flags that are not given are as in the preset, or as in the run to resume or fork."""
-    line, named = asdict(tyro.cli(CommandLine, description=__doc__)), usage.flags_given()
+    line, named = asdict(tyro.cli(CommandLine, description=__doc__, args=usage.words_given())), usage.flags_given()
     given = {name: value for name, value in line.items() if name in named}
     preset, what, apply = PRESETS[line["preset"]], given.get("intervention"), given.get("apply_injection")
     if what is not None and apply is not None and apply == (what == "none"):
         choice = "--apply-injection" if apply else "--no-apply-injection"
         raise UsageError(f"--intervention {what} and {choice} contradict each other: give one of them")
     base = asdict(Args()) | preset
-    if line["resume"] is not None or line["fork"] is not None:
-        Args(**{name: line[name] for name in ("resume", "fork", "evaluate")})  # one of them
+    sources = {name: line[name] for name in ("resume", "fork", "evaluate")}
+    if any(source is not None for source in sources.values()):
+        Args(**sources)  # one of them
         if "preset" in given:
-            raise UsageError("--preset is for a new run, and --resume and --fork have that run's settings: leave out --preset")
+            raise UsageError("--preset is for a new run, this one has settings of its own: leave out --preset")
+    if line["evaluate"] is not None:
+        return parse_evaluation(given)
+    if line["resume"] is not None or line["fork"] is not None:
         path = Path(line["resume"], "run.json") if line["fork"] is None else Path(line["fork"], "manifest.json")
         base = asdict(usage.settings_of(Args, read_identity(path)["args"], path))
         if line["resume"] is not None:
@@ -732,7 +848,9 @@ def parse_args() -> Args:
     if "exploration_fraction" in preset.keys() - given.keys():  # ε falls over so many steps, however long the run is
         steps = preset["exploration_fraction"] * preset["total_timesteps"]
         args["exploration_fraction"] = min(1.0, steps / max(1, args["total_timesteps"]))
-    return Args(**{name: value for name, value in args.items() if name != "preset"})
+    parsed = Args(**{name: value for name, value in args.items() if name != "preset"})
+    refuse_idle(given, parsed)
+    return parsed
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Many runs of dqn_injection_atari.py, games × seeds × arms, on this machine or a Ray cluster (docs/sweeps.md).
 
-    python sweep.py --env-ids PhoenixNoFrameskip-v4 --seeds 1 2 3 --arms none injection -- --injection-step 5000000 --bf16
+    python sweep.py --env-ids PhoenixNoFrameskip-v4 --seeds 1 2 3 --arms none injection -- --injection-step 5000000
     python sweep.py --from-checkpoint runs/X/checkpoint-5000000 --seeds 1 2 3 --arms none injection --steps 1000000
 
 Flags after -- go to the training script. For each game, seed and setting one arm runs whole, and the others fork from it at
@@ -9,12 +9,14 @@ The same command once more goes on with what is not finished.
 """
 
 import contextlib
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from annotated_types import Ge
 
@@ -25,14 +27,18 @@ try:
     from analysis.engine import cluster, outcome, ray
     from analysis.sweeps import Book, Task, conclude, default_name, plan_in_words, resources
 except ModuleNotFoundError as error:
-    sys.exit(f"error: {str(error.name).partition('.')[0]} is not installed: pip install -r requirements-sweep.txt")
+    package = str(error.name).partition(".")[0]
+    if package in ("analysis", "support", "dqn_injection_atari"):
+        fix = "clone or copy the project's whole folder, and run it there"
+        sys.exit(f"error: {error.name} is not beside this script: {fix}")
+    sys.exit(f"error: {package} is not installed: pip install -r requirements-sweep.txt")
 
 from analysis.manifest import MANIFEST, begin, commit, measured_speed, prepare, read_asked, read_manifest, refuse_another
-from analysis.plan import Asked, all_arms, plan
+from analysis.plan import LONGEST_NAME, Asked, all_arms, identity_of, plan
 from support import jobs
-from support.machine import alone_in
+from support.machine import alone_in, slow_bfloat16
 from support.process import Signals, Unfailing, ends_in_one_line, on_a_terminal, say
-from support.usage import Positive, Steps, UsageError, check_bounds
+from support.usage import Positive, Steps, UsageError, check_bounds, words_given
 
 TICK, MINUTE = 1.0, 60.0  # seconds
 
@@ -99,11 +105,28 @@ def command_line(words: list[str]) -> tuple[Settings, Asked]:
     check_bounds(settings)
     if (gpus := settings.gpus_per_run or 0) > 1 and gpus % 1:
         raise UsageError(f"gpus_per_run is {gpus:g}, but must be whole above 1: change --gpus-per-run")
+    if settings.speed is not None and not settings.dry_run:
+        raise UsageError("speed is for the hours in a plan: give --dry-run as well, or leave it out")
     if settings.name is not None and (Path(settings.name).name != settings.name or settings.name in ("", "..")):
         raise UsageError(f"name is {settings.name}, but must be a folder's under sweeps/: change --name")
-    origin = None if settings.from_checkpoint is None else str(Path(settings.from_checkpoint).resolve())
+    origin = None
+    if settings.from_checkpoint is not None:
+        origin = str(Path(settings.from_checkpoint).resolve())
     arms, grid = all_arms(settings.arms, own), [list(axis) for axis in settings.grid]
     return settings, Asked(settings.env_ids, settings.seeds, arms, grid, rest[1:], origin, settings.steps)
+
+
+def refuse_slow_bfloat16(tasks: list[Task]) -> None:
+    """
+    Raises:
+        UsageError: a new run is to learn in bfloat16 on this machine's processor, and would refuse that itself.
+    """
+    slow = slow_bfloat16(torch.device("cpu"))
+    for task in tasks:
+        on_cpu = not task.resources["num_gpus"]
+        new = not task.run.forks and jobs.find_folder(task.folder, task.run.name) is None
+        if slow and task.run.args.bf16 and on_cpu and new:
+            raise UsageError(f"{slow}: leave out --bf16")
 
 
 class Sweep:
@@ -194,14 +217,24 @@ class Sweep:
                 live.update(self.book.table(len(self.book.tasks)))
 
 
+def alone(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """No other sweep runs in this folder during the block, see `alone_in`."""
+    return alone_in(folder, MANIFEST, "a sweep's folder", "give another --name")
+
+
 def main() -> None:
     with ends_in_one_line():
-        settings, asked = command_line(sys.argv[1:])
+        settings, asked = command_line(words_given())
         runs = plan(asked)
+        asked = replace(asked, origin=identity_of(asked.from_checkpoint))
         folder = Path("sweeps", default_name(asked, runs[0].args.env_id) if settings.name is None else settings.name)
+        length = len(os.fsencode(folder.name))
+        if length > LONGEST_NAME:
+            too_long = f"name is {folder.name}, {length} bytes, but {LONGEST_NAME} are possible"
+            raise UsageError(f"{too_long}: give a shorter --name")
         before = read_asked(folder) if (folder / "sweep.json").exists() else asked
         asked = replace(asked, threads=settings.threads_per_run or before.threads, gpu=before.gpu)
-        with alone_in(folder, MANIFEST) if (folder / MANIFEST).exists() and not settings.dry_run else contextlib.nullcontext():
+        with alone(folder) if (folder / MANIFEST).exists() and not settings.dry_run else contextlib.nullcontext():
             refuse_another(folder, asdict(asked))
         if settings.dry_run:
             print(*plan_in_words(runs, settings.speed or measured_speed(read_manifest(folder))), sep="\n")
@@ -216,8 +249,10 @@ def main() -> None:
             asked = replace(
                 asked, threads=threads, gpu=any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks)
             )
+            if settings.address is None:  # other machines may be of other kinds: each run speaks for itself
+                refuse_slow_bfloat16(tasks)
             prepare(folder)
-            stack.enter_context(alone_in(folder, MANIFEST))
+            stack.enter_context(alone(folder))
             refuse_another(folder, asdict(asked))  # once more, now that no other sweep can begin here
             begin(folder, asdict(asked))
             book = Book(folder, tasks)

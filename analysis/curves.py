@@ -1,31 +1,90 @@
 """What runs have logged, read from their folders; and as small CSV files, to be kept where the runs are too large to be."""
 
+import codecs
 import csv
 import functools
 import json
+import math
+import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dqn_injection_atari import Args
 from support.run_log import read_scalars
+from support.runs import history_of
 from support.usage import UsageError, reading
 
 SPEED = "charts/SPS"  # mean over the run, up to its last step
 LENGTH = "charts/episodic_length"
 COMPARED = ("charts/episodic_return", LENGTH, "charts/games_cut", "eval/", "injection/", "plasticity/")  # how their tags begin
+WITH_SIX_DIGITS = "plasticity/"  # in a CSV file; all others are written as they are
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A run, by its id and its folder's name, as far as these are known; another run was it up to a step."""
+
+    run: str | None
+    folder: str | None
+    step: float
+    seed: int | None
+
+    def is_run(self, other: "Ancestor") -> bool:
+        """Whether both are known to be the same run."""
+        if self.run is not None and other.run is not None:
+            return self.run == other.run
+        return self.folder is not None and self.folder == other.folder
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells a run from others: its id, its folder's name, the runs that it was before, newest first."""
+
+    run: str | None
+    folder: str | None
+    history: tuple[Ancestor, ...]
+    rounded: bool = False
+    """whether its values have six digits, as in CSV files of an earlier version"""
+
+
+def identity_in(written: dict[str, Any], folder: str | None, rounded: bool = False) -> Identity:
+    """The identity of a run, from what its run.json holds."""
+    history = tuple(Ancestor(**before) for before in history_of(written))
+    return Identity(written.get("run"), folder, history, rounded)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has logged: {tag: (2, K) float64}, K steps and K values in the order of logging."""
+    """What a run has logged: {tag: (2, K) float64}, K steps and K values in the order of logging.
+
+    Without an identity it is known by its folder's name, and by the path that --fork was given.
+    """
 
     folder: str
     args: Args
     scalars: dict[str, np.ndarray]
+    identity: Identity | None = None
+
+    @functools.cached_property
+    def known_as(self) -> Identity:
+        if self.identity is not None:
+            return self.identity
+        return identity_in({"args": {"fork": self.args.fork}}, Path(self.folder).resolve().name)
+
+    @functools.cached_property
+    def lineage(self) -> tuple[Ancestor, ...]:
+        """Itself, then the runs that it was before, the newest first."""
+        own = Ancestor(self.known_as.run, self.known_as.folder, math.inf, self.args.seed)
+        return (own, *self.known_as.history)
+
+    def games(self, upto: float) -> np.ndarray:
+        """(2, K) points of the training games that ended by a step."""
+        return self.between("charts/episodic_return", -1, upto)
 
     @functools.cached_property
     def last_step(self) -> int:
@@ -71,9 +130,11 @@ def read_run(folder: str, metric: str) -> Run:
     if not path.is_file():
         raise UsageError(f"{folder} is no run's folder, it has no run.json: the run is left out")
     with reading(path, "a run's arguments", "the run is left out"):
-        args = Args(**json.loads(path.read_text(encoding="utf-8"))["args"])
+        written = json.loads(path.read_text(encoding="utf-8"))
+        args = Args(**written["args"])
+        identity = identity_in(written, path.resolve().parent.name)
     scalars = {tag: points[:2] for tag, points in read_scalars(path.parent, "the run is left out").items()}
-    return check_metric(Run(folder, args, scalars), metric)
+    return check_metric(Run(folder, args, scalars, identity), metric)
 
 
 def check_metric(run: Run, metric: str) -> Run:
@@ -89,35 +150,123 @@ def check_metric(run: Run, metric: str) -> Run:
     return run
 
 
+def exported(run: Run) -> dict[str, np.ndarray]:
+    """The curves of a run that a file of `write_curves` holds."""
+    curves = {tag: points for tag, points in run.scalars.items() if tag.startswith(COMPARED)}
+    if SPEED in run.scalars:
+        curves[SPEED] = run.scalars[SPEED][:, -1:]
+    # so that it is known how far the run is
+    if all(steps.max() < run.last_step for steps, _ in curves.values()):
+        furthest = max(run.scalars, key=lambda tag: run.scalars[tag][0].max())
+        curves[furthest] = run.scalars[furthest][:, -1:]
+    return curves
+
+
+def in_digits(tag: str, value: float) -> str:
+    """A value as a CSV file has it: 464, 0.123457."""
+    if tag.startswith(WITH_SIX_DIGITS):
+        return f"{value:.6g}"
+    return np.format_float_positional(value, trim="-")
+
+
+def header_of(run: Run) -> dict[str, Any]:
+    """What a file of `write_curves` says of a run beside its curves: its arguments and its identity."""
+    fork = None
+    if run.args.fork is not None:
+        fork = "/".join(Path(run.args.fork).parts[-2:])  # without the folders of this machine
+    header = asdict(run.args) | {"fork": fork}
+    if run.known_as.rounded:
+        return header
+    history = [asdict(before) for before in run.known_as.history]
+    return header | {"run": run.known_as.run, "folder": run.known_as.folder, "history": history}
+
+
 def write_curves(runs: Sequence[Run], path: Path) -> None:
     """Writes the curves of an arm's runs, those that comparisons look at, and of the speed the last point.
 
-    A line `# {...}` for each run holds its arguments, as JSON. Below them is a table: `seed`, `step`, and a column for each
-    curve, those with most points first and the speed last, with six digits of its values. A field is empty where that curve
-    has no point, and left out where all further ones are empty, too.
+    A line `# {...}` for each run holds its `header_of`, as JSON. Below them is a table: `seed`, `step`, and a
+    column for each curve, those with most points first and the speed last, with six digits of measures of
+    plasticity. A field is empty where that curve has no point, and left out where all further ones are empty, too.
 
     Raises:
         OSError: it cannot be written.
     """
+    curves = [exported(run) for run in runs]
     points = Counter[str]()
-    for run in runs:
-        points.update({tag: values.shape[1] for tag, values in run.scalars.items() if tag.startswith(COMPARED)})
+    for of_run in curves:
+        points.update({tag: values.shape[1] for tag, values in of_run.items() if tag != SPEED})
     tags = [*sorted(points, key=lambda tag: (-points[tag], tag)), SPEED]
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="") as file:
         for run in runs:
-            fork = run.args.fork and "/".join(Path(run.args.fork).parts[-2:])  # without the folders of this machine
-            file.write(f"# {json.dumps(asdict(run.args) | {'fork': fork})}\n")
+            file.write(f"# {json.dumps(header_of(run))}\n")
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["seed", "step", *tags])
-        for run in runs:
-            rows: dict[int, dict[str, str]] = defaultdict(dict)
-            for tag in tags:
-                for step, value in run.scalars.get(tag, np.empty((2, 0))).T[-1 if tag == SPEED else 0 :]:
-                    rows[int(step)][tag] = f"{value:.6g}"
-            for step in sorted(rows):
-                last = max(tags.index(tag) for tag in rows[step])
-                table.writerow([run.args.seed, step, *(rows[step].get(tag, "") for tag in tags[: last + 1])])
+        for run, of_run in zip(runs, curves, strict=True):
+            rows: dict[tuple[int, int], dict[str, str]] = defaultdict(dict)
+            for tag, values in of_run.items():
+                before = Counter[int]()  # points of this curve at a step: each has a row of its own
+                for step, value in values.T:
+                    rows[int(step), before[int(step)]][tag] = in_digits(tag, value)
+                    before[int(step)] += 1
+            for step, k in sorted(rows):
+                row = rows[step, k]
+                last = max(tags.index(tag) for tag in row)
+                table.writerow([run.args.seed, step, *(row.get(tag, "") for tag in tags[: last + 1])])
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file of `write_curves`, without a byte-order mark and empty columns, whatever ends them.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or a spreadsheet has saved it again and may have changed numbers.
+    """
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("a spreadsheet has saved it again, with the byte-order mark of UTF-16")
+    lines = [line.rstrip(",") for line in content.decode("utf-8-sig").splitlines()]
+    for line in lines:
+        if line.startswith(('"#', "'#")):
+            raise ValueError("a spreadsheet has saved it again, with its first lines in quotes")
+        if re.match(r"\W*seed\W*[;\t]", line):
+            raise ValueError("a spreadsheet has saved it again, with other separators than commas")
+    return lines
+
+
+def number_in(field: str) -> float:
+    """
+    Raises:
+        ValueError: it is no number, or one in another notation than Python's.
+    """
+    if "," in field:
+        raise ValueError(f"a spreadsheet has saved it again, with the number {field}")
+    return float(field)
+
+
+def run_in(line: str, path: Path) -> Run:
+    """The run that a line `# {...}` tells of, still without curves."""
+    header = json.loads(line.removeprefix("# "))
+    exact = "history" in header
+    own = {name: header.pop(name) for name in ("run", "folder", "history") if name in header}
+    args = Args(**header)
+    identity = identity_in(own | {"args": {"fork": args.fork}}, own.get("folder"), rounded=not exact)
+    return Run(f"{path} (seed {args.seed})", args, {}, identity)
+
+
+def points_in(table: Iterable[str], seeds: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:
+    """{seed: {tag: (2, K) float64}} of the lines below those."""
+    points: dict[int, dict[str, list[tuple[int, float]]]] = {seed: defaultdict(list) for seed in seeds}
+    for row in csv.DictReader(table):
+        if None in row:
+            raise ValueError("a row has more fields than there are columns")
+        seed, step = int(row.pop("seed")), int(row.pop("step"))
+        for tag, field in row.items():
+            if field:
+                points[seed][tag].append((step, number_in(field)))
+    curves = {}
+    for seed, of_run in points.items():
+        curves[seed] = {tag: np.array(pairs).T for tag, pairs in of_run.items()}
+    return curves
 
 
 def read_curves(path: Path, metric: str) -> list[Run]:
@@ -126,19 +275,13 @@ def read_curves(path: Path, metric: str) -> list[Run]:
     Raises:
         UsageError: it is none, or damaged, or a run in it has logged no `metric`.
     """
-    with (
-        reading(path, "curves of runs", "give a file that compare.py --export wrote"),
-        open(path, encoding="utf-8", newline="") as file,
-    ):
-        lines = file.read().splitlines()
-        every = [Args(**json.loads(line[2:])) for line in lines if line.startswith("# ")]
-        points: dict[int, dict[str, list[tuple[float, float]]]] = {args.seed: defaultdict(list) for args in every}
-        for row in csv.DictReader(line for line in lines if not line.startswith("#")):
-            seed, step = int(row.pop("seed")), int(row.pop("step"))
-            for tag, value in row.items():
-                if value:
-                    points[seed][tag].append((step, float(value)))
-    if not every:
-        raise UsageError(f"{path} holds no runs: give a file that compare.py --export wrote")
-    curves = [{tag: np.array(of_one).T for tag, of_one in points[args.seed].items()} for args in every]
-    return [check_metric(Run(f"{path} (seed {a.seed})", a, scalars), metric) for a, scalars in zip(every, curves, strict=True)]
+    with reading(path, "curves of runs", "give the file that compare.py --export wrote"):
+        lines = lines_of(path)
+        runs = [run_in(line, path) for line in lines if line.startswith("# ")]
+        seeds = [run.args.seed for run in runs]
+        if len(seeds) > len(set(seeds)):
+            raise ValueError("it holds two runs of one seed")
+        points = points_in((line for line in lines if not line.startswith("#")), seeds)
+    if not runs:
+        raise UsageError(f"{path} holds no runs: give the file that compare.py --export wrote")
+    return [check_metric(replace(run, scalars=points[run.args.seed]), metric) for run in runs]

@@ -5,31 +5,18 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.artist import Artist
-from matplotlib.figure import SubFigure
 
+from analysis.canvas import INK, Artist, Axes, Figure, Look, ScaledTranslation, SubFigure, drawing, look, plot_broken, save
 from analysis.intervals import interval
 from analysis.runs import ARM_NAMES, Arm, describe, short
 from analysis.verdict import Comparison, noun, number_in
 from support.run_log import SIDE_BY_SIDE
 
-matplotlib.use("Agg")
-
 MAX_BINS = 100  # points of a curve
 NOWHERE = np.empty(0)
+LEGEND_ROW = 0.17  # inches; a figure has room for two, and grows by those that are more
 GAMES_PER_BIN = 10  # at least, on average, in the curves of return
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, safe for the colour-blind
-INK = "#222222"
-STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-}
 
 
 def curve(points: np.ndarray, edges: np.ndarray, undefined: np.ndarray = NOWHERE) -> np.ndarray:
@@ -51,14 +38,7 @@ def curve(points: np.ndarray, edges: np.ndarray, undefined: np.ndarray = NOWHERE
     return np.where(passed[before] == passed[behind], means, np.nan)
 
 
-def plot_broken(ax: plt.Axes, x: np.ndarray, y: np.ndarray, **style: Any) -> None:
-    """A line with gaps where `y` (B,) is NaN; a value between two gaps is a dot."""
-    gaps = np.pad(np.isnan(y), 1, constant_values=True)
-    alone = np.flatnonzero(~gaps[1:-1] & gaps[:-2] & gaps[2:])
-    ax.plot(x, y, marker=".", markevery=alone.tolist(), **style)
-
-
-def draw(ax: plt.Axes, arms: list[Arm], colours: dict[str, str], tag: str, bins: int, aggregate: str) -> None:
+def draw(ax: Axes, arms: list[Arm], looks: dict[str, Look], tag: str, bins: int, aggregate: str) -> None:
     """One panel: a thin line per run; per arm a thick one and its interval, where all its runs have values; injections.
 
     Crosses at the bottom are where a measure is undefined.
@@ -66,7 +46,8 @@ def draw(ax: plt.Axes, arms: list[Arm], colours: dict[str, str], tag: str, bins:
     edges = np.linspace(0, max(run.last_step for arm in arms for run in arm.runs), bins + 1)
     middles = (edges[:-1] + edges[1:]) / 2
     for arm in arms:
-        runs, colour = [run for run in arm.runs if tag in run.scalars], colours[arm.name]
+        runs = [run for run in arm.runs if tag in run.scalars]
+        style = looks[arm.name]
         undefined = [run.undefined(tag) for run in runs]
         curves = np.array([curve(run.scalars[tag], edges, at) for run, at in zip(runs, undefined, strict=True)])
         if len(curves):
@@ -75,13 +56,14 @@ def draw(ax: plt.Axes, arms: list[Arm], colours: dict[str, str], tag: str, bins:
             centre[common], low[common], high[common] = interval(curves[:, common], aggregate)
             above = 2 + (arm.setting["intervention"] == "none")  # what arms share is drawn as without intervention
             for own in curves:
-                plot_broken(ax, middles, own, color=colour, lw=0.6, alpha=0.45, zorder=above)
-            plot_broken(ax, middles, centre, color=colour, lw=2, label=f"{arm.name} (n = {len(curves)})", zorder=above)
-            ax.fill_between(middles, low, high, color=colour, alpha=0.18, lw=0)
+                plot_broken(ax, middles, own, color=style.colour, lw=0.6, alpha=0.45, zorder=above)
+            name = f"{arm.name} (n = {len(curves)})"
+            plot_broken(ax, middles, centre, **style.line, lw=2, label=name, zorder=above)
+            ax.fill_between(middles, low, high, color=style.colour, alpha=0.18, lw=0)
         if any(map(len, undefined)):
             at = np.concatenate(undefined)
             label = "undefined" if "undefined" not in ax.get_legend_handles_labels()[1] else None
-            ax.plot(at, 0 * at, "x", color=colour, ms=4, transform=ax.get_xaxis_transform(), clip_on=False, label=label)
+            ax.plot(at, 0 * at, "x", color=style.colour, ms=4, transform=ax.get_xaxis_transform(), clip_on=False, label=label)
     kinds = {arm.setting["intervention"] for arm in arms} - {"none"}
     label = noun(*kinds) if len(kinds) == 1 else "intervention"
     for i, step in enumerate(sorted({step for arm in arms for run in arm.runs for step in arm.injections(run)})):
@@ -90,10 +72,12 @@ def draw(ax: plt.Axes, arms: list[Arm], colours: dict[str, str], tag: str, bins:
     ax.xaxis.set_major_formatter(lambda step, _: short(step))
 
 
-def legend(target: plt.Axes | SubFigure, lines: dict[str, Artist], inches: float, **where: Any) -> None:
-    """A legend of {label: line} in as many columns as fit into a width."""
-    columns = int(16 * inches / (max(map(len, lines)) + 8))  # characters of its small type
-    target.legend(lines.values(), lines.keys(), ncols=min(max(1, columns), len(lines)), **where)
+def legend(target: Axes | SubFigure, lines: dict[str, Artist], inches: float, **where: Any) -> int:
+    """A legend of {label: line} in as many columns as fit into a width; returns how many rows it has."""
+    fitting = int(16 * inches / (max(map(len, lines)) + 12))  # characters of its small type
+    columns = min(max(1, fitting), len(lines))
+    target.legend(lines.values(), lines.keys(), ncols=columns, **where)
+    return math.ceil(len(lines) / columns)
 
 
 def by_game(arms: list[Arm]) -> dict[str, list[Arm]]:
@@ -103,24 +87,28 @@ def by_game(arms: list[Arm]) -> dict[str, list[Arm]]:
     return games
 
 
-def colours_of(arms: list[Arm]) -> dict[str, str]:
-    """{name: colour}, the same in every game."""
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(arm.name for arm in arms))}
+def looks_of(arms: list[Arm]) -> dict[str, Look]:
+    """{name: look}, the same in every game."""
+    names = dict.fromkeys(arm.name for arm in arms)
+    return {name: look(number) for number, name in enumerate(names)}
 
 
-@matplotlib.rc_context(STYLE)
+@drawing()
 def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: str, aggregate: str) -> None:
     """The figure of return against step, a panel per game, with the windows of the verdicts shaded."""
-    games, colours = by_game(arms), colours_of(arms)
+    games, looks = by_game(arms), looks_of(arms)
     columns = min(3, len(games))
     rows = math.ceil(len(games) / columns)
     size = (8, 4.6) if len(games) == 1 else (4.6 * columns, 4.4 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    legend_rows = [0]
+    below = ScaledTranslation(0, -0.45, figure.dpi_scale_trans)  # inches, below the label of the axis
     played = "a training game" if metric == "charts/episodic_return" else "an evaluation game"
     for ax, (game, shown) in zip(axes.flat, games.items(), strict=False):
         num_points = np.mean([run.scalars[metric].shape[1] for arm in shown for run in arm.runs])
         bins = int(np.clip(num_points / GAMES_PER_BIN, 20, MAX_BINS))
-        draw(ax, shown, colours, metric, bins, aggregate)
+        draw(ax, shown, looks, metric, bins, aggregate)
         windows = {(pair.after, pair.upto) for pair in pairs if pair.game == game and all(pair.counts)}
         for i, (after, upto) in enumerate(sorted(windows)):
             ax.axvspan(after, upto, color=INK, alpha=0.06, lw=0, label="_" * (i > 0) + "window of the verdict")
@@ -129,28 +117,30 @@ def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: s
         ax.set_title(game, loc="left", fontweight="bold", fontsize=10)
         handles, labels = ax.get_legend_handles_labels()
         inches = size[0] / columns - 0.6
-        legend(ax, dict(zip(labels, handles, strict=True)), inches, loc="upper left", bbox_to_anchor=(0, -0.13))
+        where = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": ax.transAxes + below}
+        legend_rows.append(legend(ax, dict(zip(labels, handles, strict=True)), inches, **where))
     for ax in axes.flat[len(games) :]:
         ax.set_axis_off()
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    figure.set_figheight(size[1] + rows * LEGEND_ROW * max(0, max(legend_rows) - 2))
+    save(figure, path)
 
 
-@matplotlib.rc_context(STYLE)
+@drawing()
 def draw_plasticity(arms: list[Arm], path: Path, aggregate: str) -> bool:
     """The figure of the plasticity measures that TensorBoard's custom scalars show too; False, and none, if no run has any."""
-    games, colours = by_game(arms), colours_of(arms)
+    games, looks = by_game(arms), looks_of(arms)
     logged = {tag for arm in arms for run in arm.runs for tag in run.scalars}
     titles = {tag: title for title, tag in SIDE_BY_SIDE.items() if tag.startswith("plasticity/") and tag in logged}
     if not titles:
         return False
     columns = min(4, len(titles))
     rows = math.ceil(len(titles) / columns)
-    figure = plt.figure(figsize=(max(6, 3 * columns), (2.3 * rows + 1) * len(games)), layout="constrained")
+    figure = Figure(figsize=(max(6, 3 * columns), (2.3 * rows + 1) * len(games)), layout="constrained")
+    legend_rows = [0]
     for block, (game, shown) in zip(figure.subfigures(len(games), 1, squeeze=False).flat, games.items(), strict=True):
         axes, lines = block.subplots(rows, columns, squeeze=False), dict[Any, Artist]()
         for ax, (tag, title) in zip(axes.flat, titles.items(), strict=False):
-            draw(ax, shown, colours, tag, MAX_BINS, aggregate)
+            draw(ax, shown, looks, tag, MAX_BINS, aggregate)
             ax.set_title(title, fontsize=9, loc="left")
             ax.locator_params(axis="x", nbins=4)
             lines |= {line.get_label(): line for line in ax.get_legend_handles_labels()[0]}
@@ -159,13 +149,13 @@ def draw_plasticity(arms: list[Arm], path: Path, aggregate: str) -> bool:
         block.suptitle(game, x=0.01, ha="left", fontweight="bold", fontsize=10)
         for ax in axes.flat[: len(titles)][-columns:]:
             ax.set_xlabel("step (1 step = 4 frames)")
-        legend(block, lines, figure.get_figwidth(), loc="outside lower center")
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+        legend_rows.append(legend(block, lines, figure.get_figwidth(), loc="outside lower center"))
+    figure.set_figheight(figure.get_figheight() + len(games) * LEGEND_ROW * max(0, max(legend_rows) - 2))
+    save(figure, path)
     return True
 
 
-@matplotlib.rc_context(STYLE)
+@drawing()
 def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     """The figure of differences in return, with − without, their 95% intervals, and each seed's, against what varies."""
     games, lines = {pair.game for pair in pairs}, defaultdict[str, list[Comparison]](list)
@@ -174,17 +164,21 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
         setting = pair.arms[1].setting
         what = ARM_NAMES[setting["intervention"]][0] if number == "injection" else describe(setting, (), "")
         lines[f"{pair.game}, {what}" if len(games) > 1 else what].append(pair)
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
+    apart = min(0.08, 0.8 / len(lines))  # between the lines at one value, which is 1 from the next
     for i, (label, of_one) in enumerate(lines.items()):
         of_one.sort(key=lambda pair: number_in(pair.arms[1].setting, number))
-        at = [values.index(number_in(pair.arms[1].setting, number)) + 0.08 * (i - (len(lines) - 1) / 2) for pair in of_one]
+        at = [values.index(number_in(pair.arms[1].setting, number)) + apart * (i - (len(lines) - 1) / 2) for pair in of_one]
         found = np.array([(pair.judgement.difference, pair.judgement.low, pair.judgement.high) for pair in of_one])
         bars = np.nan_to_num(np.abs(found[:, 1:] - found[:, :1]).T)
         seeds = "–".join(map(str, sorted({len(means) for pair in of_one for means in pair.means})))
-        colour = COLOURS[i % len(COLOURS)]
-        ax.errorbar(at, found[:, 0], bars, fmt="o", color=colour, lw=1.5, capsize=4, label=f"{label} (n = {seeds})")
-        own = [(x + 0.05, d) for x, pair in zip(at, of_one, strict=True) if pair.paired for d in pair.differences.values()]
-        ax.plot(*np.array(own).reshape(-1, 2).T, ".", color=colour, alpha=0.5)
+        point = look(i).point
+        ax.errorbar(at, found[:, 0], bars, **point, ls="", lw=1.5, capsize=4, label=f"{label} (n = {seeds})")
+        own = [
+            (x + 0.6 * apart, d) for x, pair in zip(at, of_one, strict=True) if pair.paired for d in pair.differences.values()
+        ]
+        ax.plot(*np.array(own).reshape(-1, 2).T, ".", color=point["color"], alpha=0.5)
     ax.axhline(0, color=INK, lw=0.8)
     ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
     ax.margins(x=0.15)
@@ -194,5 +188,4 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     )
     ax.set_title(", ".join(sorted(games)), loc="left", fontweight="bold", fontsize=10)
     ax.legend(loc="upper left", bbox_to_anchor=(0, -0.13))
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    save(figure, path)

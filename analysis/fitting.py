@@ -24,7 +24,11 @@ from support.usage import UsageError, reading
 FRESH = "fresh network"
 CONTENDERS = ("agent", "agent, injected", FRESH)  # of a probe
 NO_CHECKPOINT = "fresh"  # in its place: a fresh network and random play
-FRESH_LEARNING_RATE = 5e-4  # there; the script's own, 1e-4, learns hardly anything in a few hundred updates
+# whatever the agent was trained with: at a high rate 1,000 updates fit anything, so agents of such runs looked best that
+# had most to gain; at 1e-4 the probe saw them (docs/results.md). In a sequence of tasks, which gives each few updates, that
+# rate learns hardly anything
+PROBE_LEARNING_RATE = 1e-4
+TASKS_LEARNING_RATE = 5e-4
 
 
 def saved_args(checkpoint: Checkpoint) -> Args:
@@ -49,31 +53,32 @@ def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:
     made = num_injections(checkpoint)
     changes: dict[str, Any] = {"seed": seed, "bf16": False, "cuda_graphs": False}
     changes |= {"injection_step": tuple(range(1, made + 2)), "total_timesteps": made + 2, "num_envs": 1}
-    changes |= {"injection_trigger": "step"}
-    changes |= {name: getattr(Args, name) for name, of in CONDITIONS.items() if of.field == "injection_trigger"}
+    changes |= {"intervention": "injection", "apply_injection": True, "injection_trigger": "step"}
+    changes |= {"keep_checkpoints": ()}
+    for name, condition in CONDITIONS.items():
+        if changes[condition.field] not in condition.values:
+            changes[name] = getattr(Args, name)
     return replace(saved_args(checkpoint), **changes)
 
 
-def read_subject(path: Path, rate: float | None = None) -> Checkpoint:
-    """A checkpoint of an agent to be probed, its learning rate replaced where one is given.
+def read_subject(path: Path, rate: float) -> Checkpoint:
+    """A checkpoint of an agent to be probed, with this learning rate in the place of its own.
 
     Raises:
         UsageError: it is damaged, or no checkpoint.
     """
     checkpoint = load_checkpoint(path)
-    args = asdict(saved_args(checkpoint))
-    return replace(checkpoint, meta=checkpoint.meta | {"args": args if rate is None else args | {"learning_rate": rate}})
+    args = asdict(saved_args(checkpoint)) | {"learning_rate": rate}
+    return replace(checkpoint, meta=checkpoint.meta | {"args": args})
 
 
-def fresh_subject(env_id: str, seed: int, rate: float | None = None) -> Checkpoint:
+def fresh_subject(env_id: str, seed: int, rate: float) -> Checkpoint:
     """A network that has learned nothing, as if it were in a checkpoint, without replay.
 
     Raises:
         UsageError: there is no such game.
     """
-    args = Args(
-        env_id=env_id, env_backend="ale", num_envs=8, seed=seed, learning_rate=FRESH_LEARNING_RATE if rate is None else rate
-    )
+    args = Args(env_id=env_id, env_backend="ale", num_envs=8, seed=seed, learning_rate=rate)
     with contextlib.closing(make_envs(args)) as envs:
         learner = Learner(args, int(envs.single_action_space.n), torch.device("cpu"))
     return Checkpoint(Path(NO_CHECKPOINT), {"step": 0, "args": asdict(args)}, {"learner": learner.state_dict()})

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import itertools
+import os
 import re
 import shlex
 import sys
@@ -61,7 +62,8 @@ def parsed(flags: tuple[str, ...]) -> Args:
         lines = [line.strip(" │╰╯") for line in said.getvalue().splitlines()[1:]]
         below = itertools.dropwhile(lambda line: not line.strip("─-"), lines)
         reason = " ".join(itertools.takewhile(lambda line: line.strip("─-"), below))
-        raise UsageError(f"{reason}: python dqn_injection_atari.py --help lists flags") from None
+        lists = f"python {shlex.quote(os.path.relpath(script.__file__))} --help lists flags"
+        raise UsageError(f"{reason}: {lists}") from None
 
 
 def as_flags(name: str, value: Any) -> tuple[str, ...]:

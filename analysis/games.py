@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.intervals import CONFIDENCE, RESAMPLES, iqm
+from analysis.intervals import CONFIDENCE, MIN_SEEDS, RESAMPLES, iqm, no_spread
 from analysis.verdict import Comparison
 from support.environments import atari_spec
 from support.usage import UsageError
@@ -41,8 +41,9 @@ class Aggregate:
     games: list[str]
     windows: list[tuple[int, int]]  # of each game: after, upto
     runs: tuple[int, int]
-    scores: np.ndarray  # (3, 3), see `aggregate_scores`
+    scores: np.ndarray  # (3, 3), see `aggregate_scores`; NaN where there is no interval
     left_out: dict[str, str]  # game: reason
+    fewest: int  # runs of a game, on the side that has fewest
 
 
 def emulator(env_id: str) -> dict[str, Any]:
@@ -95,6 +96,20 @@ def aggregate_scores(
     return np.column_stack((values, np.quantile(samples, (tail, 1 - tail), axis=1).T))
 
 
+def without_points(scores: np.ndarray, fewest: int) -> np.ndarray:
+    """Scores (3, 3) of `aggregate_scores`, with NaN where an interval would look certain and is not.
+
+    Resampling one run draws that run again and again, two say hardly more; equal runs, and equal differences,
+    do not vary.
+
+    Args:
+        fewest: runs of the game and the side that has fewest
+    """
+    value, low, high = scores.T
+    unsure = no_spread(low, high, np.abs(value).max()) | (fewest < MIN_SEEDS)
+    return np.column_stack((value, np.where(unsure, np.nan, low), np.where(unsure, np.nan, high)))
+
+
 def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
     """One for every set of comparisons that differ in nothing but the game, if a game of it has scores on both sides."""
 
@@ -117,5 +132,7 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
             joint = [pair.shared == len(pair.means[0]) == len(pair.means[1]) for pair in usable]
             names, runs = (usable[0].arms[0].name, usable[0].arms[1].name), (sum(map(len, without)), sum(map(len, injected)))
             games, windows = [pair.game for pair in usable], [(pair.after, pair.upto) for pair in usable]
-            found.append(Aggregate(names, games, windows, runs, aggregate_scores(without, injected, joint), left_out))
+            fewest = min(len(of_game) for of_game in (*without, *injected))
+            total = without_points(aggregate_scores(without, injected, joint), fewest)
+            found.append(Aggregate(names, games, windows, runs, total, left_out, fewest))
     return found

@@ -13,6 +13,11 @@ def iqm(values: np.ndarray, axis: int = 0) -> np.ndarray:
     return scipy.stats.trim_mean(values, 0.25, axis=axis)
 
 
+def no_spread(low: np.ndarray, high: np.ndarray, size: np.ndarray | float) -> np.ndarray:
+    """Where an interval of numbers of this size is a point: equal ones do not tell how sure they are."""
+    return high - low <= 1e-9 * size
+
+
 def t_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Low and high, (...), of the 95% t interval of the mean over the first axis of (n, ...), n of at least 2."""
     half = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * scipy.stats.sem(values, axis=0)
@@ -20,7 +25,10 @@ def t_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interval(values: np.ndarray, aggregate: str = "mean") -> np.ndarray:
-    """Mean or interquartile mean over seeds and its 95% interval, (3, ...) of (n, ...); the interval is NaN below 3 seeds."""
+    """Mean or interquartile mean over seeds and its 95% interval, (3, ...) of (n, ...).
+
+    The interval is NaN below 3 seeds, and where these do not differ.
+    """
     centre = values.mean(axis=0) if aggregate == "mean" else iqm(values, axis=0)
     if len(values) < MIN_SEEDS or not centre.size:
         low = high = np.full_like(centre, np.nan)
@@ -30,4 +38,5 @@ def interval(values: np.ndarray, aggregate: str = "mean") -> np.ndarray:
         options = {"n_resamples": RESAMPLES, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(0)}
         result = scipy.stats.bootstrap((values,), iqm, axis=0, confidence_level=CONFIDENCE, **options)
         low, high = result.confidence_interval
+    low, high = np.where(no_spread(low, high, np.abs(centre)), np.nan, (low, high))
     return np.array([centre, low, high])

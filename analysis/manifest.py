@@ -1,27 +1,23 @@
 """The folder of a sweep: what was asked, what became of every run, and how far those that go on have come."""
 
-import contextlib
 import json
 import os
-import re
 import subprocess
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from analysis.plan import Asked
-from support.jobs import STARTED
 from support.machine import flush_to_disk
+from support.progress import PROGRESS
 from support.usage import UsageError, reading
 
-TAIL_BYTES = 8_192
+ROOT = Path(__file__).resolve().parent.parent  # of the project
 MANIFEST = "manifest.jsonl"
 PARTIAL = "sweep.json.partial"
-WHERE = re.compile(r" on (\w+)(?: with \d+ threads?)?, curves in ")
-BEGINS = re.compile(r"^(?:resumed|forked) at step ([\d,]+) from ", re.MULTILINE)
-STEP = re.compile(r"^step ([\d,]+)(?: of |: checkpoint-)", re.MULTILINE)
-LINE = re.compile(r"^step [\d,]+ of ([\d,]+), ([\d,]+) SPS, (\S+) left, ε \S+ return (\S+)$", re.MULTILINE)
 
 
 def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
@@ -34,13 +30,31 @@ def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
         with reading(path, "what a sweep was asked", "give another --name"):
             before = dict(json.loads(path.read_text(encoding="utf-8")))
         # what nobody had decided there, as in an older sweep's, is no difference
-        if names := [name for name in {**before, **plain} if before.get(name, plain.get(name)) != plain.get(name)]:
+        names = [name for name in {**before, **plain} if before.get(name, plain.get(name)) != plain.get(name)]
+        if same_checkpoint(before, plain):
+            names = [name for name in names if name not in ("from_checkpoint", "origin")]
+        if names:
             changes = "; ".join(f"{name} is {plain.get(name)}, there {before.get(name)}" for name in names)
             raise UsageError(f"{folder} is the folder of another sweep ({changes}): give another --name, or what it was asked")
         return
     own = {MANIFEST, "runs", "logs", PARTIAL}
-    if folder.exists() and ({entry.name for entry in folder.iterdir()} - own or any(folder.glob("runs/*"))):
+    others = {
+        entry.name for entry in folder.glob("[!.]*")
+    } - own  # hidden files are other programs', as those of a file manager
+    if others or any(folder.glob("runs/[!.]*")):
         raise UsageError(f"{folder} is no sweep's folder, it has no sweep.json: give another --name")
+
+
+def same_checkpoint(before: dict[str, Any], plain: dict[str, Any]) -> bool:
+    """Whether two sweeps go on from one checkpoint, which may lie elsewhere by now, or both from none."""
+    path_before = before.get("from_checkpoint")
+    path = plain.get("from_checkpoint")
+    if path_before is None or path is None:
+        return path_before is path
+    if before.get("origin") is not None and plain.get("origin") is not None:
+        return before["origin"] == plain["origin"]
+    # an older sweep noted the path alone; a run's folder and its checkpoint keep their names when moved
+    return Path(path_before).parts[-2:] == Path(path).parts[-2:]
 
 
 def prepare(folder: Path) -> None:
@@ -72,7 +86,7 @@ def read_asked(folder: Path) -> Asked:
     Raises:
         UsageError: the folder is no sweep's.
     """
-    with reading(folder / "sweep.json", "what a sweep was asked", "give a folder under sweeps/"):
+    with reading(folder / "sweep.json", "what a sweep was asked", "give another --name"):
         values = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
         return Asked(**{field.name: values[field.name] for field in fields(Asked) if field.name in values})
 
@@ -136,7 +150,7 @@ def read_manifest(folder: Path) -> list[Change]:
     if not path.exists():
         return []
     with reading(path, "a sweep's manifest", "move it away, the runs will be gone on with"):
-        return [Change(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        return [Change(**json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def newest(changes: list[Change]) -> dict[str, Change]:
@@ -152,52 +166,62 @@ def measured_speed(changes: list[Change]) -> float | None:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run's log says of its newest attempt; nothing of what it has not said yet."""
+    """How far a run has come; nothing of what nobody has said yet."""
 
     host: str | None = None
     device: str | None = None
     first: int = 0
-    """step at which the attempt began"""
+    """step at which its process began"""
     step: int = 0
     total: int | None = None
-    speed: str = "–"
-    """steps per second, of late"""
-    left: str = "–"
-    """time, hours:minutes:seconds"""
-    score: str = "–"
-    """mean return of late"""
+    steps_per_second: float | None = None
+    """of late"""
+    mean_return: float | None = None
+    """of late games"""
+    time: float | None = None
+    """of all this, seconds since 1970"""
+    process: tuple[str, int, float] | None = None
+    """host, number and beginning of the process that says so, which tell it from every other"""
+
+    @property
+    def speed(self) -> str:
+        return "–" if self.steps_per_second is None else f"{self.steps_per_second:,.0f}"
+
+    @property
+    def left(self) -> str:
+        """Time, hours:minutes:seconds."""
+        if self.total is None or not self.steps_per_second:
+            return "–"
+        return tqdm.format_interval((self.total - self.step) / self.steps_per_second)
+
+    @property
+    def score(self) -> str:
+        return "–" if self.mean_return is None else f"{self.mean_return:,.0f}"
 
     def __str__(self) -> str:
-        of = "" if self.total is None else f" of {self.total:,}, {self.speed} SPS, {self.left} left, return {self.score}"
-        return f"step {self.step:,}{of}"
+        step = f"step {self.step:,}"
+        if self.total is None or self.steps_per_second is None:
+            return step
+        return f"{step} of {self.total:,}, {self.speed} SPS, {self.left} left, return {self.score}"
 
 
-def read_progress(log: Path, offset: int) -> Progress:
-    """How far the attempt has come whose lines begin at byte `offset` of a log.
-
-    Raises:
-        OSError: the log cannot be read, though it is there.
-    """
-    if not log.exists():
-        return Progress()
-    with open(log, "rb") as file:
-        file.seek(offset)
-        head = file.read(TAIL_BYTES).decode(errors="replace")
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(offset, size - TAIL_BYTES))
-        tail = file.read().decode(errors="replace")
-    host = re.search(rf"^{STARTED} (\S+): ", head, re.MULTILINE)
-    if host is None:
-        return Progress()
-    where, begins, steps, lines = WHERE.search(head), BEGINS.search(head), STEP.findall(tail), LINE.findall(tail)
-    first = number(begins[1]) if begins else 0
-    total, speed, left, score = (number(lines[-1][0]), *lines[-1][1:]) if lines else (None, "–", "–", "–")
-    step = max([first, *map(number, steps)])
-    return Progress(host[1], where[1] if where else None, first, step, total, speed, left, score)
-
-
-def number(text: str) -> int:
-    return int(text.replace(",", ""))
+def read_progress(folder: Path) -> Progress | None:
+    """What a run's progress.json says; None where there is none, or none that is whole."""
+    try:
+        said = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        return Progress(
+            host=str(said["host"]),
+            device=None if said["device"] is None else str(said["device"]),
+            first=int(said["first"]),
+            step=int(said["step"]),
+            total=int(said["total_timesteps"]),
+            steps_per_second=None if said["steps_per_second"] is None else float(said["steps_per_second"]),
+            mean_return=None if said["return"] is None else float(said["return"]),
+            time=float(said["time"]),
+            process=(str(said["host"]), int(said["pid"]), float(said["began"])),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def last_lines(log: Path, offset: int, count: int = 5) -> list[str]:
@@ -209,9 +233,13 @@ def now() -> float:
     return round(time.time(), 3)
 
 
-def commit() -> str | None:
-    """Of this code; None where it is in no repository."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ("git", "-C", str(Path(__file__).resolve().parent.parent), "describe", "--always", "--dirty")
-        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
-    return None
+def commit(root: Path = ROOT) -> str | None:
+    """Of the code in this folder; None where that is no repository of its own, as within another one."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    # with its own .git named, git looks for no repository in the folders around it
+    command = ("git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always", "--dirty")
+    try:
+        done = subprocess.run(command, cwd=root, env=own, capture_output=True, encoding="utf-8", check=True)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return done.stdout.strip()

@@ -1,10 +1,11 @@
 """The plan of a sweep: which runs there are, which of them fork from which, and what they take."""
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -15,7 +16,7 @@ from support import usage
 from support.checkpoints import Checkpoint, load_checkpoint
 from support.environments import FRAME_SIZE, STACK, atari_spec
 from support.replay import FrameReplayBuffer
-from support.usage import UsageError, flag
+from support.usage import UsageError, flag, reading
 
 INTERVENTIONS: tuple[str, ...] = get_args(Args.__dataclass_fields__["intervention"].type)
 INSTEAD = {  # flags of the training script that a sweep gives, and what to give to the sweep
@@ -27,7 +28,11 @@ OF_CONTINUATIONS = {  # those that it gives as well where runs continue one agen
     **{"total_timesteps": "--steps", "injection_step": "--from-checkpoint", "exploration_fraction": "--from-checkpoint"},
     **{"injection_trigger": "--from-checkpoint", "preset": "--from-checkpoint"},
 }
-PARTS_BYTES, BYTES_PER_FRAME, BYTES_PER_STEP = 70e6, 120, 1.0  # estimates of checkpoints and curves, see docs/sweeps.md
+LONGEST_NAME = 255  # bytes that file systems allow
+AFTER_NAME = "__1234567890-1000"  # what a run's folder has after it: time and number; a log has less
+# estimates of checkpoints and curves, see docs/sweeps.md.
+# Of a pair of heads both networks have weights, and one has moments
+NETWORK_BYTES, BYTES_PER_PAIR, BYTES_PER_FRAME, BYTES_PER_STEP = 30e6, 40e6, 120, 1.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Asked:
     from_checkpoint: str | None = None
     steps: int | None = None
     """how many more, from that checkpoint"""
+    origin: dict[str, Any] | None = None
+    """what that checkpoint is, wherever it lies: its run's id and its step"""
     threads: int | None = None
     """that every run computes in; None as long as nobody has decided"""
     gpu: bool | None = None
@@ -70,6 +77,11 @@ class PlannedRun:
         return f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}".replace("/", "-")
 
     @property
+    def forks(self) -> bool:
+        """Whether it goes on from a checkpoint of another run."""
+        return self.trunk is not None or "--fork" in self.flags
+
+    @property
     def steps(self) -> int:
         return self.args.total_timesteps - self.begins
 
@@ -82,9 +94,13 @@ class PlannedRun:
     @property
     def disk(self) -> float:
         """Bytes of its checkpoints, one in the making included, and curves: an estimate."""
-        kept = len(self.args.planned_interventions) + 2
-        frames = min(self.args.buffer_size, self.args.total_timesteps)
-        return kept * (PARTS_BYTES + BYTES_PER_FRAME * frames) + BYTES_PER_STEP * self.args.total_timesteps
+        args = self.args
+        stay = sum(step >= self.begins for step in args.kept_checkpoints)
+        if args.injection_trigger == "norm" and args.applied_intervention != "none":
+            stay += 1  # before the first one
+        checkpoint = NETWORK_BYTES + BYTES_PER_PAIR * args.planned_pairs
+        checkpoint += BYTES_PER_FRAME * min(args.buffer_size, args.total_timesteps)
+        return (stay + 2) * checkpoint + BYTES_PER_STEP * args.total_timesteps
 
 
 def plan(asked: Asked) -> list[PlannedRun]:
@@ -105,10 +121,41 @@ def plan(asked: Asked) -> list[PlannedRun]:
             runs += [replace(run, trunk=None if run.trunk is None else trunk) for run in own]
     if any(not run.args.checkpoint_frequency for run in runs):
         raise UsageError("checkpoint_frequency 0 leaves nothing to fork arms from, and nothing to go on from: leave it out")
-    names = [run.name for run in runs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(f"two runs would have the name {twice[0]}: give arms, games and values that are spelt differently")
+    check_names([run.name for run in runs])
     return runs
+
+
+def check_names(names: list[str]) -> None:
+    """
+    Raises:
+        UsageError: a file system has no room for the name of a run, or may take two for one.
+    """
+    longest = max(names, key=lambda name: len(name.encode()))
+    length = len((longest + AFTER_NAME).encode())
+    if length > LONGEST_NAME:
+        fix = "give a shorter name to --arm, or fewer flags and values to --grid"
+        too_long = f"{longest} makes a folder's name of {length} bytes, but {LONGEST_NAME} are possible"
+        raise UsageError(f"{too_long}: {fix}")
+    seen: set[str] = set()
+    for name in names:
+        if name.casefold() in seen:  # on macOS, capital letters make no other name
+            fix = "give arms, games and values that are spelt differently, and not in capital letters alone"
+            raise UsageError(f"two runs would have the name {name}: {fix}")
+        seen.add(name.casefold())
+
+
+def identity_of(checkpoint: str | None) -> dict[str, Any] | None:
+    """What a checkpoint is, wherever it lies: the id of its run, and its step; None for none.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    with reading(path, "a checkpoint", "take another"):
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        return {"run": manifest["run"], "step": manifest["step"]}
 
 
 def check(asked: Asked, origin: Checkpoint | None) -> None:
@@ -150,6 +197,9 @@ def all_arms(interventions: Sequence[str], own: dict[str, str]) -> dict[str, lis
         )
     arms = {arm: ["--intervention", arm] for arm in interventions}
     for arm, flags in own.items():
+        if not readable(arm):
+            nothing = f'arm "{arm}" has no letter or digit that a folder\'s name could have'
+            raise UsageError(f"{nothing}: give another name to --arm")
         if arm in INTERVENTIONS:
             raise UsageError(f"arm {arm} has flags already, --intervention {arm}: give another name to --arm")
         says = names_in(words := words_of(flags)) & {"intervention", "apply_injection"}

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from analysis.fitting import (
     CONTENDERS,
     FRESH,
+    PROBE_LEARNING_RATE,
     fit,
     make_contender,
     num_injections,
@@ -29,16 +30,18 @@ def probe_checkpoint(path: Path, observations: int, updates: int, seeds: int, ra
     """Fitting capacity of the agent in a checkpoint, with and without a fresh injection, against a fresh network's.
 
     With each seed all three get the same observations, targets (but for `fit`'s offset) and batches. The agent's and the
-    injected agent's errors before the first update are one number, since an injection does not change Q.
+    injected agent's errors before the first update are one number, since an injection does not change Q. They learn
+    at `rate`, by default `PROBE_LEARNING_RATE`, whatever the run's was.
 
     Returns:
         plain data: "errors" {contender: {"start": (seeds,), "end": (seeds,)}}, mean squared, None where not finite;
-        "relative_to_fresh" {contender: see `relative_error`}, of the errors at the end; "sentence"; what it was measured on
+        "relative_to_fresh" {contender: see `relative_error`}, of the errors at the end; "sentence"; "remark", None where
+        there is none; what it was measured on
 
     Raises:
         UsageError: the checkpoint is damaged or cannot be probed.
     """
-    checkpoint = read_subject(path, rate)
+    checkpoint = read_subject(path, PROBE_LEARNING_RATE if rate is None else rate)
     args = saved_args(checkpoint)
     device = pick_device(args.cuda, deterministic=True, tf32=args.tf32)
     obs = replayed_observations(checkpoint, observations, device)
@@ -70,13 +73,23 @@ def probe_checkpoint(path: Path, observations: int, updates: int, seeds: int, ra
             name: relative_error(errors[name]["end"], errors[FRESH]["end"]) for name in CONTENDERS if name != FRESH
         },
     }
-    return result | {"sentence": probe_in_words(result)}
+    return result | {"sentence": probe_in_words(result), "remark": remark(args.learning_rate)}
 
 
 def times(relative: dict[str, Any]) -> str:
     """`1.23× [1.01, 1.50]`, without brackets where there is no interval."""
     interval = "" if relative["interval"] is None else " [{:.3g}, {:.3g}]".format(*relative["interval"])
     return f"{relative['ratio']:.3g}×{interval}"
+
+
+def remark(rate: float) -> str | None:
+    """What to know of the learning rate of a probe of one target; None at the default and below."""
+    if rate <= PROBE_LEARNING_RATE:
+        return None
+    return (
+        f"at learning rate {rate:g} an agent may fit well that has lost plasticity: with enough updates a high rate "
+        f"fits anything; leave out --probe-learning-rate for {PROBE_LEARNING_RATE:g}"
+    )
 
 
 def probe_in_words(result: dict[str, Any]) -> str:
@@ -93,7 +106,7 @@ def probe_in_words(result: dict[str, Any]) -> str:
 
     fresh, updates = result["errors"][FRESH], result["probe_updates"]
     if None in fresh["end"]:
-        return "no answer: a fresh network diverges with this run's learning rate"
+        return "no answer: a fresh network diverges, lower --probe-learning-rate"
     if (removed := 1 - sum(fresh["end"]) / sum(fresh["start"])) < 0.1:
         return f"no answer: a fresh network loses only {removed:.0%} of its error in {updates:,} updates, raise --probe-updates"
     return (
@@ -156,6 +169,8 @@ def probe(
         injections = f"{result['injections']} injection{'s' * (result['injections'] != 1)}"
         print(f"{result['checkpoint']}: {result['env_id']}, step {result['step']:,}, {injections} so far")
         print(f"{probe_table(result)}\n{result['sentence']}", flush=True)
+        if result["remark"] is not None:
+            print(f"remark: {result['remark']}", flush=True)
     if out is not None:
         write_json(results, out.with_suffix(".json"))
         print(f"wrote {out.with_suffix('.json')}")

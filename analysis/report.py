@@ -10,9 +10,9 @@ import numpy as np
 
 from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
-from analysis.intervals import interval
+from analysis.intervals import MIN_SEEDS, interval
 from analysis.runs import Arm, Run, read_arms
-from analysis.verdict import Comparison, comparisons, noun, show, varied
+from analysis.verdict import LEAST_SHARE, Comparison, comparisons, not_compared, noun, show, varied
 from support.usage import UsageError
 
 
@@ -37,8 +37,39 @@ def caution(pair: Comparison, metric: str) -> list[str]:
     ]
 
 
+def ending(pair: Comparison) -> str:
+    """Which run ends the window, and how much of the others' runs is lost by that."""
+    if pair.ended_by is None:
+        return ""
+    more = f", and the median run has {pair.beyond - 1:.0%} more steps" if pair.beyond > 1.005 else ""
+    return f", where {pair.ended_by} is (a longer --window leaves it out){more}"
+
+
+def correction(pair: Comparison) -> list[str]:
+    """A line on how many verdicts are given at once, if there are several: of many, some come by chance."""
+    if pair.verdicts < 2 or math.isnan(pair.judgement.p):
+        return []
+    numbers = f"p = {pair.judgement.p:.2g}, corrected for them (Holm) {pair.p_holm:.2g}"
+    return [f"one of {pair.verdicts} verdicts here: {numbers}"]
+
+
+def late_injection(pair: Comparison) -> list[str]:
+    """A line where the norm injected one run so late that little is left of what others have after theirs."""
+    firsts = [step for seed, step in pair.firsts.items() if seed in pair.means[1]]
+    if not firsts:
+        return []
+    window, available = pair.upto - pair.after, pair.upto - float(np.median(firsts))
+    if window >= LEAST_SHARE * available:
+        return []
+    since = f"since the median run's first {noun(pair.intervention)}"
+    return [f"caution: of the {available:,.0f} steps {since}, the window has the last {window:,}"]
+
+
 def in_words(pair: Comparison, metric: str) -> list[str]:
-    """A comparison in four lines, what, verdict, window and method; then cautions, and one line per run left out of it."""
+    """A comparison in four lines, what, verdict, window and method.
+
+    Then how many verdicts there are, cautions, and one line per run left out of it.
+    """
     word = noun(pair.intervention)
     seeds = [f"{len(means)} seeds ({', '.join(map(str, means)) or 'none'})" for means in pair.means]
     if pair.paired and pair.one_agent:
@@ -49,15 +80,16 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
         few = f"of which {pair.shared} share{'s' * (pair.shared == 1)} a history, too few to pair"
         related = few if pair.shared else "which do not share their history"
         how = f"95% Welch interval, {seeds[0]} without and {seeds[1]} with {word}, {related}"
-    end = f", where {pair.ended_by} is (a longer --window leaves it out)" if pair.ended_by else ""
     points = f"{pair.counts[0]:,} points of {metric} without and {pair.counts[1]:,} with {word}"
     begins = ", ".join(f"{step:,} with seed {seed}" for seed, step in sorted(pair.firsts.items()))
     points += f"; first {word} at {begins}" if pair.firsts and not pair.arms[1].injection else ""
     return [
         f"{pair.game}: {pair.arms[1].name} against {pair.arms[0].name}",
         pair.judgement.sentence,
-        f"window {pair.after:,} < step ≤ {pair.upto:,}{end}, {points}",
+        f"window {pair.after:,} < step ≤ {pair.upto:,}{ending(pair)}, {points}",
         how if pair.judgement.verdict in ("raised", "no evidence", "lowered") else "no interval",
+        *correction(pair),
+        *late_injection(pair),
         *caution(pair, metric),
         *(f"not in this comparison: {reason}" for reason in pair.left_out.values()),
     ]
@@ -66,7 +98,13 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
 def aggregate_in_words(total: Aggregate) -> list[str]:
     """An aggregate in four lines, what, scores, difference and method; then one per game that was left out of it."""
     without, injected, difference = (show(*row) if row[1] < row[2] else show(row[0]) for row in total.scores)
-    few = "brackets are 95% stratified bootstrap intervals, which cover less than that with few runs per game"
+    if np.isfinite(total.scores).all(axis=1).any():
+        kind = "95% stratified bootstrap intervals"
+        brackets = f"brackets are {kind}, which cover less than that with few runs per game"
+    elif total.fewest < MIN_SEEDS:
+        brackets = f"no interval: it takes {MIN_SEEDS} runs of each game on either side"
+    else:
+        brackets = "no interval: runs of a game do not differ"
     runs = f"{total.runs[0]} runs without and {total.runs[1]} with"
     spans = zip(total.games, total.windows, strict=True)
     games = ", ".join(f"{game} in {after:,} < step ≤ {upto:,}" for game, (after, upto) in spans)
@@ -74,7 +112,7 @@ def aggregate_in_words(total: Aggregate) -> list[str]:
         f"{len(total.games)} games: {total.names[1]} against {total.names[0]}",
         f"human-normalised return, interquartile mean over runs: {without} without and {injected} with",
         f"difference {difference}, where 0 is random play and 1 a human's",
-        f"over {len(total.games)} games ({games}) and {runs}; {few}",
+        f"over {len(total.games)} games ({games}) and {runs}; {brackets}",
         *(f"not in this aggregate: {game}, {reason}" for game, reason in total.left_out.items()),
     ]
 
@@ -101,7 +139,8 @@ def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], met
 
 
 def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
-    values, bounds = total.scores[:, 0].tolist(), total.scores[:, 1:].tolist()
+    values = total.scores[:, 0].tolist()
+    bounds = [[None, None] if math.isnan(low) else [low, high] for low, high in total.scores[:, 1:].tolist()]
     sides = zip(total.names, total.runs, values, bounds, strict=False)
     without, injected = ({"arm": name, "runs": runs, "iqm": iqm, "interval": bound} for name, runs, iqm, bound in sides)
     difference = {"difference": values[2], "interval": bounds[2]}
@@ -126,7 +165,8 @@ def as_json(
 
     def of_pair(pair: Comparison) -> dict[str, Any]:
         judged = pair.judgement
-        difference, *bounds = (x if math.isfinite(x) else None for x in (judged.difference, judged.low, judged.high))
+        numbers = judged.difference, judged.low, judged.high, judged.p, pair.p_holm
+        difference, low, high, p, p_holm = (number if math.isfinite(number) else None for number in numbers)
         without, injected = (
             {
                 "arm": arm.name,
@@ -149,7 +189,9 @@ def as_json(
             "paired": pair.paired,
             "one_agent": pair.one_agent,
             "difference": difference,
-            "interval": bounds,
+            "interval": [low, high],
+            "p": p,
+            "p_holm": p_holm,
             "verdict": judged.verdict,
             "sentence": judged.sentence,
             "left_out": pair.left_out,
@@ -179,12 +221,16 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
         raise UsageError("nothing to compare: give folders of runs, python compare.py runs/A runs/B ...")
     arms, remarks = read_arms(folders, metric)
     pairs = comparisons(arms, metric, window)
+    remarks["not_compared"] = not_compared(arms, pairs, metric)
     totals = aggregates(pairs)
     over_games = [total for total in totals if len(total.games) > 1]
     lines = [f"{kind.replace('_', ' ')}: {line}" for kind, of_kind in remarks.items() for line in of_kind.values()]
     words = [in_words(pair, metric) for pair in pairs] + [aggregate_in_words(total) for total in over_games]
     print(*lines, *("\n  ".join(of_one) for of_one in words), sep="\n")
-    if not pairs:
+    if not pairs and remarks["not_compared"]:
+        fix = "compare --metric charts/episodic_return, or runs with the same eval_ settings"
+        print(f"no verdict: arms that were evaluated differently have none; {fix}")
+    elif not pairs:
         print("no verdict: no two arms differ in the injection alone; --fork makes the counterpart of a run")
     out.parent.mkdir(parents=True, exist_ok=True)
     written = [out, plasticity := out.with_stem(f"{out.stem}_plasticity"), out.with_suffix(".md"), out.with_suffix(".json")]

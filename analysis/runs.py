@@ -12,6 +12,9 @@ from dqn_injection_atari import Args
 from support.flags import RunFlags
 from support.usage import UsageError, conditions, unused_fields
 
+TRAINING_RETURN = "charts/episodic_return"
+# These change the returns of evaluations, and nothing that is learned
+EVALUATION = ("eval_frequency", "eval_episodes", "eval_steps", "eval_epsilon")
 # These name a run, choose its hardware, or change what is logged, filmed and evaluated, but not what is learned
 BOOKKEEPING = {"seed", "exp_name", *(field.name for field in fields(RunFlags))}
 CONDITIONS = conditions(Args)
@@ -56,9 +59,16 @@ def runs_in(folders: Iterable[str]) -> tuple[tuple[str, ...], Path]:
     return runs, Path(given[0]) if len(given) == len(sweeps) == 1 else Path()
 
 
-def setting(args: Args) -> dict[str, Any]:
-    """The arguments that change what is learned, in a form in which those that come to the same are equal.
+def evaluation(args: Args, metric: str) -> dict[str, Any]:
+    """The arguments that change `metric` and nothing that is learned: none for the return of training."""
+    names = EVALUATION if metric.startswith("eval/") else ()
+    return {name: getattr(args, name) for name in names}
 
+
+def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
+    """The arguments that change what is learned or `metric`.
+
+    They are in a form in which those that come to the same are equal.
     "intervention" is what the run does, "injection" the steps at which, () where it does nothing or the norm decides; what
     the run does not look at is None.
     """
@@ -69,6 +79,7 @@ def setting(args: Args) -> dict[str, Any]:
     shared["exploration_steps"] = round(args.exploration_fraction * args.total_timesteps)  # a longer run only goes on
     shared |= {"intervention": what, "injection": () if what == "none" else planned}
     shared |= {"injection_trigger": "norm" if by_norm and what != "none" else None}
+    shared |= evaluation(args, metric)
     asked = asdict(args) | {"injected_head_width": args.injected_head_width or args.head_width}
     return shared | {name: None if name in unused else asked[name] for name in CONDITIONS}
 
@@ -90,7 +101,11 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
         words = [f"{ARM_NAMES[what][len(steps) > 1]} at {' and '.join(steps)}"]
     else:
         words = [f"{ARM_NAMES[what][0]} where the norm has grown {setting['injection_norm_ratio']:g}×"]
-    for name in differing:
+    shown = list(differing)
+    other_width = setting["injected_head_width"] not in (None, setting["head_width"])
+    if other_width and "injected_head_width" not in shown:
+        shown.append("injected_head_width")  # another network than its baseline's
+    for name in shown:
         value, plain = setting[name], name.replace("_", " ")
         if isinstance(value, bool):
             words.append(plain if value else f"no {plain}")
@@ -101,12 +116,15 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
     return ", ".join(words)
 
 
-def group(runs: list[Run]) -> tuple[list[Arm], dict[str, str]]:
-    """Arms, those of a game together and the one without injection first; and {folder: reason} of runs left out."""
+def group(runs: list[Run], metric: str = TRAINING_RETURN) -> tuple[list[Arm], dict[str, str]]:
+    """Arms, those of a game together, the one without injection first; and {folder: reason} of runs left out.
+
+    Runs whose `metric` was measured in different ways are different arms.
+    """
     members: dict[tuple, dict[int, Run]] = defaultdict(dict)
     left_out = {}
     for run in runs:
-        arm = members[tuple(setting(run.args).items())]
+        arm = members[tuple(setting(run.args, metric).items())]
         shorter, longer = sorted((run, arm.get(run.args.seed, run)), key=lambda run: run.last_step)
         arm[run.args.seed] = longer
         if shorter is not longer:
@@ -135,13 +153,16 @@ def read_arms(folders: Iterable[str], metric: str) -> tuple[list[Arm], dict[str,
     runs, left_out = [], {}
     for folder in dict.fromkeys(folders):
         try:
-            runs += read_curves(Path(folder), metric) if folder.endswith(".csv") else [read_run(folder, metric)]
+            if folder.lower().endswith(".csv"):
+                runs += read_curves(Path(folder), metric)
+            else:
+                runs.append(read_run(folder, metric))
         except UsageError as error:
             left_out[folder] = str(error)
     if not runs:
         first = next(iter(left_out.values()))
         raise UsageError(f"none of {len(left_out)} runs can be compared, give folders of runs, those under runs/; {first}")
-    arms, duplicates = group(runs)
+    arms, duplicates = group(runs, metric)
     going = [run for arm in arms for run in arm.runs if run.last_step < run.args.total_timesteps]
     unfinished = {run.folder: f"{run.folder} is at step {run.last_step:,} of {run.args.total_timesteps:,}" for run in going}
     return arms, {"left_out": left_out | duplicates, "unfinished": unfinished}

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Task:
     """what the engine calls it, while it has it"""
     offset: int = 0
     """bytes of its log before this attempt"""
+    before: tuple[str, int, float] | None = None
+    """the process that said last how far the run is, before this attempt"""
     began: float | None = None
     """on the monotonic clock, this attempt"""
     hours: float = 0.0
@@ -62,14 +64,20 @@ class Task:
             self.found = find_folder(self.folder, self.run.name)
         return self.found
 
+    def read(self) -> Progress | None:
+        """What its process says of itself; None before it has a folder."""
+        return None if self.run_folder is None else read_progress(self.run_folder)
+
     def take_up(self, last: Change) -> None:
         """Goes on from what a manifest says. A run whose folder has gone is to be done once more.
 
         Where the sweep was killed while it ran, nobody noted its hours: it counts up to its last word.
         """
         self.attempt, self.hours = last.attempt, last.hours
-        if last.state == "running" and self.log.exists():
-            self.hours += max(0.0, self.log.stat().st_mtime - last.time) / 3600
+        if last.state == "running":
+            said = self.read()
+            if said is not None and said.time is not None:
+                self.hours += max(0.0, said.time - last.time) / 3600
         self.progress = Progress(step=last.step)
         if last.state == "finished" and self.run_folder is not None:
             self.state = "finished"
@@ -79,14 +87,18 @@ class Task:
         self.attempt += 1
         self.began, self.progress = None, Progress(step=self.progress.step)
         self.offset = self.log.stat().st_size if self.log.exists() else 0
+        said = self.read()
+        self.before = None if said is None else said.process
 
     def look(self) -> bool:
         """Reads how far it has come. Returns whether it has begun since the last look."""
-        progress = read_progress(self.log, self.offset)
-        if progress.device is None:  # the process has not said yet where it computes, and from which step
-            return False
+        if not self.log.exists() or self.log.stat().st_size <= self.offset:
+            return False  # no process yet; to search for its folder among many would take long
+        progress = self.read()
+        if progress is None or progress.device is None or progress.process == self.before:
+            return False  # it has not said yet where it computes, and from which step
         begun = self.began is None
-        self.progress = replace(progress, step=progress.step or self.progress.step)
+        self.progress = progress
         if begun:
             self.began = time.monotonic()
         return begun

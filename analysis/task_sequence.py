@@ -5,17 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
-from analysis.figures import COLOURS, INK, STYLE
+from analysis.canvas import COLOURS, INK, Figure, Look, MaxNLocator, drawing, plot_broken, save
 from analysis.fitting import (
     FRESH,
     NO_CHECKPOINT,
+    TASKS_LEARNING_RATE,
     fit,
     fresh_subject,
     make_contender,
@@ -43,6 +41,12 @@ DRAWN = {
     "error": "error at the end of the task",
     "dormant": "head: share of\nunits dormant",
     "encoder_active": "encoder: share of\nfeatures ≠ 0",
+}
+LOOKS = {
+    SAME: Look(INK, "-", ""),
+    INJECTED: Look(COLOURS[0], "-", "s"),
+    RESET: Look(COLOURS[1], "-.", "^", shift=0.5),
+    EACH_FRESH: Look("#999999", "--", ""),
 }
 LEARNED = 0.9  # a network that leaves more than this of its error has not learned the task
 
@@ -104,6 +108,8 @@ def run_sequence(
 ) -> dict[str, Any]:
     """`run_tasks` with several seeds, for the agent in a checkpoint, or for fresh networks on frames of random play.
 
+    All learn at `rate`, by default `TASKS_LEARNING_RATE`, whatever the run's was.
+
     Returns:
         plain data: what is `MEASURED` {name: (seeds, tasks)}, None where there is none or it is not finite;
         "relative" {name: {"at", "since"}}, see `relative_error`: its error in task `inject_at`, and its mean from there on,
@@ -114,6 +120,7 @@ def run_sequence(
         UsageError: the checkpoint is damaged or cannot be probed, or there is no such game.
     """
     fresh = path == Path(NO_CHECKPOINT)
+    rate = TASKS_LEARNING_RATE if rate is None else rate
     subjects = [fresh_subject(env_id, seed, rate) for seed in range(seeds)] if fresh else [read_subject(path, rate)] * seeds
     args = saved_args(subjects[0])
     device = pick_device(args.cuda, deterministic=True, tf32=args.tf32)
@@ -197,21 +204,20 @@ def in_cell(of_seeds: np.ndarray) -> str:
     return f"{centre:.3g}" if math.isnan(low) else f"{centre:.3g} [{low:.3g}, {high:.3g}]".replace("-", "−")
 
 
-@matplotlib.rc_context(STYLE)
+@drawing()
 def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
     """A column per result: what is in `DRAWN` at the end of each task; mean, interval and seeds."""
-    layout: dict[str, Any] = {"sharex": "col", "squeeze": False, "height_ratios": (2, 1, 1), "layout": "constrained"}
-    figure, axes = plt.subplots(3, len(results), figsize=(max(7.5, 5.5 * len(results)), 6.6), **layout)
-    colours = dict(zip(NAMES, (INK, COLOURS[0], COLOURS[1], "#999999"), strict=True))
+    figure = Figure(figsize=(max(7.5, 5.5 * len(results)), 6.6), layout="constrained")
+    axes = figure.subplots(3, len(results), sharex="col", squeeze=False, height_ratios=(2, 1, 1))
     for result, column in zip(results, axes.T, strict=True):
         number = np.arange(1, result["probe_tasks"] + 1)
         for ax, what in zip(column, DRAWN, strict=True):
             for name in reversed(NAMES):
                 values = np.array(result[what][name], float)
                 centre, low, high = interval(values)
-                ax.plot(number, centre, color=colours[name], lw=2, label=name, ls="--" if name == EACH_FRESH else "-")
-                ax.fill_between(number, low, high, color=colours[name], alpha=0.18, lw=0)
-                ax.plot(number, values.T, color=colours[name], lw=0.6, alpha=0.4)
+                plot_broken(ax, number, centre, **LOOKS[name].line, lw=2, label=name)
+                ax.fill_between(number, low, high, color=LOOKS[name].colour, alpha=0.18, lw=0)
+                ax.plot(number, values.T, color=LOOKS[name].colour, lw=0.6, alpha=0.4)
             ax.axvline(result["probe_inject_at"], color=INK, lw=1, ls=(0, (4, 3)))
             top = 1 if what != "error" else 1.2 * np.nanmax([np.array(of_one, float) for of_one in result[what].values()])
             ax.set_ylim(0, top if math.isfinite(top) else None)
@@ -228,8 +234,7 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
         ax.set_ylabel(label)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], ncols=4, loc="outside lower left")
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
+    save(figure, path)
 
 
 def probe_sequence(
@@ -262,7 +267,8 @@ def probe_sequence(
         print(f"{sequence_table(result)}\n{result['sentence']}", flush=True)
         draw_sequences(results, out)  # after each, so that none is lost
         parts = (f"{result['checkpoint']}: {result['sentence']}\n\n{sequence_table(result)}\n" for result in results)
-        out.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8")
+        # a path may hold bytes that are no letters in the user's locale; they are written as they are
+        out.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8", errors="surrogateescape")
         write_json(results, out.with_suffix(".json"))
     print(f"wrote {', '.join(str(out.with_suffix(ending)) for ending in (out.suffix, '.md', '.json'))}")
     return results

@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.machine import circumstances, pick_device
-from support.process import Signals
+from support.process import Signals, ends_in_one_line
 from support.runs import Origin, Run
+from support.usage import words_given
 
 
 @dataclass
@@ -67,7 +68,8 @@ def peak_memory(figures: dict[str, float]) -> Iterator[None]:
 
 
 def make_run(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> script.Training:
-    """A run that only plays."""
+    """A run that only plays, with room for the injections of the agent that it plays with."""
+    injections = 0 if settings.agent is None else script.load_agent(settings.agent, "cpu")[0].num_injections
     args = script.Args(
         env_id=settings.env_id,
         env_backend="ale",
@@ -75,6 +77,7 @@ def make_run(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> s
         buffer_size=settings.steps,
         total_timesteps=settings.steps,
         learning_starts=settings.steps,
+        injection_step=tuple(settings.num_envs * k for k in range(1, injections + 1)),
         plasticity_frequency=0,
         end_e=0.05,
     )
@@ -82,7 +85,8 @@ def make_run(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> s
     envs, learner, replay = script.make_parts(args, device)
     parts = {"learner": learner, "replay": replay, "envs": envs}
     origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
-    run = Run(origin, "", asdict(args), parts, circumstances(device, script.CODE_VERSION), Signals(), stack)
+    surroundings = circumstances(device, script.CODE_VERSION)
+    run = Run(origin, "", script.__version__, asdict(args), parts, surroundings, Signals(), stack)
     return script.Training(args, run, envs, learner, replay)
 
 
@@ -149,4 +153,5 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    with ends_in_one_line():
+        main(tyro.cli(Settings, description=__doc__, args=words_given()))

@@ -31,7 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
 from benchmarks.throughput import Settings, make_run, provenance, wait_for
+from support.process import ends_in_one_line
 from support.replay import FrameReplayBuffer
+from support.usage import words_given
 
 
 @dataclass(frozen=True)
@@ -213,4 +215,5 @@ def main(settings: ProfileSettings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ProfileSettings, description=__doc__))
+    with ends_in_one_line():
+        main(tyro.cli(ProfileSettings, description=__doc__, args=words_given()))

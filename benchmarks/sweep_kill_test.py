@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.manifest import read_manifest
 from benchmarks.kill_test import FLAGS, content, differences, finish
+from support.process import ends_in_one_line
+from support.usage import words_given
 
 SWEEP = Path(__file__).resolve().parent.parent / "sweep.py"
 GAMES, SEEDS, FORKS = ("PhoenixNoFrameskip-v4", "BoxingNoFrameskip-v4"), ("1", "2"), ("injection", "reset-head")
@@ -137,4 +139,5 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    with ends_in_one_line():
+        main(tyro.cli(Settings, description=__doc__, args=words_given()))

@@ -21,11 +21,13 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.curves import SPEED
+from support.process import ends_in_one_line
 from support.run_log import read_scalars
+from support.usage import words_given
 
 ROOT = Path(__file__).resolve().parent.parent
 GAME, SEEDS = "PhoenixNoFrameskip-v4", ("1", "2")
-FLAGS = """--env-backend ale --num-envs 8 --bf16 --buffer-size 50000 --learning-starts 2000
+FLAGS = """--env-backend ale --num-envs 8 --buffer-size 50000 --learning-starts 2000
 --exploration-fraction 0.1""".split()
 
 
@@ -77,4 +79,5 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    with ends_in_one_line():
+        main(tyro.cli(Settings, description=__doc__, args=words_given()))

@@ -28,9 +28,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
-from support.machine import circumstances, pick_device
-from support.process import Signals
+from analysis.manifest import commit
+from support.machine import circumstances, pick_device, slow_bfloat16
+from support.process import Signals, ends_in_one_line
 from support.runs import Origin, Run
+from support.usage import words_given
 
 ROOT = Path(script.__file__).parent
 
@@ -75,6 +77,7 @@ def make_run(settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf1
         num_envs=num_envs,
         buffer_size=settings.buffer_size,
         learning_starts=settings.fill,
+        injection_step=(settings.fill + num_envs,),  # room for the one that `ours` makes
         exploration_fraction=settings.fill / script.Args.total_timesteps,  # ε is at its end when learning begins
         checkpoint_frequency=0,
         bf16=bf16,
@@ -84,12 +87,15 @@ def make_run(settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf1
         overlap=settings.overlap,
     )
     device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
+    if bf16 and (slow := slow_bfloat16(device)):
+        raise SystemExit(f"error: {slow}: leave out --bf16")
     envs, learner, replay = script.make_parts(args, device)
     stack.callback(envs.close)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
     parts = {"learner": learner, "replay": replay, "envs": envs}
-    run = Run(origin, "", asdict(args), parts, circumstances(device, script.CODE_VERSION), Signals(), stack)
+    surroundings = circumstances(device, script.CODE_VERSION)
+    run = Run(origin, "", script.__version__, asdict(args), parts, surroundings, Signals(), stack)
     run.log.bar.disable, run.log.PLAIN_LINE_SECONDS = True, sys.maxsize
     training = script.Training(args, run, envs, learner, replay)
     envs.reset(seed=0)
@@ -153,8 +159,12 @@ def sb3(settings: Settings, num_envs: int, stack: contextlib.ExitStack) -> Calla
 
 def contenders(settings: ThroughputSettings, stack: contextlib.ExitStack) -> dict[str, Callable[[float], float]]:
     made = {f"SB3 DQN, N={n}": sb3(settings, n, stack) for n in settings.sb3_num_envs}
+    precisions = [False, True]
+    if slow := slow_bfloat16(pick_device(settings.cuda, deterministic=False, tf32=script.Args.tf32)):
+        precisions = [False]
+        print(f"bfloat16 is left out: {slow}")
     for n in settings.num_envs:
-        for bf16 in (False, True):
+        for bf16 in precisions:
             for injected in (False, True):
                 name = f"ours, N={n}, {'bf16' if bf16 else 'fp32'}, {'after' if injected else 'before'} injection"
                 made[name] = ours(settings, n, bf16, injected, stack)
@@ -190,11 +200,8 @@ def table(speeds: dict[str, list[float]]) -> str:
 
 def provenance(settings: Settings, device: torch.device) -> dict[str, Any]:
     """Commit, software and hardware that a measurement belongs to."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, encoding="utf-8"
-    ).stdout.strip()
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-    return {"commit": commit, "settings": plain, "circumstances": circumstances(device, script.CODE_VERSION)}
+    return {"commit": commit(), "settings": plain, "circumstances": circumstances(device, script.CODE_VERSION)}
 
 
 def main(settings: ThroughputSettings) -> None:
@@ -208,4 +215,5 @@ def main(settings: ThroughputSettings) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ThroughputSettings, description=__doc__))
+    with ends_in_one_line():
+        main(tyro.cli(ThroughputSettings, description=__doc__, args=words_given()))

@@ -1,15 +1,15 @@
 """Draws the network before and after an injection: python img/draw_architecture.py"""
 
+import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from analysis.canvas import INK, Axes, Circle, FancyArrowPatch, FancyBboxPatch, Figure, drawing, save
 
 Point = tuple[float, float]
 Style = str | tuple[float, tuple[float, ...]]  # a name, or (offset, (on, off, ...))
-TRAINED, FROZEN, ABSENT, INK = "#f4a259", "#8cb3d9", "#ececec", "#222222"
-plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "mathtext.fontset": "dejavusans"})
+TRAINED, FROZEN, ABSENT = "#fbc48a", "#79a5d2", "#efefef"  # as greys they differ, too
 
 
 def box(ax: Axes, x: float, y: float, width: float, height: float, text: str, colour: str, ink: str = INK) -> None:
@@ -61,8 +61,10 @@ def network(ax: Axes, y: float, title: str, heads: list[tuple[str, str, str]]) -
     box(ax, 10.5, middle - 0.4, 1.3, 0.8, "Q(s, ·)", "white")
 
 
+@drawing()
 def main() -> None:
-    figure, ax = plt.subplots(figsize=(9.4, 7.0))
+    figure = Figure(figsize=(9.4, 7.0))
+    ax = figure.subplots()
     layers = "linear 512, linear |A|"
     network(
         ax,
@@ -93,7 +95,7 @@ def main() -> None:
         ax.text(x + 0.45, -2.34, text, va="center")
     ax.set(xlim=(-0.15, 11.95), ylim=(-2.7, 7.3), aspect="equal")
     ax.axis("off")
-    figure.savefig(Path(__file__).with_name("architecture.png"), dpi=160, bbox_inches="tight", facecolor="white")
+    save(figure, Path(__file__).with_name("architecture.png"), bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -7,37 +7,60 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-COLOURS = ("#1f5a92", "#d1495b", "#e08a1e", "#4c956c")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from analysis.canvas import Figure, drawing, look, plot_broken, save
+from analysis.curves import read_run
+from support.process import ends_in_one_line
+from support.usage import UsageError, words_given
+
+RETURN = "eval/episodic_return"
+
+
+@drawing()
+def draw(target: str, title: str, arms: dict[str, np.ndarray], steps: np.ndarray) -> None:
+    """The figure of {name: (runs, K) returns} at K steps."""
+    figure = Figure(figsize=(8, 4.2))
+    ax = figure.subplots()
+    for number, (name, values) in enumerate(arms.items()):
+        style = look(number)
+        ax.plot(steps, values.T, color=style.colour, lw=0.8, alpha=0.5)
+        label = f"{name}, mean of {len(values)}"
+        plot_broken(ax, steps, values.mean(axis=0), **style.line, lw=2.2, label=label)
+    ax.set(xlabel="step (1 step = 4 frames)", ylabel="mean score of an evaluation")
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
+    means = [line for line in ax.lines if line.get_linewidth() == 2.2]
+    ax.legend(means, [str(line.get_label()) for line in means])
+    ax.set_title(title, fontsize=10, loc="left")
+    save(figure, target, bbox_inches="tight")
 
 
 def main() -> None:
-    target, *folders = sys.argv[1:]
-    arms = defaultdict(list)
-    for folder in sorted(folders):
-        points = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload().Scalars("eval/episodic_return")
-        arms[Path(folder).name.split("__")[1]].append({point.step: point.value for point in points})
-    shared = sorted(set.intersection(*(set(curve) for curves in arms.values() for curve in curves)))
-
-    figure, ax = plt.subplots(figsize=(8, 4.2))
-    print("| step | " + " | ".join(arms) + " |\n|" + "---|" * (len(arms) + 1))
-    table = {}
-    for (name, curves), colour in zip(arms.items(), COLOURS, strict=False):
-        values = table[name] = np.array([[curve[step] for step in shared] for curve in curves])
-        ax.plot(shared, values.T, color=colour, lw=0.8, alpha=0.5)
-        ax.plot(shared, values.mean(axis=0), color=colour, lw=2.2, marker="D", ms=4, label=f"{name}, mean of {len(curves)}")
-    for i, step in enumerate(shared):
-        cells = (f"{v[:, i].mean():.1f} [{v[:, i].min():.1f}, {v[:, i].max():.1f}]" for v in table.values())
-        print(f"| {step:,} | " + " | ".join(cells) + " |")
-    ax.set(xlabel="step (1 step = 4 frames)", ylabel="mean score of an evaluation")
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8.5)
-    ax.set_title(Path(folders[0]).name.split("__")[0], fontsize=10, loc="left")
-    figure.savefig(target, dpi=160, bbox_inches="tight", facecolor="white")
+    with ends_in_one_line():
+        target, *folders = words_given() or [""]
+        if not folders:
+            raise UsageError("give a figure and runs: python img/draw_arms.py img/NAME.png runs/FOLDER ...")
+        runs = [read_run(folder, RETURN) for folder in sorted(folders)]
+        curves = defaultdict(list)  # of each arm {step: mean score}
+        for run in runs:
+            points = zip(*run.scalars[RETURN], strict=True)
+            curves[run.args.exp_name].append({int(step): float(value) for step, value in points})
+        every = [set(curve) for of_arm in curves.values() for curve in of_arm]
+        steps = sorted(set.intersection(*every))
+        if not steps:
+            raise UsageError("the runs have no step in common at which each was evaluated: give others")
+        arms = {}
+        for name, of_arm in curves.items():
+            arms[name] = np.array([[curve[step] for step in steps] for curve in of_arm])
+        print(f"| step | {' | '.join(arms)} |")
+        print(f"| --- | {' | '.join('---' for _ in arms)} |")
+        for i, step in enumerate(steps):
+            at_step = [values[:, i] for values in arms.values()]
+            cells = [f"{values.mean():.1f} [{values.min():.1f}, {values.max():.1f}]" for values in at_step]
+            print(f"| {step:,} | {' | '.join(cells)} |")
+        draw(target, runs[0].args.env_id, arms, np.array(steps))
 
 
 if __name__ == "__main__":

@@ -3,44 +3,61 @@
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from analysis.canvas import Figure, drawing, save
+from analysis.curves import Run, read_run
+from support.process import ends_in_one_line
+from support.usage import UsageError, words_given
 
 GAMES_PER_POINT = 20
+RETURN = "charts/episodic_return"
 
 
-def scalar(events: EventAccumulator, tag: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (K,) and values (K,) of a TensorBoard scalar; empty where the run has none."""
-    points = events.Scalars(tag) if tag in events.Tags()["scalars"] else []
-    return np.array([point.step for point in points]), np.array([point.value for point in points])
-
-
-def main() -> None:
-    folder, target, *random_score = sys.argv[1:]
-    events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
-    steps, returns = scalar(events, "charts/episodic_return")
-    eval_steps, eval_returns = scalar(events, "eval/episodic_return")
-    injections, _ = scalar(events, "injection/step")
-
-    figure, ax = plt.subplots(figsize=(8, 4.2))
+@drawing()
+def draw(run: Run, target: str, random_score: float | None) -> None:
+    none = np.empty((2, 0))
+    steps, returns = run.scalars[RETURN]
+    evaluations = run.scalars.get("eval/episodic_return", none)
+    injections = run.scalars.get("injection/step", none)[0]
+    figure = Figure(figsize=(8, 4.2))
+    ax = figure.subplots()
     ax.plot(steps, returns, ".", ms=2, color="#b9cfe4", label="one training game")
     window = min(GAMES_PER_POINT, len(returns))
     means = np.convolve(returns, np.ones(window) / window, mode="valid")
     ax.plot(steps[window - 1 :], means, color="#1f5a92", lw=1.8, label=f"mean of the last {window} training games")
-    if len(eval_steps):
-        ax.plot(eval_steps, eval_returns, "D", ms=5, color="#d1495b", label="evaluation, mean of its games")
-    if random_score:
-        ax.axhline(float(random_score[0]), color="#666666", lw=1, ls=":", label=f"random play ({random_score[0]})")
+    if evaluations.size:
+        ax.plot(*evaluations, "D", ms=5, color="#d1495b", label="evaluation, mean of its games")
+    if random_score is not None:
+        ax.axhline(random_score, color="#666666", lw=1, ls=":", label=f"random play ({random_score:g})")
     for i, step in enumerate(injections):
         ax.axvline(step, color="#e08a1e", lw=1.5, ls="--", label=None if i else "plasticity injection")
     ax.set(xlabel="step (1 step = 4 frames)", ylabel="return of a whole game, raw score", ylim=(0, np.quantile(returns, 0.998)))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
     ax.margins(x=0.01)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8.5, loc="upper left")
-    ax.set_title(Path(folder).name.split("__")[0], fontsize=10, loc="left")
-    figure.savefig(target, dpi=160, bbox_inches="tight", facecolor="white")
+    ax.legend(loc="upper left")
+    ax.set_title(run.args.env_id, fontsize=10, loc="left")
+    save(figure, target, bbox_inches="tight")
+
+
+def number(word: str) -> float:
+    try:
+        return float(word)
+    except ValueError as error:
+        raise UsageError(f"RANDOM_SCORE is {word}, but must be a number: change it, or leave it out") from error
+
+
+def main() -> None:
+    with ends_in_one_line():
+        words = words_given()
+        if len(words) not in (2, 3):
+            raise UsageError(
+                "give a run and a figure's name: python img/draw_return.py runs/FOLDER img/NAME.png [RANDOM_SCORE]"
+            )
+        random_score = number(words[2]) if len(words) == 3 else None
+        draw(read_run(words[0], RETURN), words[1], random_score)
 
 
 if __name__ == "__main__":

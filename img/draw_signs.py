@@ -16,19 +16,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
-from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from analysis.canvas import Figure, MaxNLocator, drawing, look, save
 from analysis.curves import read_curves
-from analysis.figures import COLOURS, STYLE
 from analysis.fitting import CONTENDERS
 from analysis.runs import group
 from analysis.task_sequence import INJECTED, SAME
 from analysis.verdict import comparisons
+from support.process import ends_in_one_line
+from support.usage import UsageError, words_given
 
 RETURN = "charts/episodic_return"
 DRAWN = ("dormant_fraction/head", "active_fraction/conv3", "srank/head", "effective_rank/head")  # and all probes
@@ -57,7 +57,7 @@ def agents_in(files: list[str]) -> Agents:
             key = run.args.exp_name, str(run.args.seed)
             if run.args.seed in pair.differences:
                 if key in agents:
-                    sys.exit(f"error: two agents have the exp_name {key[0]} and seed {key[1]}: draw them one by one")
+                    raise UsageError(f"two agents have the exp_name {key[0]} and seed {key[1]}: draw them one by one")
                 agents[key] = agent = Agent(run.args.learning_rate, pair.after, pair.differences[run.args.seed])
                 for tag, (steps, values) in run.scalars.items():
                     if tag.startswith("plasticity/") and pair.after in steps:
@@ -113,47 +113,60 @@ def largest_by_chance(by_rate: Sequence[Sequence[Agent]], names: list[str]) -> n
     return largest
 
 
-def main() -> None:
-    target, *files = sys.argv[1:]
-    agents = agents_in([path for path in files if path.endswith(".csv")])
-    if not agents:
-        sys.exit("error: no agent has runs with and without an injection: give the files of both arms")
-    own = {name for agent in agents.values() for name in agent.measures}
-    for path in (Path(path) for path in files if path.endswith(".json")):
-        add_probe(agents, path)
-    names = list(dict.fromkeys(name for agent in agents.values() for name in agent.measures))
-    rates = sorted({agent.learning_rate for agent in agents.values()})
-    by_rate = [[agent for agent in agents.values() if agent.learning_rate == rate] for rate in rates]
-    header = ["at the injection", "agents", *(f"{rate:g}" for rate in rates), "correlation, all", "within learning rates"]
+@drawing()
+def draw(target: str, by_rate: dict[float, list[Agent]], drawn: list[str]) -> None:
+    """The figure: a panel for each measure, and a colour and marker for each learning rate."""
+    rows = max(1, math.ceil(len(drawn) / 4))
+    figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, 4, sharey=True, squeeze=False)
+    for ax, name in zip(axes.flat, drawn, strict=False):
+        groups = points(list(by_rate.values()), name)
+        for number, (rate, of_one) in enumerate(zip(by_rate, groups, strict=True)):
+            ax.scatter(*of_one, **look(number).point, s=22, label=f"learning rate {rate:g}")
+        ax.axhline(0, color="#999999", lw=0.8)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.set_title(name, fontsize=9, loc="left")
+    for ax in axes.flat[len(drawn) :]:
+        ax.set_visible(False)
+    figure.supylabel("gain in return by the injection")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), ncols=len(by_rate), loc="outside lower left")
+    save(figure, target)
+
+
+def print_table(by_rate: dict[float, list[Agent]], names: list[str]) -> None:
+    header = ["at the injection", "agents", *(f"{rate:g}" for rate in by_rate), "correlation, all", "within learning rates"]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    print(f"| gain | {len(agents)} | {' | '.join(spread([agent.gain for agent in of_rate]) for of_rate in by_rate)} | – | – |")
-    with plt.rc_context(STYLE):
-        drawn = [name for name in names if name.startswith(DRAWN) or name not in own]
-        rows = max(1, math.ceil(len(drawn) / 4))
-        figure, axes = plt.subplots(rows, 4, figsize=(11, 2.6 * rows), sharey=True, squeeze=False, layout="constrained")
-        for name in names:
-            groups = points(by_rate, name)
-            together = np.hstack(groups)
-            found = ("–" if math.isnan(rho) else f"{rho:.2f}" for rho in (correlation([together]), correlation(groups)))
-            cells = [*(spread(of_one[0]) for of_one in groups), *found]
-            print(f"| {name} | {together.shape[1]} | {' | '.join(cells)} |")
-            if name in drawn:
-                ax = axes.flat[drawn.index(name)]
-                for i, (rate, of_one) in enumerate(zip(rates, groups, strict=True)):
-                    ax.scatter(*of_one, color=COLOURS[i % len(COLOURS)], s=22, label=f"learning rate {rate:g}")
-                ax.axhline(0, color="#999999", lw=0.8)
-                ax.xaxis.set_major_locator(MaxNLocator(4))
-                ax.set_title(name, fontsize=9, loc="left")
-        for ax in axes.flat[len(drawn) :]:
-            ax.set_visible(False)
-        figure.supylabel("gain in return by the injection")
-        figure.legend(*axes.flat[0].get_legend_handles_labels(), ncols=len(rates), loc="outside lower left")
-        figure.savefig(target, dpi=160)
-    half, rare = np.quantile(largest_by_chance(by_rate, names), (0.5, 0.95))
-    largest = f"by chance the largest of {len(names)} within learning rates is beyond ±{half:.2f} in half of all cases"
-    print(
-        f"\n{largest}, beyond ±{rare:.2f} in 1 of 20 ({SHUFFLES} times with gains shuffled among the agents of a learning rate)"
-    )
+    gains = [[agent.gain for agent in agents] for agents in by_rate.values()]
+    print(f"| gain | {sum(map(len, gains))} | {' | '.join(map(spread, gains))} | – | – |")
+    for name in names:
+        groups = points(list(by_rate.values()), name)
+        together = np.hstack(groups)
+        found = ("–" if math.isnan(rho) else f"{rho:.2f}" for rho in (correlation([together]), correlation(groups)))
+        cells = [*(spread(of_one[0]) for of_one in groups), *found]
+        print(f"| {name} | {together.shape[1]} | {' | '.join(cells)} |")
+
+
+def main() -> None:
+    with ends_in_one_line():
+        target, *files = words_given() or [""]
+        curves = [path for path in files if path.endswith(".csv")]
+        agents = agents_in(curves) if curves else {}
+        if not agents:
+            raise UsageError("no agent has runs with and without an injection: give the files of both arms")
+        own = {name for agent in agents.values() for name in agent.measures}
+        for path in (Path(path) for path in files if path.endswith(".json")):
+            add_probe(agents, path)
+        names = list(dict.fromkeys(name for agent in agents.values() for name in agent.measures))
+        rates = sorted({agent.learning_rate for agent in agents.values()})
+        by_rate = {}
+        for rate in rates:
+            by_rate[rate] = [agent for agent in agents.values() if agent.learning_rate == rate]
+        print_table(by_rate, names)
+        draw(target, by_rate, [name for name in names if name.startswith(DRAWN) or name not in own])
+        half, rare = np.quantile(largest_by_chance(list(by_rate.values()), names), (0.5, 0.95))
+        largest = f"by chance the largest of {len(names)} within learning rates is beyond ±{half:.2f} in half of all cases"
+        how = f"({SHUFFLES} times with gains shuffled among the agents of a learning rate)"
+        print(f"\n{largest}, beyond ±{rare:.2f} in 1 of 20 {how}")
 
 
 if __name__ == "__main__":

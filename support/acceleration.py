@@ -81,41 +81,47 @@ class CUDAGraphs:
 
     A captured function holds the memory of what it uses: call `clear` when a tensor that it uses is replaced.
 
+    The graphs between two calls of `clear` are a set, which is warmed up and captured on a stream of its own.
+    Libraries keep a workspace for each stream, in the memory of the first graph that was captured there, and it
+    goes with that graph (pytorch/pytorch#193402). Autograd goes back to the stream on which it met a parameter.
+
+    Graphs must not belong to a reference cycle: one that the garbage collector ends during a capture ends that, too.
+
     Args:
         state: gives every tensor that the functions change. Before a capture they have to run a few times, which
             trains; that is undone
         enabled: False calls the functions as they are
     """
 
+    WARM_UP = 3  # calls: libraries choose their kernels and take memory, new moments and gradients get theirs
+
     def __init__(self, state: Callable[[], list[torch.Tensor]], enabled: bool):
         self.state, self.enabled = state, enabled
         self.graphs: dict[Any, Callable] = {}
+        self.stream: torch.cuda.Stream | None = None
 
     def clear(self) -> None:
         self.graphs.clear()
+        self.stream = None
 
     def run(self, name: Any, function: Callable, *inputs: torch.Tensor) -> Any:
-        """function(*inputs), whose output is overwritten by the next call with this name."""
+        """function(*inputs), whose output is overwritten by the next call with this name.
+
+        Where the function makes gradients, it sets them to None first: a graph writes to memory of its own.
+        """
         if not self.enabled:
             return function(*inputs)
         key = (name, *(given.shape for given in inputs))
         if key not in self.graphs:
-            self.graphs[key] = self._capture(function, [given.clone() for given in inputs])
+            if self.stream is None:
+                self.stream = torch.cuda.Stream()
+            self.graphs[key] = self._capture(function, [given.clone() for given in inputs], self.stream)
         return self.graphs[key](*inputs)
 
-    def _capture(self, function: Callable, inputs: list[torch.Tensor]) -> Callable:
-        before = {tensor: tensor.detach().clone() for tensor in self.state()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.no_grad():
-            for tensor in self.state():  # moments that are new began at zero
-                tensor.copy_(before[tensor]) if tensor in before else tensor.zero_()
+    def _capture(self, function: Callable, inputs: list[torch.Tensor], stream: torch.cuda.Stream) -> Callable:
+        self._warm_up(function, inputs, stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             outputs = function(*inputs)
 
         def replay(*given: torch.Tensor) -> Any:
@@ -125,3 +131,17 @@ class CUDAGraphs:
             return outputs
 
         return replay
+
+    def _warm_up(self, function: Callable, inputs: list[torch.Tensor], stream: torch.cuda.Stream) -> None:
+        before = {tensor: tensor.detach().clone() for tensor in self.state()}
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.WARM_UP):
+                function(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad():
+            for tensor in self.state():
+                if tensor in before:
+                    tensor.copy_(before[tensor])
+                else:
+                    tensor.zero_()  # moments that are new began at zero

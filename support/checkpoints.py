@@ -3,12 +3,18 @@
 A part is any object with `state_dict` and `load_state_dict`, whose state is plain data and tensors. One whose state is too
 large to be held twice also has `tensors()`: contiguous tensors, which are streamed to a compressed file of their own and,
 once `load_state_dict` has made room for them, filled in place.
+
+Whatever other programs leave beside ours is passed over: in a run's folder only what is named as a checkpoint is one, and to
+a checkpoint belong only the files that its list of checksums names.
 """
 
+import errno
 import hashlib
 import io
 import itertools
 import json
+import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -24,6 +30,11 @@ from support.usage import UsageError, reading
 
 FORMAT = 5
 CHECKSUMS = "SHA256SUMS"  # of the other files, to be checked with `sha256sum -c` as well
+NEEDED = ("manifest.json", "state.pt")
+FILE = re.compile(r"manifest\.json|state\.pt|\w+\.zst", re.ASCII)
+CHECKSUM = re.compile(rf"([0-9a-f]{{64}})  ({FILE.pattern})\n", re.ASCII)  # a line of SHA256SUMS
+FOLDER = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+LEFTOVER = re.compile(rf"\.{FOLDER.pattern}\.(partial|damaged|old)")
 WRITE_ERRORS = (OSError, MemoryError, zstandard.ZstdError)
 
 
@@ -34,6 +45,8 @@ class Checkpoint:
     path: Path
     meta: dict[str, Any]
     state: dict[str, Any]
+    files: Collection[str] = ()
+    """those that are verified"""
 
     @property
     def step(self) -> int:
@@ -49,7 +62,10 @@ class Checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
                 if hasattr(part, "tensors"):
-                    _fill(part.tensors(), self.path / f"{name}.zst")
+                    stream = f"{name}.zst"
+                    if stream not in self.files:
+                        raise ValueError(f"{stream} is not in {CHECKSUMS}")
+                    _fill(part.tensors(), self.path / stream)
 
 
 def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: Collection[int] = ()) -> Path:
@@ -80,9 +96,9 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[s
                     for chunk in _chunks(part.tensors()):
                         stream.write(chunk.cpu().numpy().data)
         (partial / CHECKSUMS).write_text(checksums(partial), encoding="utf-8")
-        for path in (*partial.iterdir(), partial):
+        for path in (*_own_files(partial), partial / CHECKSUMS, partial):
             flush_to_disk(path)
-        if final.exists():  # a damaged one, or the run would have gone on from it
+        if os.path.lexists(final):  # a damaged one, or the run would have gone on from it; or somebody else's file
             final.rename(folder / f".{final.name}.damaged")
         _put_in_place(partial, final)
     except BaseException:
@@ -106,15 +122,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UsageError: it is truncated, damaged, incomplete, or no checkpoint; the message says which.
     """
     with reading(path, "a checkpoint", "take another"):
-        recorded, found = (path / CHECKSUMS).read_bytes().decode(), checksums(path)
-        if recorded != found:
-            damaged = sorted({line.partition("  ")[2] for line in {*recorded.splitlines()} ^ {*found.splitlines()}})
-            raise ValueError(f"{' and '.join(damaged) or CHECKSUMS} is damaged, the checksum is another")
+        recorded = _read_checksums(path / CHECKSUMS)
+        damaged = [name for name, checksum in recorded.items() if _checksum(path / name) != checksum]
+        if damaged:
+            raise ValueError(f"{' and '.join(damaged)} is damaged, the checksum is another")
         meta = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
             raise ValueError(f"its format is {meta['format']}, this version reads {FORMAT}")
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        return Checkpoint(path, meta, state)
+        return Checkpoint(path, meta, state, files=tuple(recorded))
 
 
 def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
@@ -147,13 +163,18 @@ def read_identity(path: Path) -> dict[str, Any]:
     """
     with reading(path, "a run's arguments", "give a run's folder to --resume, one of its checkpoints to --fork"):
         identity = json.loads(path.read_text(encoding="utf-8"))
-        return {"run": identity.get("run"), "args": dict(identity["args"])}
+        args = dict(identity["args"])
+        return {"run": identity.get("run"), "args": args}
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:
     """{step: path} of the checkpoints in a run's folder, good or not, newest first."""
-    steps = {path.name.removeprefix("checkpoint-"): path for path in folder.glob("checkpoint-*")}
-    return dict(sorted(((int(step), path) for step, path in steps.items() if step.isdigit()), reverse=True))
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        name = FOLDER.fullmatch(path.name)
+        if name is not None and path.is_dir():
+            found[int(name[1])] = path
+    return dict(sorted(found.items(), reverse=True))
 
 
 def create_run_folder(folder: Path, identity: dict[str, Any]) -> Path:
@@ -180,16 +201,38 @@ def create_run_folder(folder: Path, identity: dict[str, Any]) -> Path:
         raise AssertionError("unreachable")
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
-        raise UsageError(f"cannot write run folder {target.absolute()} ({error.strerror}): start elsewhere") from None
+        fix = "give a shorter --exp-name" if error.errno == errno.ENAMETOOLONG else "start elsewhere"
+        raise UsageError(f"cannot write run folder {target.absolute()} ({error.strerror}): {fix}") from None
 
 
 def checksums(checkpoint: Path) -> str:
-    """One line a file, in the form that `sha256sum` writes and checks."""
-    lines = []
-    for path in sorted(path for path in checkpoint.iterdir() if path.name != CHECKSUMS):
-        with open(path, "rb") as file:
-            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
-    return "".join(lines)
+    """One line a file of a checkpoint's own, in the form that `sha256sum` writes and checks."""
+    return "".join(f"{_checksum(path)}  {path.name}\n" for path in _own_files(checkpoint))
+
+
+def _own_files(checkpoint: Path) -> list[Path]:
+    """The files of a checkpoint that is being written, but for its list."""
+    return sorted(path for path in checkpoint.iterdir() if FILE.fullmatch(path.name) and path.is_file())
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_checksums(path: Path) -> dict[str, str]:
+    """{name: checksum} of the files that a checkpoint consists of.
+
+    Raises:
+        ValueError: the list is damaged.
+    """
+    text = path.read_bytes().decode()
+    lines = CHECKSUM.findall(text)
+    recorded = {name: checksum for checksum, name in lines}
+    others = CHECKSUM.sub("", text)
+    if others or len(recorded) < len(lines) or not recorded.keys() >= {*NEEDED}:
+        raise ValueError(f"{path.name} is damaged, it is no list of a checkpoint's files")
+    return recorded
 
 
 def _chunks(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -221,4 +264,5 @@ def _put_in_place(partial: Path, final: Path) -> None:
 def _remove_leftovers(folder: Path) -> None:
     """Removes what an interrupted `save_checkpoint` left behind, as far as possible."""
     for leftover in folder.glob(".checkpoint-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if LEFTOVER.fullmatch(leftover.name) and leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)

@@ -67,7 +67,7 @@ def play_games(
         stack.callback(envs.close)
         obs, _ = envs.reset(seed=seed)
         if video:
-            video.parent.mkdir(parents=True, exist_ok=True)
+            video.parent.mkdir(exist_ok=True)
             height, width, _ = envs.render()[0].shape
             film = open_film(video, width, height)
             stack.callback(film.release)
@@ -87,11 +87,16 @@ def open_film(path: Path, width: int, height: int) -> cv2.VideoWriter:
     """A writer of an mp4 (VP9, which browsers play) with one picture per step, in the game's own time.
 
     Raises:
-        UsageError: this build of OpenCV has no such encoder.
+        UsageError: OpenCV writes none; builds and wheels differ in the encoders that they have.
+        OSError: there can be no such file.
     """
+    path.touch()
     film = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"vp09"), 60 / FRAME_SKIP, (width, height))
     if not film.isOpened():
-        raise UsageError("OpenCV cannot write VP9 video here: pip install opencv-python-headless, or leave out --capture-video")
+        path.unlink()
+        elsewhere = "with --save-model, --evaluate can film the agent on another machine"
+        here = "give --no-capture-video with --fork if the run has begun, else leave out --capture-video"
+        raise UsageError(f"OpenCV {cv2.__version__} writes no VP9 video here ({elsewhere}): {here}")
     return film
 
 

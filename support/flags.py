@@ -37,6 +37,8 @@ class RunFlags:
     """film the first game of each evaluation (cleanRL)"""
     save_model: bool = False
     """save the final agent as agent.pt, for --evaluate (cleanRL)"""
+    keep_checkpoints: tuple[int, ...] = ()
+    """steps whose checkpoints stay, besides the newest and the one before the first injection"""
     track: bool = False
     """mirror the curves to Weights & Biases: pip install wandb (cleanRL)"""
     wandb_project_name: str = "plasticity-injection"
@@ -48,7 +50,7 @@ class RunFlags:
     fork: str | None = None
     """checkpoint from which a new run starts, with other flags (docs/nothing-is-lost.md)"""
     evaluate: str | None = None
-    """folder of a run whose agent.pt is to play, without training"""
+    """folder of a run whose agent.pt is to play, as it was trained; takes no flag of training"""
 
     def check_flags(self) -> None:
         """Refuses flags that contradict each other.

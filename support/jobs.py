@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from support.process import GROUP_SIZES
+
 POLL_SECONDS = 0.5
 STARTED = "started on"  # how the line begins that a job writes into its log first
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -73,7 +75,7 @@ def run(job: Job) -> int:
         process = subprocess.Popen(
             command,
             cwd=job.place,
-            env={**os.environ, **job.environment},
+            env={**_own_environment(), **job.environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -89,6 +91,11 @@ def run(job: Job) -> int:
                 if failed(status := process.wait()):  # as where a checkpoint cannot be written
                     raise OSError(f"exit status {status} when it was stopped")
         return process.returncode
+
+
+def _own_environment() -> dict[str, str]:
+    """The variables of this process, but for those by which a job would think itself one of several equal ones."""
+    return {name: value for name, value in os.environ.items() if name not in GROUP_SIZES}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import stable_baselines3
 import torch
 
 from support.process import say
-from support.usage import UsageError, reading
+from support.usage import UsageError, out_of_resources, reading
 
 
 def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
@@ -40,8 +41,10 @@ def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
     device = torch.device("cuda")
     try:
         try_out(device)
-    except Exception as error:  # of many kinds: another job holds it, its memory is full, the wheel has no code for it
+    except (RuntimeError, AssertionError) as error:  # held by another job, full, or not in the wheel
         reason = str(error).partition("\n")[0].partition(". ")[0]
+        if not out_of_resources(error) and "not compiled with CUDA" not in reason:
+            raise
         fix = "free it, choose another one by CUDA_VISIBLE_DEVICES, or hide it by CUDA_VISIBLE_DEVICES= to use the CPU"
         raise UsageError(f"a GPU is listed, but cannot be used ({type(error).__name__}: {reason}): {fix}") from error
     return device
@@ -51,6 +54,20 @@ def try_out(device: torch.device) -> None:
     """A product and a convolution, waited for: what a GPU that can run nothing fails at."""
     one = torch.ones(1, 1, 1, 1, device=device)
     (torch.nn.functional.conv2d(one, one).flatten(1) @ one[0, 0]).item()
+
+
+def slow_bfloat16(device: torch.device) -> str | None:
+    """What makes bfloat16 slower than float32 on a device, where that is so (docs/speed.md); else None."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        fast = False
+    else:  # oneDNN says yes to AVX-512 of any kind; without its BF16 that takes twice as long as float32
+        fast = torch.cpu._is_avx512_bf16_supported() or not torch.cpu._is_avx512_supported()
+    if fast:
+        return None
+    kind = "GPU" if device.type == "cuda" else "processor"
+    return f"--bf16 is much slower than float32 here: PyTorch has no instructions for bfloat16 on this {kind}"
 
 
 def idle_gpu(root: Path = Path("/")) -> str | None:
@@ -133,7 +150,9 @@ def place_for(needed: int, steps: int, device: torch.device) -> torch.device:
         return device
     if needed > (free := free_memory()):
         sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
-        raise UsageError(f"a replay of {steps:,} steps {sizes}: lower --buffer-size to {int(0.9 * steps * free / needed)}")
+        fits = int(0.9 * steps * free / needed)
+        fix = f"free some, or in a new run lower --buffer-size to {fits}"
+        raise UsageError(f"a replay of {steps:,} steps {sizes}: {fix}")
     return torch.device("cpu")
 
 
@@ -181,8 +200,74 @@ def flush_to_disk(path: Path) -> None:
             raise
 
 
+class FolderGone(FileNotFoundError):
+    """A folder that this process writes to is nowhere to be found."""
+
+    FIX = "if it was moved to another disk, stop this run and --resume it there"
+
+    def __init__(self, path: Path):
+        super().__init__(f"{path} is no longer there")
+
+
+def path_of(descriptor: int) -> Path | None:
+    """Where the file or folder of an open descriptor is now, whatever it was called; None where no one can tell."""
+    with contextlib.suppress(OSError):
+        if hasattr(fcntl, "F_GETPATH"):  # macOS
+            return Path(os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")))
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return None
+
+
+class HeldFolder:
+    """A folder that is found again where it was renamed or moved, within its file system, in the meantime.
+
+    `path` is where it was seen last.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.descriptor: int | None = None
+        with contextlib.suppress(OSError):  # not every file system opens folders: there, it is what has the name
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            weakref.finalize(self, os.close, self.descriptor)
+
+    def find(self) -> Path | None:
+        """Its present path, a relative one where a relative one was given.
+
+        None where it was deleted, or moved to another file system; a new folder of its name is another one.
+        """
+        if self._is_at(self.path):
+            return self.path
+        moved = None if self.descriptor is None else path_of(self.descriptor)
+        if moved is None or not self._is_at(moved):
+            return None
+        self.path = moved if self.path.is_absolute() else Path(os.path.relpath(moved))
+        return self.path
+
+    def here(self) -> Path:
+        """Its present path, see `find`.
+
+        Raises:
+            FolderGone: there is none.
+        """
+        found = self.find()
+        if found is None:
+            raise FolderGone(self.path)
+        return found
+
+    def _is_at(self, path: Path) -> bool:
+        if self.descriptor is None:
+            return path.is_dir()
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self.descriptor))
+        except OSError:
+            return False
+
+
 @contextlib.contextmanager
-def alone_in(folder: Path, file: str = "run.json") -> Iterator[None]:
+def alone_in(
+    folder: Path, file: str = "run.json", kind: str = "a run's folder", fix: str = "give one to --resume"
+) -> Iterator[None]:
     """Keeps other processes from running in `folder` during this block, or until this process ends in any other way.
 
     The lock is on a file there, opened for writing, because NFS locks nothing else. Where there are no locks, it says so.
@@ -190,7 +275,7 @@ def alone_in(folder: Path, file: str = "run.json") -> Iterator[None]:
     Raises:
         UsageError: another process holds it, or there is no such folder or file.
     """
-    with reading(folder, "a run's folder", "give one to --resume"):
+    with reading(folder, kind, fix):
         descriptor = os.open(folder / file, os.O_RDWR)
     try:
         try:

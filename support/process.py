@@ -13,6 +13,28 @@ from typing import IO, Any
 
 from support.usage import UsageError, out_of_resources
 
+# how many processes a launcher has started alike, in a step or a group; the size of an allocation is none of these
+GROUP_SIZES = (
+    "SLURM_STEP_NUM_TASKS",  # srun
+    "WORLD_SIZE",  # torchrun, DeepSpeed, Accelerate
+    "OMPI_COMM_WORLD_SIZE",  # Open MPI
+    "PMI_SIZE",  # MPICH, Intel MPI, Cray
+    "MPI_LOCALNRANKS",  # MPICH and Intel MPI, of one machine
+    "MV2_COMM_WORLD_SIZE",  # MVAPICH2
+    "FLUX_JOB_SIZE",  # Flux
+    "JSM_NAMESPACE_SIZE",  # jsrun
+)
+
+
+def group_of_equals() -> tuple[str, int] | None:
+    """The variable that says that this process is one of several which were started alike, and how many; else None."""
+    for name in GROUP_SIZES:
+        with contextlib.suppress(ValueError):  # no number: nobody's count
+            size = int(os.environ.get(name, "1"))
+            if size > 1:
+                return name, size
+    return None
+
 
 def say(line: str, write: Callable[[str], Any] = print) -> None:
     """Prints a line, if anybody listens: a closed pipe, a full disk or a notebook's own stream is no reason to stop."""

@@ -2,30 +2,37 @@
 
 import contextlib
 import logging
+import re
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboard.backend.event_processing.directory_watcher import DirectoryWatcher
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-from tensorboard.backend.event_processing.io_wrapper import IsSummaryEventsFile
 from tensorboard.compat import tf
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
-from support.machine import flush_to_disk
+from support.machine import FolderGone, HeldFolder, flush_to_disk
 from support.process import on_a_terminal, say
+from support.progress import ProgressFile
 from support.usage import reading
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a resumed run purges what it logs again is no news
-EVENT_FILES = "events.out.tfevents.*"
+# as SummaryWriter names them: a second, a host, a process and how many files it had begun; nothing after that
+EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{10,})\..*\.[1-9][0-9]*\.[0-9]+")
+AROUND_RECORD = 16  # bytes of a length and two checksums
+# the length of a record below 16 MB, and the checksum of that
+RECORD_BEGINS = re.compile(rb"(?=((?!\0\0\0)...\0{5})(....))", re.DOTALL)
 SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in comparisons of runs
     "return of training games": "charts/episodic_return",
     "return of evaluation games": "eval/episodic_return",
@@ -40,29 +47,81 @@ SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in compari
 }
 
 
+def event_files(folder: Path) -> list[Path]:
+    """A run's event files, in the order of their names, in which readers take them. Copies by other programs are none."""
+    return sorted(path for path in folder.iterdir() if EVENT_FILE.fullmatch(path.name) and path.is_file())
+
+
 class EventFile(LegacyEventFileLoader):
-    """TensorBoard's reader of one event file, which says where a file is damaged instead of leaving out what follows."""
+    """TensorBoard's reader of one event file, which says what of it cannot be read.
+
+    A file that ends in something that is no record, as after a power cut or while it is written, is read up to there.
+    Where records follow, it is damaged: they would be missing in the middle of a curve.
+    """
 
     def Load(self) -> Iterator[Event]:
+        path = Path(self._file_path)
+        whole = 0  # bytes of the records so far
         try:
-            yield from map(Event.FromString, self._iterator)
+            for record in self._iterator:
+                yield Event.FromString(record)
+                whole += AROUND_RECORD + len(record)
         except tf.errors.DataLossError as error:
-            if "truncated record" not in str(error):  # a last point that is not whole, as of a run that goes on or was killed
-                raise ValueError(f"{Path(self._file_path).name} is damaged, a checksum is another") from error
+            tail = path.read_bytes()[whole:]
+            if "truncated record" not in str(error):
+                of_nothing_else = whole == 0 and any(tail)
+                if of_nothing_else or holds_a_record(tail[1:]):
+                    raise ValueError(f"{path.name} is damaged, a checksum is another") from error
+            say(f"warning: the last {len(tail):,} bytes of {path} are no whole point: all before them is read")
+
+
+def holds_a_record(content: bytes) -> bool:
+    """Whether one begins anywhere in these bytes."""
+    for found in RECORD_BEGINS.finditer(content):
+        length, checksum = found.groups()
+        if masked_crc32c(length) == int.from_bytes(checksum, "little"):
+            return True
+    return False
+
+
+class EventFiles:
+    """What `EventAccumulator` takes events from: one event file after the other, once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def Load(self) -> Iterator[Event]:
+        for path in event_files(self.folder):
+            yield from EventFile(str(path)).Load()
 
 
 def read_scalars(folder: Path, fix: str = "move that file away") -> dict[str, np.ndarray]:
     """Every scalar in a folder's event files, {tag: (3, K) float64}: K steps, values and wall-clock times in seconds.
+
+    What is at a file's end and no whole point is passed over, and said.
 
     Raises:
         UsageError: a file is damaged or cannot be read; the message ends with `fix`.
     """
     with reading(folder, "a run's curves", fix):
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1})
-        events._generator = DirectoryWatcher(str(folder), EventFile, IsSummaryEventsFile)
+        events._generator = EventFiles(folder)
         events.Reload()
     points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     return {tag: np.array([(e.step, e.value, e.wall_time) for e in of_one]).T for tag, of_one in points.items()}
+
+
+def next_number(older: list[Path]) -> int:
+    """The number in a new event file's name: the second; where a clock was ahead, what comes after the newest file's.
+
+    Readers take files in the order of their names, as text, and the new one has to be the last.
+    """
+    now = int(time.time())
+    newest = max((path.name.split(".")[3] for path in older), default="")
+    if f"{now:010}" > newest:
+        return now
+    following = int(newest) + 1
+    return following if str(following) > newest else 10 * int(newest)
 
 
 class Curves:
@@ -73,15 +132,16 @@ class Curves:
     point on (`purge_step`), and begins with all of these.
 
     Args:
-        folder: where event files go
+        folder: where event files go, also where it is moved in the meantime
         step: the step from which on this run logs
     """
 
     def __init__(self, folder: Path, step: int):
-        self.folder, self.step = folder, step
+        self.place, self.step = HeldFolder(folder), step
         self.points: list[tuple[int, float, Summary]] = []  # step, wall-clock time, content; steps never fall
         self.written = 0  # how many of them are in the event file
         self.writer: Any = None  # a SummaryWriter, once there is something to write
+        self.written_to: Path | None = None  # its folder, which it opens by this name each time
 
     def add(self, content: Summary, step: int) -> None:
         self.points.append((step, time.time(), content))
@@ -93,29 +153,51 @@ class Curves:
         Raises:
             OSError: it cannot be written; the next call tries again.
         """
-        before = set(self.folder.glob(EVENT_FILES))
+        folder = self.place.here()
+        try:
+            self._write_to(folder)
+        except OSError:
+            if self.place.here() == folder:
+                raise
+            self.flush()  # it was moved just now
+        self.points = [point for point in self.points if point[0] >= self.step]
+        self.written = len(self.points)
+
+    def _write_to(self, folder: Path) -> None:
+        if folder != self.written_to:
+            self.close()  # the event file has moved, too, and all of it is there
+            self.writer = None
+        before = event_files(folder)
         report, threading.excepthook = threading.excepthook, lambda _: None  # the writer's thread tells this one as well
         try:
             if self.writer is None:
                 self.writer, self.written = self._new_file(before), 0
+                self.written_to = Path(self.writer.log_dir)
             for step, wall_time, content in self.points[self.written :]:
                 self.writer.file_writer.add_summary(content, step, wall_time)
             self.writer.flush()
         except OSError:
             self.writer = None
-            for new in set(self.folder.glob(EVENT_FILES)) - before:
+            for new in set(event_files(folder)) - set(before):
                 new.unlink()  # nothing of it counts
             raise
         finally:
             threading.excepthook = report
-        self.points = [point for point in self.points if point[0] >= self.step]
-        self.written = len(self.points)
 
-    def _new_file(self, older: set[Path]) -> SummaryWriter:
-        newest = max((int(path.name.split(".")[3]) for path in older), default=0)
-        # readers go by the files' names, which begin with the second
-        time.sleep(min(max(0.0, newest + 1.01 - time.time()), 60))
-        return SummaryWriter(str(self.folder), purge_step=min([self.step, *(step for step, *_ in self.points)]))
+    def _new_file(self, older: list[Path]) -> SummaryWriter:
+        number = next_number(older)
+        first = min([self.step, *(step for step, *_ in self.points)])
+        clock = event_file_writer.time
+
+        def second_of_the_name() -> int:
+            event_file_writer.time = clock  # what is asked after that is the time
+            return number
+
+        event_file_writer.time = types.SimpleNamespace(time=second_of_the_name)
+        try:
+            return SummaryWriter(str(self.place.here()), purge_step=first)
+        finally:
+            event_file_writer.time = clock
 
     def close(self) -> None:
         if self.writer is not None:
@@ -140,13 +222,23 @@ class RunLog:
     FLUSH_SECONDS = 10
 
     def __init__(self, folder: Path, step: int, total: int):
-        self.folder, self.total = folder, total
+        self.total = total
         self.curves = Curves(folder, step)
+        self.progress = ProgressFile(self.curves.place, step, total)
         self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=not on_a_terminal())
         self.returns: deque[float] = deque(maxlen=100)
         self.start = self.interval_start = self.last_line = self.last_flush = time.perf_counter()
         self.interval_step = 0
         self.disk_full = False
+
+    @property
+    def folder(self) -> Path:
+        """That of the run, where it is now.
+
+        Raises:
+            FolderGone: it is nowhere.
+        """
+        return self.curves.place.here()
 
     def state_dict(self) -> dict[str, Any]:
         now = time.perf_counter()
@@ -219,7 +311,9 @@ class RunLog:
         self.scalar("charts/SPS_recent", recent, step)
         for name, value in losses.items():
             self.scalar(f"losses/{name}", value, step)
-        score = f"{np.mean(self.returns):,.0f}" if self.returns else "-"
+        mean_return = float(np.mean(self.returns)) if self.returns else None
+        self.progress.note(**{"step": step, "steps_per_second": recent, "return": mean_return})
+        score = "-" if mean_return is None else f"{mean_return:,.0f}"
         self.bar.set_postfix_str(f"{recent:,.0f} SPS, ε {epsilon:.2f}, return {score}", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (now - self.last_line > self.PLAIN_LINE_SECONDS or step == self.total):
@@ -248,12 +342,13 @@ class RunLog:
         try:
             self.curves.flush()
             if to_disk:
-                for path in self.folder.glob(EVENT_FILES):
+                for path in event_files(self.folder):
                     flush_to_disk(path)
             self.disk_full = False
         except OSError as error:
             if not self.disk_full:
-                self.say(f"warning: the curves cannot be written for now ({error}): make room, training goes on")
+                fix = FolderGone.FIX if isinstance(error, FolderGone) else "make room"
+                self.say(f"warning: the curves cannot be written for now ({error}): {fix}, training goes on")
             self.disk_full = True
 
     def say(self, line: str) -> None:
@@ -261,8 +356,9 @@ class RunLog:
         say(line, self.bar.write)
 
     def close(self) -> None:
-        """Writes out the curves."""
+        """Writes out the curves, and how far the run has come."""
         self.bar.close()
+        self.progress.write()
         self.flush()
         with contextlib.suppress(OSError):
             self.curves.close()

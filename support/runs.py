@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import secrets
 import shlex
 import time
@@ -24,8 +25,8 @@ from support.checkpoints import (
     save_checkpoint,
 )
 from support.evaluation import require_film
-from support.machine import alone_in, idle_gpu
-from support.process import Signals
+from support.machine import FolderGone, HeldFolder, alone_in, idle_gpu
+from support.process import Signals, group_of_equals
 from support.run_log import RunLog, read_scalars
 from support.usage import UsageError, out_of_resources
 from support.versions import refuse_wrong_versions, unsupported_versions
@@ -52,14 +53,61 @@ class Origin:
 
     folder: Path | None = None  # of a run that is resumed
     run_id: str | None = None  # of that run
-    args: dict[str, Any] = field(default_factory=dict)  # the arguments of the run that is resumed or forked
+    args: dict[str, Any] = field(default_factory=dict)  # of that run: its own, never those of another one
     checkpoint: Checkpoint | None = None
     curves: dict[str, np.ndarray] = field(default_factory=dict)  # of the run that is forked, see `read_scalars`
+
+    @property
+    def nothing(self) -> bool:
+        """Whether a new run begins."""
+        return self.folder is None and self.checkpoint is None
 
     @property
     def forked(self) -> bool:
         """Whether the checkpoint is another run's."""
         return self.checkpoint is not None and self.checkpoint.meta["run"] != self.run_id
+
+    @property
+    def forked_args(self) -> dict[str, Any]:
+        """The arguments of the run that is forked, when the fork begins and whenever it begins again."""
+        if self.checkpoint is None or not self.forked:
+            return {}
+        return self.checkpoint.meta["args"]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The runs that this one was before it had a folder of its own, see `history_of`."""
+        if self.checkpoint is None:
+            return []
+        meta = self.checkpoint.meta
+        if not self.forked:
+            return history_of(meta)
+        folder = self.checkpoint.path.resolve().parent.name
+        seed = meta["args"]["seed"]
+        forked_from = {"run": meta["run"], "folder": folder, "step": self.checkpoint.step, "seed": seed}
+        return [forked_from, *history_of(meta)]
+
+
+def history_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a run was before, newest first: "run" (an id), "folder" (its name), "seed", and "step", up to which.
+
+    Empty for a run that was begun whole. Earlier versions noted no more than the path given to --fork: what is not
+    known is None there.
+
+    Args:
+        identity: what a run.json holds, or a checkpoint's manifest
+    """
+    if "history" in identity:
+        return list(identity["history"])
+    fork = identity["args"].get("fork")
+    if fork is None:
+        return []
+    unknown = {"run": None, "folder": None, "step": 0, "seed": None}
+    folder, _, step = "/".join(Path("..", fork).parts[-2:]).partition("/checkpoint-")
+    if folder == ".." or not step.isdigit():
+        return [unknown]
+    named = re.search(r"__(\d+)__\d+(-\d+)?$", folder)  # as `Run` names folders
+    return [unknown | {"folder": folder, "step": int(step), "seed": int(named[1]) if named else None}]
 
 
 def find_origin(resume: str | None, fork: str | None, stack: contextlib.ExitStack) -> Origin:
@@ -93,7 +141,7 @@ def _fork_point(path: str | None) -> dict[str, Any]:
         return {}
     checkpoint = load_checkpoint(Path(path))
     curves = read_scalars(checkpoint.path.parent, "move that file away, and the fork's curves begin at the checkpoint")
-    return {"args": checkpoint.meta["args"], "checkpoint": checkpoint, "curves": curves}
+    return {"checkpoint": checkpoint, "curves": curves}
 
 
 class Run:
@@ -102,6 +150,7 @@ class Run:
     Args:
         origin: what it goes on from
         name: of its folder under `runs`, if it is new; the time comes after it
+        version: of the script, for `run.json`
         args: its arguments as plain data, for `run.json` and checkpoints; here "total_timesteps", "num_envs" and what is about
             Weights & Biases are looked at
         parts: what checkpoints hold, by name, besides the log; restored here, in this order
@@ -114,6 +163,7 @@ class Run:
         self,
         origin: Origin,
         name: str,
+        version: str,
         args: dict[str, Any],
         parts: dict[str, Any],
         circumstances: dict[str, str],
@@ -123,18 +173,23 @@ class Run:
         self.args, self.signals = args, signals
         self.total, self.num_envs = args["total_timesteps"], args["num_envs"]
         self.parts, self.circumstances = parts, circumstances
+        folder = origin.folder or Path("runs") / f"{name}__{int(time.time())}".replace("/", "-")
+        if origin.folder is not None:
+            self.place = HeldFolder(folder)
         checkpoint = origin.checkpoint
         self.first = self.step = 0 if checkpoint is None else checkpoint.step
         if checkpoint is not None:
             with signals.nothing_to_save():
                 checkpoint.restore(parts)
         self.id = origin.run_id or secrets.token_hex(8)
-        self.folder = origin.folder or Path("runs") / f"{name}__{int(time.time())}".replace("/", "-")
+        self.history = origin.history
         with signals.nothing_to_save():
-            mirror = self._mirror(stack) if args["track"] else None
+            mirror = self._mirror(folder.name, stack) if args["track"] else None
         if origin.folder is None:
-            self.folder = create_run_folder(self.folder, {"run": self.id, "args": args})
-            stack.enter_context(alone_in(self.folder))
+            identity = {"run": self.id, "version": version, "args": args, "history": self.history}
+            folder = create_run_folder(folder, identity)
+            self.place = HeldFolder(folder)
+            stack.enter_context(alone_in(folder))
         self.saved = self.step if checkpoint is not None and not origin.forked else None  # step of the newest checkpoint
         stack.push(self._name_what_is_left)
         self.log = stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, self.total)))
@@ -149,9 +204,9 @@ class Run:
             self.log.flush()
             let_go()
 
-    def _mirror(self, stack: contextlib.ExitStack) -> Any:
+    def _mirror(self, name: str, stack: contextlib.ExitStack) -> Any:
         """The run in Weights & Biases; it ends there with this one's exit status."""
-        mirror = start_wandb(self.args["wandb_project_name"], self.args["wandb_entity"], self.folder.name, self.id, self.args)
+        mirror = start_wandb(self.args["wandb_project_name"], self.args["wandb_entity"], name, self.id, self.args)
 
         def finish(_: Any, error: BaseException | None, __: Any) -> None:
             status = 0 if self.signals.stop is None else 128 + self.signals.stop
@@ -161,6 +216,15 @@ class Run:
         if mirror is not None:
             stack.push(finish)
         return mirror
+
+    @property
+    def folder(self) -> Path:
+        """Where it is now; it may be renamed or moved while the run goes on.
+
+        Raises:
+            FolderGone: it is nowhere, and nothing can be written.
+        """
+        return self.place.here()
 
     @property
     def previous(self) -> int:
@@ -192,40 +256,62 @@ class Run:
         if stop is not None:
             say(f"step {self.step:,}: {stop.name}, writing a checkpoint; once more ends the run without it")
         self.log.flush(to_disk=True)
-        meta = {"run": self.id, "args": self.args, "circumstances": self.circumstances}
         start = time.perf_counter()
         try:
             with self.log.pause():
-                path = save_checkpoint(self.folder, self.step, self.parts | {"log": self.log}, meta, keep)
+                path = self._write_checkpoint(keep)
         except WRITE_ERRORS as error:
             if self.signals.stop is not None:  # it may have come just now
                 raise OSError(f"stopped at step {self.step:,} without a checkpoint ({error}): {self.kept}") from error
-            say(f"warning: no checkpoint at step {self.step:,} ({error}): make room, the run will try again; {self.kept}")
+            fix = FolderGone.FIX if isinstance(error, FolderGone) else "make room"
+            say(f"warning: no checkpoint at step {self.step:,} ({error}): {fix}, the run will try again; {self.kept}")
         else:
             self.saved = self.step
+            self.log.progress.note(step=self.step)
+            self.log.progress.write()
             seconds, size = time.perf_counter() - start, math.nan
             with contextlib.suppress(OSError):
                 size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
             say(f"step {self.step:,}: {path.name}, {size:,.0f} MB in {seconds:.1f} s")
 
+    def _write_checkpoint(self, keep: Collection[int]) -> Path:
+        """Writes it to the run's folder, and begins once more where that is moved in the meantime."""
+        folder = self.folder
+        meta = {
+            "run": self.id,
+            "args": self.args,
+            "history": self.history,
+            "circumstances": self.circumstances,
+        }
+        try:
+            return save_checkpoint(folder, self.step, self.parts | {"log": self.log}, meta, keep)
+        except OSError:
+            if self.folder == folder:
+                raise
+            return self._write_checkpoint(keep)
+
     @property
     def kept(self) -> str:
         """What is left of the run where it ends now."""
-        return f"checkpoint-{self.saved} is still good" if self.saved is not None else "there is none yet"
+        if self.saved is None:
+            return "there is none yet"
+        if self.place.find() is None:
+            return f"the last one, checkpoint-{self.saved}, was in it"
+        return f"checkpoint-{self.saved} is still good"
 
     def _name_what_is_left(self, _: Any, error: BaseException | None, __: Any) -> None:
         """Where memory or a GPU gives out in mid-run, says so in one line, with what there is to go on from."""
         if error is not None and (reason := out_of_resources(error)):
-            raise OSError(f"stopped at step {self.step:,}, {reason}; of {self.folder}, to --resume, {self.kept}") from error
+            folder = self.place.find() or self.place.path
+            raise OSError(f"stopped at step {self.step:,}, {reason}; of {folder}, to --resume, {self.kept}") from error
 
     def evaluate(self, play: Callable[[Path | None, Callable[[], bool]], np.ndarray], film: bool) -> bool:
         """Logs the mean score of play(film's path, whether to stop). False where a signal cut it short, nothing logged then."""
-        video = self.folder / "videos" / f"step-{self.step}.mp4" if film else None
         with self.log.pause():
             try:
-                scores = play(video, lambda: self.interrupted)
+                scores = play(self._film() if film else None, lambda: self.interrupted)
             except (UsageError, OSError) as error:
-                if video is None:
+                if not film:
                     raise
                 self.log.say(f"warning: no video at step {self.step:,} ({error})")
                 scores = play(None, lambda: self.interrupted)
@@ -234,12 +320,31 @@ class Run:
         self.log.evaluation(scores, self.step)
         return True
 
-    def introduce(self, what: str, origin: Origin) -> None:
+    def _film(self) -> Path:
+        """Where this evaluation is filmed to, in a folder that is there.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        videos = self.folder / "videos"
+        videos.mkdir(exist_ok=True)
+        return videos / f"step-{self.step}.mp4"
+
+    def introduce(self, what: str, device: torch.device, origin: Origin) -> None:
         """Says what runs where, and what of the circumstances is not as it should be, or as it was."""
         threads = torch.get_num_threads()
-        self.log.say(f"{what} with {threads} thread{'s' * (threads > 1)}, curves in {self.folder}")
+        self.log.progress.note(device=device.type)
+        self.log.progress.write()
+        where = f"{what} on {device}"
+        self.log.say(f"{where} with {threads} thread{'s' * (threads > 1)}, curves in {self.folder}")
         for remark in unsupported_versions():
             self.log.say(f"warning: {remark}")
+        group = group_of_equals()
+        if group is not None:
+            name, size = group
+            equal = f"{size} processes were started alike, and those with one seed are one and the same run"
+            fix = "start one (srun -n 1), or give each a --seed of its own"
+            self.log.say(f"warning: {name} is {size}: {equal}; {fix}")
         if self.args["cuda"] and (sign := idle_gpu()):
             cannot = f"there is a GPU ({sign}), but PyTorch {torch.__version__} cannot use it"
             self.log.say(f"warning: {cannot}, and the CPU takes days: see to driver, PyTorch's build, CUDA_VISIBLE_DEVICES")
@@ -252,7 +357,10 @@ class Run:
 
     def command(self, script: str, flag: str) -> str:
         """What to type to have the script do something with this run."""
-        return f"python {os.path.relpath(script)} --{flag} {shlex.quote(str(self.folder))}"
+        paths = (os.path.relpath(script), str(self.folder))
+        # what begins with a dash would be a flag, with a ~ somebody's home
+        plain = [os.path.join(os.curdir, path) if path[0] in "-~" else path for path in paths]
+        return f"python {shlex.quote(plain[0])} --{flag} {shlex.quote(plain[1])}"
 
     def finish(self, complete: bool, script: str) -> None:
         """Says how to go on with a run that was stopped; makes sure of one that is complete.
@@ -265,8 +373,10 @@ class Run:
             return
         self.signals.stop = None  # it came too late
         self.log.flush()
+        folder = self.place.find()
+        if folder is None:
+            raise OSError(f"{FolderGone(self.place.path)}: the run is complete, and all that it saved was in there")
         unsaved = self.args["checkpoint_frequency"] > 0 and self.saved != self.step
         if missing := ["last checkpoint"] * unsaved + ["curves"] * self.log.disk_full:
-            raise OSError(
-                f"{self.folder} is complete but for its {' and '.join(missing)}: make room, and --resume it if you can"
-            )
+            lacking = " and ".join(missing)
+            raise OSError(f"{folder} is complete but for its {lacking}: make room, and --resume it if you can")

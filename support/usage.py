@@ -2,7 +2,10 @@
 
 import contextlib
 import math
+import os
+import re
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 import torch
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
+PROJECT = Path(__file__).resolve().parent.parent
 Settings = TypeVar("Settings")
 Count = Annotated[int, Ge(1)]
 Steps = Annotated[int, Ge(0)]
@@ -130,33 +134,104 @@ def _broken_rule(value: Any, annotation: Any) -> str:
     return "" if all(kept) else " and ".join(words)
 
 
-OF_A_GPU = ("cuda", "cublas", "cudnn", "cusolver", "nvrtc", "hip error", "miopen", "unable to find an engine")
-OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "can't start new thread")
+# what a GPU's driver and its maker's libraries report of themselves, in the words that PyTorch passes on
+OF_A_GPU = (
+    r"\b(cuda|hip)( driver| runtime| unknown)? error\b",
+    r"\b(cudnn|cublas|cusolver|cusparse|hipblas|hipsolver|rocblas|miopen) error\b",
+    r"\b(cudnn|cublas|cusolver|cusparse|hipblas|hipsolver|rocblas)_status_\w+",
+    r"\bmiopen(status\w+)?\b",
+    r"\b(nvrtc|hiprtc): error\b",
+    r"\b(cuda|nvidia|hip) driver\b",
+    r"\b(cuda|hip)getdevicecount\b",
+    r"\bno kernel image\b",
+    r"\bunable to find an engine\b",
+)
+# and what they say there of the program that uses them: a mistake, which its trace leads to
+OF_THE_CODE = (
+    r"assert triggered",
+    r"illegal memory access",
+    r"misaligned address",
+    r"captur",
+    r"invalid (argument|configuration|resource handle|device pointer|device ordinal|pitch|program counter)",
+    r"status_(invalid_value|bad_param|not_supported)",
+)
+# what no file is to blame for, whatever reads it
+NO_FILES_FAULT = (
+    r"cuda|cudnn|cublas|miopen|\bhip\b",
+    r"on the same device",
+    r"deterministic",
+    r"\bin-?place\b",
+)
+NO_MEMORY = (r"can't allocate memory", r"not enough memory", r"bad_alloc")
+NO_MEMORY_ON_A_GPU = (r"alloc_failed", r"out of memory")
+
+
+def says(text: str, patterns: tuple[str, ...]) -> bool:
+    return re.search("|".join(patterns), text, re.IGNORECASE) is not None
+
+
+def of_a_gpu(error: BaseException) -> bool:
+    """Whether an error is what the driver of a GPU or a library for it reports of itself, and no mistake in the code."""
+    line = str(error).partition("\n")[0]
+    return isinstance(error, RuntimeError) and says(line, OF_A_GPU) and not says(line, OF_THE_CODE)
 
 
 def out_of_resources(error: BaseException) -> str | None:
     """What ran out or broke down, and the fix, where an error comes from memory or a GPU; else None."""
     line = str(error).partition("\n")[0]
-    reason, lower = line.partition(". Tried")[0] or type(error).__name__, line.lower()
-    if isinstance(error, torch.OutOfMemoryError) or "alloc_failed" in lower:
-        return f"the GPU's memory has run out ({reason}): free it of other jobs, or lower --batch-size or --num-envs"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(name in lower for name in OF_MEMORY)):
-        return f"memory has run out ({reason}): free some, or lower --buffer-size"
-    if isinstance(error, RuntimeError) and any(name in lower for name in OF_A_GPU):
-        return f"the GPU has failed ({reason}): try another one by CUDA_VISIBLE_DEVICES, or --no-cuda"
+    reason = line.partition(". Tried")[0] or type(error).__name__
+    of_the_runtime = isinstance(error, RuntimeError)
+    if isinstance(error, torch.OutOfMemoryError) or (of_a_gpu(error) and says(line, NO_MEMORY_ON_A_GPU)):
+        fix = "free it of other jobs, or lower --batch-size or --num-envs in a new run"
+        return f"the GPU's memory has run out ({reason}): {fix}"
+    if isinstance(error, MemoryError) or (of_the_runtime and says(line, NO_MEMORY)):
+        return f"memory has run out ({reason}): free some, or lower --buffer-size in a new run"
+    if of_the_runtime and says(line, (r"can't start new thread",)):
+        fix = "end other processes, or raise the limit (ulimit -u)"
+        return f"the system starts no more threads ({reason}): {fix}"
+    if of_a_gpu(error):
+        fix = "try another one by CUDA_VISIBLE_DEVICES, or the CPU by CUDA_VISIBLE_DEVICES="
+        return f"the GPU has failed ({reason}): {fix}"
     return None
 
 
 @contextlib.contextmanager
 def reading(path: Path, kind: str, fix: str) -> Iterator[None]:
-    """Turns all that a foreign or damaged file makes its reader stumble over into a UsageError of one line."""
+    """Turns all that a foreign or damaged file makes its reader stumble over into a UsageError of one line.
+
+    A mistake in the code is none of the file's, and keeps its trace.
+    """
     try:
         yield
     except Exception as error:
-        if out_of_resources(error):  # no fault of the file
+        if out_of_resources(error) or _no_files_fault(error):
             raise
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise UsageError(f"{path} cannot be read as {kind} ({type(error).__name__}: {reason}): {fix}") from error
+
+
+def words_given() -> list[str]:
+    """This process's command line, ~ as the user's home: also in --out=~/x.png, where no shell puts it in."""
+    words = []
+    for word in sys.argv[1:]:
+        name, equals, value = word.partition("=")
+        if equals and name.startswith("-"):
+            words.append(f"{name}={os.path.expanduser(value)}")
+        else:
+            words.append(os.path.expanduser(word))
+    return words
+
+
+def _no_files_fault(error: Exception) -> bool:
+    """Whether an error shows a mistake in this project's code, whatever the file that is being read.
+
+    Libraries may stumble over a damaged file in these ways, too; so where the error was raised counts.
+    """
+    if isinstance(error, AttributeError | NameError | AssertionError | ImportError | NotImplementedError):
+        *_, last = traceback.walk_tb(error.__traceback__)
+        source = Path(last[0].f_code.co_filename)
+        return source.is_relative_to(PROJECT) and "site-packages" not in source.parts
+    return isinstance(error, RuntimeError) and says(str(error), NO_FILES_FAULT)
 
 
 def flags_given() -> set[str]:

@@ -3,9 +3,7 @@
 import contextlib
 import importlib.util
 import os
-import shutil
 import sys
-from pathlib import Path
 from typing import Any
 
 from support.process import say
@@ -28,7 +26,7 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
     Returns that run; where its `resumed` is false, it has nothing of what a process before this one wrote.
 
     Raises:
-        UsageError: no login, or no network. Nothing is left behind.
+        UsageError: no login, or no network. What Weights & Biases leaves is its own: wandb/, here or in WANDB_DIR.
     """
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds, not 90
     os.environ.setdefault("WANDB_SILENT", "true")  # what it has to say is said here
@@ -50,7 +48,6 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
     except BaseException as error:
         with contextlib.suppress(Exception):
             wandb.teardown()  # it writes on, else
-        _remove_what_it_left(run_id)
         if not isinstance(error, Exception):
             raise
         reason = str(error).partition("\n")[0].removesuffix(".")
@@ -61,19 +58,6 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
     if run is not None and (place := f"offline, send it by: wandb sync {run.settings.sync_dir}" if run.offline else run.url):
         say(f"Weights & Biases: {place}")
     return run
-
-
-def _remove_what_it_left(run_id: str) -> None:
-    """Removes its folder of a run that did not start, links to that, and the folder around it where nothing else is there."""
-    with contextlib.suppress(OSError):
-        for folder in Path(os.environ.get("WANDB_DIR", ".")).glob("*wandb"):
-            for left in folder.glob(f"*-{run_id}"):
-                shutil.rmtree(left, ignore_errors=True)
-            for link in folder.iterdir():
-                if link.is_symlink() and not link.exists():
-                    link.unlink(missing_ok=True)
-            if not any(folder.iterdir()):
-                folder.rmdir()
 
 
 def let_go() -> None:

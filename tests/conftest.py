@@ -11,11 +11,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from recorded_graphs import stand_in  # noqa: F401, a fixture of all tests
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dqn_injection_atari import Args, Learner, train  # registers the games, too
 from support import environments, measures
+
+# tests train in bfloat16 on any processor, on some of them slowly
+torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: True  # type: ignore[attr-defined]
+torch.cpu._is_avx512_bf16_supported = lambda: True
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background, and so their runs, would ignore it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -8,6 +8,7 @@ import numpy as np
 from conftest import variant
 from torch.utils.tensorboard import summary
 
+from analysis.curves import Ancestor, Identity
 from analysis.runs import Run
 from dqn_injection_atari import Args
 from support.run_log import Curves
@@ -19,18 +20,27 @@ PHOENIX, ALIEN = "PhoenixNoFrameskip-v4", "AlienNoFrameskip-v4"
 TETRIS = variant("TetrisNoFrameskip-v5", PHOENIX, game="tetris")  # of which no human score is known
 
 
-def make_run(name, points, last=None, **args):
+def make_run(name, points, last=None, identity=None, **args):
     """A run with `points` {tag: [(step, value), ...]}, whose log reaches step `last`, its end if not given."""
     args = Args(**{"total_timesteps": TOTAL, "injection_step": (INJECTION,), **args})
     points = points | {"charts/SPS": [(args.total_timesteps if last is None else last, 100.0)]}
-    return Run(f"runs/{name}", args, {tag: np.array(pairs, float).T for tag, pairs in points.items() if pairs})
+    scalars = {tag: np.array(pairs, float).T for tag, pairs in points.items() if pairs}
+    return Run(f"runs/{name}", args, scalars, identity)
+
+
+def known(name, *history):
+    """The identity of a run in a folder, that was others before: (name, step, seed), the newest first; ids are names."""
+    return Identity(f"id of {name}", name, tuple(Ancestor(f"id of {of}", of, step, seed) for of, step, seed in history))
 
 
 def write(run):
     """Writes a run's folder as training does, and returns it."""
     folder = Path(run.folder)
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"run": folder.name, "args": asdict(run.args)}), encoding="utf-8")
+    written = {"run": folder.name, "args": asdict(run.args)}
+    if run.identity is not None:
+        written |= {"run": run.identity.run, "history": [asdict(before) for before in run.identity.history]}
+    (folder / "run.json").write_text(json.dumps(written), encoding="utf-8")
     curves = Curves(folder, 0)
     points = [(int(step), tag, value) for tag, pairs in run.scalars.items() for step, value in pairs.T]
     for step, tag, value in sorted(points, key=lambda point: point[0]):

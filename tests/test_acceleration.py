@@ -1,18 +1,23 @@
 """What is faster computes the same: oneDNN, bfloat16, uploads, CUDA graphs; and the heap keeps its pages."""
 
+import copy
 import ctypes
+import gc
 import os
 import re
 import resource
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from conftest import ACTIONS, joined, make_learner, random_batch
+from recorded_graphs import RecordedGraph, memory
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -198,43 +203,225 @@ def test_an_upload_arrives():
     assert upload(array, torch.device("cuda")).is_cuda and np.array_equal(upload(array, torch.device("cuda")).cpu(), array)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("count", [1, 4])
-def test_captured_updates_and_actions_equal_eager_ones(count, bf16):
-    """Invariant 9, also across an injection, a sync and a load, after each of which there are new graphs."""
-    pick_device(**DETERMINISTIC)
-    settings = {"injection_step": (10, 20), "batch_size": 8, "learning_rate": 1e-3, "bf16": bf16}
-    eager, captured = (Learner(Args(**settings, cuda_graphs=graphs), ACTIONS, "cuda") for graphs in (False, True))
-    rng = np.random.default_rng(0)
+# CUDA graphs: on a GPU, and here by what stands in for them
 
-    def compare():
-        for _ in range(3):
-            batch = joined([random_batch(rng) for _ in range(count)])
-            batch = ReplayBufferSamples(*(tensor.cuda() for tensor in batch[:5]))
-            losses = [learner.update(batch, count) for learner in (eager, captured)]
-            assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
-            obs = batch.observations.cpu().numpy()
-            assert np.array_equal(eager.act(obs, 0.0), captured.act(obs, 0.0))
-        trained = zip(eager.q_network.named_parameters(), captured.q_network.named_parameters(), strict=True)
-        for (name, expected), (_, got) in trained:
-            assert torch.equal(expected, got), name
-            assert (expected.grad is None) == (got.grad is None), name
-            if expected.grad is not None:
-                assert torch.equal(expected.grad, got.grad), name
-        assert torch.equal(eager.losses.totals, captured.losses.totals)
 
-    compare()
+def pair(where="cpu", **settings):
+    """Two learners that differ in how they compute alone: as the script says, and by captured graphs."""
+    settings = {"injection_step": (10, 20), "batch_size": 8, "learning_rate": 1e-3, "head_width": 64, **settings}
+    return tuple(Learner(Args(**settings, cuda_graphs=graphs), ACTIONS, where) for graphs in (False, True))
+
+
+def unequal(eager, captured, count=1, rounds=2, rng=0):
+    """What is not bitwise equal after some updates of both, `count` in each call, and decisions."""
+    found, rng = set(), np.random.default_rng(rng)
+    for _ in range(rounds):
+        batch = joined([random_batch(rng) for _ in range(count)])
+        batch = ReplayBufferSamples(*(tensor.to(eager.device) for tensor in batch[:5]))
+        losses = [learner.update(batch, count) for learner in (eager, captured)]
+        found |= {name for name in losses[0] if not torch.equal(losses[0][name], losses[1][name])}
+        obs = batch.observations.cpu().numpy()
+        if not np.array_equal(eager.act(obs, 0.0), captured.act(obs, 0.0)):
+            found.add("actions")
+        if not torch.equal(eager.online(batch.observations), captured.online(batch.observations)):
+            found.add("Q")
+    found |= set(differences(flat(eager.state_dict()), flat(captured.state_dict())))
+    trained = zip(eager.q_network.named_parameters(), captured.q_network.named_parameters(), strict=True)
+    for (name, parameter), (_, other) in trained:
+        one, another = parameter.grad, other.grad
+        if (one is None) != (another is None) or (one is not None and not torch.equal(one, another)):
+            found.add(f"gradient of {name}")
+    return found
+
+
+def check_equality(eager, captured, count):
+    """Invariant 9, also across a sync, injections and a load, after each of the latter with new graphs."""
+    assert unequal(eager, captured, count) == set()
     for learner in (eager, captured):
         learner.sync_target()
-    compare()
-    for learner in (eager, captured):
-        learner.inject(step=10)
-    compare()
-    state = eager.state_dict()
+    assert unequal(eager, captured, count) == set()
+    for step in (10, 20):
+        for learner in (eager, captured):
+            learner.inject(step)
+        assert unequal(eager, captured, count) == set()
+    state = copy.deepcopy(eager.state_dict())
+    unequal(eager, captured, count, rounds=1)
     for learner in (eager, captured):
         learner.load_state_dict(state)
-    compare()
+    assert unequal(eager, captured, count) == set()
+
+
+CASES = {  # updates in each call, and settings
+    "plain": (1, {}),
+    "all heads learn, soft target": (2, {"freeze_heads": False, "tau": 0.5}),
+    "bf16": (2, {"bf16": True, "injection_optimizer_state": "copy"}),
+    "the paper's optimizer": (2, {"optimizer": "rmsprop", "learning_rate": 2.5e-4, "shared_bias": True}),
+}
+each_case = pytest.mark.parametrize(("count", "settings"), CASES.values(), ids=CASES)
+
+
+@each_case
+def test_captured_updates_and_actions_equal_eager_ones_where_graphs_are_stood_in_for(stand_in, count, settings):
+    check_equality(*pair(**settings), count)
+    assert len(stand_in.captures) == 2 * 4, "act and update, at first, after each injection and after the load"
+
+
+@pytest.mark.gpu
+@each_case
+def test_captured_updates_and_actions_equal_eager_ones(count, settings):
+    pick_device(**DETERMINISTIC)
+    check_equality(*pair("cuda", **settings), count)
+
+
+def test_interventions_of_another_kind_are_captured_anew_too(stand_in):
+    for intervention in ("reset-head", "shrink-perturb"):
+        learners = pair(intervention=intervention)
+        assert unequal(*learners) == set()
+        for learner in learners:
+            learner.intervene(10)
+        assert unequal(*learners) == set()
+
+
+def test_graphs_of_several_sizes_share_what_they_train(stand_in):
+    learners = pair()
+    for count in (2, 1, 2, 3, 1):
+        found = unequal(*learners, count=count, rounds=1)
+        assert {name for name in found if not name.startswith("gradient")} == set(), "each keeps its own gradients"
+
+
+def test_losses_are_summed_across_captured_updates_and_begin_at_zero_after_they_were_read(stand_in):
+    eager, captured = pair()
+    for _ in range(2):
+        assert unequal(eager, captured) == set()
+        assert eager.losses.means(8, 4) == captured.losses.means(8, 4)
+
+
+def replace_weight(learner):
+    weight = learner.q_network.encoder[0].weight
+    weight.data = weight.data.clone()
+
+
+def replace_weight_of_target(learner):
+    bias = learner.target_network.theta[2].bias
+    bias.data = bias.data + 1
+
+
+def replace_moment(learner):
+    moments = learner.optimizer.state[learner.q_network.theta[0].weight]
+    moments["exp_avg"] = moments["exp_avg"].clone()
+
+
+def replace_sum_of_losses(learner):
+    learner.losses.totals = learner.losses.totals.clone()
+
+
+@pytest.mark.parametrize("replace", [replace_weight, replace_weight_of_target, replace_moment, replace_sum_of_losses])
+def test_a_tensor_that_is_replaced_after_the_capture_is_noticed(stand_in, replace):
+    learners = pair()
+    assert unequal(*learners, rounds=1) == set()
+    for learner in learners:
+        replace(learner)
+    assert unequal(*learners, rounds=1) != set(), "the graph goes on with the tensor that was there"
+
+
+def test_a_graph_that_stays_after_an_injection_is_noticed(stand_in, monkeypatch):
+    eager, captured = pair()
+    unequal(eager, captured)
+    monkeypatch.setattr(CUDAGraphs, "clear", lambda _: None)
+    for learner in (eager, captured):
+        learner.inject(10)
+    assert any("theta" in name for name in unequal(eager, captured))
+
+
+def test_a_warm_up_that_is_not_undone_is_noticed(stand_in):
+    eager, captured = pair()
+    captured.graphs.state = list
+    assert any("encoder" in name for name in unequal(eager, captured, rounds=1))
+
+
+def test_a_capture_that_computes_what_it_records_would_be_noticed(stand_in, monkeypatch):
+    monkeypatch.setattr(RecordedGraph, "forget_values", lambda _: None)
+    assert unequal(*pair(), rounds=1) != set()
+
+
+def test_python_runs_in_warm_up_and_capture_only_and_outputs_stay_where_they_are(stand_in):
+    calls, total = [], torch.zeros(2)
+
+    def add(x):
+        calls.append(x)
+        total.add_(x)
+        return total * 2
+
+    graphs = CUDAGraphs(lambda: [total], enabled=True)
+    first = graphs.run("add", add, torch.ones(2))
+    assert first.tolist() == [2, 2] and len(calls) == CUDAGraphs.WARM_UP + 1 >= 4
+    second = graphs.run("add", add, torch.full((2,), 5.0))
+    assert second is first and first.tolist() == [12, 12] and total.tolist() == [6, 6] and len(calls) == CUDAGraphs.WARM_UP + 1
+    graphs.run("add", add, torch.ones(1))
+    assert len(calls) == 2 * (CUDAGraphs.WARM_UP + 1), "of another shape"
+
+
+@pytest.mark.parametrize("waits", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x + torch.rand(2)])
+def test_what_no_capture_allows_is_refused(stand_in, waits):
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        CUDAGraphs(list, enabled=True).run("name", waits, torch.ones(2))
+
+
+def test_a_set_of_graphs_has_one_stream_for_warm_up_and_capture_and_the_next_set_another(stand_in):
+    _, learner = pair()
+    streams = []
+    for _ in range(2):
+        obs = random_batch().observations.numpy()
+        learner.update(random_batch())
+        learner.act(obs, 0.0)
+        (stream,) = set(stand_in.used)
+        assert [captured_on for _, captured_on in stand_in.captures] == [stream] * 2 and stand_in.current is not stream
+        streams.append(stream)
+        learner.inject()
+        stand_in.used.clear()
+        stand_in.captures.clear()
+    assert streams[0] is not streams[1]
+
+
+@pytest.mark.parametrize("ended", ["clear", "learner"])
+def test_graphs_go_at_once_when_they_are_cleared_or_their_learner_goes(stand_in, ended):
+    """A garbage collector may come in the middle of another capture, which a graph's end would end."""
+    _, learner = pair()
+    learner.update(random_batch())
+    learner.act(random_batch().observations.numpy(), 0.0)
+    graphs = [graph for graph, _ in stand_in.captures]
+    assert len(graphs) == 2 and None not in [graph() for graph in graphs]
+    gc.disable()
+    try:
+        if ended == "clear":
+            learner.graphs.clear()
+        else:
+            del learner
+        assert [graph() for graph in graphs] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_gradients_are_the_graphs_own(stand_in):
+    _, learner = pair()
+    learner.update(random_batch())
+    graph = stand_in.captures[0][0]()
+    assert all(memory(p.grad) in graph.own for p in learner.q_network.parameters() if p.grad is not None)
+
+
+def test_pytorch_has_nothing_to_say_against_the_warm_up(stand_in, monkeypatch):
+    """Of an optimizer that is capturable, and runs uncaptured, it warns where the optimizer was copied or unpickled."""
+    warned = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: SimpleNamespace(is_capturing=lambda: False))
+    monkeypatch.setattr(warnings, "warn", lambda message, *_, **__: warned.append(message))
+    _, learner = pair()
+    learner.update(random_batch())
+    learner.load_state_dict(learner.state_dict())
+    learner.update(random_batch())
+    assert warned == []
+    copy.deepcopy(learner.optimizer).step()
+    assert len(warned) == 1 and "capturable" in warned[0], "as it would"
 
 
 @pytest.mark.gpu

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 from simulated_runs import INJECTION, RETURN, TOTAL, games, make_arms, make_games, make_norm_arms, make_run
 
-from analysis.figures import COLOURS, curve, draw, draw_differences, draw_plasticity, draw_returns, plot_broken
+from analysis.canvas import COLOURS, Figure, drawing, plot_broken
+from analysis.figures import curve, draw, draw_differences, draw_plasticity, draw_returns, looks_of
 from analysis.runs import group
 from analysis.verdict import comparisons
 
@@ -22,16 +22,14 @@ def arms_of(*runs):
 def saved(monkeypatch):
     """Figures by the names they would be saved under."""
     figures = {}
-    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, path, **_: figures.update({Path(path).name: figure}))
-    yield figures
-    plt.close("all")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.update({Path(path).name: figure}))
+    return figures
 
 
 def panel(arms, aggregate="mean"):
     """One drawn panel of the returns."""
-    figure, ax = plt.subplots()
-    draw(ax, arms, {arm.name: "k" for arm in arms}, RETURN, 30, aggregate)
-    plt.close(figure)
+    ax = Figure().subplots()
+    draw(ax, arms, looks_of(arms), RETURN, 30, aggregate)
     return ax
 
 
@@ -70,10 +68,8 @@ def test_a_measure_that_breaks_down_is_visibly_broken(by):
         make_run(f"r{seed}", {RETURN: games(seed, 0), MEASURE: own if seed == 1 else healthy, OTHER: other}, seed=seed)
         for seed in (1, 2, 3)
     ]
-    figure, ax = plt.subplots()
-    arms = arms_of(*runs)
-    draw(ax, arms, {arm.name: "k" for arm in arms}, MEASURE, 100, "mean")
-    plt.close(figure)
+    ax, arms = Figure().subplots(), arms_of(*runs)
+    draw(ax, arms, looks_of(arms), MEASURE, 100, "mean")
     thick = next(line for line in ax.lines if line.get_linewidth() == 2)
     x, y = thick.get_data()
     inside = (x > 930) & (x < 1_470)
@@ -92,9 +88,8 @@ def test_a_measure_that_begins_late_is_not_undefined_before_and_returns_never_ar
 
 
 def test_a_value_between_two_gaps_is_a_dot():
-    figure, ax = plt.subplots()
+    ax = Figure().subplots()
     plot_broken(ax, np.arange(6), np.array([1, 2, np.nan, 3, np.nan, 4.0]))
-    plt.close(figure)
     assert ax.lines[0].get_markevery() == [3, 5] and ax.lines[0].get_marker() == "."
 
 
@@ -220,3 +215,54 @@ def test_plasticity_is_drawn_per_game_and_measure_that_any_run_has(saved):
     titles = [ax.get_title(loc="left") for ax in saved["x.png"].axes]
     measures = ["dormant fraction", "srank of the encoder's features", "learning head's weight norm ÷ initial"]
     assert titles == 2 * measures
+
+
+def drawn_as(line):
+    """What tells a line from others without its colour."""
+    return line.get_linestyle(), line.get_marker()
+
+
+@pytest.mark.parametrize("count", [2, 8, 12])
+def test_every_arm_is_told_from_all_others_without_colours_also_in_the_legends(saved, count):
+    runs = [run for rate in range(1, count // 2 + 1) for run in make_arms((1,), prefix=f"{rate}-", learning_rate=rate / 1e4)]
+    for run in runs:
+        run.scalars.update({tag: np.array([[100.0, 200.0], [value, value]]) for tag, value in PLASTICITY.items()})
+    arms = arms_of(*runs)
+    draw_returns(arms, [], Path("returns.png"), RETURN, "mean")
+    draw_plasticity(arms, Path("plasticity.png"), "mean")
+    (ax,) = saved["returns.png"].axes
+    for panel, legend in (
+        (ax, ax.get_legend()),
+        (saved["plasticity.png"].axes[0], saved["plasticity.png"].subfigs[0].legends[0]),
+    ):
+        means = {str(line.get_label()): drawn_as(line) for line in panel.lines if line.get_linewidth() == 2}
+        assert len(means) == len(set(means.values())) == count
+        shown = {text.get_text(): drawn_as(line) for text, line in zip(legend.get_texts(), legend.get_lines(), strict=False)}
+        assert means.items() <= shown.items()
+        assert all(line.get_linewidth() == 0.6 for line in panel.lines if line.get_alpha() == 0.45), "one run's stay thin"
+
+
+def test_a_figure_grows_with_its_legend(saved):
+    runs = [run for rate in range(1, 7) for run in make_arms((1,), prefix=f"{rate}-", learning_rate=rate / 1e4)]
+    for name, shown in (("few", runs[:2]), ("many", runs)):
+        draw_returns(arms_of(*shown), [], Path(name), RETURN, "mean")
+    heights = []
+    for figure in saved.values():
+        with drawing():
+            figure.draw_without_rendering()
+        heights.append(figure.axes[0].get_window_extent().height)
+    assert heights[1] > 0.9 * heights[0]
+
+
+def test_arms_that_are_compared_side_by_side_differ_in_their_markers(saved):
+    runs = []
+    for rate in (1e-4, 1e-3):
+        for what in ("none", "injection", "reset-head", "shrink-perturb"):
+            for seed in (1, 2):
+                points = {RETURN: games(seed, len(what))}
+                runs.append(make_run(f"{rate}-{what}-{seed}", points, seed=seed, learning_rate=rate, intervention=what))
+    draw_differences(comparisons(arms_of(*runs), RETURN, None), "learning_rate", Path("x.png"))
+    (ax,) = saved["x.png"].axes
+    points = [container[0] for container in ax.containers]
+    assert len({line.get_marker() for line in points}) == len(points) == 3
+    assert len({x for line in points for x in line.get_xdata()}) == 6, "none hides another"

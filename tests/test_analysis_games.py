@@ -101,6 +101,26 @@ def test_comparisons_of_several_games_are_aggregated_with_the_runs_of_a_seed_dra
     assert total.names == ("no injection", "injection at 1k") and total.windows == 2 * [(INJECTION, TOTAL)]
 
 
+@pytest.mark.parametrize(("seeds", "others"), [((1,), (1,)), ((1, 2), (1, 2, 3)), ((1, 2, 3), (1, 2))])
+def test_of_games_with_few_runs_on_a_side_there_is_no_interval_however_many_the_others_have(seeds, others):
+    runs = [*make_games(ALIEN), *make_games(PHOENIX, seeds=(1, 2, 3))]
+    keep = {False: seeds, True: others}
+    few = [run for run in runs if run.args.env_id == ALIEN or run.args.seed in keep[run.args.apply_injection]]
+    (total,) = aggregates(compared(*few))
+    assert np.isnan(total.scores[:, 1:]).all() and np.isfinite(total.scores[:, 0]).all()
+    (total,) = aggregates(compared(*runs))
+    assert np.isfinite(total.scores).all()
+
+
+def test_seeds_that_all_gain_the_same_tell_nothing_of_how_sure_that_is():
+    runs = make_games(PHOENIX)
+    for run in runs:
+        run.scalars[RETURN] = make_run("", {RETURN: games(run.args.seed, 0)}).scalars[RETURN]
+        run.scalars[RETURN][1, 10:] += 7.0 * run.args.apply_injection
+    (total,) = aggregates(compared(*runs))
+    assert np.isfinite(total.scores[:2]).all() and np.isnan(total.scores[2, 1:]).all()
+
+
 def test_runs_without_a_shared_history_are_drawn_apart():
     runs = [make_run(f"b{seed}", {RETURN: games(seed, 0)}, seed=seed, apply_injection=False) for seed in (1, 2, 3)]
     runs += [make_run(f"i{seed}", {RETURN: games(seed + 3, 1)}, seed=seed) for seed in (1, 2, 3)]

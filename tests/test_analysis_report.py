@@ -41,6 +41,10 @@ def numbers(*runs, remarks=None):
     return json.loads(as_json(arms, pairs, aggregates(pairs), remarks or {}, RETURN))
 
 
+def numbers_of(runs):
+    return numbers(*runs)["comparisons"]
+
+
 def test_a_comparison_in_words_says_what_is_compared_the_verdict_the_window_and_the_method():
     what, verdict, window, method = words(*make_arms())
     assert what == f"{PHOENIX}: injection at 1k against no injection"
@@ -129,9 +133,37 @@ def test_words_say_how_many_runs_share_a_history_where_they_are_too_few_to_pair(
 
 def test_words_name_the_run_that_ends_the_window_and_those_that_are_left_out():
     going = make_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
-    assert "step ≤ 2,050, where runs/going is (a longer --window leaves it out), " in words(*make_arms(), going)[2]
+    ends = "step ≤ 2,050, where runs/going is (a longer --window leaves it out), and the median run has 90% more steps, "
+    assert ends in words(*make_arms(), going)[2]
+    almost = make_run("almost", {RETURN: games(4, 1, upto=2_900)}, last=TOTAL - 5, seed=4)
+    lone = make_run("lone", {RETURN: games(5, 1)}, seed=5)
+    strangers = [make_run(f"s{seed}", {RETURN: games(seed + 9, 1)}, seed=seed) for seed in (1, 2, 3)]
+    window = words(*make_arms()[::2], *strangers, almost, lone)[2]
+    assert "where runs/almost is (a longer --window leaves it out), 57 points" in window, "five steps are nothing to speak of"
     left_out = words(*make_arms(), going, window=1_500)[4:]
     assert left_out == ["not in this comparison: runs/going is at step 2,050 and has not got to the window's end at 2,500"]
+
+
+def test_words_warn_where_the_norm_injected_one_run_so_late_that_little_is_left():
+    said = "caution: of the 1,700 steps since the median run's first injection, the window has the last 100"
+    assert said in words(*make_norm_arms({1: [1_200], 2: [2_900], 3: [1_300]}))
+    assert not [line for line in words(*make_norm_arms({1: [1_200], 2: [2_100], 3: [1_300]})) if "caution" in line]
+
+
+def test_words_say_how_many_verdicts_there_are_and_what_remains_of_each():
+    runs = [*make_arms(effect=50.0), *make_arms(effect=0.3, prefix="x", learning_rate=1e-3)]
+    arms, pairs = compared(*runs)
+    for pair in pairs:
+        line = in_words(pair, RETURN)[4]
+        numbers = f"p = {pair.judgement.p:.2g}, corrected for them (Holm) {pair.p_holm:.2g}"
+        assert line == f"one of 2 verdicts here: {numbers}" and line in table(arms, pairs, [], RETURN)
+    found = numbers_of(runs)
+    assert [(one["p"], one["p_holm"]) for one in found] == [(pair.judgement.p, pair.p_holm) for pair in pairs]
+    assert len(words(*make_arms())) == 4, "a single verdict stays as it is"
+    (alone,) = numbers_of(make_arms())
+    assert alone["p"] == alone["p_holm"] > 0
+    (none,) = numbers_of(make_arms((1,)))
+    assert none["p"] is none["p_holm"] is None
 
 
 def test_words_say_when_the_norm_injected_and_which_intervention_it_was():
@@ -147,7 +179,7 @@ def test_words_say_that_an_interval_is_over_continuations_of_one_agent():
     history = games(7, 0)[: INJECTION // 100]
     runs = [
         make_run(f"c{seed}-{injected}", {RETURN: history + games(seed, injected, 50.0 * injected)[INJECTION // 100 :]},
-                 seed=seed, apply_injection=bool(injected))
+                 seed=seed, apply_injection=bool(injected), fork=f"runs/agent/checkpoint-{INJECTION}")
         for seed in (1, 2, 3) for injected in (0, 1)
     ]  # fmt: skip
     _, sentence, _, method = words(*runs)
@@ -178,10 +210,31 @@ def test_an_aggregate_in_words_gives_scores_difference_games_and_method():
     assert left_out == f"not in this aggregate: {TETRIS}, no human score is known"
 
 
-def test_an_aggregate_without_width_has_no_brackets():
-    _, (pair,) = compared(*make_arms((1,)))
-    (total,) = aggregates([pair])
-    assert "[" not in aggregate_in_words(total)[1]
+@pytest.mark.parametrize(
+    ("seeds", "effect", "why"),
+    [
+        ((1,), 50.0, "it takes 3 runs of each game on either side"),
+        ((1, 2), 50.0, "it takes 3 runs of each game on either side"),
+    ],
+)
+def test_an_aggregate_of_few_runs_has_no_interval_and_says_why(seeds, effect, why):
+    runs = [*make_games(PHOENIX, seeds=seeds), *make_games(ALIEN)]
+    (total,) = aggregates(compared(*runs)[1])
+    lines = aggregate_in_words(total)
+    assert "[" not in "".join(lines) and lines[3].endswith(f"; no interval: {why}")
+    (found,) = numbers(*runs)["aggregates"]
+    assert found["interval"] == found["without"]["interval"] == found["with"]["interval"] == [None, None]
+    assert np.isfinite([found["difference"], found["without"]["iqm"], found["with"]["iqm"]]).all()
+
+
+def test_an_aggregate_of_runs_that_do_not_differ_has_no_interval_and_says_why():
+    runs = make_games(PHOENIX, ALIEN)
+    for run in runs:
+        run.scalars[RETURN][1] = 100.0 + run.args.apply_injection
+    (total,) = aggregates(compared(*runs)[1])
+    assert aggregate_in_words(total)[3].endswith("; no interval: runs of a game do not differ")
+    (found,) = numbers(*runs)["aggregates"]
+    assert found["interval"] == [None, None]
 
 
 def rows_of(text):
@@ -212,6 +265,14 @@ def test_the_table_lists_arms_that_are_in_no_comparison_and_adds_what_is_said_ov
     name = "injection at 1k, batch size 64"
     assert rows_of(text)[-1] == [PHOENIX, name, "7", "1", "–", "–", "nothing to compare with", "–"]
     assert text.index("## Over games") < text.index(f"- {'; '.join(aggregate_in_words(total))}.")
+
+
+def test_the_mean_of_runs_that_do_not_differ_has_no_brackets_in_the_table():
+    runs = make_arms()
+    for run in runs[::2]:
+        run.scalars[RETURN][1, 10:] = 0.1
+    arms, pairs = compared(*runs)
+    assert rows_of(table(arms, pairs, [], RETURN))[2][4] == "0.100"
 
 
 def test_a_side_without_runs_shows_as_dashes():

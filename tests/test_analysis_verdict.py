@@ -5,15 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
-from simulated_runs import INJECTION, NORM, RETURN, TOTAL, games, make_arms, make_norm_arms, make_run
+from simulated_runs import INJECTION, NORM, PHOENIX, RETURN, TOTAL, games, known, make_arms, make_norm_arms, make_run
 
+from analysis.curves import Identity
 from analysis.runs import Arm, Run, group
-from analysis.verdict import compare, comparisons, judge, show, varied
+from analysis.verdict import compare, comparisons, holm, judge, not_compared, share_history, show, varied
 from dqn_injection_atari import Args
+
+EVALUATED = "eval/episodic_return"
 
 
 def compared(*runs, metric=RETURN, window=None):
-    return comparisons(group(list(runs))[0], metric, window)
+    return comparisons(group(list(runs), metric)[0], metric, window)
 
 
 def verdict(*runs, **settings):
@@ -119,6 +122,56 @@ def test_without_any_spread_there_is_no_interval_rather_than_an_infinitely_sure_
     assert judged.verdict == "no interval" and f"changed by {show(change)} with every seed" in judged.sentence
 
 
+@pytest.mark.parametrize("how", [{"injected_head_width": 1024}, {"injected_head_width": 64}, {"freeze_heads": False}])
+def test_where_other_parameters_learn_than_before_a_verdict_claims_nothing_about_plasticity(how):
+    raised, same = verdict(*make_arms(**how)).judgement, verdict(*make_arms(effect=0.0, **how)).judgement
+    assert raised.verdict == "raised" and raised.sentence.startswith("injection raised the return by ")
+    assert same.verdict == "no evidence" and same.sentence.startswith("no evidence that injection changed the return: it ")
+    assert "plasticity" not in raised.sentence + same.sentence
+
+
+@pytest.mark.parametrize(
+    "how", [{"injected_head_width": 512}, {"injection_optimizer_state": "copy"}, {"injection_step": (1_000, 2_000)}]
+)
+def test_where_as_many_parameters_learn_as_before_it_does(how):
+    assert verdict(*make_arms(**how)).judgement.sentence.endswith(": evidence of lost plasticity")
+
+
+def naive_holm(p):
+    """The least level at which each falls, where one after the other is tested until the first that stays."""
+    corrected = []
+    for own in p:
+        others = sorted(p)
+        steps = [(len(p) - k) * other for k, other in enumerate(others) if other <= own]
+        corrected.append(min(1.0, max(steps)))
+    return corrected
+
+
+def test_several_p_are_corrected_as_holm_says():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # by hand
+    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([0.3]) == [0.3] and holm([]) == []
+    rng = np.random.default_rng(0)
+    for n in range(1, 8):
+        p = [*(rng.random(n) ** 3).tolist(), 0.01, 0.01]
+        assert holm(p) == pytest.approx(naive_holm(p))
+
+
+def test_each_verdict_has_its_p_and_those_given_at_once_are_corrected_for_their_number():
+    arms = [*make_arms(effect=2.0), *make_arms(effect=0.3, prefix="x", learning_rate=1e-3)]
+    few = make_arms((1, 2), prefix="few", learning_rate=5e-4)  # no verdict, no p
+    found = compared(*arms, *few)
+    assert [pair.verdicts for pair in found if pair.shared == 3] == [2, 2]
+    judged = [pair for pair in found if pair.shared == 3]
+    for pair in judged:
+        without, injected = (list(side.values()) for side in pair.means)
+        assert pair.judgement.p == pytest.approx(scipy.stats.ttest_rel(injected, without).pvalue)
+    assert [pair.p_holm for pair in judged] == pytest.approx(holm([pair.judgement.p for pair in judged]))
+    (other,) = [pair for pair in found if pair.shared == 2]
+    assert np.isnan(other.judgement.p) and np.isnan(other.p_holm)
+    alone = verdict(*make_arms(effect=2.0))
+    assert alone.verdicts == 1 and alone.p_holm == alone.judgement.p and alone.judgement == judged[0].judgement
+
+
 def test_numbers_are_shown_to_three_digits():
     assert show(1234.5, -0.5, 98765.4) == "1,234 [0, 98,765]"
     assert show(1.234, -0.5, 2) == "1.23 [−0.50, 2.00]" and show(0.01234) == "0.0123" and show(0.0) == "0"
@@ -127,14 +180,14 @@ def test_numbers_are_shown_to_three_digits():
 # which arms
 
 
-def continuations(seeds=(1, 2, 3)):
-    """Runs with and without injection, all of one history up to it."""
+def continuations(seeds=(1, 2, 3), fork=f"runs/agent/checkpoint-{INJECTION}"):
+    """Runs with and without injection, all forked from one checkpoint."""
     history = games(7, 0)[: INJECTION // 100]
     later = {
         (seed, injected): games(seed, injected, 50.0 * injected)[INJECTION // 100 :] for seed in seeds for injected in (0, 1)
     }
     return [
-        make_run(f"c{seed}-{injected}", {RETURN: history + points}, seed=seed, apply_injection=bool(injected))
+        make_run(f"c{seed}-{injected}", {RETURN: history + points}, seed=seed, apply_injection=bool(injected), fork=fork)
         for (seed, injected), points in later.items()
     ]
 
@@ -146,6 +199,16 @@ def test_a_verdict_on_continuations_of_one_agent_says_so():
     found = verdict(*make_arms())
     assert not found.one_agent and "one agent" not in found.judgement.sentence
     assert not verdict(*make_arms((1,))).one_agent, "a single seed is no set of continuations"
+
+
+@pytest.mark.parametrize("games_before", [0, 1, 3, 10])
+def test_agents_of_other_seeds_are_never_one_however_many_games_are_equal(games_before):
+    runs = continuations(fork=None)
+    for run in runs:
+        run.scalars[RETURN] = run.scalars[RETURN][:, 10 - games_before :]
+    found = verdict(*runs)
+    assert not found.one_agent and set(found.means[0]) == {1, 2, 3} and not found.left_out
+    assert found.paired == (games_before > 0), "of one seed they are one run, if their games say so, too"
 
 
 def test_beside_other_agents_each_agent_counts_once():
@@ -222,6 +285,46 @@ def test_the_metric_may_be_the_return_of_evaluations():
     assert found.means[1] == {1: 6.5, 2: 8.0, 3: 9.5} and found.paired
 
 
+def evaluated(name, injected, **args):
+    """Runs of seeds 1 to 3, each evaluated at two steps after the injection."""
+    runs = []
+    for seed in (1, 2, 3):
+        points = {RETURN: games(seed, injected), EVALUATED: [(1_500, seed + injected * (5.0 + seed)), (2_500, seed)]}
+        runs.append(make_run(f"{name}{seed}", points, seed=seed, apply_injection=injected, **args))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"eval_epsilon": 0.1}, "eval_epsilon 0.01 and 0.1"),
+        ({"eval_steps": 500, "eval_episodes": 0}, "eval_episodes 10 and 0, eval_steps 0 and 500"),
+        ({"eval_episodes": 3}, "eval_episodes 10 and 3"),
+        ({"eval_frequency": 500}, "eval_frequency 0 and 500"),
+    ],
+)
+def test_arms_that_were_evaluated_differently_get_no_verdict_on_evaluations_and_it_is_said_why(how, words):
+    runs = [*evaluated("b", False), *evaluated("i", True, **how)]
+    arms, _ = group(runs, EVALUATED)
+    assert comparisons(arms, EVALUATED, None) == [] == comparisons(group(runs)[0], EVALUATED, None)
+    (reason,) = not_compared(arms, [], EVALUATED).values()
+    assert reason.startswith(f"{PHOENIX}: injection at 1k, ") and reason.endswith(f", evaluated differently: {words}")
+    assert len({arm.name for arm in arms}) == 2 and all("eval " in arm.name for arm in arms)
+    assert len(compared(*runs)) == 1 and not not_compared(*[group(runs)[0], compared(*runs)], RETURN), "of training games"
+
+
+def test_seeds_of_an_arm_that_were_evaluated_differently_are_not_averaged():
+    runs = [*evaluated("b", False), *evaluated("i", True)[:2], *evaluated("j", True, eval_epsilon=0.1)[2:]]
+    found = verdict(*runs, metric=EVALUATED)
+    assert set(found.means[1]) == {1, 2} and found.judgement.verdict == "too few seeds"
+    arms = group(runs, EVALUATED)[0]
+    (reason,) = not_compared(arms, [found], EVALUATED).values()
+    assert "injection at 1k, eval epsilon 0.1 against no injection" in reason
+    everyone = [*runs, *evaluated("c", False, eval_epsilon=0.1)]
+    found = compared(*everyone, metric=EVALUATED)
+    assert len(found) == 2 and not not_compared(group(everyone, EVALUATED)[0], found, EVALUATED)
+
+
 # which runs are pairs
 
 
@@ -268,6 +371,76 @@ def test_where_no_game_ended_before_the_injection_lineage_decides(origin, paired
     assert verdict(*runs).paired == paired
 
 
+WHOLE = known("a")
+FORKED = known("b", ("a", 1_000, 1))
+SHARED = [  # what two runs were before, their seeds, up to where they are one
+    (WHOLE, 1, FORKED, 1, 9_000),
+    (WHOLE, 1, FORKED, 2, 1_000),  # another seed's streams from the fork on
+    (FORKED, 1, known("c", ("a", 1_000, 1)), 1, 9_000),
+    (FORKED, 3, known("c", ("a", 1_000, 1)), 2, 1_000),
+    (FORKED, 3, known("c", ("a", 500, 1)), 2, 500),
+    (FORKED, 3, known("c", ("a", 500, 1)), 3, 500),  # of one seed from other steps on
+    (FORKED, 3, known("d", ("c", 2_000, 3), ("a", 1_000, 1)), 3, 9_000),  # a fork of a fork
+    (FORKED, 3, known("d", ("c", 2_000, 4), ("a", 1_000, 1)), 3, 1_000),
+    (known("e", ("b", 3_000, 3), ("a", 1_000, 1)), 5, known("f", ("b", 4_000, 3), ("a", 1_000, 1)), 6, 3_000),
+    (WHOLE, 1, known("z"), 1, 0),  # of one seed, begun elsewhere maybe: without a game nothing shows that they are one
+    (WHOLE, 1, known("z", ("y", 1_000, 1)), 1, 0),
+    (WHOLE, 1, known("z", ("y", 1_000, 2)), 1, 0),
+    (known("b", ("a", 0, 1)), 2, known("c", ("a", 0, 1)), 3, 0),  # nothing but first weights
+]
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_where_no_game_has_ended_two_runs_are_one_as_far_as_their_origins_say(case):
+    identity, seed, other, other_seed, upto = case
+    ours = make_run("a", {RETURN: [(9_500, 1.0)]}, 10_000, identity, seed=seed, total_timesteps=10_000)
+    theirs = make_run("b", {RETURN: [(9_500, 2.0)]}, 10_000, other, seed=other_seed, total_timesteps=10_000)
+    assert [step for step in range(500, 9_001, 500) if share_history(ours, theirs, step)] == list(range(500, upto + 1, 500))
+    assert all(share_history(ours, theirs, s) == share_history(theirs, ours, s) for s in (500, 1_000, 3_000))
+
+
+def test_ids_say_more_than_games_and_games_more_than_names():
+    """A fork's curves begin at its checkpoint, where the event files of its origin have gone."""
+    whole = [(500, 1.0), (1_500, 2.0)]
+    ours = make_run("a", {RETURN: whole}, identity=WHOLE)
+    assert share_history(ours, make_run("b", {RETURN: whole[1:]}, identity=FORKED), INJECTION)
+    named = Identity(None, "b", FORKED.history)
+    named = replace(named, history=(replace(FORKED.history[0], run=None),))
+    assert not share_history(ours, make_run("b", {RETURN: whole[1:]}, identity=named), INJECTION)
+    assert share_history(ours, make_run("b", {RETURN: whole[:1]}, identity=named), INJECTION)
+
+
+def test_of_whole_runs_of_one_seed_the_games_decide():
+    ours = make_run("a", {RETURN: [(500, 1.0)]}, identity=known("a"))
+    for points, one in (([(500, 1.0)], True), ([(500, 2.0)], False), ([(501, 1.0)], False)):
+        assert share_history(ours, make_run("b", {RETURN: points}, identity=known("b")), INJECTION) == one
+    assert not share_history(ours, make_run("b", {RETURN: [(500, 1.0)]}, identity=known("b"), seed=2), INJECTION)
+
+
+@pytest.mark.parametrize(
+    ("origins", "seeds", "one"),
+    [
+        ((None, "P__none__1__1700000000"), (1, 1), True),
+        ((None, "P__none__1__1700000000"), (1, 9), True),  # another seed only from there on
+        ((None, "P__none__2__1700000000"), (1, 2), False),
+        (("P__none__1__1700000000", "P__none__2__1700000000"), (1, 2), False),
+        ((None, "renamed"), (1, 1), True),
+        ((None, "renamed"), (1, 2), False),
+        (("renamed", "renamed"), (1, 2), True),
+        (("renamed", "another"), (1, 2), False),
+        (("renamed", "another"), (1, 1), True),
+    ],
+)
+@pytest.mark.parametrize("identity", [None, Identity(None, None, (), rounded=True)], ids=["folder", "file"])
+def test_of_earlier_versions_runs_the_path_of_a_fork_and_equal_games_decide(origins, seeds, one, identity):
+    runs = []
+    for origin, seed in zip(origins, seeds, strict=True):
+        fork = origin and f"runs/{origin}/checkpoint-{INJECTION}"
+        run = make_run(f"x{seed}", {RETURN: [(500, 1.0)]}, seed=seed, fork=fork)
+        runs.append(replace(run, identity=identity and replace(identity, history=run.known_as.history)))
+    assert share_history(*runs, INJECTION) == share_history(*runs[::-1], INJECTION) == one
+
+
 def test_three_paired_seeds_are_preferred_to_more_that_are_not_and_those_are_named():
     alone = make_run("alone", {RETURN: games(9, 1)}, seed=9)
     found = verdict(*make_arms(), alone)
@@ -311,6 +484,51 @@ def test_an_unfinished_run_ends_the_window_of_all_and_is_named():
     whole = make_run("whole", {RETURN: games(4, 0)}, seed=4, apply_injection=False)
     found = verdict(*make_arms(), going, whole)
     assert (found.upto, found.ended_by) == (2_050, going.folder) and set(found.means[1]) == {1, 2, 3, 4}
+
+
+def test_a_run_that_stopped_just_after_the_injection_is_left_out_and_named():
+    stopped = make_run("stopped", {RETURN: games(4, 1, upto=1_100)}, last=1_110, seed=4)
+    whole = make_run("whole", {RETURN: games(4, 0)}, seed=4, apply_injection=False)
+    found = verdict(*make_arms(), stopped, whole)
+    assert (found.upto, found.ended_by) == (TOTAL, None) and set(found.means[1]) == {1, 2, 3}
+    where = "is at step 1,110, 110 steps beyond the injection at 1,000, where the median run of an arm has 2,000 or more"
+    assert found.left_out[stopped.folder] == f"{stopped.folder} {where}: let it go on, or give a --window of 110 or less"
+    found = verdict(*make_arms(), stopped, whole, window=110)
+    assert set(found.means[1]) == {1, 2, 3, 4} and found.upto == 1_110, "the fix that is named"
+
+
+def test_a_run_that_was_planned_too_short_cannot_go_on():
+    short = make_run(
+        "short", {RETURN: games(4, 1, upto=1_100)}, seed=4, total_timesteps=1_110, exploration_fraction=300 / 1_110
+    )
+    assert verdict(*make_arms(), short).left_out[short.folder].endswith("has 2,000 or more: give a --window of 110 or less")
+
+
+@pytest.mark.parametrize(
+    ("without", "injected", "upto", "left_out"),
+    [
+        ((3_000, 3_000, 3_000), (2_000, 2_000, 2_000), 2_000, []),
+        ((3_000, 3_000, 3_000), (1_100, 1_100, 1_100), 1_100, []),  # the arm is new: its window is what it has
+        ((3_000, 3_000, 3_000), (3_000, 3_000, 1_010), 3_000, ["i3"]),
+        ((1_001, 3_000, 3_000), (3_000, 3_000, 3_000), 3_000, ["b1"]),
+        ((3_000, 2_600, 2_200), (2_800, 2_000, 1_900), 1_900, []),
+        ((3_000, 2_000, 1_900), (1_500, 1_450, 1_100), 1_450, ["i3"]),  # a sweep under way
+    ],
+)
+def test_runs_that_are_under_way_count_unless_they_would_take_most_of_the_window(without, injected, upto, left_out):
+    runs = []
+    for seed, (b, i) in enumerate(zip(without, injected, strict=True), 1):
+        runs.append(make_run(f"b{seed}", {RETURN: games(seed, 0, upto=b)}, b, seed=seed, apply_injection=False))
+        runs.append(make_run(f"i{seed}", {RETURN: games(seed, 1, 50.0, upto=i)}, i, seed=seed))
+    found = verdict(*runs)
+    late = [folder for folder, reason in found.left_out.items() if "the median run" in reason]
+    assert found.upto == upto and late == [f"runs/{name}" for name in left_out]
+
+
+def test_where_a_run_is_left_out_whose_norm_came_last_the_window_begins_at_the_latest_of_the_others():
+    late = make_norm_arms({4: [2_000]}, upto=2_010)[0]
+    found = verdict(*make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}), late)
+    assert (found.after, found.upto) == (1_700, TOTAL) and list(found.left_out) == [late.folder]
 
 
 def test_a_run_that_has_not_reached_the_end_of_a_stated_window_is_left_out_and_named():

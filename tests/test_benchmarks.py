@@ -50,6 +50,19 @@ def test_throughput_measures_every_contender_in_turns_and_writes_all_windows(cap
     assert all(name in capsys.readouterr().out for name in names[:1])
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_contenders_in_slow_bfloat16_are_left_out_and_one_line_says_so(monkeypatch, stack, capsys, fast):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    monkeypatch.setattr(throughput, "ours", lambda *_: None)
+    made = throughput.contenders(throughput.ThroughputSettings(num_envs=(1, 8), sb3_num_envs=()), stack)
+    said = capsys.readouterr().out
+    assert len(made) == (8 if fast else 4) and any("bf16" in name for name in made) == fast
+    assert said == "" if fast else said.startswith("bfloat16 is left out: ") and said.count("\n") == 1
+    if not fast:
+        with pytest.raises(SystemExit, match=r"^error: --bf16 is much slower .*: leave out --bf16$"):
+            profile_update.measure(profile_update.ProfileSettings(bf16=True))
+
+
 @pytest.mark.parametrize("num_envs", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_sb3_makes_one_update_per_four_steps(monkeypatch, num_envs):
     updates, steps = [], []

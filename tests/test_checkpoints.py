@@ -324,8 +324,6 @@ def damages(path, other, rng):
         yield file, lambda file=file: file.write_bytes(file.read_bytes() + b"\n")
     for one, two in itertools.permutations(FILES, 2):
         yield path / one, lambda one=one, two=two: shutil.copy(path / two, path / one)
-    yield path / "more", (path / "more").touch
-    yield path / "more", (path / "more").mkdir
     yield path, lambda: shutil.rmtree(path)
     yield path, lambda: (shutil.rmtree(path), path.touch())
 
@@ -350,6 +348,145 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_reason_whatever_the_damage(
         shutil.copytree("intact", path)
     assert cases >= 400
     assert_good(path)
+
+
+def line_of(name):
+    return f"{'0' * 64}  {name}\n"
+
+
+LISTS = {  # what becomes of the list of checksums
+    "empty": lambda text: "",
+    "without manifest.json": lambda text: without("manifest.json", text),
+    "without state.pt": lambda text: without("state.pt", text),
+    "one file twice": lambda text: text + text.splitlines(keepends=True)[0],
+    "a file that is not there": lambda text: text + line_of("more.zst"),
+    "itself": lambda text: text + line_of(CHECKSUMS),
+    "a file elsewhere": lambda text: text + line_of("../checkpoint-1/state.pt"),
+    "a way out and in again": lambda text: text.replace("state.pt", "../checkpoint-2/state.pt"),
+    "an absolute path": lambda text: text.replace("state.pt", "/etc/hostname"),
+    "the folder above": lambda text: text + line_of(".."),
+    "the folder": lambda text: text + line_of("."),
+    "no name": lambda text: text + line_of(""),
+    "another program's file": lambda text: text + line_of("a b.zst"),
+    "carriage returns": lambda text: text.replace("\n", "\r\n"),
+    "no last newline": lambda text: text[:-1],
+    "an empty line": lambda text: "\n" + text,
+    "capitals": lambda text: text.upper(),
+    "another checksum": lambda text: text.replace(text[:64], "0" * 64),
+    "zeros": lambda text: "\0" * len(text),
+}
+
+
+def without(name, text):
+    return "".join(line for line in text.splitlines(keepends=True) if name not in line)
+
+
+@pytest.mark.parametrize("change", LISTS.values(), ids=LISTS)
+def test_a_list_that_is_not_that_of_a_checkpoints_files_is_damage(change):
+    save(1)
+    path = save(2, keep=(1,)) / CHECKSUMS
+    path.write_bytes(change(path.read_text(encoding="utf-8")).encode())
+    with pytest.raises(UsageError, match=r"^run/checkpoint-2 cannot be read as a checkpoint \(.+\): take another$") as error:
+        load_checkpoint(path.parent)
+    assert "\n" not in str(error.value)
+    assert newest_good_checkpoint(FOLDER, "this run").step == 1
+
+
+def test_a_stream_that_is_not_in_the_list_is_not_taken():
+    path = save(2)
+    text = (path / CHECKSUMS).read_text(encoding="utf-8")
+    (path / CHECKSUMS).write_text(without("frames.zst", text), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"^run/checkpoint-2 cannot .* \(ValueError: frames\.zst is not in SHA256SUMS\): move"):
+        load_checkpoint(path).restore(parts(0, rows=0))
+
+
+# files of other programs
+
+
+BESIDE_FILES = (
+    ".DS_Store|._state.pt|._frames.zst|Thumbs.db|desktop.ini|.nfs0000000001|manifest.json.bak|state.pt.gz|"
+    "state.pt~|frames.zst.part|frames copy.zst|state (1).pt|SHA256SUMS.asc|notes.txt|säule.zst"
+).split("|")
+BESIDE_FOLDERS = (".ipynb_checkpoints", "@eaDir", "__MACOSX", "folder.zst")
+
+
+def litter(folder, files, folders=()):
+    """Puts into a folder what other programs leave there."""
+    for name in files:
+        (folder / name).write_bytes(b"somebody else's")
+    for name in folders:
+        (folder / name).mkdir()
+        (folder / name / "inside").write_bytes(b"somebody else's")
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_files_of_other_programs_in_a_checkpoint_are_passed_over():
+    path = save(7)
+    litter(path, BESIDE_FILES, BESIDE_FOLDERS)
+    before = content(path)
+    assert_good(path)
+    assert newest_good_checkpoint(FOLDER, "this run").path == path
+    assert content(path) == before
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--strict", "--quiet", "-c", CHECKSUMS], cwd=path, check=True)
+
+
+def test_files_of_other_programs_that_come_and_go_while_a_checkpoint_is_written_are_no_part_of_it(monkeypatch):
+    """As those of a file manager, or of a mounted share."""
+    original = checkpoints._own_files
+
+    def while_it_is_listed(folder):
+        litter(folder, BESIDE_FILES, BESIDE_FOLDERS)
+        files = original(folder)
+        for name in BESIDE_FILES:
+            (folder / name).unlink()
+        for name in BESIDE_FOLDERS:
+            shutil.rmtree(folder / name)
+        return files
+
+    monkeypatch.setattr(checkpoints, "_own_files", while_it_is_listed)
+    path = save(7)
+    assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
+    assert_good(path)
+
+
+BESIDE_CHECKPOINTS = (
+    "checkpoint-100.bak|checkpoint-100 copy|checkpoint-100.old|checkpoint-0100|checkpoint-00|"
+    "checkpoint-+100|checkpoint-١٠٠|checkpoint-²|checkpoint-1_000|checkpoint--5|checkpoint-|"
+    "checkpoint-9e9|.checkpoint-100|.checkpoint-100.bak|.checkpoint-x.partial|.checkpoint-100.partial.bak|"
+    ".checkpoint-01.old"
+).split("|")
+FILES_BESIDE_CHECKPOINTS = (
+    "._checkpoint-100|checkpoint-100.tar.gz|checkpoint-900|checkpoint-901.partial|.checkpoint-notes|"
+    ".checkpoint-|.DS_Store|._.checkpoint-100.old|.checkpoint-100.swp|.checkpoint-902.old"
+).split("|")
+
+
+def test_what_is_named_like_a_checkpoint_and_is_none_is_never_gone_on_from_nor_removed_nor_in_the_way(capsys):
+    save(100)
+    for name in BESIDE_CHECKPOINTS:
+        shutil.copytree(FOLDER / "checkpoint-100", FOLDER / name)
+    litter(FOLDER, FILES_BESIDE_CHECKPOINTS)
+    before = {path: read for path, read in content(FOLDER).items() if FOLDER / "checkpoint-100" not in path.parents}
+    assert there() == [100]
+    for step in (200, 300):
+        assert_good(save(step))
+        assert there() == [step]
+    assert newest_good_checkpoint(FOLDER, "this run").step == 300
+    shutil.rmtree(FOLDER / "checkpoint-300")
+    assert content(FOLDER) == before and newest_good_checkpoint(FOLDER, "this run") is None
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_that_has_the_name_of_the_next_checkpoint_makes_way_and_is_kept():
+    FOLDER.mkdir()
+    litter(FOLDER, ("checkpoint-500",))
+    assert_good(save(500))
+    assert_good(save(600))
+    assert there() == [600] and [path.read_bytes() for path in leftovers()] == [b"somebody else's"]
 
 
 def test_only_a_good_checkpoint_of_this_run_and_this_step_is_gone_on_from(capsys):
@@ -488,6 +625,14 @@ def test_a_run_folder_that_cannot_be_written_is_refused_and_nothing_is_left():
     with full_disk(5), pytest.raises(UsageError, match="File too large"):
         create_run_folder(Path("elsewhere/name"), {"run": "number", "args": {}})
     assert os.listdir("elsewhere") == []
+
+
+def test_a_name_that_is_too_long_for_a_folder_is_refused_with_a_fix_that_works():
+    name = f"PhoenixNoFrameskip-v4__{'x' * 250}__1__1700000000"
+    with pytest.raises(UsageError, match=r"\(File name too long\): give a shorter --exp-name$"):
+        create_run_folder(Path("runs", name), {"run": "number", "args": {}})
+    assert os.listdir("runs") == []
+    assert create_run_folder(Path("runs", name[-200:]), {"run": "number", "args": {}}).is_dir()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no JSON", b"[]", b'{"run": "x"}', b'{"args": 5}', b"\xff"])

@@ -243,6 +243,39 @@ def test_help_explains_every_flag_in_the_order_in_which_a_user_meets_them(monkey
     assert "Double DQN with plasticity injection" in plain and "1 step = 1 decision of the agent" in plain
 
 
+@pytest.mark.parametrize(
+    ("flags", "fix"),
+    [
+        ("--eval-epsilon 0.01", "--eval-frequency"),
+        ("--eval-episodes 0 --eval-steps 500", "--eval-frequency"),
+        ("--preset paper --eval-frequency 0 --eval-steps 500", "--eval-frequency"),
+        ("--wandb-project-name x", "--track"),
+        ("--wandb-entity me --no-track", "--track"),
+        ("--no-freeze-heads", "--injection-step"),
+        ("--injected-head-width 1024", "--injection-step"),
+        ("--injection-optimizer-state copy", "--injection-step"),
+        ("--preset paper --injection-step --injection-optimizer-state copy", "--injection-step"),
+        ("--intervention none --shrink-factor 0.5", "--injection-step"),
+    ],
+)
+def test_a_flag_that_nothing_in_the_run_would_look_at_is_refused_with_the_one_that_is_missing(monkeypatch, flags, fix):
+    with pytest.raises(UsageError, match=f"nothing in this run looks at it: give {fix}"):
+        parse(monkeypatch, *flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--eval-frequency 500 --eval-epsilon 0.1",
+        "--track --wandb-project-name x",
+        "--injection-step 5 --intervention none --no-freeze-heads",
+        "--injection-trigger norm --injected-head-width 1024",
+    ],
+)
+def test_and_with_that_it_is_taken(monkeypatch, flags):
+    parse(monkeypatch, *flags.split())
+
+
 BAD = {
     "unknown environment": ("--env-id NoSuchGame-v4", "env_id"),
     "no Atari environment": ("--env-id CartPole-v1", "not an Atari game"),
@@ -283,6 +316,12 @@ BAD = {
     "forking nothing": ("--fork nowhere", "nowhere/manifest.json cannot be read as"),
     "resuming and forking": ("--resume a --fork b", "give one of --resume, --fork and --evaluate"),
     "resuming and evaluating": ("--resume a --evaluate b", "give one of --resume, --fork and --evaluate"),
+    "a checkpoint to keep beyond the end": ("--total-timesteps 90 --keep-checkpoints 5 91", "within 0 ... 90, the run's steps"),
+    "a checkpoint to keep before the start": ("--keep-checkpoints=-1", "keep_checkpoints is (-1,)"),
+    "checkpoints to keep where there are none": (
+        "--keep-checkpoints 5 --checkpoint-frequency 0",
+        "or --keep-checkpoints without",
+    ),
     "graphs without a GPU": ("--cuda-graphs --no-cuda --buffer-size 100", "--cuda-graphs needs a GPU"),
     "evaluating nothing": ("--evaluate nowhere.pt", "nowhere.pt"),
     "evaluating an unset shell variable": ("--evaluate=", "agent.pt"),
@@ -336,16 +375,27 @@ def test_interventions_are_planned_for_the_ends_of_their_vector_steps(num_envs, 
 @pytest.mark.parametrize(
     ("args", "pairs"),
     [
-        ({}, 1),
+        ({}, 0),
         ({"injection_step": (5, 10, 20)}, 3),
         ({"injection_trigger": "norm"}, 1),
         ({"injection_trigger": "norm", "max_injections": 4}, 4),
-        ({"injection_step": (5, 10), "apply_injection": False}, 2),
+        ({"injection_step": (5, 10), "apply_injection": False}, 0),
+        ({"injection_step": (5, 10), "intervention": "none"}, 0),
+        ({"injection_step": tuple(range(1, 51)), "intervention": "reset-head"}, 0),
+        ({"injection_step": (5,), "intervention": "shrink-perturb"}, 0),
+        ({"injection_trigger": "norm", "max_injections": 4, "intervention": "reset-head"}, 0),
     ],
     ids=str,
 )
-def test_a_network_has_room_for_all_injections_that_are_planned_and_for_one_where_none_is(args, pairs):
+def test_a_network_has_room_for_all_injections_that_will_be_made_and_for_no_other(args, pairs):
     assert len(make_q_network(Args(**args), 6, "cpu").theta_prime_1) == pairs
+
+
+@pytest.mark.parametrize("given,kept", [(5, (5,)), ([5, 0], (5, 0)), ((), ())])
+def test_args_keeps_one_checkpoint_or_several_each_at_the_end_of_its_vector_step(given, kept):
+    args = Args(keep_checkpoints=given, total_timesteps=20, num_envs=3, injection_step=(7, 14))
+    assert args.keep_checkpoints == kept and args.kept_checkpoints == {9, *(-(-step // 3) * 3 for step in kept)}
+    assert Args(keep_checkpoints=20, total_timesteps=20, num_envs=3).kept_checkpoints == {20}
 
 
 def test_what_may_differ_in_a_fork_are_fields():

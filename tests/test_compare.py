@@ -3,13 +3,15 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import status_of
-from matplotlib import pyplot as plt
 from simulated_runs import ALIEN, PHOENIX, RETURN, games, make_arms, make_games, write, write_run
 
 import compare
@@ -78,7 +80,7 @@ def test_a_report_prints_its_verdict_and_writes_figures_table_and_numbers_that_a
     text = Path("img/new/x.md").read_text(encoding="utf-8")
     assert found["verdict"] == "raised" and found["sentence"] in text and f"\n  {found['sentence']}\n" in printed
     assert "window 1,000 < step ≤ 2,500" in printed and f"- {printed.splitlines()[0]}; " in text
-    assert all(plt.imread(f"img/new/{file}").shape[2] == 4 for file in files[:2])
+    assert all(Path(f"img/new/{file}").read_bytes().startswith(b"\x89PNG") for file in files[:2])
 
 
 def test_what_is_wrong_or_missing_is_named_and_the_rest_is_compared(command):
@@ -106,6 +108,23 @@ def test_without_two_arms_to_compare_there_are_figures_but_no_verdict(command):
     assert "nothing to compare with" in Path("y.md").read_text(encoding="utf-8") and "evaluation game" in Path(
         "y.svg"
     ).read_text(encoding="utf-8")
+
+
+def test_arms_that_were_evaluated_differently_get_figures_and_the_reason_why_there_is_no_verdict(command):
+    runs = make_arms()
+    for run in runs:
+        evaluations = [(step, float(run.args.seed + run.args.apply_injection)) for step in (500, 1_500, 2_500)]
+        run.scalars["eval/episodic_return"] = np.array(evaluations).T
+    runs = [replace(run, args=replace(run.args, eval_epsilon=0.1)) if run.args.apply_injection else run for run in runs]
+    folders = write_all(runs)
+    status, printed, _ = command(*folders, "--metric", "eval/episodic_return")
+    names = "injection at 1k, eval epsilon 0.1 against no injection, eval epsilon 0.01"
+    assert status == 0 and f"not compared: {PHOENIX}: {names}, evaluated differently: eval_epsilon 0.01 and 0.1\n" in printed
+    assert "no verdict: arms that were evaluated differently have none" in printed and "raised" not in printed
+    content = json.loads(Path("comparison.json").read_text(encoding="utf-8"))
+    assert content["comparisons"] == [] and list(content["not_compared"]) == [f"{PHOENIX}: {names}"]
+    _, printed, _ = command(*folders)
+    assert "injection raised the return by" in printed and "not compared" not in printed
 
 
 def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_only(command):
@@ -139,9 +158,11 @@ def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_onl
         (["--probe", "fresh"], "give --probe fresh --env-id"),
         (["--probe", "fresh", "--env-id", "Foo"], "unknown env_id 'Foo'"),
         (["--probe", "a", "--window", 5], "window is of comparisons, a probe makes none: leave out --window"),
+        (["--probe", "a", "--metric", "charts/episodic_return"], "metric is of comparisons, a probe makes none"),
         (["--probe", "a", "--export", "x"], "export keeps curves of runs"),
         (["--probe", "a", "--out", "x"], "must end in .png, .pdf or .svg: change --out"),
         (["runs/a", "--probe-updates", 5], "probe_updates is given, but nothing to probe"),
+        (["runs/a", "--probe-observations", 512], "probe_observations is given, but nothing to probe"),
         (["--probe", "nowhere"], "no checkpoint to probe; nowhere cannot be read as a checkpoint"),
     ],
 )
@@ -193,9 +214,36 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package, m
         runpy.run_path(str(SCRIPT), run_name="without it")
 
 
+def test_the_users_home_stands_for_itself_in_every_path(command, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    (Path("home")).mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir("home")
+        folders = write_all(make_arms())
+    given = [f"~/{folder}" for folder in folders]
+    status, printed, _ = command(*given, "--out=~/x.png", "--export=~/curves")
+    assert status == 0 and "difference" in Path("home/x.json").read_text(encoding="utf-8")
+    assert len(list(Path("home/curves").iterdir())) == 2 and [path.name for path in Path().iterdir()] == ["home"]
+    status, printed, _ = command("--probe=~/runs/nowhere")
+    assert status == 1 and f"left out: {Path('home/runs/nowhere').absolute()} cannot" in printed
+
+
+def test_runs_are_found_in_folders_of_any_name(command):
+    odd = Path("a b [x] $y_%{} é")
+    odd.mkdir()
+    folders = write_all(make_arms())
+    shutil.move("runs", odd)
+    (odd / "link").symlink_to("runs", target_is_directory=True)
+    given = [f"{odd / folder}/" for folder in folders[:3]]
+    given += [odd / "link" / Path(folder).name for folder in folders[3:]]
+    status, printed, _ = command(*given, "--out", odd / "x.svg", "--export", odd)
+    assert status == 0 and "left out" not in printed and (odd / "x.svg").exists()
+
+
 @pytest.mark.slow
-def test_the_script_runs_from_any_folder_in_a_shell_without_unicode():
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+def test_the_script_runs_from_any_folder_in_a_shell_without_unicode_and_with_a_notebooks_backend():
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, str(SCRIPT), *write_all(make_arms()), "--out", "y.pdf"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     assert (done.returncode, done.stderr) == (0, "") and "window 1,000 < step ? 3,000" in done.stdout

@@ -149,8 +149,12 @@ def test_without_an_encoder_a_film_is_refused_before_any_work_with_the_fix(monke
     require_film()
     monkeypatch.setattr(evaluation.cv2, "VideoWriter", NoWriter)
     for attempt in (require_film, lambda: open_film(tmp_path / "film.mp4", 84, 84)):
-        with pytest.raises(UsageError, match=r"pip install opencv-python-headless, or leave out --capture-video$"):
+        with pytest.raises(UsageError, match=r"^OpenCV \S+ writes no VP9 video here .*leave out --capture-video$") as error:
             attempt()
+        assert "pip install" not in str(error.value), "it is there"
+    assert not any(tmp_path.glob("film*"))
+    with pytest.raises(FileNotFoundError):
+        open_film(tmp_path / "nowhere" / "film.mp4", 84, 84)
     monkeypatch.setattr(script, "make_envs", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(UsageError, match="leave out --capture-video"):
         train(replace(BRIEF, capture_video=True, eval_frequency=100))
@@ -247,6 +251,81 @@ def test_a_runs_saved_agent_is_its_last_network_and_is_played_from_the_command_l
     assert [path.name for path in (folder / "videos").iterdir()] == ["evaluate-seed-1.mp4"]
     with pytest.raises(SystemExit, match=f"plays {TINY_GAMES}, not PongNoFrameskip-v4: leave out --env-id"):
         play("--env-id", "PongNoFrameskip-v4")
+
+
+@pytest.fixture
+def agent():
+    """The file of one that has learned nothing; it was to be reset at step 10 of its run."""
+    settings = {"env_id": TINY_GAMES, "env_backend": "ale", "injection_step": (10,), "intervention": "reset-head"}
+    args = Args(**settings, head_width=16, learning_rate=2e-4, bf16=True, eval_epsilon=0.5)
+    save_agent(Path("agent.pt"), Learner(args, 8, "cpu").q_network, script.asdict(args), 30)
+    return Path("agent.pt")
+
+
+def played(monkeypatch, capsys, *flags):
+    """What the script prints, and its error."""
+    monkeypatch.setattr(sys, "argv", ["", "--evaluate", "agent.pt", *flags])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "left_out"),
+    [
+        ("--env-id PhoenixNoFrameskip-v4", f"plays {TINY_GAMES}, not PhoenixNoFrameskip-v4: leave out --env-id"),
+        ("--env-id=PongNoFrameskip-v4 --no-bf16", "leave out --env-id, --bf16"),
+        ("--learning-rate 1e-4", "trained, with learning_rate 0.0002: leave out --learning-rate"),
+        ("--no-bf16 --learning-rate 5", "leave out --learning-rate, --bf16"),
+        ("--head-width 512", "leave out --head-width"),
+        ("--env-backend sb3", "leave out --env-backend"),
+        ("--num-envs 8 --exp-name x", "leave out --exp-name, --num-envs"),
+        ("--intervention injection", "leave out --intervention"),
+        ("--injection-step", "leave out --injection-step"),
+        ("--eval-frequency 100 --save-model --track", "leave out --eval-frequency, --save-model, --track"),
+        ("--keep-checkpoints 5", "leave out --keep-checkpoints"),
+        ("--total-timesteps 100 --checkpoint-frequency 5", "leave out --total-timesteps, --checkpoint-frequency"),
+        ("--preset paper", "leave out --preset"),
+        ("--preset default", "leave out --preset"),
+    ],
+)
+def test_what_playing_would_pass_over_is_refused_also_where_it_is_the_scripts_default(
+    agent, monkeypatch, capsys, flags, left_out
+):
+    monkeypatch.setattr(script, "play_games", lambda *_: pytest.fail("it played"))
+    message = played(monkeypatch, capsys, *flags.split())
+    assert message.startswith("error: ") and message.endswith(left_out) and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        f"--env-id {TINY_GAMES} --bf16 --head-width 16 --learning-rate 2e-4 --injection-step 10 --intervention reset-head",
+        "--seed 3 --no-cuda --no-torch-deterministic --no-tf32",
+        "--eval-episodes 0 --eval-steps 40 --eval-epsilon 0.01",
+    ],
+)
+def test_what_playing_looks_at_or_what_is_the_agents_own_is_not_refused(agent, monkeypatch, capsys, flags):
+    assert f"{TINY_GAMES}, agent at step 30, ε 0.01: scores of" in played(monkeypatch, capsys, *flags.split())
+
+
+def test_whoever_calls_it_is_told_too_what_playing_would_pass_over(agent):
+    with pytest.raises(UsageError, match=r"with gamma 0\.99, overlap False: leave out --gamma, --overlap"):
+        script.evaluate_saved(Args(evaluate="agent.pt", gamma=0.5, overlap=True))
+
+
+def test_an_agent_that_was_saved_with_heads_that_it_never_used_plays(agent):
+    saved = torch.load(agent, weights_only=True)
+    roomy = QNetwork(8, max_injections=2, head_width=16)
+    roomy.load_state_dict(saved["q_network"])
+    saved["q_network"] = roomy.state_dict()
+    torch.save(saved, agent)
+    network, _, _ = load_agent(agent, "cpu")
+    obs = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8)
+    assert torch.equal(network(obs), roomy(obs)) and len(network.theta_prime_1) == 0
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no agent", "other"])

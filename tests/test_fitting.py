@@ -1,6 +1,7 @@
 """Agents and fresh networks that fit random targets: what they start from, and what they are given."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from saved_agents import CPU, SMALL, change
 from analysis import fitting
 from analysis.fitting import CONTENDERS, FRESH, fresh_subject, random_play, read_subject, saved_args
 from dqn_injection_atari import Learner, make_parts
-from support.checkpoints import load_checkpoint
+from support.checkpoints import Checkpoint, load_checkpoint
 from support.usage import UsageError
 
 
@@ -76,15 +77,15 @@ def test_a_replay_that_does_not_fit_in_memory_is_refused(checkpoint, monkeypatch
         fitting.replayed_observations(load_checkpoint(checkpoint), 16, CPU)
 
 
-def test_the_learning_rate_is_the_runs_or_another(checkpoint):
-    assert [saved_args(read_subject(checkpoint, rate)).learning_rate for rate in (None, 0.5)] == [SMALL.learning_rate, 0.5]
+def test_the_learning_rate_is_the_one_that_is_given(checkpoint):
     learner = fitting.make_contender("agent", read_subject(checkpoint, 0.5), 0, CPU)
     assert [group["lr"] for group in learner.optimizer.param_groups] == [0.5]
-    assert [saved_args(fresh_subject(TINY_GAMES, 0, rate)).learning_rate for rate in (None, 0.5)] == [5e-4, 0.5]
+    for subject in (read_subject(checkpoint, 0.5), fresh_subject(TINY_GAMES, 0, 0.5)):
+        assert saved_args(subject).learning_rate == 0.5
 
 
 def test_fresh_networks_differ_by_seed_and_have_the_actions_of_their_game():
-    one, same, other = (fresh_subject(TINY_GAMES, seed) for seed in (1, 1, 2))
+    one, same, other = (fresh_subject(TINY_GAMES, seed, 5e-4) for seed in (1, 1, 2))
     weights = [subject.state["learner"]["q_network"]["theta.0.weight"] for subject in (one, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert fitting.num_actions(one) == 8 and fitting.num_injections(one) == 0 and one.step == 0
@@ -95,3 +96,26 @@ def test_random_play_shows_many_observations_and_always_the_same():
     obs = random_play("PhoenixNoFrameskip-v4", 20, CPU)
     assert obs.shape == (20, 4, 84, 84) and obs.dtype == torch.uint8 and len(obs.flatten(1).unique(dim=0)) > 18
     assert torch.equal(obs, random_play("PhoenixNoFrameskip-v4", 20, CPU))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"intervention": "reset-head", "keep_checkpoints": (4, 60)},
+        {"intervention": "shrink-perturb", "shrink_factor": 0.5},
+        {"intervention": "none", "injection_optimizer_state": "copy", "shrink_factor": 0.5},
+        {"intervention": "none", "injection_step": ()},
+        {"intervention": "reset-head", "injection_step": (), "injection_trigger": "norm", "injection_norm_ratio": 2.0},
+        {"apply_injection": False, "freeze_heads": False},
+    ],
+    ids=str,
+)
+def test_an_agent_of_a_run_that_adds_no_heads_can_be_injected_in_a_probe(changes):
+    args = replace(SMALL, **changes)
+    learner = Learner(args, 8, CPU)
+    learner.reset_head(180)
+    saved = Checkpoint(Path("x"), {"step": 200, "args": asdict(args)}, {"learner": learner.state_dict()})
+    obs = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8)
+    injected = fitting.make_contender("agent, injected", saved, 0, CPU)
+    assert injected.q_network.num_injections == 1 and injected.q_network.freeze_heads == args.freeze_heads
+    assert torch.equal(injected.q_network(obs), learner.q_network(obs))

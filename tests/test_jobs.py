@@ -53,6 +53,13 @@ def test_a_job_begins_where_it_has_no_folder_and_goes_on_where_it_has_with_one_l
     assert all(line.startswith(jobs.STARTED) for line in (first, third)) and third.endswith("echo 'goes on in' runs/x__7")
 
 
+def test_a_job_is_none_of_several_equal_ones_whatever_started_its_parent(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert run(job("sh", "-c", "echo $SETTING-$SLURM_STEP_NUM_TASKS-$SLURM_JOB_ID")) == 0
+    assert Path("x.log").read_text(encoding="utf-8").splitlines()[1] == "3--7"
+
+
 def test_a_folder_belongs_to_the_job_of_that_name_alone():
     for name in ("x__9", "x__10", "x__10-1", "x__1__99", "xx__99", ".x__99", "x__y", "a.b__1", "aXb__2"):
         Path("runs", name).mkdir(parents=True)

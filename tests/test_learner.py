@@ -262,7 +262,7 @@ def test_a_learner_comes_back_from_its_state_and_goes_on_the_same(injections, fr
     assert np.array_equal(first.rng.random(4), second.rng.random(4))
 
 
-@pytest.mark.parametrize("planned", [(), (10,), (10, 20, 30)])
+@pytest.mark.parametrize("planned", [(10,), (10, 20, 30)])
 def test_a_learner_takes_up_a_state_with_another_number_of_heads_to_come(planned):
     first, second = make_learner(), make_learner(injection_step=planned)
     updates(first, 2)
@@ -275,6 +275,46 @@ def test_a_learner_takes_up_a_state_with_another_number_of_heads_to_come(planned
     shared = set(ours) & set(theirs)
     assert differences({n: ours[n] for n in shared}, {n: theirs[n] for n in shared}) == []
     assert all(re.search(r"theta_prime_[12]\.[12]\.", name) for name in set(ours) ^ set(theirs))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"injection_step": ()},
+        {"apply_injection": False},
+        {"intervention": "none"},
+        {"intervention": "reset-head"},
+        {"intervention": "none", "optimizer": "rmsprop", "shared_bias": True},
+        {"intervention": "none", "bf16": True},
+    ],
+    ids=str,
+)
+def test_a_learner_without_room_for_heads_learns_as_one_that_has_it_and_leads_to_it_and_back(changes):
+    same = {name: value for name, value in changes.items() if name in ("optimizer", "shared_bias", "bf16")}
+    bare, roomy = make_learner(**changes), make_learner(**same)
+    assert not [name for name, _ in bare.q_network.named_parameters() if "prime" in name]
+    for learner in (bare, roomy):
+        updates(learner, 2)
+    injecting, back = make_learner(**same), make_learner(**changes)
+    injecting.load_state_dict(bare.state_dict())
+    back.load_state_dict(roomy.state_dict())
+    assert differences(flat(injecting.state_dict()), flat(roomy.state_dict())) == []
+    assert differences(flat(back.state_dict()), flat(bare.state_dict())) == []
+    for learner in (injecting, roomy):
+        learner.inject()
+        updates(learner, 2)
+    assert differences(flat(injecting.state_dict()), flat(roomy.state_dict())) == []
+    with pytest.raises(RuntimeError, match=r"theta_prime_1\.0"):
+        bare.load_state_dict(roomy.state_dict())
+
+
+def test_a_state_that_lacks_a_head_in_use_is_refused():
+    learner = make_learner()
+    learner.inject()
+    state = learner.q_network.state_dict()
+    del state["theta_prime_1.0.0.weight"]
+    with pytest.raises(RuntimeError, match=r"theta_prime_1\.0\.0\.weight"):
+        make_learner().q_network.load_state_dict(state)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

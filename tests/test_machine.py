@@ -23,6 +23,8 @@ import dqn_injection_atari as script
 import support.environments as environments
 import support.machine as machine
 from support.machine import (
+    FolderGone,
+    HeldFolder,
     alone_in,
     circumstances,
     code_version,
@@ -32,6 +34,7 @@ from support.machine import (
     limit_threads,
     pick_device,
     place_for,
+    slow_bfloat16,
     usable_processors,
 )
 from support.replay import FrameReplayBuffer
@@ -80,6 +83,27 @@ def test_a_gpu_that_can_run_nothing_is_refused_in_one_line_with_nothing_written(
     message = str(refusal.value)
     assert message.startswith(f"a GPU is listed, but cannot be used ({type(error).__name__}: {str(error)[:18]}")
     assert "CUDA_VISIBLE_DEVICES" in message and "\n" not in message and os.listdir() == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        AttributeError("no such name"),
+        AssertionError("of our own"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_the_trial_is_no_fault_of_the_gpu(monkeypatch, error):
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "try_out", fails)
+    with pytest.raises(type(error)) as raised:
+        pick_device(True, True, True)
+    assert raised.value is error
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
@@ -168,6 +192,76 @@ def test_a_workspace_that_the_user_set_stays(monkeypatch):
 def test_tf32_is_a_choice(tf32):
     pick_device(False, True, tf32)
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+
+
+# bfloat16
+
+
+@pytest.mark.parametrize(
+    ("onednn", "supported", "avx512", "its_bf16", "fast"),
+    [
+        (True, True, True, True, True),
+        (True, False, True, False, False),  # as with AVX2 alone
+        (True, True, True, False, False),  # AVX-512 without instructions for bfloat16: 2.3 times slower than float32
+        (True, True, False, False, True),  # others that oneDNN knows, as on ARM
+        (False, True, True, True, False),
+    ],
+)
+def test_bfloat16_is_slow_where_a_processor_has_no_instructions_for_it(monkeypatch, onednn, supported, avx512, its_bf16, fast):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: its_bf16)
+    assert (slow_bfloat16(CPU) is None) == fast
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_gpu_is_asked_for_its_own_instructions(monkeypatch, fast):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast and not including_emulation)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert (slow_bfloat16(GPU) is None) == fast and (fast or "on this GPU" in slow_bfloat16(GPU))
+
+
+@pytest.fixture
+def no_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+
+
+SHORTEST = replace(BRIEF, total_timesteps=4, log_frequency=2, checkpoint_frequency=2, exploration_fraction=0.0, save_model=True)
+
+
+def test_slow_bfloat16_is_refused_in_a_new_run_with_the_fix_and_nothing_is_written(no_bfloat16):
+    with pytest.raises(UsageError, match=r"^--bf16 is much slower than float32 here: .*: leave out --bf16$") as refusal:
+        script.train(replace(SHORTEST, bf16=True))
+    assert "\n" not in str(refusal.value) and os.listdir() == []
+    script.train(SHORTEST)
+
+
+def test_slow_bfloat16_is_one_warning_in_what_goes_on_in_it_and_none_where_its_agent_plays(monkeypatch, capsys):
+    folder = script.train(replace(SHORTEST, bf16=True))
+    assert "bf16" not in capsys.readouterr().out
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    script.train(replace(SHORTEST, bf16=True, resume=str(folder)))
+    script.train(replace(SHORTEST, bf16=True, total_timesteps=8, fork=str(folder / "checkpoint-4")))
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "bf16" in line]
+    assert len(warnings) == 2 and all(line.startswith("warning: --bf16 is much slower") for line in warnings)
+    script.evaluate_saved(script.Args(evaluate=str(folder), eval_episodes=1))
+    assert "bf16" not in capsys.readouterr().out
+
+
+# one of several
+
+
+def test_a_run_that_is_one_of_several_equal_ones_says_so_once_and_names_the_variable(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
+    folder = script.train(SHORTEST)
+    script.train(replace(SHORTEST, resume=str(folder)))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "SLURM" in line]
+    assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("warning: SLURM_STEP_NUM_TASKS is 3: ")
+    assert "srun -n 1" in lines[0] and "--seed" in lines[0]
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    script.train(SHORTEST)
+    assert "SLURM" not in capsys.readouterr().out
 
 
 # memory
@@ -460,3 +554,66 @@ def test_a_folder_that_is_not_there_is_refused_by_name():
         alone_in(Path("nowhere")),
     ):
         pytest.fail("it came in")
+
+
+# folders that move
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_held_folder_is_found_wherever_it_goes_and_no_other_is_taken_for_it(absolute):
+    where = Path("runs/x").absolute() if absolute else Path("runs/x")
+    where.mkdir(parents=True)
+    held = HeldFolder(where)
+    assert held.here() == where
+    for name in ("runs/y", "elsewhere", "runs/x"):
+        held.here().rename(name)
+        expected = Path(name).absolute() if absolute else Path(name)
+        assert held.here() == expected == held.path
+    Path("runs").rename("stopped")
+    Path("runs/x").mkdir(parents=True)
+    assert held.here() == expected.parent.parent / "stopped/x"
+    shutil.rmtree("stopped/x")
+    Path("stopped/x").mkdir()
+    assert held.find() is None
+    with pytest.raises(FolderGone, match=r"stopped/x is no longer there$"):
+        held.here()
+
+
+@pytest.mark.parametrize("obstacle", ["folders cannot be opened", "nobody tells paths"])
+def test_where_a_folder_cannot_be_followed_it_is_what_has_its_name(monkeypatch, obstacle):
+    Path("x").mkdir()
+    with monkeypatch.context() as patch:
+        if obstacle == "folders cannot be opened":
+            patch.setattr(machine.os, "open", lambda *_: fail_with(errno.EACCES))
+        held = HeldFolder(Path("x"))
+    monkeypatch.setattr(machine.os, "readlink", lambda _: fail_with(errno.ENOENT))
+    assert held.here() == Path("x")
+    Path("x").rename("y")
+    assert held.find() is None
+    Path("y").rename("x")
+    assert held.here() == Path("x")
+
+
+def test_a_mac_tells_a_folders_path_by_a_call_of_its_own(monkeypatch):
+    Path("x").mkdir()
+    held = HeldFolder(Path("x"))
+    answer = os.fsencode(Path("y").absolute()).ljust(1024, b"\0")
+    monkeypatch.setattr(machine.fcntl, "F_GETPATH", 50, raising=False)
+    monkeypatch.setattr(machine.fcntl, "fcntl", lambda descriptor, *_: {held.descriptor: answer}[descriptor])
+    assert held.here() == Path("x")
+    Path("x").rename("y")
+    assert held.here() == Path("y")
+
+
+def test_a_held_folders_descriptor_goes_with_it():
+    Path("x").mkdir()
+    held = HeldFolder(Path("x"))
+    descriptor = held.descriptor
+    os.fstat(descriptor)
+    del held
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def fail_with(number):
+    raise OSError(number, os.strerror(number))

@@ -1,8 +1,10 @@
-"""A sweep's folder: what was asked, what became of every run, and how far its log says it is."""
+"""A sweep's folder: what was asked, what became of every run, and how far it says it is."""
 
-import dataclasses
 import json
+import os
 import resource
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from analysis.manifest import (
     Manifest,
     Progress,
     begin,
+    commit,
     last_lines,
     measured_speed,
     newest,
@@ -20,19 +23,15 @@ from analysis.manifest import (
     read_progress,
     refuse_another,
 )
-from support.jobs import STARTED
 from support.usage import UsageError
 
 HERE = Path()
 ASKED: dict = {"env_ids": ("A",), "seeds": (1,), "arms": {}, "grid": [], "flags": [], "from_checkpoint": None, "steps": None}
 ASKED |= {"threads": 2}
-LOG = f"""{STARTED} node3: python script --seed 1
-PhoenixNoFrameskip-v4 × 8 (ale) on cpu with 2 threads, curves in runs/x
-resumed at step 18,000 from runs/x/checkpoint-18000
-step 21,000 of 30,000, 1,139 SPS, 01:04 left, ε 0.01, return 180
-step 24,000 of 30,000, 98 SPS, 1:00:04 left, ε 0.01, return -
-step 25,000: checkpoint-25000, 69 MB in 0.3 s
-"""
+SAID = {
+    **{"step": 25_000, "total_timesteps": 30_000, "steps_per_second": 98.4, "return": -3.2, "device": "cpu"},
+    **{"host": "node3", "pid": 42, "began": 1.5, "first": 18_000, "time": 9.5},
+}
 
 
 def change(run="x", state="finished", speed=None):
@@ -48,10 +47,11 @@ def test_changes_are_read_back_in_their_order():
     assert [list(json.loads(line)) for line in Path("manifest.jsonl").read_text(encoding="utf-8").splitlines()] == [names] * 3
 
 
-def test_a_line_that_a_killed_sweep_has_torn_is_passed_over_and_the_next_one_is_whole():
+@pytest.mark.parametrize("tail", [b'{"time": 1.5, "ru', bytes(4_096), b'{"time": 1.5' + bytes(7), b"\xff\xfe"])
+def test_a_line_that_a_kill_or_a_power_cut_has_torn_is_passed_over_and_the_next_one_is_whole(tail):
     Manifest(HERE).add(change())
-    with open("manifest.jsonl", "a", encoding="utf-8") as file:
-        file.write('{"time": 1.5, "ru')
+    with open("manifest.jsonl", "ab") as file:
+        file.write(tail)
     assert read_manifest(HERE) == [change()]
     Manifest(HERE).add(change("y"))
     assert read_manifest(HERE) == [change(), change("y")]
@@ -102,33 +102,100 @@ def test_a_folder_that_a_killed_sweep_has_only_made_is_taken_over():
     for name in ("runs", "logs"):
         Path("x", name).mkdir(parents=True)
     Path("x/sweep.json.partial").write_text("{", encoding="utf-8")
+    for hidden in ("x/.DS_Store", "x/._runs", "x/runs/.DS_Store"):
+        Path(hidden).touch()
     refuse_another(Path("x"), ASKED)
     begin(Path("x"), ASKED)
     assert read_asked(Path("x")).seeds == [1] and not Path("x/sweep.json.partial").exists()
 
 
-def test_progress_is_what_the_newest_attempt_has_said():
+def test_progress_is_what_the_runs_own_file_says():
+    assert read_progress(HERE) is None
+    Path("progress.json").write_text(json.dumps(SAID), encoding="utf-8")
+    found = read_progress(HERE)
+    assert found == Progress("node3", "cpu", 18_000, 25_000, 30_000, 98.4, -3.2, 9.5, ("node3", 42, 1.5))
+    assert str(found) == "step 25,000 of 30,000, 98 SPS, 00:50 left, return -3"
+    assert str(replace(found, mean_return=None)) == "step 25,000 of 30,000, 98 SPS, 00:50 left, return –"
+    assert str(replace(found, steps_per_second=None)) == "step 25,000" and str(Progress()) == "step 0"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\0\0", json.dumps({"step": 5}), json.dumps(SAID | {"time": None})])
+def test_progress_that_is_not_whole_is_none(content):
+    Path("progress.json").write_text(content, encoding="utf-8")
+    assert read_progress(HERE) is None
+
+
+def test_the_last_lines_of_a_log_are_those_of_the_newest_attempt():
     log = Path("x.log")
-    assert read_progress(log, 0) == Progress()
-    log.write_text(LOG, encoding="utf-8")
-    found = read_progress(log, 0)
-    assert found == Progress("node3", "cpu", 18_000, 25_000, 30_000, "98", "1:00:04", "-")
-    assert str(found) == "step 25,000 of 30,000, 98 SPS, 1:00:04 left, return -"
+    assert last_lines(log, 0) == []
+    log.write_text("noise\n" * 10_000, encoding="utf-8")
     offset = log.stat().st_size
-    assert read_progress(log, offset) == Progress(), "nothing of the attempt before"
     with open(log, "a", encoding="utf-8") as file:
-        file.write(LOG.splitlines()[0] + "\n")
-    assert read_progress(log, offset) == Progress("node3")
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(
-            "forked at step 5 from runs/y/checkpoint-5\n"
-            + "noise\n" * 10_000
-            + "step 7 of 9, 3 SPS, 00:01 left, ε 1.00, return 4\n"
-        )
-    late = read_progress(log, offset)
-    assert dataclasses.astuple(late) == ("node3", None, 5, 7, 9, "3", "00:01", "4")
-    assert len(last_lines(log, offset, 20_000)) == 10_003, "nothing of the attempt before"
-    assert (
-        last_lines(log, offset, 1) == ["step 7 of 9, 3 SPS, 00:01 left, ε 1.00, return 4"]
-        and last_lines(Path("y.log"), 0) == []
-    )
+        file.write("one\ntwo\n")
+    assert last_lines(log, offset, 20_000) == ["one", "two"] and last_lines(log, offset, 1) == ["two"]
+
+
+CONTINUED = ASKED | {"from_checkpoint": "/a/runs/X__1/checkpoint-5", "steps": 9, "origin": {"run": "abc", "step": 5}}
+MOVED = CONTINUED | {"from_checkpoint": "/b/c/Y/checkpoint-five"}
+
+
+def test_a_checkpoint_that_was_moved_is_the_same_and_one_that_took_its_place_is_not():
+    begin(HERE / "x", CONTINUED)
+    refuse_another(HERE / "x", MOVED)
+    for other in (
+        CONTINUED | {"origin": {"run": "abd", "step": 5}},
+        MOVED | {"origin": {"run": "abc", "step": 6}},
+        CONTINUED | {"from_checkpoint": None, "origin": None},
+    ):
+        with pytest.raises(UsageError, match="is the folder of another sweep"):
+            refuse_another(HERE / "x", other)
+    begin(HERE / "x", MOVED)
+    assert read_asked(HERE / "x").from_checkpoint == "/b/c/Y/checkpoint-five"
+
+
+def test_a_sweep_that_noted_only_the_path_of_its_checkpoint_goes_on_also_where_that_was_moved_with_its_run():
+    begin(HERE / "x", {name: value for name, value in CONTINUED.items() if name != "origin"})
+    refuse_another(HERE / "x", CONTINUED)
+    refuse_another(HERE / "x", CONTINUED | {"from_checkpoint": "/b/runs/X__1/checkpoint-5"})
+    with pytest.raises(UsageError, match="from_checkpoint is /a/runs/X__2/checkpoint-5, there /a/runs/X__1/checkpoint-5"):
+        refuse_another(HERE / "x", CONTINUED | {"from_checkpoint": "/a/runs/X__2/checkpoint-5"})
+
+
+def git(place, *words):
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-c", "user.name=a", "-c", "user.email=b", "-c", "commit.gpgsign=false", *words]
+    return subprocess.run(command, cwd=place, env=own, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+
+
+@pytest.fixture
+def around():
+    """A repository with one commit, and a project in a folder of it."""
+    Path("it's a repository/project").mkdir(parents=True)
+    Path("it's a repository/project/code.py").write_text("1\n", encoding="utf-8")
+    git("it's a repository", "init", "-q")
+    git("it's a repository", "add", ".")
+    git("it's a repository", "commit", "-q", "-m", "one")
+    return Path("it's a repository").absolute()
+
+
+def test_the_commit_is_the_projects_own_and_never_that_of_a_repository_around_it(around, monkeypatch):
+    whole = git(around, "rev-parse", "HEAD")
+    assert whole.startswith(commit(around)) and commit(around / "project") is None and commit(HERE.absolute()) is None
+    (around / "project" / "code.py").write_text("2\n", encoding="utf-8")
+    assert commit(around).endswith("-dirty")
+    git(around / "project", "init", "-q")
+    assert commit(around / "project") is None, "a repository without a commit"
+    git(around / "project", "add", ".")
+    git(around / "project", "commit", "-q", "-m", "two")
+    assert git(around / "project", "rev-parse", "HEAD").startswith(commit(around / "project"))
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.setenv(name, str(around / ".git"))
+    assert git(around / "project", "rev-parse", "HEAD").startswith(commit(around / "project"))
+    assert commit(HERE.absolute()) is None
+    monkeypatch.setenv("PATH", "")
+    assert commit(around) is None, "without git"
+
+
+def test_the_commit_of_a_work_tree_of_its_own_is_that_of_the_project(around):
+    git(around, "worktree", "add", "-q", "../tree")
+    assert git(around, "rev-parse", "HEAD").startswith(commit(around.parent / "tree"))

@@ -93,8 +93,24 @@ def test_the_grid_multiplies_the_plan_and_each_setting_has_a_trunk_of_its_own():
 def test_a_plan_knows_its_memory_and_disk():
     run, small = (plan(asked(flags=[*FLAGS, "--buffer-size", size]))[0] for size in ("1000000", "1000"))
     assert 7.0e9 < run.memory < 7.4e9 and small.memory < 0.01e9
-    kept = [replace(run, args=replace(run.args, injection_step=steps)).disk for steps in ((), (1000,), (1000, 2000))]
-    assert kept[1] - kept[0] == kept[2] - kept[1] >= 66e6, "a checkpoint is kept for each injection"
+
+
+def test_the_disk_of_a_plan_counts_the_checkpoints_that_stay_and_the_heads_in_them():
+    baseline = plan(asked("none", flags=[*FLAGS, "--buffer-size", "1000"]))[0]
+
+    def disk(begins=0, **changes):
+        return replace(baseline, begins=begins, args=replace(baseline.args, **changes)).disk
+
+    three = disk()
+    assert three == disk(injection_step=(1000,)) == disk(injection_step=tuple(range(4, 9000, 4)))
+    one = three - disk(injection_step=())
+    assert disk(keep_checkpoints=(0, 2000)) == three + 2 * one == disk(keep_checkpoints=(0, 1001, 2000))
+    assert disk(begins=2000, keep_checkpoints=(0, 2000)) == three, "those before the fork are its origin's"
+    assert one < 35e6 and disk(intervention="reset-head") == three
+    norm = {"injection_step": (), "injection_trigger": "norm"}
+    assert disk(**norm) == disk(injection_step=()) and disk(**norm, intervention="reset-head") == three
+    twice = disk(intervention="injection") - three
+    assert twice == 3 * 2 * (disk(intervention="injection", injection_step=(1000,)) - three) / 3 >= 3 * 2 * 38e6
 
 
 @pytest.fixture
@@ -204,6 +220,46 @@ def test_what_cannot_work_is_refused_in_one_line(changes, words):
     with pytest.raises(UsageError, match=words) as refusal:
         plan(asked(**changes))
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"own": {"x" * 300: ""}}, r"of \d+ bytes, but 255 are possible: give a shorter name to --arm"),
+        ({"own": {"ä" * 110: ""}}, r"of 26\d bytes, but 255"),
+        ({"grid": [["injection-step", " ".join(map(str, range(1_001, 2_000, 16)))]]}, "fewer flags and values to --grid"),
+        ({"own": {"Wide": "", "wide": "--no-freeze-heads"}}, "two runs would have the name"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_names_for_which_a_file_system_has_no_room_or_that_it_takes_for_one_are_refused(changes, words):
+    with pytest.raises(UsageError, match=words):
+        plan(asked(seeds=(1,), **changes))
+
+
+def test_a_name_that_just_fits_makes_folders_and_logs():
+    room = 255 - len(f"{PHOENIX}____1__1234567890-1000")
+    run = plan(asked(own={"ä" * (room // 2): "--no-freeze-heads"}, seeds=(1,)))[-1]
+    Path("runs", f"{run.name}__1234567890-1000").mkdir(parents=True)
+    Path("runs", f"{run.name}.log").touch()
+    with pytest.raises(UsageError, match="bytes, but 255 are possible"):
+        plan(asked(own={"ä" * (room // 2 + 1): "--no-freeze-heads"}, seeds=(1,)))
+
+
+@pytest.mark.parametrize("name", ["", "///", "- -", "\udcff"], ids=ascii)
+def test_a_name_of_which_nothing_is_left_in_a_folders_name_is_refused(name):
+    with pytest.raises(UsageError, match="give another name to --arm"):
+        all_arms((), {name: "--no-freeze-heads"})
+
+
+def test_a_checkpoint_is_what_its_manifest_says_wherever_it_lies():
+    assert planning.identity_of(None) is None
+    for path in ("a/checkpoint-5", "b c/moved"):
+        Path(path).mkdir(parents=True)
+        Path(path, "manifest.json").write_text(json.dumps({"run": "abc", "step": 5, "args": {}}), encoding="utf-8")
+        assert planning.identity_of(path) == {"run": "abc", "step": 5}
+    with pytest.raises(UsageError, match="gone cannot be read as a checkpoint"):
+        planning.identity_of("gone")
 
 
 def test_arms_without_a_meaning_are_refused():

@@ -20,7 +20,7 @@ AGENT, INJECTED, _ = CONTENDERS
 CPU = torch.device("cpu")
 QUICK = {"observations": 16, "updates": 5, "seeds": 2}
 ONCE = QUICK | {"seeds": 1}
-ENOUGH = ONCE | {"observations": 8, "updates": 60}
+ENOUGH = ONCE | {"observations": 8, "updates": 60, "rate": 1e-3}
 
 
 def ratios(result):
@@ -114,6 +114,21 @@ def test_only_what_the_agent_would_train_moves(injected_checkpoint, fits):
     for (before, learner, *_), head in zip(fits, learning, strict=True):
         moved = {name for name, p in learner.q_network.named_parameters() if not torch.equal(p, before[name])}
         assert moved == {name for name in before if name.startswith(("encoder.", head))}
+
+
+@pytest.mark.parametrize(("rate", "used"), [(None, 1e-4), (5e-5, 5e-5), (1e-3, 1e-3)])
+def test_the_learning_rate_is_the_probes_own_and_a_high_one_is_remarked_on(checkpoint, capsys, monkeypatch, rate, used):
+    assert SMALL.learning_rate == 1e-3, "the run's does not matter"
+    rates = []
+    monkeypatch.setattr(probing, "fit", lambda learner, *_: rates.append(learner.args.learning_rate) or (1.0, 0.5))
+    (result,) = probe([str(checkpoint)], **ONCE, rate=rate)
+    assert result["learning_rate"] == used and rates == 3 * [used]
+    printed = capsys.readouterr().out
+    if rate == 1e-3:
+        assert printed.splitlines()[-1] == f"remark: {result['remark']}"
+        assert result["remark"].startswith("at learning rate 0.001 ") and result["remark"].endswith("-rate for 0.0001")
+    else:
+        assert result["remark"] is None and "remark" not in printed
 
 
 def test_runs_in_bfloat16_are_probed_in_float32(checkpoint, fits):
@@ -217,4 +232,4 @@ def test_the_sentence_claims_what_the_interval_supports():
     assert "the agent's error is not to be compared (diverged with 1 of 1 seeds)" in words(None)
     assert "own error fell by 80%" in words((2.0, None))
     assert "no answer: a fresh network loses only 4% of its error" in words((2.0, [1.5, 2.6]), end=0.48)
-    assert words(None, end=None) == "no answer: a fresh network diverges with this run's learning rate"
+    assert words(None, end=None) == "no answer: a fresh network diverges, lower --probe-learning-rate"

@@ -2,6 +2,9 @@
 
 import io
 import os
+import re
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +203,30 @@ def test_nobody_has_to_listen(monkeypatch, stream):
     say("a line")
 
 
+# one of several
+
+
+@pytest.mark.parametrize(
+    ("variables", "group"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, ("SLURM_STEP_NUM_TASKS", 4)),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, None),  # an allocation of four tasks, a step of one
+        ({"SLURM_NTASKS": "4", "SLURM_NPROCS": "4"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "2"}, ("OMPI_COMM_WORLD_SIZE", 2)),
+        *(({name: "3"}, (name, 3)) for name in process.GROUP_SIZES),
+        *(({"WORLD_SIZE": value}, None) for value in ("1", "0", "-2", "", " ", "many", "2.0", "0x4")),
+    ],
+    ids=str,
+)
+def test_a_process_of_a_step_or_group_of_several_knows_by_which_variable(monkeypatch, variables, group):
+    for name in process.GROUP_SIZES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert process.group_of_equals() == group
+
+
 # the end
 
 
@@ -223,8 +250,8 @@ def test_what_a_command_cannot_do_ends_it_in_one_line_and_what_is_a_bug_does_not
         (MemoryError(), "error: memory has run out"),
         (RuntimeError("std::bad_alloc"), "error: memory has run out (std::bad_alloc)"),
         (
-            RuntimeError("CUDA error: an illegal memory access"),
-            "error: the GPU has failed (CUDA error: an illegal memory access)",
+            RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors"),
+            "error: the GPU has failed (CUDA error: unspecified launch failure)",
         ),
     ],
 )
@@ -240,9 +267,20 @@ def test_memory_that_pytorch_cannot_have_ends_a_command_in_one_line():
     assert end.value.code.startswith("error: memory has run out (") and "\n" not in end.value.code
 
 
-def test_a_bug_of_ours_keeps_its_traceback():
-    with pytest.raises(RuntimeError, match="mat1 and mat2"), ends_in_one_line():
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        AssertionError("Torch not compiled with CUDA enabled"),
+    ],
+    ids=str,
+)
+def test_a_bug_of_ours_keeps_its_traceback(error):
+    with pytest.raises(type(error)) as end, ends_in_one_line():
+        raise error
+    assert end.value is error
 
 
 def test_letters_that_a_terminal_has_not_are_question_marks(monkeypatch, tmp_path):
@@ -282,6 +320,22 @@ def test_a_command_ends_well_and_writes_to_no_foreign_file_whatever_its_output_i
     assert int(Path("file").read_text(encoding="utf-8")) > 2, (
         "the number of a stream that was closed is not given to another file"
     )
+
+
+@pytest.mark.parametrize("name", ["dqn_injection_atari", "compare", "sweep"])
+def test_a_script_that_was_copied_alone_asks_for_its_folder_and_names_no_package(monkeypatch, name):
+    if name == "sweep":
+        pytest.importorskip("ray")
+    copied = shutil.copy(ROOT / f"{name}.py", "copied.py")
+    monkeypatch.setattr(sys, "argv", [copied])
+    for module in [module for module in sys.modules if module.partition(".")[0] == "analysis"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, "analysis", None)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(copied, run_name="__main__")
+    missing = "support/" if name == "dqn_injection_atari" else r"analysis(\.\w+)?"
+    fix = "clone or copy the project's whole folder, and run it there"
+    assert re.fullmatch(f"error: {missing} is not beside this script: {fix}", end.value.code)
 
 
 def test_standard_streams_that_are_there_stay_as_they_are():

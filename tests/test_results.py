@@ -34,6 +34,17 @@ def test_documents_print_what_the_curves_give(files, seeds, verdicts):
             assert printed in (ROOT / name).read_text(encoding="utf-8"), f"{name} lacks {pair.arms[1].name}: {printed}"
 
 
+def test_documents_print_what_stays_after_correction_for_all_five_verdicts():
+    paths = [str(path) for folder in ("dose", "alternatives") for path in sorted((ROOT / "results" / folder).glob("*.csv"))]
+    pairs = comparisons(read_arms(paths, RETURN)[0], RETURN, None)
+    assert [pair.verdicts for pair in pairs] == [5] * 5
+    (stays,) = [pair for pair in pairs if pair.p_holm < 0.05]
+    assert stays.arms[1].name == "injection at 160k, learning rate 0.001" and stays.judgement.verdict == "raised"
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for pair in pairs:
+        assert f"| {pair.judgement.p:.2g} | {pair.p_holm:.2g} |" in text, pair.arms[1].name
+
+
 @pytest.mark.parametrize("name", ["run", "100", "1e-4", "tasks"])
 def test_documents_print_what_the_probes_give(name):
     rows = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()

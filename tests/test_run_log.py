@@ -2,12 +2,14 @@
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import pickle
 import random
 import re
 import shutil
+import socket
 import sys
 import time
 import types
@@ -142,10 +144,7 @@ def life(clock, rng, line, *given, **options):
         before_line(line, run_log, send(signal.SIGKILL))
         live(*given, **options)
 
-    killed = dies(process)
-    seconds = (int(path.name.split(".")[3]) for path in given[0].glob("events*"))
-    clock.now = max(clock.now, *seconds, 0)
-    return killed
+    return dies(process)
 
 
 @pytest.fixture(scope="module")
@@ -299,29 +298,101 @@ def test_what_a_full_disk_kept_out_is_written_when_there_is_room_again(clock, si
     assert len(list(FOLDER.glob("events*"))) <= failures + 1 and (size or len(list(FOLDER.glob("events*"))) == 3)
 
 
-def test_every_process_begins_an_event_file_of_its_own_that_readers_take_up_last(clock, monkeypatch):
-    """They go by the names, which begin with the second and then the process's number."""
-    FOLDER.mkdir()
-    files = []
-    for k in range(4):
-        monkeypatch.setattr(os, "getpid", lambda k=k: 9000 - k)
-        curves = Curves(FOLDER, k)
-        curves.add(summary.scalar("a", k), k)
-        curves.flush()
-        curves.close()
-        (new,) = set(FOLDER.glob("events*")) - set(files)
-        files.append(new)
-    assert sorted(files) == files and clock.now >= 1_700_000_003
-
-
-def test_a_clock_that_was_set_back_does_not_stop_a_run_for_long(clock):
-    FOLDER.mkdir()
-    (FOLDER / "events.out.tfevents.1800000000.host.1.0").touch()
-    curves = Curves(FOLDER, 0)
-    curves.add(summary.scalar("a", 1), 1)
+def log_a_life(first, last, value):
+    """A process that goes on from step `first`, and logs this value at every step to `last`."""
+    curves = Curves(FOLDER, first)
+    for step in range(first, last + 1):
+        curves.add(summary.scalar("a", value), step)
     curves.flush()
     curves.close()
-    assert clock.now <= 1_700_000_060
+
+
+DAY = 86_400
+CLOCKS = {  # what a run's processes, one after the other, see on the clock; the first is right
+    "stands still": (0, 0, 0, 0),
+    "goes on": (0, 5, 60, DAY),
+    "was an hour ahead": (3_600, 0, 10, 20),
+    "was years ahead": (9_000 * DAY, 0, 0, 5),
+    "was ahead again and again": (3_600, 0, 7_200, 3_000),
+    "was behind, as without a battery": (-1_700_000_000, -1_699_999_990, 0, 3),
+    "was centuries ahead, in one digit more": (150_000 * DAY, 0, 90_000 * DAY, 1),
+    "was at the last second of ten digits": (8_299_999_999, 0, 8_299_999_999, 5),
+}
+
+
+@pytest.mark.parametrize("clocks", CLOCKS.values(), ids=CLOCKS)
+def test_whatever_the_clock_says_a_process_that_goes_on_is_shown_after_those_before_it_and_waits_for_nothing(
+    clock, monkeypatch, clocks
+):
+    """In our reader, and in TensorBoard, also one that was open all the time. They go by the names of the files."""
+    FOLDER.mkdir()
+    view = BrowserView(str(FOLDER), size_guidance={"tensors": 0})
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    files = []
+    for life, ahead in enumerate(clocks):
+        clock.now = 1_700_000_000.5 + ahead
+        monkeypatch.setattr(os, "getpid", lambda life=life: 9_000 - life)  # a later process may have a lower number
+        log_a_life(5 * life, 5 * life + 9, life)  # the process before had come beyond its checkpoint
+        (new,) = set(FOLDER.glob("events*")) - set(files)
+        files.append(new)
+        expected = {"a": [(step, min(step // 5, life)) for step in range(5 * life + 10)]}
+        assert sorted(files) == files == run_log.event_files(FOLDER)
+        assert scalars(FOLDER) == in_the_browser(view) == expected
+    steps, values, times = read_scalars(FOLDER)["a"]
+    assert list(zip(steps, values, strict=True)) == expected["a"]
+    assert times[-1] == clock.now, "a point has the time at which it was logged"
+    assert time is run_log.event_file_writer.time
+
+
+def test_the_name_of_an_event_file_has_the_second_in_which_it_was_begun(clock):
+    FOLDER.mkdir()
+    log_a_life(0, 1, 1)
+    clock.now += 100
+    log_a_life(1, 2, 2)
+    assert [path.name.split(".")[3] for path in run_log.event_files(FOLDER)] == ["1700000000", "1700000100"]
+
+
+@pytest.mark.parametrize("during", [False, True], ids=["between writes", "during a write"])
+def test_a_folder_that_moves_takes_its_curves_along(clock, monkeypatch, during):
+    """Nothing of them is written where another folder has its old name."""
+
+    def move(add, *given):
+        if not Path("moved").exists():
+            FOLDER.rename("moved")
+        add(*given)
+
+    FOLDER.mkdir()
+    curves, expected = Curves(FOLDER, 0), []
+    for step in range(1, 31):
+        curves.add(summary.scalar("a", step / 2), step)
+        expected.append((step, step / 2))
+        if step == 12 and not during:
+            FOLDER.rename("moved")
+        if step == 12 and during:
+            monkeypatch.setattr(
+                curves.writer.file_writer, "add_summary", functools.partial(move, curves.writer.file_writer.add_summary)
+            )
+        if step == 16:
+            FOLDER.mkdir()
+        if step % 3 == 0:
+            curves.flush()
+    curves.close()
+    assert list(FOLDER.iterdir()) == [] and scalars(Path("moved")) == {"a": expected}
+    assert len(list(Path("moved").glob("events*"))) == 2
+
+
+def test_curves_whose_folder_is_gone_say_so_once_and_make_none(clock, capsys):
+    FOLDER.mkdir()
+    log = RunLog(FOLDER, 0, 100)
+    for step in range(1, 8):
+        log.scalar("a", step, step)
+        log.flush(to_disk=True)
+        if step == 3:
+            shutil.rmtree(FOLDER)
+    log.close()
+    fix = "if it was moved to another disk, stop this run and --resume it there"
+    said = f"warning: the curves cannot be written for now (run is no longer there): {fix}, training goes on\n"
+    assert capsys.readouterr().out == said and not FOLDER.exists() and log.disk_full
 
 
 @pytest.mark.parametrize("ended", [[0], [1, 2], [0, 1, 2], []])
@@ -384,6 +455,99 @@ def test_a_last_point_that_is_not_whole_is_left_out_and_all_before_it_read(whole
     assert {tag: list(zip(*points[:2].tolist(), strict=True)) for tag, points in read_scalars(FOLDER).items()} == scalars(
         FOLDER
     )
+
+
+TAILS = {
+    "zeros": bytes(4_096),
+    "one zero": bytes(1),
+    "zeros in an odd number": bytes(13),
+    "a megabyte of zeros": bytes(2**20),
+    "what was on the disk before": random.Random(5).randbytes(5_000),
+    "a sentence": b"No space left on device\n" * 20,
+    "a length that is not there": (10**6).to_bytes(8, "little"),
+    "ones": b"\xff" * 512,
+}
+
+
+@pytest.mark.parametrize(("cut", "whole"), [(0, 10), (3, 9), (50, 8)], ids=["after a point", "in the last", "in one before it"])
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
+def test_what_is_whole_before_a_torn_tail_is_read_and_what_is_not_is_said(clock, capsys, tail, cut, whole):
+    FOLDER.mkdir()
+    log_a_life(0, 9, 1)
+    (path,) = run_log.event_files(FOLDER)
+    os.truncate(path, path.stat().st_size - cut)
+    with open(path, "ab") as file:
+        file.write(tail)
+    assert read_scalars(FOLDER)["a"][0].tolist() == [*range(whole)]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: the last ") and f" bytes of {path} are no whole point" in line
+    clock.now += 10
+    log_a_life(5, 12, 2)  # from a checkpoint on
+    assert read_scalars(FOLDER)["a"].tolist()[:2] == [[*range(13)], [1] * 5 + [2] * 8]
+    assert scalars(FOLDER)["a"][5:] == [(step, 2) for step in range(5, 13)], "TensorBoard goes on with the next file, too"
+
+
+def test_an_event_file_that_is_all_zeros_hides_no_other(clock, capsys):
+    FOLDER.mkdir()
+    log_a_life(0, 4, 1)
+    (FOLDER / "events.out.tfevents.1700000001.host.1.0").write_bytes(bytes(4_096))
+    log_a_life(5, 9, 1)
+    assert read_scalars(FOLDER)["a"][0].tolist() == [*range(10)]
+    out = capsys.readouterr().out
+    assert (
+        out.startswith("warning: the last 4,096 bytes of run/events.out.tfevents.1700000001.host.1.0 are")
+        and out.count("\n") == 1
+    )
+
+
+NOT_OURS = (  # copies, archives, what editors and file managers leave, and names that are only similar
+    "{}.bak|{}.gz|{}~|{} copy|{} (1)|{}.tmp|{}.swp|{}.1.orig|{}.profile-empty|{}.v2|{}-conflict|{}\n|"
+    "._{}|.{}.swp|.{}.aB3xYz|#{}#|Copy of {}|{}.sync-conflict-20240101-120000-ABCDEFG.0|notes on tfevents.md|"
+    "events.out.tfevents|events.out.tfevents.1900000000|events.out.tfevents.1900000000.host|"
+    "events.out.tfevents.190000000.host.1.0|events.out.tfevents.١٩٠٠٠٠٠٠٠٠.host.1.0|"
+    "events.out.tfevents.x.host.1.0|events.out.tfevents.1900000000.host.0.0|events.out.tfevents.1900000000.host.1.0.csv"
+).split("|")
+
+
+@pytest.mark.parametrize("content", ["a copy", b"\0" * 4_096, b"not an event file"], ids=["copies", "zeros", "something else"])
+def test_files_of_other_programs_beside_event_files_are_neither_read_nor_counted_nor_touched(
+    clock, monkeypatch, capsys, content
+):
+    """Only what `SummaryWriter` names is an event file."""
+    FOLDER.mkdir()
+    log_a_life(0, 9, 1)
+    (ours,) = FOLDER.iterdir()
+    strangers = [FOLDER / name.format(ours.name) for name in NOT_OURS]
+    for path in strangers:
+        path.write_bytes(ours.read_bytes() if content == "a copy" else content)
+    (FOLDER / "events.out.tfevents.1900000000.host.1.0").mkdir()  # nor is a folder
+    clock.now += 10
+    curves = Curves(FOLDER, 5)
+    curves.add(summary.scalar("a", 2), 5)
+    with full_disk(10), pytest.raises(OSError):
+        curves.flush()
+    curves.flush()
+    curves.close()
+    files = run_log.event_files(FOLDER)
+    assert [path.name.split(".")[3] for path in files] == ["1700000000", "1700000010"]
+    assert read_scalars(FOLDER)["a"].tolist()[:2] == [[*range(6)], [1] * 5 + [2]]
+    assert capsys.readouterr().out == ""
+    flushed = []
+    monkeypatch.setattr(run_log, "flush_to_disk", flushed.append)
+    log = RunLog(FOLDER, 6, 100)
+    log.flush(to_disk=True)
+    log.close()
+    assert flushed == run_log.event_files(FOLDER) and flushed[:2] == files and len(flushed) == 3
+    for path in strangers:
+        assert path.read_bytes() == (ours.read_bytes() if content == "a copy" else content)
+
+
+@pytest.mark.parametrize("host", ["host", "node-3.cluster.example.org", "10.0.0.7", "höst", "a b", ""])
+def test_a_host_may_have_any_name(clock, monkeypatch, host):
+    FOLDER.mkdir()
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    log_a_life(0, 9, 1)
+    assert len(run_log.event_files(FOLDER)) == 1 and read_scalars(FOLDER)["a"][0].tolist() == [*range(10)]
 
 
 def test_a_damaged_event_file_is_refused_by_name_instead_of_leaving_out_what_follows(whole):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -50,7 +51,7 @@ from support.checkpoints import CHECKSUMS, Checkpoint, checksums, create_run_fol
 from support.machine import alone_in, flush_to_disk
 from support.process import Signals
 from support.run_log import SIDE_BY_SIDE, Curves, RunLog
-from support.runs import Run, find_origin
+from support.runs import Origin, Run, find_origin
 from support.usage import UsageError
 
 slow = pytest.mark.slow
@@ -290,7 +291,7 @@ def test_multiples_of_a_period_fall_due_once_at_the_end_of_their_vector_step(num
 
 
 @pytest.mark.slow
-def test_the_newest_checkpoint_and_those_at_injection_steps_are_kept(monkeypatch):
+def test_the_newest_checkpoint_and_the_one_before_the_first_injection_are_kept(monkeypatch):
     """Also in a baseline, which has no injection there."""
     seen = []
     original = runs.save_checkpoint
@@ -306,10 +307,10 @@ def test_the_newest_checkpoint_and_those_at_injection_steps_are_kept(monkeypatch
         ["checkpoint-0"],
         ["checkpoint-80"],
         ["checkpoint-80", "checkpoint-142"],
-        ["checkpoint-80", "checkpoint-142", "checkpoint-160"],
-        ["checkpoint-80", "checkpoint-142", "checkpoint-240"],
+        ["checkpoint-80", "checkpoint-160"],
+        ["checkpoint-80", "checkpoint-240"],
     ]
-    assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == ["events", "run.js"]
+    assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == ["events", "progre", "run.js"]
     assert json.loads((folder / END / "manifest.json").read_text(encoding="utf-8")).keys() == {
         "format",
         "step",
@@ -344,11 +345,11 @@ def test_checkpoint_frequency_is_a_choice(frequency, expected):
 
 
 @slow
-def test_interventions_that_the_norm_triggers_keep_their_checkpoints(uninterrupted):
+def test_of_interventions_that_the_norm_triggers_the_first_keeps_its_checkpoint(uninterrupted):
     folder = uninterrupted(NORM)
-    steps = made(folder / END)
-    assert len(steps) == 2 and names(folder) == [*(f"checkpoint-{step}" for step in steps), END]
-    assert [made(folder / f"checkpoint-{step}") for step in steps] == [[], steps[:1]]
+    first, _ = made(folder / END)
+    assert names(folder) == [f"checkpoint-{first}", END]
+    assert made(folder / f"checkpoint-{first}") == []
 
 
 @slow
@@ -446,6 +447,9 @@ def test_a_fork_is_a_run_of_its_own_that_can_be_killed_at_once(uninterrupted, ca
         train(arm)
     folder = new_folder({origin})
     assert "__arm__" in folder.name and names(folder) == []
+    begun = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    origin_id = json.loads((origin / "run.json").read_text(encoding="utf-8"))["run"]
+    assert begun["history"] == [{"run": origin_id, "folder": origin.name, "step": 152, "seed": SMALL.seed}]
     capsys.readouterr()
     train_until(155, Args(resume=str(folder)))
     assert f"forked at step 152 from {origin / 'checkpoint-152'}" in capsys.readouterr().out
@@ -453,12 +457,48 @@ def test_a_fork_is_a_run_of_its_own_that_can_be_killed_at_once(uninterrupted, ca
     shutil.move(origin, "elsewhere")
     train(Args(resume=str(folder)))
     assert_same_end(folder, uninterrupted(TWICE))
+    assert load_checkpoint(folder / "checkpoint-240").meta["history"] == begun["history"]
     shutil.move("elsewhere", origin)
     assert all_files(origin) == before
     texts = EventAccumulator(str(folder)).Reload().Tensors("hyperparameters/text_summary")
     shown = {(text.step, text.tensor_proto.string_val[0].decode()) for text in texts}
     ((step, table),) = shown
     assert step == 152 and "|exp_name|arm|" in table and "checkpoint-152|" in table
+
+
+def test_a_fork_knows_what_it_was_before_it_had_a_folder_of_its_own():
+    def origin(folder, step, seed, run_id=None, **more):
+        meta = {"run": f"id of {folder}", "step": step, "args": {"seed": seed, "fork": None}, **more}
+        return Origin(run_id=run_id, checkpoint=Checkpoint(Path(f"runs/{folder}/checkpoint-{step}"), meta, {}))
+
+    trunk = {"run": "id of trunk", "folder": "trunk", "step": 80, "seed": 1}
+    branch = {"run": "id of branch", "folder": "branch", "step": 142, "seed": 2}
+    assert Origin().history == origin("trunk", 80, 1, run_id="id of trunk", history=[]).history == []
+    assert origin("trunk", 80, 1, history=[]).history == [trunk]
+    assert origin("branch", 142, 2, run_id="id of branch", history=[trunk]).history == [trunk], "resumed"
+    assert origin("branch", 142, 2, history=[trunk]).history == [branch, trunk]
+    earlier = {"seed": 2, "fork": "/home/x/runs/trunk/checkpoint-80"}  # by a version that noted no more
+    named = {"run": None, "folder": "trunk", "step": 80, "seed": None}
+    assert origin("branch", 142, 2, args=earlier).history == [branch, named]
+
+
+@pytest.mark.parametrize(
+    ("fork", "folder", "step", "seed"),
+    [
+        ("runs/A/checkpoint-500", "A", 500, None),
+        ("A/checkpoint-500/", "A", 500, None),
+        ("/x/y/../A/./checkpoint-0", "A", 0, None),
+        ("runs/Pong-v4__none__7__1795767634/checkpoint-5", "Pong-v4__none__7__1795767634", 5, 7),
+        ("runs/Pong-v4__a__b__8__1795767634-2/checkpoint-5", "Pong-v4__a__b__8__1795767634-2", 5, 8),
+        ("../checkpoint-500", None, 0, None),
+        ("checkpoint-500", None, 0, None),
+        ("runs/A/newest", None, 0, None),
+    ],
+)
+def test_of_a_fork_of_an_earlier_version_the_path_says_what_is_known(fork, folder, step, seed):
+    (before,) = runs.history_of({"args": {"fork": fork}})
+    assert before == {"run": None, "folder": folder, "step": step, "seed": seed}
+    assert runs.history_of({"args": {"fork": None}}) == runs.history_of({"args": {}}) == []
 
 
 @pytest.mark.slow
@@ -589,6 +629,43 @@ def test_a_refused_fork_leaves_nothing_behind(uninterrupted):
     assert os.listdir() == []
 
 
+# checkpoints that stay
+
+
+def test_keep_checkpoints_has_more_of_them_written_and_stay_and_changes_nothing_else():
+    args = replace(PLAYING, total_timesteps=90, checkpoint_frequency=40, injection_step=(50, 60), log_frequency=30)
+    folder = train(replace(args, keep_checkpoints=(89, 13, 0)))
+    assert names(folder) == [f"checkpoint-{step}" for step in (0, 14, 50, 90)]
+    plain = train(args)
+    assert names(plain) == ["checkpoint-50", "checkpoint-90"]
+    assert_same_end(folder, plain, "checkpoint-90")
+    arm = replace(args, keep_checkpoints=(0, 14, 60), apply_injection=False)
+    forked = train(replace(arm, fork=str(folder / "checkpoint-14"), total_timesteps=90))
+    assert names(forked) == [f"checkpoint-{step}" for step in (14, 50, 60, 90)]
+
+
+def test_a_fork_is_not_asked_for_checkpoints_of_steps_that_have_passed():
+    with pytest.raises(UsageError, match=r"checkpoint-160 lies beyond 20, 82, of .*: leave it out of --keep-checkpoints"):
+        check_fork(replace(SMALL, keep_checkpoints=(20, 82, 200)), FORKED)
+    kept = checkpoint_of(replace(SMALL, keep_checkpoints=(20,)), 160, (142,))
+    check_fork(replace(SMALL, keep_checkpoints=(20, 160, 200)), kept)
+
+
+@slow
+@pytest.mark.parametrize("intervention", ["reset-head", "none"])
+def test_the_norm_decides_also_in_a_network_without_room_for_heads(uninterrupted, intervention):
+    """And from there an arm that injects equals the run that did so from the start."""
+    args = replace(NORM, intervention=intervention)
+    folder = uninterrupted(args)
+    assert not [name for name in content(folder, END) if "prime" in name]
+    resumed = until_signal(150, args)
+    train(Args(resume=str(resumed)))
+    assert_same_end(resumed, folder)
+    if intervention == "reset-head":
+        first = made(folder / END)[0]
+        assert_same_end(fork(folder / f"checkpoint-{first}", NORM), uninterrupted(NORM))
+
+
 # growth
 
 
@@ -666,6 +743,75 @@ def test_continuations_of_one_agent_differ_and_each_is_exact_however_it_is_inter
     assert_same_end(early, second)
 
 
+CONTINUED = replace(
+    SMALL,
+    total_timesteps=70,
+    buffer_size=60,
+    learning_starts=20,
+    train_frequency=10,
+    log_frequency=20,
+    checkpoint_frequency=40,
+    injection_step=(50,),
+)
+FIRST_KILLS = {  # where a fork is killed in its first process
+    "before its first checkpoint": (runs, "save_checkpoint", 1),
+    "before its streams begin": (script.Training, "begin_streams", 1),
+    "as its first checkpoint is in place but for its name": (Path, "rename", 2),
+    "after its first checkpoint": (Run, "evaluate", 1),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=slow if k else ()) for k, case in enumerate(FIRST_KILLS)])
+def test_a_fork_with_another_seed_ends_the_same_wherever_its_first_process_was_killed(uninterrupted, case):
+    origin = uninterrupted(replace(CONTINUED, apply_injection=False)) / "checkpoint-50"
+    arm = replace(CONTINUED, seed=2, fork=str(origin), eval_frequency=50, eval_episodes=1)
+    whole = uninterrupted(arm)
+    killed_in(*FIRST_KILLS[case], arm)
+    folder = new_folder(set())
+    assert (names(folder) == []) == (not case.startswith("after"))
+    train(Args(resume=str(folder)))
+    assert_same_end(folder, whole, "checkpoint-70")
+
+
+def beginning(args):
+    """What a run holds as its loop begins, with which it is killed."""
+    found = {}
+
+    def loop(training):
+        state = {name: part.state_dict() for name, part in (training.run.parts | {"log": training.run.log}).items()}
+        del state["log"]["seconds"], state["log"]["interval_seconds"]
+        state["log"]["points"] = kill_test.waiting(state["log"]["points"])
+        found.update(kill_test.flat(copy.deepcopy(state)))
+        found.update({f"frames {k}": tensor.clone() for k, tensor in enumerate(training.replay.tensors())})
+        found["anew"] = training.run.saved is None
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunLog, "close", lambda log: log.bar.close())
+        patch.setattr(script.Training, "loop", loop)
+        train(args)
+    return found
+
+
+@pytest.mark.parametrize(("seed", "of_a_fork"), [(1, False), (2, False), (1, True)])
+def test_what_a_fork_takes_from_its_origin_and_says_of_it_is_the_same_each_time_it_begins(
+    uninterrupted, monkeypatch, capsys, seed, of_a_fork
+):
+    """Also of a fork of a fork, which with seed 1 has that of its origin's origin."""
+    origin = uninterrupted(replace(CONTINUED, apply_injection=False)) / "checkpoint-50"
+    if of_a_fork:
+        origin = uninterrupted(replace(CONTINUED, seed=2, fork=str(origin), eval_frequency=50, eval_episodes=1)) / origin.name
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    capsys.readouterr()
+    first = beginning(replace(CONTINUED, seed=seed, fork=str(origin)))
+    folder, said = new_folder(set()), capsys.readouterr().out
+    assert differences(beginning(Args(resume=str(folder))), first) == []
+    assert capsys.readouterr().out == said and "torch was" in said
+    fresh = np.random.default_rng(script.stream_seed(seed, script.Stream.EXPLORATION)).bit_generator.state
+    own = load_checkpoint(origin).meta["args"]["seed"] == seed
+    assert (first["/learner/rng/state/state"] == fresh["state"]["state"]) == (not own)
+
+
 @slow
 def test_on_the_command_line_a_fork_takes_over_what_is_not_given_and_its_agent_plays(monkeypatch, capsys):
     args = replace(SMALL, apply_injection=False, checkpoint_frequency=200)
@@ -700,6 +846,20 @@ def test_a_run_of_another_version_is_refused_in_one_line(monkeypatch):
 
 
 # signals
+
+
+@pytest.mark.parametrize("place", ["a b", "it's", '"$HOME"', "~", "-x", "--y z", "größe", "a;b&c", "*"])
+def test_the_command_to_go_on_means_this_script_and_this_run_when_it_is_pasted(monkeypatch, place):
+    project, folder = Path(place).absolute(), Path(place, "runs", place).absolute()
+    folder.mkdir(parents=True)
+    (project / "script.py").touch()
+    for here, run in ((project.parent, folder.relative_to(project.parent)), (folder.parent, Path(place)), (project, folder)):
+        monkeypatch.chdir(here)
+        command = runs.Run.command(types.SimpleNamespace(folder=run), str(project / "script.py"), "resume")
+        shown = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], stdout=subprocess.PIPE, encoding="utf-8", check=True)
+        python, script_path, flag, found = shown.stdout.splitlines()
+        assert (python, flag) == ("python", "--resume") and script_path[0] not in "-~" and found[0] not in "-~"
+        assert Path(script_path).samefile(project / "script.py") and Path(found).samefile(folder)
 
 
 @pytest.mark.slow
@@ -902,7 +1062,7 @@ def test_a_disk_that_is_full_at_the_start_or_the_end_is_one_line(monkeypatch, st
         else:
             original = script.save_agent
             monkeypatch.setattr(script, "save_agent", lambda *given: (original(*given), disk.close()))
-            at_step(monkeypatch, 59, lambda: disk.enter_context(full_disk(970_000)))
+            at_step(monkeypatch, 59, lambda: disk.enter_context(full_disk(800_000)))
         message = main(monkeypatch, *flags_of(args))
     if start:
         assert message.startswith("error: cannot write run folder ") and "File too large" in message
@@ -1244,6 +1404,101 @@ def test_a_killed_process_resumed_equals_one_that_nobody_touched(monkeypatch):
     monkeypatch.setattr(kill_test, "FLAGS", [*flags.split(), *"--train-frequency 20 --head-width 16".split()])
     where, different = kill_test.kill_and_compare("ale", ["injection", "resuming"], random.Random(0))
     assert different == [] and where["(had ended)"] < 2, where
+
+
+# a folder that is moved, or goes
+
+
+MOVED = replace(PLAYING, total_timesteps=80, checkpoint_frequency=20, log_frequency=10)
+
+
+def moved_at(patch, step, to):
+    """Has a run's folder renamed once it comes to a step; the name that it had is added to the list that is returned."""
+    before = []
+
+    def move():
+        before.append(new_folder(set()))
+        before[0].rename(to)
+
+    at_step(patch, step, move)
+    return before
+
+
+def test_a_run_whose_folder_is_renamed_goes_on_in_it_and_names_it_as_it_is_now(uninterrupted, monkeypatch, capsys):
+    """Also where another folder gets its old name."""
+    to = "else where"
+    before = moved_at(monkeypatch, 30, to)
+    at_step(monkeypatch, 34, lambda: before[0].mkdir())
+    at_step(monkeypatch, 64, send(signal.SIGTERM))
+    args = replace(MOVED, eval_frequency=50, eval_episodes=1, capture_video=True, save_model=True)
+    assert train(args) == Path(to)
+    assert list(before[0].iterdir()) == [], "nothing of it is written where it was"
+    assert names(Path(to)) == ["checkpoint-64"] and (Path(to) / "videos/step-50.mp4").exists()
+    printed = capsys.readouterr().out.partition("go on with: ")[2].strip()
+    assert main(monkeypatch, *shlex.split(printed)[2:]) == 0
+    assert f"--evaluate {shlex.quote(to)}\n" in capsys.readouterr().out and (Path(to) / "agent.pt").exists()
+    before[0].rmdir()
+    assert_same_end(Path(to), uninterrupted(replace(args, capture_video=False)), "checkpoint-80")
+
+
+def test_a_folder_that_is_moved_while_a_checkpoint_is_written_has_it_all_the_same(monkeypatch, capsys):
+    original, moved = runs.save_checkpoint, []
+
+    def save(folder, step, *given):
+        if step == 20 and not moved:
+            moved.append(folder.rename("runs/renamed"))
+        return original(folder, step, *given)
+
+    monkeypatch.setattr(runs, "save_checkpoint", save)
+    assert train(replace(MOVED, total_timesteps=30)) == Path("runs/renamed")
+    assert os.listdir("runs") == ["renamed"] and names(Path("runs/renamed")) == ["checkpoint-30"]
+    assert "no checkpoint" not in capsys.readouterr().out
+
+
+def test_a_folder_that_is_deleted_is_not_made_anew_and_the_run_says_so_and_ends_with_an_error(monkeypatch, capsys):
+    at_step(monkeypatch, 30, lambda: shutil.rmtree(new_folder(set())))
+    at_step(monkeypatch, 74, send(signal.SIGTERM))
+    message = main(monkeypatch, *flags_of(replace(MOVED, eval_frequency=50, eval_episodes=1, capture_video=True)))
+    out = capsys.readouterr().out
+    folder = out.partition("curves in ")[2].partition("\n")[0]
+    assert os.listdir("runs") == []
+    fix = "if it was moved to another disk, stop this run and --resume it there"
+    gone = f"({folder} is no longer there)"
+    assert f"warning: the curves cannot be written for now {gone}: {fix}, training goes on\n" in out
+    for step in (40, 60):
+        lost = f"the last one, checkpoint-{20}, was in it"
+        assert f"warning: no checkpoint at step {step} {gone}: {fix}, the run will try again; {lost}\n" in out
+    assert f"warning: no video at step 50 {gone}\n" in out
+    assert message == f"error: stopped at step 74 without a checkpoint {gone}: the last one, checkpoint-20, was in it"
+
+
+@pytest.mark.parametrize("frequency", [0, 20])
+def test_a_complete_run_whose_folder_was_deleted_is_no_success(monkeypatch, frequency):
+    at_step(monkeypatch, 30, lambda: shutil.rmtree(new_folder(set())))
+    message = main(monkeypatch, *flags_of(replace(MOVED, total_timesteps=40, checkpoint_frequency=frequency)))
+    assert message.startswith("error: runs/") and "is no longer there: the run is complete, and all" in message
+    assert os.listdir("runs") == []
+
+
+@slow
+def test_a_real_run_is_renamed_stopped_and_gone_on_with_as_its_last_line_says(request):
+    flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --learning-starts 500 --log-frequency 50"
+    process = subprocess.Popen(
+        [sys.executable, "-u", script.__file__, *flags.split()], stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    request.addfinalizer(process.kill)
+    process.stdout.readline()
+    new_folder(set()).rename("runs/a new name")
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    command = out.partition("go on with: ")[2].strip()
+    assert process.returncode == 143 and command.endswith("--resume 'runs/a new name'")
+    assert os.listdir("runs") == ["a new name"]
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    request.addfinalizer(lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))
+    assert "curves in runs/a new name" in process.stdout.readline()
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
 
 
 # Weights & Biases

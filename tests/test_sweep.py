@@ -109,8 +109,16 @@ def assert_as_by_hand(by_hand):
 
 @pytest.mark.slow
 def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_hand, command, monkeypatch):
+    """Also in a folder with a space and a quotation mark, in a locale without letters, with temporary files far down."""
+    place = Path('it\'s a "project"').absolute()
+    temporary = place / ("x" * 100)
+    temporary.mkdir(parents=True)
+    monkeypatch.chdir(place)
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "TMPDIR": str(temporary)}.items():
+        monkeypatch.setitem(ENVIRONMENT, name, value)
     status, said = finish()
     assert status == 0, said
+    assert re.search(rf"{NAMES[0]}: finished, step 600 of 600, \d+ SPS, 00:00 left, return ", said)
     assert_as_by_hand(by_hand)
     last = read_manifest(FOLDER)[-1]
     assert (last.arm, last.seed, last.game, last.step, last.attempt, last.device) == ("injection", 1, GAME, 600, 1, "cpu")
@@ -287,6 +295,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command, no_ray):
         "hours: 0.0 of one run at a time at 10 steps per second"
     )
     assert "give --speed" in command("--dry-run")[1].splitlines()[-1]
+    status, _, errors = command("--speed", "10")
+    assert status == 1 and errors == "error: speed is for the hours in a plan: give --dry-run as well, or leave it out\n"
 
 
 @pytest.mark.parametrize(
@@ -301,6 +311,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command, no_ray):
         (("--name", "../x"), "name is ../x"),
         (("--name", ""), "must be a folder's under sweeps/"),
         (("--name", ".."), "must be a folder's under sweeps/"),
+        (("--name", "ö" * 128), "256 bytes, but 255 are possible: give a shorter --name"),
+        (("--arm", "x" * 300, "--no-freeze-heads"), "bytes, but 255 are possible: give a shorter name to --arm"),
+        (("--arm", "//", "--no-freeze-heads"), "give another name to --arm"),
         (("--gpus-per-run", "-1"), "gpus_per_run is -1.0, but must be 0 or more"),
         (("--gpus-per-run", "1.5"), "gpus_per_run is 1.5"),
     ],
@@ -426,12 +439,78 @@ def test_runs_stay_on_the_kind_of_device_that_they_began_on(command, monkeypatch
         assert on(1, "--gpus-per-run", gpus, flags=FLAGS)[0] == 0, "other resources for runs with --no-cuda"
 
 
+def test_a_sweep_that_was_moved_with_its_checkpoint_goes_on_and_another_checkpoint_in_its_place_is_refused(monkeypatch, capsys):
+    planned = sweep.plan(sweep.command_line([*SMALL, "--arms", "none", "--", *FLAGS])[1])
+    monkeypatch.setattr(sweep, "plan", lambda asked: planned)  # which reads all of the checkpoint
+    monkeypatch.setattr(sweep, "cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(sweep.ray, "remote", lambda **_: lambda run: run)
+    monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2, "memory": 1e12}}])
+    monkeypatch.setattr(sweep, "conclude", lambda *_: None)
+    monkeypatch.setattr(sweep.Sweep, "go", lambda *_: None)
+
+    def go_on_from(checkpoint):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--name", "x", "--from-checkpoint", checkpoint, "--steps", "9"])
+        return status_of(sweep.main), capsys.readouterr().err
+
+    before = Path("before/runs/X__1/checkpoint-5")
+    before.mkdir(parents=True)
+    (before / "manifest.json").write_text(json.dumps({"run": "abc", "step": 5}), encoding="utf-8")
+    monkeypatch.chdir("before")
+    assert go_on_from("runs/X__1/checkpoint-5") == (0, "")
+    monkeypatch.chdir("..")
+    Path("before").rename("a new place")
+    monkeypatch.chdir("a new place")
+    assert go_on_from("runs/X__1/checkpoint-5") == (0, ""), "all of it was moved"
+    Path("runs/X__1").rename("kept")
+    monkeypatch.setenv("HOME", os.getcwd())
+    assert go_on_from("~/kept/checkpoint-5") == (0, "")
+    assert read_asked(FOLDER).from_checkpoint == str(Path("kept/checkpoint-5").absolute())
+    Path("kept/checkpoint-5/manifest.json").write_text(json.dumps({"run": "other", "step": 5}), encoding="utf-8")
+    status, errors = go_on_from("kept/checkpoint-5")
+    assert status == 1 and "is the folder of another sweep (" in errors and errors.count("\n") == 1
+
+
+def test_slow_bfloat16_is_refused_before_a_sweep_begins_unless_other_machines_or_gpus_do_it(command, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(sweep, "cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(sweep.ray, "remote", lambda **_: lambda run: run)
+    monkeypatch.setattr(sweep, "conclude", lambda *_: None)
+    monkeypatch.setattr(sweep.Sweep, "go", lambda *_: None)
+
+    def on(gpus, *arguments, flags):
+        machine = {"CPU": 2, "GPU": gpus, "memory": 1e12}
+        monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": machine}])
+        return command(*arguments, flags=flags)
+
+    status, _, errors = on(0, flags=[*FLAGS, "--bf16"])
+    assert status == 1 and errors.startswith("error: --bf16 is much slower") and errors.endswith("leave out --bf16\n")
+    assert not FOLDER.exists()
+    assert on(1, flags=[*FLAGS[: FLAGS.index("--no-cuda")], "--bf16"])[0] == 0
+    shutil.rmtree(FOLDER)
+    assert on(0, "--address", "here:1", flags=[*FLAGS, "--bf16"])[0] == 0, "each run speaks for its machine"
+    for name in NAMES:
+        (FOLDER / "runs" / f"{name}__1").mkdir(parents=True)
+    assert on(0, flags=[*FLAGS, "--bf16"])[0] == 0, "what has begun goes on"
+
+
 def test_two_sweeps_cannot_run_in_one_folder(command, no_ray):
     FOLDER.mkdir(parents=True)
     begin(FOLDER, asked())
     with alone_in(FOLDER, "manifest.jsonl"):
         status, _, errors = command()
     assert status == 1 and f"another process is running {FOLDER}: wait for it" in errors
+
+
+def test_a_folder_that_cannot_be_a_sweeps_names_the_flag_for_another(command, no_ray):
+    def refused():
+        status, _, errors = command()
+        return status == 1 and "cannot be read as" in errors and errors.endswith(": give another --name\n")
+
+    (FOLDER / "manifest.jsonl").mkdir(parents=True)
+    assert refused()
+    (FOLDER / "manifest.jsonl").rmdir()
+    (FOLDER / "sweep.json").write_text("[]", encoding="utf-8")
+    assert refused()
 
 
 @pytest.mark.cluster

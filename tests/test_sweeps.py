@@ -1,6 +1,7 @@
 """A sweep under way without its engine: which runs may begin, what is noted of them, what they are to be given."""
 
-import os
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import pytest
 from analysis.manifest import read_manifest
 from analysis.plan import Asked, all_arms, plan
 from analysis.sweeps import Book, Task, default_name, plan_in_words, resources
-from support.jobs import STARTED
 from support.usage import UsageError
 
 PHOENIX = "PhoenixNoFrameskip-v4"
@@ -33,14 +33,23 @@ def make_book():
     return Book(Path(), [Task(run, Path(), "abc", {"num_cpus": 1, "num_gpus": 0}) for run in plan(asked())])
 
 
-def begin(book, name, words=""):
+def say(name, process=1, **changes):
+    """What a process of a run notes beside its checkpoints."""
+    folder = Path("runs", f"{name}__7")
+    folder.mkdir(exist_ok=True)
+    said = {"step": 0, "total_timesteps": 9_000, "steps_per_second": None, "return": None, "device": "cpu", "host": "node3"}
+    said |= {"pid": process, "began": 1.5, "first": 0, "time": 2.5, **changes}
+    (folder / "progress.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+def begin(book, name, words="", **said):
     """An attempt that has begun, as the job and its process would show it."""
     task = book.tasks[name]
     task.begin()
     task.state = "running"
     with open(task.log, "a", encoding="utf-8") as log:
-        log.write(f"{STARTED} node3: python script\n{PHOENIX} × 1 (sb3) on cpu with 1 thread, curves in runs/x\n{words}\n")
-    Path("runs", f"{name}__7").mkdir(exist_ok=True)
+        log.write(f"a line of the job's\n{words}\n")
+    say(name, process=task.attempt, **said)
     return task
 
 
@@ -97,61 +106,75 @@ def test_the_manifest_holds_steps_speed_and_hours_over_attempts_and_sweeps(book,
     clock = [100.0]
     monkeypatch.setattr("analysis.sweeps.time.monotonic", lambda: clock[0])
 
-    def attempt(book, words, seconds, state):
-        task = begin(book, TRUNK, words)
+    def attempt(book, first, last, seconds, state):
+        task = begin(book, TRUNK, first=first, step=last, steps_per_second=98.0)
         task.ref = object()
         book.look()
         clock[0] += seconds
         book.settle(task, state, "", 5, 1.0)
         return read_manifest(Path())[-1]
 
-    line = "step {} of 9,000, 98 SPS, 00:04 left, ε 0.01, return 2"
-    found = attempt(book, line.format("3,600"), 3_600, "killed")
+    found = attempt(book, 0, 3_600, 3_600, "killed")
     assert (found.step, found.steps_per_second, found.hours, found.host) == (3_600, 1.0, 1.0, "node3")
     book = make_book()
-    found = attempt(book, f"resumed at step 3,600 from x\n{line.format('9,000')}", 1_800, "finished")
+    found = attempt(book, 3_600, 9_000, 1_800, "finished")
     assert (found.step, found.steps_per_second, found.hours, found.attempt) == (9_000, 3.0, 1.5, 2)
     assert [task.run.name for task in make_book().open_tasks()] == [FORK]
-    begin(book, FORK, line.format("6,000")).ref = object()
+    begin(book, FORK, step=6_000).ref = object()
     book.look()
-    last = read_manifest(Path())[-1]
-    os.utime(book.tasks[FORK].log, (last.time, last.time + 7_200))
+    say(FORK, time=read_manifest(Path())[-1].time + 7_200)
     assert make_book().tasks[FORK].hours == pytest.approx(2), "the sweep was killed, and its hours count"
-    Path("runs", f"{TRUNK}__7").rmdir()
+    shutil.rmtree(Path("runs", f"{TRUNK}__7"))
     assert len(make_book().open_tasks()) == 2, "a finished run whose folder has gone is done once more"
 
 
 def test_a_run_keeps_its_step_until_a_new_attempt_has_said_one(book):
-    task = begin(book, TRUNK, "step 4,000: checkpoint-4000, 1 MB in 0.1 s")
+    task = begin(book, TRUNK, step=4_000)
     task.ref = object()
     book.look()
     book.settle(task, "killed", "", 5, 0.0)
     assert read_manifest(Path())[-1].step == 4_000
     task.begin()
+    task.ref = object()
+    book.look()
     with open(task.log, "a", encoding="utf-8") as log:
-        log.write(f"{STARTED} node4: python script\n")
+        log.write("a line of the job's\n")
+    say(TRUNK, process=1, step=4_100)
+    book.look()
+    assert states()[-1] == (TRUNK, "killed"), "the process before is still ending"
+    say(TRUNK, process=2, device=None)
     book.look()
     assert states()[-1] == (TRUNK, "killed"), "it has not said yet where it computes"
-    with open(task.log, "a", encoding="utf-8") as log:
-        log.write(f"{PHOENIX} × 1 (sb3) on cuda with 1 thread, curves in runs/x\n")
-    task.ref = object()
+    say(TRUNK, process=2, first=4_000, step=4_000, device="cuda", host="node4")
     book.look()
     last = read_manifest(Path())[-1]
     assert (last.state, last.step, last.device, last.host) == ("running", 4_000, "cuda", "node4")
 
 
+def test_a_runs_folder_is_not_searched_for_among_many_before_its_process_has_begun(book, monkeypatch):
+    task = book.tasks[TRUNK]
+    task.begin()
+    task.ref = object()
+    monkeypatch.setattr("analysis.sweeps.find_folder", lambda *_: 1 / 0)
+    book.look()
+    task.log.write_text("a line of the job's\n", encoding="utf-8")
+    with pytest.raises(ZeroDivisionError):
+        book.look()
+
+
 def test_what_is_going_on_is_said_in_words_and_as_a_table(book):
-    begin(book, FORK, "step 6,000 of 9,000, 98 SPS, 00:04 left, ε 0.01, return 2").ref = object()
+    said = {"step": 6_000, "steps_per_second": 98.4, "return": 2.2}
+    begin(book, FORK, "what it says to people, in any words", **said).ref = object()
     book.look()
     words = book.in_words()
-    assert words.splitlines() == ["1 queued, 1 running", f"  {FORK}: step 6,000 of 9,000, 98 SPS, 00:04 left, return 2"]
+    assert words.splitlines() == ["1 queued, 1 running", f"  {FORK}: step 6,000 of 9,000, 98 SPS, 00:30 left, return 2"]
     table = book.table(1)
     assert [list(column.cells) for column in table.columns] == [
         [FORK],
         ["running"],
         ["6,000 of 9,000"],
         ["98"],
-        ["00:04"],
+        ["00:30"],
         ["2"],
     ]
     assert table.caption == "1 queued, 1 running" and book.table(9).row_count == 2

@@ -64,7 +64,7 @@ def test_the_copies_branch_off_where_the_injection_is_and_all_get_the_same_tasks
 
 
 def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_the_encoder(checkpoint):
-    subject = read_subject(checkpoint)
+    subject = read_subject(checkpoint, 1e-3)
     obs, learner = replayed_observations(subject, 16, CPU), task_sequence.make_contender("agent", subject, 0, CPU)
     learner.inject()
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_the_one_network_goes_its_way_whatever_is_done_to_its_copies(checkpoint)
 
 
 def test_a_twin_has_all_of_the_state_and_shares_none(checkpoint):
-    saved = read_subject(checkpoint)
+    saved = read_subject(checkpoint, 1e-3)
     obs, batches = replayed_observations(saved, 16, CPU), np.arange(16).reshape(2, 8)
     one = task_sequence.make_contender("agent", saved, 0, CPU)
     task_sequence.fit(one, obs, torch.rand(16, one.num_actions), batches)
@@ -122,9 +122,20 @@ def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits, narrow_h
     assert (result["checkpoint"], result["run_seed"], result["step"], result["learning_rate"]) == ("fresh", None, 0, 1e-3)
 
 
+def test_agents_and_fresh_networks_learn_at_one_rate_whatever_the_runs_was(checkpoint, monkeypatch):
+    rates = []
+    for name in ("read_subject", "fresh_subject"):
+        monkeypatch.setattr(task_sequence, name, lambda *given: rates.append(given[-1]))
+    for path in (checkpoint, Path("fresh")):
+        for rate in (None, 1e-3):
+            with pytest.raises(AttributeError):  # there is no agent
+                run_sequence(path, **HOW | {"seeds": 1, "rate": rate})
+    assert rates == [5e-4, 1e-3, 5e-4, 1e-3]
+
+
 @pytest.mark.slow
 def test_a_dead_head_has_lost_plasticity_and_an_injection_restores_it_but_not_where_the_encoder_is_dead(checkpoint):
-    how = HOW | {"observations": 8, "updates": 60, "seeds": 1, "tasks": 2}
+    how = HOW | {"observations": 8, "updates": 60, "seeds": 1, "tasks": 2, "rate": 1e-3}
     for kill, restored in ((kill_head, True), (kill_encoder, False)):
         change(checkpoint, kill)
         result = run_sequence(checkpoint, **how)
@@ -208,3 +219,8 @@ def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn, narrow_hea
 def test_an_injection_outside_of_the_sequence_is_refused(checkpoint, at):
     with pytest.raises(UsageError, match=f"probe_inject_at is {at}, but must be 2 to 3"):
         probe_sequence([str(checkpoint)], **HOW | {"inject_at": at}, out=Path("x.png"))
+
+
+def test_networks_are_told_apart_without_colours():
+    assert task_sequence.LOOKS.keys() == set(NAMES)
+    assert len({(look.dashes, look.marker) for look in task_sequence.LOOKS.values()}) == len(NAMES)

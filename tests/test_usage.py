@@ -1,5 +1,6 @@
 """Bounds that stand at the fields they belong to, flags that nothing would look at, and refusals of one line."""
 
+import json
 import math
 import sys
 from dataclasses import dataclass, fields
@@ -7,10 +8,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import torch
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
-from dqn_injection_atari import Args
+from dqn_injection_atari import Args, parse_args
 from support import usage
+from support.checkpoints import read_identity
 from support.flags import Period, PositivePeriod
 from support.usage import Count, NotBelow, OnlyWith, Positive, Share, Steps, UsageError, check_bounds
 
@@ -186,6 +189,125 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_the_fix():
         pass
 
 
+OURS = [
+    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!",
+    "put_ does not have a deterministic implementation, but you set 'torch.use_deterministic_algorithms(True)'. CUDA",
+    "Deterministic behavior was enabled, but this operation is not deterministic as it uses CuBLAS and you have CUDA >= 10.2",
+    "CUDA error: device-side assert triggered",
+    "CUDA error: an illegal memory access was encountered",
+    "CUDA error: misaligned address",
+    "CUDA error: invalid argument",
+    "CUDA error: operation not permitted when stream is capturing",
+    "CUDA error: operation failed due to a previous error during capture",
+    "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned",
+    "Attempting CUDA graph capture of step() for an instance of Adam but param_groups' capturable is False.",
+    "CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm`",
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+    "Cannot re-initialize CUDA in forked subprocess. To use CUDA with multiprocessing",
+    "Function CudnnConvolutionBackward0 returned an invalid gradient at index 0 - expected device cuda:0 but got cpu",
+    "Function MiopenConvolutionBackward0 returned an invalid gradient at index 0",
+    "Input type (torch.cuda.FloatTensor) and weight type (torch.FloatTensor) should be the same",
+    "mat1 and mat2 shapes cannot be multiplied (1x2 and 3x4)",
+]
+A_GPUS = [
+    "CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.",
+    "CUDA error: no kernel image is available for execution on the device",
+    "CUDA error: uncorrectable ECC error encountered",
+    "CUDA error: CUDA-capable device(s) is/are busy or unavailable",
+    "CUDA driver error: unknown error",
+    "CUDA driver version is insufficient for CUDA runtime version",
+    "CUDA unknown error - this may be due to an incorrectly set up environment",
+    "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR",
+    "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`",
+    "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+    "nvrtc: error: invalid value for --gpu-architecture (-arch)",
+    "HIP error: the operation cannot be performed in the present state",
+    "MIOpen Error: no kernel",
+    "miopenStatusUnknownError",
+    "GET was unable to find an engine to execute this computation",
+    "Found no NVIDIA driver on your system",
+    "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before",
+]
+
+
+@pytest.mark.parametrize("message", A_GPUS, ids=str)
+def test_what_a_gpus_driver_and_libraries_report_of_themselves_is_its_failure(message):
+    first = message.partition("\n")[0]
+    said = usage.out_of_resources(RuntimeError(message))
+    fix = "try another one by CUDA_VISIBLE_DEVICES, or the CPU by CUDA_VISIBLE_DEVICES="
+    assert said == f"the GPU has failed ({first}): {fix}"
+    assert usage.out_of_resources(ValueError(message)) is None
+
+
+@pytest.mark.parametrize("message", OURS, ids=str)
+def test_what_they_report_of_the_program_is_not_nor_what_only_names_a_gpu(message):
+    assert usage.out_of_resources(RuntimeError(message)) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"),
+            "the GPU's memory has run out (CUDA out of memory)",
+        ),
+        (RuntimeError("CUDA error: out of memory"), "the GPU's memory has run out ("),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "the GPU's memory has run out ("),
+        (MemoryError(), "memory has run out (MemoryError): free some, or lower --buffer-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory has run out ("),
+        (RuntimeError("can't start new thread"), "the system starts no more threads (can't start new thread): end other"),
+        (KeyError("alloc_failed"), None),
+        (ValueError("not enough memory"), None),
+        (RuntimeError("Tried to run out of memory words"), None),
+    ],
+    ids=str,
+)
+def test_what_has_run_out_is_what_the_error_names(error, said):
+    got = usage.out_of_resources(error)
+    assert got is None if said is None else got.startswith(said)
+
+
+def through_torch():
+    return torch.nn.Linear(1, 1).no_such_name
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AttributeError("x"), NameError("x"), AssertionError("x"), NotImplementedError("x"), *map(RuntimeError, OURS[:-1])],
+    ids=str,
+)
+def test_a_mistake_in_the_code_is_no_fault_of_the_file_that_is_read(error):
+    with pytest.raises(type(error)) as raised, usage.reading(Path("a"), "a list", "give another"):
+        raise error
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        through_torch,  # an AttributeError
+        lambda: torch.nn.Linear(1, 1).load_state_dict({"weight": torch.zeros(3)}),
+        lambda: torch.zeros(3).copy_(torch.zeros(2)),
+        lambda: json.loads("{}")["x"],
+        lambda: int("five"),
+        lambda: Path("nowhere").read_bytes(),
+    ],
+)
+def test_what_a_reader_stumbles_over_is_the_files_fault_wherever_a_library_says_so(read):
+    with pytest.raises(UsageError, match=r"^a cannot be read as a list \("), usage.reading(Path("a"), "a list", "give another"):
+        read()
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "5", "null", '"x"', "{}", '{"args": 5}', '{"args": null}', "[1, 2", '{"args": {"seed": []}}']
+)
+def test_no_content_of_a_file_of_arguments_ends_in_a_trace(content):
+    Path("run.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"^run\.json cannot be read as a run's arguments \("):
+        usage.settings_of(Args, read_identity(Path("run.json"))["args"], Path("run.json"))
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
@@ -203,3 +325,24 @@ def test_flags_given_are_those_that_the_command_line_names(monkeypatch, words, n
 
 def test_a_flag_is_its_fields_name_in_the_shells_spelling():
     assert usage.flag("num_envs") == "--num-envs" and usage.flag("seed") == "--seed"
+
+
+def test_the_users_home_is_put_in_where_a_shell_leaves_it_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = [
+        "x.py",
+        "~/runs/a",
+        "--out=~/x.png",
+        "--export",
+        "~",
+        "a~b",
+        "--name=a=~/b",
+        "~nobody-of-this-name/x",
+        "--",
+        "-o=~",
+    ]
+    monkeypatch.setattr(sys, "argv", given)
+    expected = ["/home/me/runs/a", "--out=/home/me/x.png", "--export", "/home/me", *given[5:-1], "-o=/home/me"]
+    assert usage.words_given() == expected
+    monkeypatch.setattr(sys, "argv", ["dqn_injection_atari.py", "--evaluate=~/runs/a"])
+    assert parse_args().evaluate == "/home/me/runs/a"

@@ -1,9 +1,12 @@
 """Packages that are not those the project is tested with."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium
 import numpy
@@ -95,3 +98,27 @@ def test_a_wrong_version_that_lacks_what_the_code_imports_is_refused_in_one_line
     code += f"runpy.run_path({script.__file__!r}, run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert ended.returncode == 1 and ended.stderr.startswith("error: gymnasium 0.29.1") and ended.stderr.count("\n") == 1
+
+
+def test_the_projects_version_is_one_wherever_it_stands():
+    root = Path(script.__file__).parent
+    (cited,) = re.findall(r"^version: (\S+)$", (root / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    (released,) = re.findall(r"^date-released: (\S+)$", (root / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    headings = re.findall(r"^## (.*)$", (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert headings[:2] == ["Unreleased", f"{script.__version__} - {released}"]
+    assert cited == script.__version__
+    folder = script.train(replace(BRIEF, total_timesteps=4, learning_starts=4, checkpoint_frequency=0))
+    assert json.loads((folder / "run.json").read_text(encoding="utf-8"))["version"] == script.__version__
+
+
+def test_the_citation_is_of_the_paper_that_the_readme_names():
+    """What the Citation File Format 1.2.0 asks for is there, and the paper is that of the README."""
+    root = Path(script.__file__).parent
+    cited, readme = ((root / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "README.md"))
+    assert cited.startswith("cff-version: 1.2.0\n")
+    assert {"message", "title", "authors", "references"} <= set(re.findall(r"^([\w-]+):", cited, re.MULTILINE))
+    (title,) = re.findall(r'^    title: "(.*)"$', cited, re.MULTILINE)
+    (year,) = re.findall(r"^    year: (\d+)$", cited, re.MULTILINE)
+    assert f"title     = {{{title}}}" in readme and f"year      = {{{year}}}" in readme
+    authors = re.findall(r'- family-names: "(.*)"\n +given-names: "(.*)"', cited)
+    assert " and ".join(map(", ".join, authors)).replace("é", "{\\'e}") in readme

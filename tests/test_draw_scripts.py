@@ -1,0 +1,87 @@
+"""The scripts in img/ that draw runs and the network, as a user runs them."""
+
+import io
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import status_of
+from simulated_runs import RETURN, games, make_run, write
+
+FOLDER = Path(__file__).parent.parent / "img"
+EVALUATED = "eval/episodic_return"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Runs one with these arguments, where the terminal knows ASCII alone; returns its status and what it printed."""
+
+    def run(name, *arguments):
+        printed = io.BytesIO()
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii", write_through=True))
+        main = runpy.run_path(str(FOLDER / f"{name}.py"))["main"]
+        return status_of(main), printed.getvalue().decode("ascii")
+
+    return run
+
+
+def write_arms(names):
+    """Two runs of each arm, evaluated twice."""
+    runs = []
+    for name in names:
+        for seed in (1, 2):
+            evaluations = [(1_000, 1.0), (2_000, 2.0 + seed)]
+            points = {RETURN: games(seed, 0), EVALUATED: evaluations, "injection/step": [(1_000, 1_000)]}
+            runs.append(write(make_run(f"{len(runs):02}", points, seed=seed, exp_name=name)))
+    return runs
+
+
+def test_every_arm_is_in_the_table_and_in_the_figure_however_many_there_are(script):
+    names = ["_a $x_1$", "δ", *"bcdefgh"]
+    status, printed = script("draw_arms", "x.svg", *write_arms(names))
+    header, _, *rows = printed.splitlines()
+    assert status == 0 and [cell.strip() for cell in header.strip("|").split("|")] == ["step", "_a $x_1$", "?", *"bcdefgh"]
+    assert [row.count("3.5 [3.0, 4.0]") for row in rows] == [0, len(names)]
+    figure = Path("x.svg").read_text(encoding="utf-8")
+    assert all(f"<!-- {name}, mean of 2 -->" in figure for name in names)
+
+
+def test_a_runs_return_is_drawn(script, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path().absolute()))
+    run, *_ = write_arms(["a"])
+    assert script("draw_return", f"~/{run}", "~/x.svg", "20.5") == (0, "")
+    figure = Path("x.svg").read_text(encoding="utf-8")
+    for label in (
+        "mean of the last 20 training games",
+        "evaluation, mean of its games",
+        "random play (20.5)",
+        "plasticity injection",
+    ):
+        assert f"<!-- {label} -->" in figure
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "fix"),
+    [
+        ("draw_arms", [], "give a figure and runs"),
+        ("draw_arms", ["x.png", "nowhere"], "nowhere is no run's folder"),
+        ("draw_return", [], "give a run and a figure's name"),
+        ("draw_return", ["nowhere", "x.png", "many"], "RANDOM_SCORE is many, but must be a number"),
+        ("draw_return", ["nowhere", "x.png"], "nowhere is no run's folder"),
+        ("draw_signs", [], "give the files of both arms"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(script, capsys, name, arguments, fix):
+    assert script(name, *arguments) == (1, "")
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and fix in errors
+
+
+def test_the_network_is_drawn_before_and_after_an_injection(script, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("analysis.canvas.save", lambda figure, path, **how: drawn.update({path.name: figure}))
+    assert script("draw_architecture") == (0, "")
+    texts = [text.get_text() for text in drawn["architecture.png"].axes[0].texts]
+    assert "trained" in texts and any(text.startswith("after it:") for text in texts)
