@@ -176,6 +176,7 @@ with engine.cluster(None):
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupts", ["heard", "ignored"])  # ignored where a script has begun the sweep with &
 def test_a_job_that_is_cancelled_is_told_so_and_has_failed_if_it_fails_then(interrupts):
     Path("runs").mkdir()

@@ -262,7 +262,7 @@ NORM = replace(
     injection_norm_ratio=1.0001,
     injection_check_frequency=15,
     max_injections=2,
-    learning_rate=3e-4,
+    learning_rate=1e-3,
 )
 
 

@@ -37,7 +37,7 @@ from support.runs import Run
 SCRIPT = Path(script.__file__)
 SMALL = replace(BRIEF, env_id="PhoenixNoFrameskip-v4", num_envs=1, total_timesteps=200, checkpoint_frequency=0)
 SMALL_FLAGS = """--env-backend ale --total-timesteps 200 --buffer-size 250 --learning-starts 100 --batch-size 4
---log-frequency 60 --checkpoint-frequency 0""".split()
+--head-width 16 --log-frequency 60 --checkpoint-frequency 0""".split()
 PLAYS_ONLY = {"learning_starts": 10_000}
 
 
