@@ -541,6 +541,8 @@ def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, 
 class Training:
     """A run in progress, with what it trains."""
 
+    MEASURED = 512  # transitions on which plasticity and the change of Q at an intervention are measured
+
     args: Args
     run: Run
     envs: LearnerView
@@ -548,9 +550,9 @@ class Training:
     replay: FrameReplayBuffer
 
     def replayed(self, stream: Stream, key: int) -> ReplayBufferSamples:
-        """512 of the replayed transitions, drawn by a generator from (seed, stream, key): training's own does not move."""
+        """Some of the replayed transitions, drawn by a generator from (seed, stream, key): training's own does not move."""
         rng = np.random.default_rng(stream_seed(self.args.seed, stream, key))
-        rows, columns = (rng.integers(limit, size=512) for limit in (self.replay.size(), self.replay.n_envs))
+        rows, columns = (rng.integers(limit, size=self.MEASURED) for limit in (self.replay.size(), self.replay.n_envs))
         return self.replay.transitions(rows, columns)
 
     def begin_streams(self) -> None:

@@ -170,7 +170,7 @@ def test_the_profile_counts_every_call_in_its_part_once(monkeypatch, stack):
 
 
 @pytest.mark.slow
-def test_the_profile_adds_up(capsys, monkeypatch, tmp_path, quick_ranks):
+def test_the_profile_adds_up(capsys, monkeypatch, tmp_path):
     once = functools.partial(profile_update.seconds_per_call, repeats=1)
     monkeypatch.setattr(profile_update, "seconds_per_call", lambda call, device, **_: once(call, device))
     monkeypatch.setattr(profile_update, "emulator_speed", functools.partial(profile_update.emulator_speed, seconds=0.2))

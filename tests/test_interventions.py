@@ -337,7 +337,7 @@ def test_a_run_that_grows_says_from_how_many_trainable_parameters_to_how_many(ca
     small, large = (77_984 + width * (3_136 + 1 + 8) + 8 for width in (16, 32))
     line = next(line for line in capsys.readouterr().out.splitlines() if "plasticity injected" in line)
     assert line == (
-        "step 142: plasticity injected, largest change of Q over 512 observations: 0.0, "
+        "step 142: plasticity injected, largest change of Q over 48 observations: 0.0, "
         f"trainable parameters {small:,} → {large:,}"
     )
     train(replace(SMALL, head_width=16, total_timesteps=150))

@@ -10,7 +10,6 @@ from conftest import BRIEF, make_learner, random_batch, scalars
 
 from benchmarks.kill_test import content, differences, flat
 from dqn_injection_atari import plasticity_measures, td_loss, train
-from support import measures
 from support.measures import (
     LossMeter,
     NormTracker,
@@ -285,10 +284,8 @@ def test_measuring_changes_nothing_in_the_learner(bf16):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """The folder of a run that measures in every vector step that holds a multiple of 100."""
-    original = measures.singular_values
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("measured"))
-        patch.setattr(measures, "singular_values", lambda features: original(features[:, :128]))  # not 3136, which take long
         return train(replace(SMALL, checkpoint_frequency=240, plasticity_frequency=100)).absolute()
 
 
@@ -313,7 +310,7 @@ def test_measures_are_logged_at_the_end_of_every_vector_step_that_holds_a_multip
     assert modules == {"encoder", "head", "theta", "theta_prime_2_0"}
     second = {tag: dict(points).get(102) for tag, points in curves.items()}
     assert second["plasticity/weight_norm_ratio/head"] != 1, "learning has begun"
-    assert 1 < second["plasticity/srank/encoder"] <= 512 and second["plasticity/gradient_norm/encoder"] > 0
+    assert 1 < second["plasticity/srank/encoder"] <= 48 and second["plasticity/gradient_norm/encoder"] > 0
     # θ was frozen at 150 and is named as itself from then on, θ′₂ is as it was drawn
     (after, theta), (_, ratio) = (curves[f"plasticity/{name}"][0] for name in ("weight_norm/theta", "weight_norm/head"))
     assert after == 201 and theta > 0 and ratio > 0

@@ -175,7 +175,7 @@ MEASURED = replace(  # everything is logged, much of it at the very step of a ch
 
 
 @slow
-def test_every_scalar_is_there_once_after_a_resume(uninterrupted, quick_ranks):
+def test_every_scalar_is_there_once_after_a_resume(uninterrupted):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunLog, "FLUSH_SECONDS", 0)  # or a run of seconds would write curves with its checkpoints only
         folder = train_until(185, MEASURED)

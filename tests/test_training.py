@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BRIEF, SHORT_GAMES, TINY_GAMES, scalars
+from conftest import BRIEF, MEASURED, SHORT_GAMES, TINY_GAMES, scalars
 from interruptions import uninterrupted_runs, until_signal  # noqa: F401 (a fixture)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -256,7 +256,8 @@ def test_replay_is_given_what_happened(record, backend):
     assert dones.any(), "lives were lost"
 
 
-def test_transitions_measured_are_drawn_by_seed_stream_and_key_and_training_does_not_notice():
+def test_transitions_measured_are_drawn_by_seed_stream_and_key_and_training_does_not_notice(monkeypatch):
+    monkeypatch.setattr(Training, "MEASURED", MEASURED)
     space = environments.make_envs(TINY_GAMES, "ale", 1).single_observation_space
     replay = FrameReplayBuffer(40, space, script.environments.gym.spaces.Discrete(6), "cpu", 2)
     zeros = np.zeros((2, 4, 84, 84), np.uint8)
@@ -394,7 +395,7 @@ def test_tensorboard_holds_every_promised_curve_and_the_hyperparameters():
 
 
 @pytest.mark.slow
-def test_where_a_measure_is_undefined_no_point_of_it_is_logged(monkeypatch, quick_ranks):
+def test_where_a_measure_is_undefined_no_point_of_it_is_logged(monkeypatch):
     """The head dies at step 100 and lives again from step 150 on."""
     args = replace(BRIEF, total_timesteps=200, plasticity_frequency=40, learning_starts=200)
     original = script.plasticity_measures
