@@ -257,7 +257,10 @@ CASES = {  # updates in each call, and settings
     "bf16": (2, {"bf16": True, "injection_optimizer_state": "copy"}),
     "the paper's optimizer": (2, {"optimizer": "rmsprop", "learning_rate": 2.5e-4, "shared_bias": True}),
 }
-each_case = pytest.mark.parametrize(("count", "settings"), CASES.values(), ids=CASES)
+each_case = pytest.mark.parametrize(
+    ("count", "settings"),
+    [pytest.param(*case, id=name, marks=() if name in ("plain", "bf16") else pytest.mark.slow) for name, case in CASES.items()],
+)
 
 
 @each_case

@@ -145,6 +145,7 @@ def test_an_updates_arithmetic_is_counted_in_full(stack):
     assert profile_update.update_flops(training) == before + 2 * 32 * (6 * head + 2 * head)
 
 
+@pytest.mark.slow
 def test_the_profile_counts_every_call_in_its_part_once(monkeypatch, stack):
     training = throughput.make_run(throughput.Settings(env_id=TINY_GAMES, fill=64, buffer_size=200), 4, stack)
     learner, envs, replay = training.learner, training.envs, training.replay
@@ -225,6 +226,7 @@ def test_the_checkpoint_that_is_measured_is_whole_and_its_figures_are_all_that_i
     assert not any(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_restores_is_compared_with_what_was_saved(monkeypatch):
     original = checkpoint_size.load_checkpoint
 

@@ -249,7 +249,7 @@ def test_an_id_registered_with_nothing_but_a_game_plays(backend):
     assert envs.step(np.array([0]))[0].shape == (1, 4, 84, 84)
 
 
-@both_backends
+@sb3_in_full_runs
 def test_a_step_in_two_halves_is_a_step(backend):
     whole, halves = (make_envs(SHORT_GAMES, backend, 2) for _ in range(2))
     rng = np.random.default_rng(0)

@@ -299,6 +299,7 @@ def test_what_playing_would_pass_over_is_refused_also_where_it_is_the_scripts_de
     assert message.startswith("error: ") and message.endswith(left_out) and "\n" not in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -237,6 +237,7 @@ def test_slow_bfloat16_is_refused_in_a_new_run_with_the_fix_and_nothing_is_writt
     script.train(SHORTEST)
 
 
+@pytest.mark.slow
 def test_slow_bfloat16_is_one_warning_in_what_goes_on_in_it_and_none_where_its_agent_plays(monkeypatch, capsys):
     folder = script.train(replace(SHORTEST, bf16=True))
     assert "bf16" not in capsys.readouterr().out
@@ -252,6 +253,7 @@ def test_slow_bfloat16_is_one_warning_in_what_goes_on_in_it_and_none_where_its_a
 # one of several
 
 
+@pytest.mark.slow
 def test_a_run_that_is_one_of_several_equal_ones_says_so_once_and_names_the_variable(monkeypatch, capsys):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
     folder = script.train(SHORTEST)

@@ -170,7 +170,7 @@ def test_the_run_that_nobody_touched_shows_all_that_was_logged(whole):
     assert len(list(whole.glob("events*"))) == 1
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow if seed > 2 else ()) for seed in range(12)])
 def test_killed_at_any_line_and_resumed_every_point_is_shown_once(whole, clock, seed):
     """Also in a TensorBoard that was open all the time, and with a disk that is full for a while."""
     rng = random.Random(seed)

@@ -60,7 +60,8 @@ STOP = send(signal.SIGTERM)
 OFTEN = replace(SMALL, checkpoint_frequency=80)  # which the end is a multiple of
 BASELINE = replace(SMALL, apply_injection=False)  # keeps the checkpoint at step 142, where the injection would be
 TWICE = replace(SMALL, injection_step=(142, 190))
-PLAYING = replace(SMALL, learning_starts=240, injection_step=())  # nothing is learned: for what does not depend on it
+# nothing is learned, in one game: for what does not depend on it
+PLAYING = replace(SMALL, num_envs=1, learning_starts=240, injection_step=())
 NORM = replace(
     SMALL,
     injection_step=(),
@@ -633,8 +634,10 @@ def test_a_refused_fork_leaves_nothing_behind(uninterrupted):
 # checkpoints that stay
 
 
+@pytest.mark.slow
 def test_keep_checkpoints_has_more_of_them_written_and_stay_and_changes_nothing_else():
-    args = replace(PLAYING, total_timesteps=90, checkpoint_frequency=40, injection_step=(50, 60), log_frequency=30)
+    args = replace(PLAYING, num_envs=2, total_timesteps=90, checkpoint_frequency=40)
+    args = replace(args, injection_step=(50, 60), log_frequency=30)
     folder = train(replace(args, keep_checkpoints=(89, 13, 0)))
     assert names(folder) == [f"checkpoint-{step}" for step in (0, 14, 50, 90)]
     plain = train(args)
@@ -762,7 +765,9 @@ FIRST_KILLS = {  # where a fork is killed in its first process
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=slow if k else ()) for k, case in enumerate(FIRST_KILLS)])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == "before its streams begin" else slow) for case in FIRST_KILLS]
+)
 def test_a_fork_with_another_seed_ends_the_same_wherever_its_first_process_was_killed(uninterrupted, case):
     origin = uninterrupted(replace(CONTINUED, apply_injection=False)) / "checkpoint-50"
     arm = replace(CONTINUED, seed=2, fork=str(origin), eval_frequency=50, eval_episodes=1)
@@ -882,7 +887,7 @@ def test_a_stop_ends_the_run_with_a_checkpoint_from_which_it_goes_on_exactly(uni
 
 @pytest.mark.slow
 def test_the_exit_status_says_what_ended_a_run_and_0_that_it_is_complete(monkeypatch, capsys):
-    args = replace(PLAYING, total_timesteps=100, save_model=True)
+    args = replace(PLAYING, num_envs=2, total_timesteps=100, save_model=True)
     for step, number, status in ((20, signal.SIGTERM, 143), (40, signal.SIGINT, 130), (99, signal.SIGTERM, 143)):
         with monkeypatch.context() as patch:
             at_step(patch, step, send(number))
@@ -1424,6 +1429,7 @@ def moved_at(patch, step, to):
     return before
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_is_renamed_goes_on_in_it_and_names_it_as_it_is_now(uninterrupted, monkeypatch, capsys):
     """Also where another folder gets its old name."""
     to = "else where"
@@ -1455,6 +1461,7 @@ def test_a_folder_that_is_moved_while_a_checkpoint_is_written_has_it_all_the_sam
     assert "no checkpoint" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_deleted_is_not_made_anew_and_the_run_says_so_and_ends_with_an_error(monkeypatch, capsys):
     at_step(monkeypatch, 30, lambda: shutil.rmtree(new_folder(set())))
     at_step(monkeypatch, 74, send(signal.SIGTERM))

@@ -422,7 +422,7 @@ def test_where_a_measure_is_undefined_no_point_of_it_is_logged(monkeypatch):
     assert dormant[120] == dormant[160] == 1 and dormant[80] < 1
 
 
-@pytest.mark.parametrize("boundary", [True, False])
+@pytest.mark.parametrize("boundary", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_games_that_end_without_a_return_are_counted_where_they_are_cut_and_at_the_end(boundary):
     """Games of 30 steps in 2 environments, cut after 50 steps in each, and at the end."""
     frequency = 100 if boundary else 0
