@@ -1,9 +1,11 @@
+import gc
 import os
 import shutil
 import signal
 import sys
 from typing import ClassVar
 
+gc.disable()  # until all is collected: it need not look at a million objects of modules again and again
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start take it over
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a GPU's first product, whichever test makes it
 
@@ -87,6 +89,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
