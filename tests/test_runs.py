@@ -1168,12 +1168,15 @@ def test_a_checkpoint_whose_size_cannot_be_told_is_still_one(monkeypatch, capsys
 
 @slow
 def test_a_signal_delivered_several_times_ends_the_run_with_a_checkpoint_and_the_firsts_status(request):
-    flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --learning-starts 500 --head-width 16"
+    slowly = "save = runs.save_checkpoint\nruns.save_checkpoint = lambda *given: (time.sleep(1), save(*given))[1]"
+    code = f"import time, support.runs as runs, dqn_injection_atari as s\n{slowly}\ns.main()"
+    flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --learning-starts 500 --head-width 16".split()
     process = subprocess.Popen(
-        [sys.executable, "-u", script.__file__, *flags.split()],
+        [sys.executable, "-u", "-c", code, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(Path(script.__file__).parent)},
     )
     request.addfinalizer(process.kill)
     process.stdout.readline()
