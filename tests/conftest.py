@@ -5,7 +5,6 @@ import signal
 import sys
 from typing import ClassVar
 
-gc.disable()  # until all is collected: it need not look at a million objects of modules again and again
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start take it over
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a GPU's first product, whichever test makes it
 
@@ -24,6 +23,7 @@ from support import environments
 torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: True  # type: ignore[attr-defined]
 torch.cpu._is_avx512_bf16_supported = lambda: True
 
+gc.disable()  # until all is collected: it need not look at a million objects of modules again and again
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background, and so their runs, would ignore it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
