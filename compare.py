@@ -51,7 +51,7 @@ except ModuleNotFoundError as error:
         sys.exit(f"error: {error.name} is not beside this script: {fix}")
     sys.exit(f"error: {package} is not installed: pip install -r requirements-dev.txt")
 
-from support.process import ends_in_one_line
+from support.process import begin_in_utf8, ends_in_one_line
 from support.usage import Count, UsageError, changed_fields, check_bounds, flags_given, words_given
 
 
@@ -142,4 +142,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    begin_in_utf8()
     main()

@@ -46,7 +46,7 @@ from support.evaluation import Stop, epsilon_greedy, play_games, player, print_s
 from support.flags import Period, PositivePeriod, RunFlags
 from support.machine import circumstances, code_version, pick_device, place_for, slow_bfloat16
 from support.optimizers import CenteredRMSProp, copy_moments, load_moments, moments_by_name, num_trainable
-from support.process import Signals, deaf_in_the_end, ends_in_one_line
+from support.process import Signals, begin_in_utf8, deaf_in_the_end, ends_in_one_line
 from support.randomness import redraw, stream_seed
 from support.replay import FrameReplayBuffer
 from support.runs import Run, check_machine, find_origin
@@ -864,5 +864,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    begin_in_utf8()
     with deaf_in_the_end():
         main()

@@ -37,7 +37,7 @@ from analysis.manifest import MANIFEST, begin, commit, measured_speed, prepare, 
 from analysis.plan import LONGEST_NAME, Asked, all_arms, identity_of, plan
 from support import jobs
 from support.machine import alone_in, slow_bfloat16
-from support.process import Signals, Unfailing, ends_in_one_line, on_a_terminal, say
+from support.process import Signals, Unfailing, begin_in_utf8, ends_in_one_line, on_a_terminal, say
 from support.usage import Positive, Steps, UsageError, check_bounds, words_given
 
 TICK, MINUTE = 1.0, 60.0  # seconds
@@ -264,4 +264,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    begin_in_utf8()
     main()

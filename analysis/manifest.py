@@ -1,6 +1,7 @@
 """The folder of a sweep: what was asked, what became of every run, and how far those that go on have come."""
 
 import json
+import math
 import os
 import subprocess
 import time
@@ -190,7 +191,7 @@ class Progress:
     @property
     def left(self) -> str:
         """Time, hours:minutes:seconds."""
-        if self.total is None or not self.steps_per_second:
+        if self.total is None or not self.steps_per_second or not math.isfinite(self.steps_per_second):
             return "–"
         return tqdm.format_interval((self.total - self.step) / self.steps_per_second)
 
@@ -220,7 +221,7 @@ def read_progress(folder: Path) -> Progress | None:
             time=float(said["time"]),
             process=(str(said["host"]), int(said["pid"]), float(said["began"])),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError):
         return None
 
 

@@ -26,6 +26,20 @@ GROUP_SIZES = (
 )
 
 
+def begin_in_utf8() -> None:
+    """Begins this program once more in Python's UTF-8 mode, where the locale has names of files in another encoding.
+
+    TensorBoard takes them in UTF-8, whatever the locale. What is printed stays in the locale's letters. To be called by
+    the file that is run, and by nothing that others import: all that went before is done a second time.
+    """
+    if sys.getfilesystemencoding() == "utf-8":
+        return
+    os.environ["PYTHONUTF8"] = "1"  # also of the processes that this one starts
+    if sys.stdout is not None:
+        os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def group_of_equals() -> tuple[str, int] | None:
     """The variable that says that this process is one of several which were started alike, and how many; else None."""
     for name in GROUP_SIZES:

@@ -49,7 +49,9 @@ SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in compari
 
 def event_files(folder: Path) -> list[Path]:
     """A run's event files, in the order of their names, in which readers take them. Copies by other programs are none."""
-    return sorted(path for path in folder.iterdir() if EVENT_FILE.fullmatch(path.name) and path.is_file())
+    named = {path for path in folder.iterdir() if EVENT_FILE.fullmatch(path.name)}
+    # NAME.1 could be a name that the writer gives, but beside NAME it is a copy
+    return sorted(path for path in named if path.with_suffix("") not in named and path.is_file())
 
 
 class EventFile(LegacyEventFileLoader):

@@ -143,6 +143,7 @@ OF_A_GPU = (
     r"\b(nvrtc|hiprtc): error\b",
     r"\b(cuda|nvidia|hip) driver\b",
     r"\b(cuda|hip)getdevicecount\b",
+    r"\bno (cuda|hip) gpus\b",
     r"\bno kernel image\b",
     r"\bunable to find an engine\b",
 )
@@ -151,6 +152,7 @@ OF_THE_CODE = (
     r"assert triggered",
     r"illegal memory access",
     r"misaligned address",
+    r"too many resources",
     r"captur",
     r"invalid (argument|configuration|resource handle|device pointer|device ordinal|pitch|program counter)",
     r"status_(invalid_value|bad_param|not_supported)",

@@ -356,10 +356,12 @@ def test_python_runs_in_warm_up_and_capture_only_and_outputs_stay_where_they_are
         return total * 2
 
     graphs = CUDAGraphs(lambda: [total], enabled=True)
-    first = graphs.run("add", add, torch.ones(2))
+    given = torch.ones(2)
+    first = graphs.run("add", add, given)
     assert first.tolist() == [2, 2] and len(calls) == CUDAGraphs.WARM_UP + 1 >= 4
     second = graphs.run("add", add, torch.full((2,), 5.0))
     assert second is first and first.tolist() == [12, 12] and total.tolist() == [6, 6] and len(calls) == CUDAGraphs.WARM_UP + 1
+    assert given.tolist() == [1, 1], "inputs are copied: what was given first is not overwritten later"
     graphs.run("add", add, torch.ones(1))
     assert len(calls) == 2 * (CUDAGraphs.WARM_UP + 1), "of another shape"
 

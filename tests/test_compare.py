@@ -244,7 +244,9 @@ def test_runs_are_found_in_folders_of_any_name(command):
 def test_the_script_runs_from_any_folder_in_a_shell_without_unicode_and_with_a_notebooks_backend():
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, str(SCRIPT), *write_all(make_arms()), "--out", "y.pdf"]
+    folders = [folder.replace("runs", "läufe ε") for folder in write_all(make_arms())]
+    shutil.move("runs", "läufe ε")
+    command = [sys.executable, str(SCRIPT), *folders, "--out", "y.pdf"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     assert (done.returncode, done.stderr) == (0, "") and "window 1,000 < step ? 3,000" in done.stdout
-    assert {path.name for path in Path().iterdir()} == {"runs", "y.pdf", "y.md", "y.json"}
+    assert {path.name for path in Path().iterdir()} == {"läufe ε", "y.pdf", "y.md", "y.json"}

@@ -1,6 +1,7 @@
 """A sweep's folder: what was asked, what became of every run, and how far it says it is."""
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -119,7 +120,16 @@ def test_progress_is_what_the_runs_own_file_says():
     assert str(replace(found, steps_per_second=None)) == "step 25,000" and str(Progress()) == "step 0"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\0\0", json.dumps({"step": 5}), json.dumps(SAID | {"time": None})])
+def test_progress_without_a_finite_speed_has_no_time_left():
+    for speed in (math.nan, math.inf, 0.0, None):
+        assert Progress(step=5, total=9, steps_per_second=speed).left == "–"
+
+
+NOT_WHOLE = ["", "{", "[]", "\0\0", json.dumps({"step": 5}), json.dumps(SAID | {"time": None})]
+NOT_WHOLE += [json.dumps(SAID | {"step": math.inf}), json.dumps(SAID | {"time": 10**400})]
+
+
+@pytest.mark.parametrize("content", NOT_WHOLE, ids=range(len(NOT_WHOLE)))
 def test_progress_that_is_not_whole_is_none(content):
     Path("progress.json").write_text(content, encoding="utf-8")
     assert read_progress(HERE) is None

@@ -291,6 +291,22 @@ def test_letters_that_a_terminal_has_not_are_question_marks(monkeypatch, tmp_pat
     assert (tmp_path / "log").read_text(encoding="utf-8") == "? ? x\n"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "iso8859-1"])
+def test_a_program_begins_once_more_in_utf8_where_names_of_files_are_in_another_encoding(monkeypatch, encoding):
+    begun = []
+    monkeypatch.setattr(os, "execv", lambda *command: begun.append(command))
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "compare.py", "l\udcc3\udca4ufe/a b"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    process.begin_in_utf8()
+    again = [sys.executable, "-X", "utf8", "-X", "dev", "compare.py", "l\udcc3\udca4ufe/a b"]
+    assert begun == ([] if encoding == "utf-8" else [(sys.executable, again)])
+    if begun:  # what is printed stays as a terminal like this can show it
+        assert (os.environ["PYTHONUTF8"], os.environ["PYTHONIOENCODING"]) == ("1", "ascii")
+
+
 ROOT = Path(process.__file__).parent.parent
 NO_TORCH = "class OutOfMemoryError(RuntimeError):\n    pass\n"  # what is needed of it, without a second to import it
 COMMAND = f"""import contextlib, sys; sys.path.insert(1, {str(ROOT)!r})

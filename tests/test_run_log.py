@@ -502,7 +502,7 @@ def test_an_event_file_that_is_all_zeros_hides_no_other(clock, capsys):
 
 NOT_OURS = (  # copies, archives, what editors and file managers leave, and names that are only similar
     "{}.bak|{}.gz|{}~|{} copy|{} (1)|{}.tmp|{}.swp|{}.1.orig|{}.profile-empty|{}.v2|{}-conflict|{}\n|"
-    "._{}|.{}.swp|.{}.aB3xYz|#{}#|Copy of {}|{}.sync-conflict-20240101-120000-ABCDEFG.0|notes on tfevents.md|"
+    "{}.1|{}.2|._{}|.{}.swp|.{}.aB3xYz|#{}#|Copy of {}|{}.sync-conflict-20240101-120000-ABCDEFG.0|notes on tfevents.md|"
     "events.out.tfevents|events.out.tfevents.1900000000|events.out.tfevents.1900000000.host|"
     "events.out.tfevents.190000000.host.1.0|events.out.tfevents.١٩٠٠٠٠٠٠٠٠.host.1.0|"
     "events.out.tfevents.x.host.1.0|events.out.tfevents.1900000000.host.0.0|events.out.tfevents.1900000000.host.1.0.csv"

@@ -110,11 +110,12 @@ def assert_as_by_hand(by_hand):
 @pytest.mark.slow
 def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_hand, command, monkeypatch):
     """Also in a folder with a space and a quotation mark, in a locale without letters, with temporary files far down."""
-    place = Path('it\'s a "project"').absolute()
+    place = Path('it\'s a "project" ε').absolute()
     temporary = place / ("x" * 100)
     temporary.mkdir(parents=True)
     monkeypatch.chdir(place)
-    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "TMPDIR": str(temporary)}.items():
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for name, value in {**locale, "TMPDIR": str(temporary)}.items():
         monkeypatch.setitem(ENVIRONMENT, name, value)
     status, said = finish()
     assert status == 0, said

@@ -196,6 +196,7 @@ OURS = [
     "CUDA error: device-side assert triggered",
     "CUDA error: an illegal memory access was encountered",
     "CUDA error: misaligned address",
+    "CUDA error: too many resources requested for launch",
     "CUDA error: invalid argument",
     "CUDA error: operation not permitted when stream is capturing",
     "CUDA error: operation failed due to a previous error during capture",
@@ -227,6 +228,7 @@ A_GPUS = [
     "miopenStatusUnknownError",
     "GET was unable to find an engine to execute this computation",
     "Found no NVIDIA driver on your system",
+    "No CUDA GPUs are available",
     "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before",
 ]
 
