@@ -124,6 +124,17 @@ def test_figures_mark_every_injection_that_was_logged_where_the_norm_decides_and
     assert marks(reset) == ([INJECTION], "intervention")
 
 
+def test_a_long_name_is_folded_to_the_width_of_its_figure(saved):
+    steps = (INJECTION, *range(1_101, 2_500, 50))
+    arms = arms_of(*make_arms(injection_step=steps))
+    draw_returns(arms, comparisons(arms, RETURN, 500), Path("x.png"), RETURN, "mean")
+    figure = saved["x.png"]
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    assert ax.get_legend().get_window_extent().width < figure.bbox.width
+    assert ax.get_window_extent().height > figure.bbox.height / 3
+
+
 def test_every_game_has_a_panel_with_a_legend_and_the_window_of_its_verdict(saved):
     arms = arms_of(*make_games("PhoenixNoFrameskip-v4", "PongNoFrameskip-v4"))
     draw_returns(arms, comparisons(arms, RETURN, 500), Path("x.png"), RETURN, "mean")
