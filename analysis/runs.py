@@ -30,7 +30,7 @@ ARM_NAMES = {  # one and several
     "shrink-perturb": ("shrink and perturb", "shrink and perturb"),
 }
 MOST_STEPS = 4  # of one arm that are named one by one
-LONGEST_FILE_NAME = 240  # characters of a file's name, of which file systems allow 255; its number and ending come after it
+LONGEST_FILE_NAME = 240  # characters; file systems allow 255, and a number and the ending come after it
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,10 @@ def short(step: float) -> str:
 
 
 def at_steps(intervention: str, steps: tuple[int, ...]) -> str:
-    """An intervention and its steps: injections at 1k and 2k. Of many in equal distances the first, the second and the last."""
+    """An intervention and its steps: injections at 1k and 2k.
+
+    Of many in equal distances the first two and the last.
+    """
     one, several = ARM_NAMES[intervention]
     shown = [short(step) for step in steps]
     if len(steps) == 1:
