@@ -179,7 +179,7 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
         of_one.sort(key=lambda pair: number_in(pair.arms[1].setting, number))
         at = [values.index(number_in(pair.arms[1].setting, number)) + apart * (i - (len(lines) - 1) / 2) for pair in of_one]
         found = np.array([(pair.judgement.difference, pair.judgement.low, pair.judgement.high) for pair in of_one])
-        bars = np.nan_to_num(np.abs(found[:, 1:] - found[:, :1]).T)
+        bars = np.abs(found[:, 1:] - found[:, :1]).T  # NaN, and not drawn, where there is no interval
         seeds = "–".join(map(str, sorted({len(means) for pair in of_one for means in pair.means})))
         point = look(i).point
         name = folded(f"{label} (n = {seeds})", figure.get_figwidth())

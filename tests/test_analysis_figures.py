@@ -199,6 +199,17 @@ def test_differences_are_drawn_with_their_intervals_against_the_number_that_vari
     assert next(line for line in ax.lines if line.get_marker() == ".").get_ydata().tolist() == seeds
 
 
+def test_a_difference_without_an_interval_has_no_bar_that_would_look_certain(saved):
+    few, enough = make_arms((1, 2), prefix="few-", learning_rate=1e-3), make_arms(learning_rate=1e-4)
+    draw_differences(comparisons(arms_of(*few, *enough), RETURN, None), "learning_rate", Path("x.png"))
+    (ax,) = saved["x.png"].axes
+    ((drawn, caps, (bars,)),) = ax.containers
+    assert np.isfinite(drawn.get_ydata()).all()
+    ends = np.array([cap.get_ydata() for cap in caps]).T
+    spans = np.array([segment[:, 1] if len(segment) else (np.nan, np.nan) for segment in bars.get_segments()])
+    assert np.isfinite(ends).all(axis=1).tolist() == np.isfinite(spans).all(axis=1).tolist() == [True, False]
+
+
 def test_what_arms_share_is_drawn_as_the_arm_without_an_intervention(saved):
     arms = arms_of(*make_arms())
     draw_returns(arms, comparisons(arms, RETURN, None), Path("x.png"), RETURN, "mean")
