@@ -39,10 +39,9 @@ from annotated_types import Ge, Interval
 try:
     from analysis.curves import write_curves
     from analysis.fitting import NO_CHECKPOINT
-    from analysis.plan import readable
     from analysis.probe import probe
     from analysis.report import report
-    from analysis.runs import runs_in
+    from analysis.runs import file_names, runs_in
     from analysis.task_sequence import probe_sequence
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
@@ -135,8 +134,8 @@ def main() -> None:
             folders, place = runs_in(settings.runs)
             arms = report(folders, out or place / "comparison.png", settings.metric, settings.window, settings.aggregate)
             if settings.export is not None:
-                for arm in arms:
-                    path = Path(settings.export, f"{readable(f'{arm.game}_{arm.name}')}.csv")
+                for arm, name in zip(arms, file_names(arms), strict=True):
+                    path = Path(settings.export, f"{name}.csv")
                     write_curves(arm.runs, path)
                     print(f"wrote {path}, {path.stat().st_size / 1e3:,.0f} kB")
 

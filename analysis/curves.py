@@ -216,7 +216,9 @@ def write_curves(runs: Sequence[Run], path: Path) -> None:
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a file of `write_curves`, without a byte-order mark and empty columns, whatever ends them.
+    """The lines of a file of `write_curves`, whatever ends them.
+
+    They are without what changes no number: a byte-order mark, empty lines and columns, spaces around cells.
 
     Raises:
         OSError, ValueError: it cannot be read, or a spreadsheet has saved it again and may have changed numbers.
@@ -224,7 +226,8 @@ def lines_of(path: Path) -> list[str]:
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("a spreadsheet has saved it again, with the byte-order mark of UTF-16")
-    lines = [line.rstrip(",") for line in content.decode("utf-8-sig").splitlines()]
+    stripped = (line.lstrip().rstrip(", \t") for line in content.decode("utf-8-sig").splitlines())
+    lines = [line for line in stripped if line]
     for line in lines:
         if line.startswith(('"#', "'#")):
             raise ValueError("a spreadsheet has saved it again, with its first lines in quotes")
@@ -256,7 +259,7 @@ def run_in(line: str, path: Path) -> Run:
 def points_in(table: Iterable[str], seeds: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:
     """{seed: {tag: (2, K) float64}} of the lines below those."""
     points: dict[int, dict[str, list[tuple[int, float]]]] = {seed: defaultdict(list) for seed in seeds}
-    for row in csv.DictReader(table):
+    for row in csv.DictReader(table, skipinitialspace=True):
         if None in row:
             raise ValueError("a row has more fields than there are columns")
         seed, step = int(row.pop("seed")), int(row.pop("step"))
@@ -278,10 +281,10 @@ def read_curves(path: Path, metric: str) -> list[Run]:
     with reading(path, "curves of runs", "give the file that compare.py --export wrote"):
         lines = lines_of(path)
         runs = [run_in(line, path) for line in lines if line.startswith("# ")]
+        if not runs:
+            raise ValueError("it holds no runs")
         seeds = [run.args.seed for run in runs]
         if len(seeds) > len(set(seeds)):
             raise ValueError("it holds two runs of one seed")
         points = points_in((line for line in lines if not line.startswith("#")), seeds)
-    if not runs:
-        raise UsageError(f"{path} holds no runs: give the file that compare.py --export wrote")
     return [check_metric(replace(run, scalars=points[run.args.seed]), metric) for run in runs]

@@ -1,6 +1,7 @@
 """Figures of runs: return against step, and the measures of plasticity."""
 
 import math
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from support.run_log import SIDE_BY_SIDE
 
 MAX_BINS = 100  # points of a curve
 NOWHERE = np.empty(0)
+LETTERS, BESIDE_LABEL = 16, 12  # of a legend's small type: in an inch, and as wide as a line's sample
 LEGEND_ROW = 0.17  # inches; a figure has room for two, and grows by those that are more
 GAMES_PER_BIN = 10  # at least, on average, in the curves of return
 
@@ -72,12 +74,18 @@ def draw(ax: Axes, arms: list[Arm], looks: dict[str, Look], tag: str, bins: int,
     ax.xaxis.set_major_formatter(lambda step, _: short(step))
 
 
+def folded(label: str, inches: float) -> str:
+    """A label in as many lines as it takes to fit into a legend of that width."""
+    return textwrap.fill(label, int(LETTERS * inches) - BESIDE_LABEL)
+
+
 def legend(target: Axes | SubFigure, lines: dict[str, Artist], inches: float, **where: Any) -> int:
     """A legend of {label: line} in as many columns as fit into a width; returns how many rows it has."""
-    fitting = int(16 * inches / (max(map(len, lines)) + 12))  # characters of its small type
+    labels = [folded(label, inches) for label in lines]
+    fitting = int(LETTERS * inches / (max(map(len, lines)) + BESIDE_LABEL))
     columns = min(max(1, fitting), len(lines))
-    target.legend(lines.values(), lines.keys(), ncols=columns, **where)
-    return math.ceil(len(lines) / columns)
+    target.legend(lines.values(), labels, ncols=columns, **where)
+    return math.ceil(len(lines) / columns) + sum(label.count("\n") for label in labels)
 
 
 def by_game(arms: list[Arm]) -> dict[str, list[Arm]]:
@@ -171,10 +179,11 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
         of_one.sort(key=lambda pair: number_in(pair.arms[1].setting, number))
         at = [values.index(number_in(pair.arms[1].setting, number)) + apart * (i - (len(lines) - 1) / 2) for pair in of_one]
         found = np.array([(pair.judgement.difference, pair.judgement.low, pair.judgement.high) for pair in of_one])
-        bars = np.nan_to_num(np.abs(found[:, 1:] - found[:, :1]).T)
+        bars = np.abs(found[:, 1:] - found[:, :1]).T  # NaN, and not drawn, where there is no interval
         seeds = "–".join(map(str, sorted({len(means) for pair in of_one for means in pair.means})))
         point = look(i).point
-        ax.errorbar(at, found[:, 0], bars, **point, ls="", lw=1.5, capsize=4, label=f"{label} (n = {seeds})")
+        name = folded(f"{label} (n = {seeds})", figure.get_figwidth())
+        ax.errorbar(at, found[:, 0], bars, **point, ls="", lw=1.5, capsize=4, label=name)
         own = [
             (x + 0.6 * apart, d) for x, pair in zip(at, of_one, strict=True) if pair.paired for d in pair.differences.values()
         ]

@@ -1,5 +1,6 @@
 """Arms: runs that differ in nothing but the seed."""
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.curves import Run, read_curves, read_run
+from analysis.flags import readable
 from dqn_injection_atari import Args
 from support.flags import RunFlags
 from support.usage import UsageError, conditions, unused_fields
@@ -27,6 +29,8 @@ ARM_NAMES = {  # one and several
     "reset-head": ("head reset", "head resets"),
     "shrink-perturb": ("shrink and perturb", "shrink and perturb"),
 }
+MOST_STEPS = 4  # of one arm that are named one by one
+LONGEST_FILE_NAME = 240  # characters; file systems allow 255, and a number and the ending come after it
 
 
 @dataclass(frozen=True)
@@ -92,15 +96,30 @@ def short(step: float) -> str:
     return f"{step:,.10g}"
 
 
+def at_steps(intervention: str, steps: tuple[int, ...]) -> str:
+    """An intervention and its steps: injections at 1k and 2k.
+
+    Of many in equal distances the first two and the last.
+    """
+    one, several = ARM_NAMES[intervention]
+    shown = [short(step) for step in steps]
+    if len(steps) == 1:
+        return f"{one} at {shown[0]}"
+    distances = {after - before for before, after in itertools.pairwise(steps)}
+    if len(steps) > MOST_STEPS and len(distances) == 1:
+        return f"{several} at {shown[0]}, {shown[1]}, … {shown[-1]}"
+    return f"{several} at {' and '.join(shown)}"
+
+
 def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -> str:
     """An arm's name: its intervention, `baseline` if there is none, and what else sets it apart."""
-    what, steps = setting["intervention"], [short(step) for step in setting["injection"]]
+    what = setting["intervention"]
     if what == "none":
         words = [baseline]
-    elif steps:
-        words = [f"{ARM_NAMES[what][len(steps) > 1]} at {' and '.join(steps)}"]
+    elif setting["injection"]:
+        words = [at_steps(what, setting["injection"])]
     else:
-        words = [f"{ARM_NAMES[what][0]} where the norm has grown {setting['injection_norm_ratio']:g}×"]
+        words = [f"{ARM_NAMES[what][0]} where the norm has grown {setting['injection_norm_ratio']:.15g}×"]
     shown = list(differing)
     other_width = setting["injected_head_width"] not in (None, setting["head_width"])
     if other_width and "injected_head_width" not in shown:
@@ -114,6 +133,19 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
     words += ["optimizer state copied"] if setting["injection_optimizer_state"] == "copy" else []
     words += ["all heads trained"] if setting["freeze_heads"] is False else []
     return ", ".join(words)
+
+
+def file_names(arms: Iterable[Arm]) -> list[str]:
+    """A name for a file of each arm, short enough for any file system, and no two alike."""
+    names: list[str] = []
+    for arm in arms:
+        name = whole = readable(f"{arm.game}_{arm.name}")[:LONGEST_FILE_NAME]
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{whole}-{number}"
+        names.append(name)
+    return names
 
 
 def group(runs: list[Run], metric: str = TRAINING_RETURN) -> tuple[list[Arm], dict[str, str]]:

@@ -124,6 +124,17 @@ def test_figures_mark_every_injection_that_was_logged_where_the_norm_decides_and
     assert marks(reset) == ([INJECTION], "intervention")
 
 
+def test_a_long_name_is_folded_to_the_width_of_its_figure(saved):
+    steps = (INJECTION, *range(1_101, 2_500, 50))
+    arms = arms_of(*make_arms(injection_step=steps))
+    draw_returns(arms, comparisons(arms, RETURN, 500), Path("x.png"), RETURN, "mean")
+    figure = saved["x.png"]
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    assert ax.get_legend().get_window_extent().width < figure.bbox.width
+    assert ax.get_window_extent().height > figure.bbox.height / 3
+
+
 def test_every_game_has_a_panel_with_a_legend_and_the_window_of_its_verdict(saved):
     arms = arms_of(*make_games("PhoenixNoFrameskip-v4", "PongNoFrameskip-v4"))
     draw_returns(arms, comparisons(arms, RETURN, 500), Path("x.png"), RETURN, "mean")
@@ -186,6 +197,17 @@ def test_differences_are_drawn_with_their_intervals_against_the_number_that_vari
     seeds = [difference for rate in sorted(rates) for pair in pairs for difference in pair.differences.values()
              if pair.arms[1].setting["learning_rate"] == rate]  # fmt: skip
     assert next(line for line in ax.lines if line.get_marker() == ".").get_ydata().tolist() == seeds
+
+
+def test_a_difference_without_an_interval_has_no_bar_that_would_look_certain(saved):
+    few, enough = make_arms((1, 2), prefix="few-", learning_rate=1e-3), make_arms(learning_rate=1e-4)
+    draw_differences(comparisons(arms_of(*few, *enough), RETURN, None), "learning_rate", Path("x.png"))
+    (ax,) = saved["x.png"].axes
+    ((drawn, caps, (bars,)),) = ax.containers
+    assert np.isfinite(drawn.get_ydata()).all()
+    ends = np.array([cap.get_ydata() for cap in caps]).T
+    spans = np.array([segment[:, 1] if len(segment) else (np.nan, np.nan) for segment in bars.get_segments()])
+    assert np.isfinite(ends).all(axis=1).tolist() == np.isfinite(spans).all(axis=1).tolist() == [True, False]
 
 
 def test_what_arms_share_is_drawn_as_the_arm_without_an_intervention(saved):

@@ -12,7 +12,7 @@ import pytest
 from simulated_runs import INJECTION, NORM, RETURN, games, make_arms, make_run, write, write_run
 from torch.utils.tensorboard import summary
 
-from analysis.runs import BOOKKEEPING, EVALUATION, Run, group, read_arms, read_run, setting, short
+from analysis.runs import BOOKKEEPING, EVALUATION, Run, file_names, group, read_arms, read_run, setting, short
 from dqn_injection_atari import Args, Experiment
 from support.flags import RunFlags
 from support.run_log import Curves
@@ -142,6 +142,28 @@ def test_arms_are_named_by_their_injections_and_by_what_else_sets_them_apart():
     assert names(NORM, NORM | {"max_injections": 2})[1].endswith("3×, max injections 2")
     assert names({}, AT | {"injected_head_width": 1024})[1] == "injection at 5M, injected head width 1,024"
     assert names({}, AT | {"injected_head_width": 512})[1] == "injection at 5M"
+
+
+def test_of_many_interventions_in_equal_distances_a_name_has_the_first_two_and_the_last():
+    resets = {"intervention": "reset-head", "injection_step": tuple(range(100_000, 5_000_001, 100_000))}
+    assert names(resets, {}) == ["no intervention", "head resets at 100k, 200k, … 5M"]
+    others = {"injection_step": (1_000, 2_000, 3_000, 4_000, 6_000)}
+    assert names(others)[0] == "injections at 1k and 2k and 3k and 4k and 6k"
+
+
+def test_arms_that_differ_have_names_that_differ():
+    ratios = (2.0, 2.0000001, 2.1)
+    assert len(set(names(*(NORM | {"injection_norm_ratio": ratio} for ratio in ratios)))) == 3
+
+
+def test_every_arm_has_a_file_of_its_own_with_a_name_that_a_file_system_takes():
+    steps = [1_000 + 1_010 * k + k % 2 for k in range(60)]
+    many = [{"injection_step": (*steps, last)} for last in (100_000, 100_001)]
+    arms = arms_of({}, *many)
+    arms.append(arms[0])
+    found = file_names(arms)
+    assert found[0] == "PhoenixNoFrameskip-v4_no-injection" and found[-1] == f"{found[0]}-2"
+    assert len(set(found)) == 4 and all(len(f"{name}.csv") <= 255 for name in found)
 
 
 def test_interventions_are_named_and_in_their_company_a_baseline_is_one_without_intervention():

@@ -75,6 +75,7 @@ def test_a_table_has_one_row_for_each_step_of_a_seed():
         ("", "holds no runs"),
         ("# {}\nseed,step,x\n7,2,3\n", "cannot be read as curves of runs.*KeyError"),
         ("seed,step\n", "holds no runs"),
+        ("seed,step,x\n7,2,3\n", "holds no runs"),
         ("# {}\nstep\n1\n", "cannot be read as curves of runs"),
         ("# {'a': 1}\nseed,step\n", "cannot be read as curves of runs"),
         ("# {}\nseed,step\n", f"has logged no {RETURN} yet"),
@@ -261,6 +262,8 @@ READ = {
     "both": lambda text: "\ufeff" + text.replace("\n", "\r\n"),
     "no last line end": lambda text: text.rstrip("\n"),
     "empty columns and lines": lambda text: text.replace("\n", ",,,\n") + ",,,\n\n",
+    "empty lines before it and between": lambda text: "\n" + text.replace("\n", "\n\n"),
+    "spaces after commas and at ends of lines": lambda text: text.replace(",", ", ").replace("\n", " \n"),
     "numbers in quotes": lambda text: "\n".join(
         line if line.startswith("#") else ",".join(f'"{cell}"' for cell in line.split(",")) for line in text.splitlines()
     ),
