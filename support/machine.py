@@ -180,6 +180,7 @@ def circumstances(device: torch.device, script: str) -> dict[str, str]:
 
 # what network file systems say of folders that they cannot flush, or not even open
 CANNOT = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a disk, a quota, the largest file that is allowed
 CANNOT_OPEN = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTTY}
 
 
@@ -207,6 +208,17 @@ class FolderGone(FileNotFoundError):
 
     def __init__(self, path: Path):
         super().__init__(f"{path} is no longer there")
+
+
+def way_out(error: BaseException) -> str:
+    """What to do where something cannot be written: only what the error itself tells."""
+    if isinstance(error, FolderGone):
+        return FolderGone.FIX
+    if isinstance(error, MemoryError):
+        return "free some memory"
+    if isinstance(error, OSError) and error.errno in FULL:
+        return "make room"
+    return "see to that"
 
 
 def path_of(descriptor: int) -> Path | None:

@@ -22,7 +22,7 @@ from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter, summary
 from tqdm import tqdm
 
-from support.machine import FolderGone, HeldFolder, flush_to_disk
+from support.machine import HeldFolder, flush_to_disk, way_out
 from support.process import on_a_terminal, say
 from support.progress import ProgressFile
 from support.usage import reading
@@ -232,6 +232,7 @@ class RunLog:
         self.start = self.interval_start = self.last_line = self.last_flush = time.perf_counter()
         self.interval_step = 0
         self.disk_full = False
+        self.way_out = ""  # of what kept the curves from being written
 
     @property
     def folder(self) -> Path:
@@ -349,8 +350,8 @@ class RunLog:
             self.disk_full = False
         except OSError as error:
             if not self.disk_full:
-                fix = FolderGone.FIX if isinstance(error, FolderGone) else "make room"
-                self.say(f"warning: the curves cannot be written for now ({error}): {fix}, training goes on")
+                self.way_out = way_out(error)
+                self.say(f"warning: the curves cannot be written for now ({error}): {self.way_out}, training goes on")
             self.disk_full = True
 
     def say(self, line: str) -> None:

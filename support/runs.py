@@ -25,7 +25,7 @@ from support.checkpoints import (
     save_checkpoint,
 )
 from support.evaluation import require_film
-from support.machine import FolderGone, HeldFolder, alone_in, idle_gpu
+from support.machine import FolderGone, HeldFolder, alone_in, idle_gpu, way_out
 from support.process import Signals, group_of_equals
 from support.run_log import RunLog, read_scalars
 from support.usage import UsageError, out_of_resources
@@ -190,6 +190,7 @@ class Run:
             folder = create_run_folder(folder, identity)
             self.place = HeldFolder(folder)
             stack.enter_context(alone_in(folder))
+        self.way_out = ""  # of what kept the last checkpoint from being written
         self.saved = self.step if checkpoint is not None and not origin.forked else None  # step of the newest checkpoint
         stack.push(self._name_what_is_left)
         self.log = stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, self.total)))
@@ -263,8 +264,8 @@ class Run:
         except WRITE_ERRORS as error:
             if self.signals.stop is not None:  # it may have come just now
                 raise OSError(f"stopped at step {self.step:,} without a checkpoint ({error}): {self.kept}") from error
-            fix = FolderGone.FIX if isinstance(error, FolderGone) else "make room"
-            say(f"warning: no checkpoint at step {self.step:,} ({error}): {fix}, the run will try again; {self.kept}")
+            self.way_out = way_out(error)
+            say(f"warning: no checkpoint at step {self.step:,} ({error}): {self.way_out}, the run will try again; {self.kept}")
         else:
             self.saved = self.step
             self.log.progress.note(step=self.step)
@@ -379,4 +380,5 @@ class Run:
         unsaved = self.args["checkpoint_frequency"] > 0 and self.saved != self.step
         if missing := ["last checkpoint"] * unsaved + ["curves"] * self.log.disk_full:
             lacking = " and ".join(missing)
-            raise OSError(f"{folder} is complete but for its {lacking}: make room, and --resume it if you can")
+            fix = self.way_out if unsaved else self.log.way_out
+            raise OSError(f"{folder} is complete but for its {lacking}: {fix}, and --resume it if you can")

@@ -617,3 +617,20 @@ def test_a_held_folders_descriptor_goes_with_it():
 
 def fail_with(number):
     raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "make room"),
+        (OSError(errno.EFBIG, "File too large"), "make room"),
+        (OSError(errno.EACCES, "Permission denied"), "see to that"),
+        (OSError(errno.EIO, "Input/output error"), "see to that"),
+        (MemoryError(), "free some memory"),
+        (machine.FolderGone(Path("runs/X")), machine.FolderGone.FIX),
+    ],
+    ids=str,
+)
+def test_what_to_do_where_nothing_can_be_written_is_what_the_error_tells(error, fix):
+    assert machine.way_out(error) == fix

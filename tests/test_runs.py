@@ -1049,8 +1049,8 @@ def test_whatever_keeps_a_checkpoint_from_being_written_does_not_end_the_run(mon
     assert saved == [30, 40, 50]
     out = capsys.readouterr().out
     assert (
-        "warning: no checkpoint at step 0 ([Errno 5] Input/output error): make room, the run will try again; there is none yet"
-        in out
+        "warning: no checkpoint at step 0 ([Errno 5] Input/output error): see to that, the run will try again; "
+        "there is none yet" in out
     )
     assert "warning: no checkpoint at step 10 ()" in out and "warning: no checkpoint at step 20 (zstd cannot)" in out
 
