@@ -62,6 +62,10 @@ class ReusedAtariVectorEnv(environments.EagerAtariVectorEnv):
         self.is_open = False
 
 
+def pytest_unconfigure():
+    ReusedAtariVectorEnv.closed_before.clear()  # emulators that live to the interpreter's end are reported as leaks
+
+
 environments.EagerAtariVectorEnv = ReusedAtariVectorEnv  # type: ignore[misc, assignment]
 
 
