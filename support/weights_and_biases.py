@@ -9,8 +9,6 @@ from typing import Any
 from support.process import say
 from support.usage import UsageError
 
-OF_A_LOGIN = ("login", "log in", "api key", "api_key", "authent", "unauthorized")  # in what it says of one that is missing
-
 
 def require_wandb() -> None:
     """
@@ -53,9 +51,7 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
         if not isinstance(error, Exception):
             raise
         reason = str(error).partition("\n")[0].removesuffix(".")
-        fix = "keep its curves here by WANDB_MODE=offline, or leave out --track"
-        if any(word in reason.lower() for word in OF_A_LOGIN):
-            fix = f"give a login by `wandb login`, {fix}"
+        fix = "give a login by `wandb login`, keep its curves here by WANDB_MODE=offline, or leave out --track"
         raise UsageError(f"--track: Weights & Biases cannot be used ({reason}): {fix}") from error
     finally:
         sys.stdin = stdin

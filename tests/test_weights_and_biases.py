@@ -111,7 +111,7 @@ def test_where_a_service_cannot_be_used_nothing_is_removed_that_this_process_did
     wandb.init = init
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     before = all_there_is()
-    with pytest.raises(UsageError, match=r"cannot be used \(no network\. And more\): keep its curves here"):
+    with pytest.raises(UsageError, match=r"cannot be used \(no network\. And more\): give a login"):
         start_wandb("p", "e", "name", "abc", {})
     assert all_there_is() == before
 
