@@ -667,10 +667,17 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     fall, before = (a.exploration_fraction * a.total_timesteps for a in (args, saved))
     asked_for = args.kept_checkpoints.difference(saved.kept_checkpoints, args.planned_interventions)
     past = sorted(kept for kept in asked_for if kept < step)
+    if not made:
+        steps = f"give an --injection-step of {step} or later, or an earlier checkpoint"
+    elif args.applied_intervention == "none":
+        steps = "give an earlier checkpoint"
+    else:
+        as_made = " ".join(str(planned) for planned in made)
+        steps = f"give an --injection-step of {as_made}, and of {step} or later for more, or an earlier checkpoint"
     for wrong, message in (
         (refused, f"not as in {where}: {values}; a fork may differ in {', '.join(FORKABLE)} only"),
         (made != said, f"{where} lies after injections at {made or 'no step'}, but the arguments say {said or 'none'} before "
-        f"step {step}: give an --injection-step of {step} or later, or an earlier checkpoint"),
+        f"step {step}: {steps}"),
         (made and kinds, f"{where} lies after an injection: for another {kinds} give an earlier checkpoint"),
         (by_norm and made and args.max_injections < room, f"{where} lies after {len(made)} injections, and max_injections is "
         f"{args.max_injections}: give a --max-injections of {room} or more, or an earlier checkpoint"),

@@ -536,14 +536,18 @@ REFUSED_FORKS = {
     "an injection undone": (
         FORKED,
         {"apply_injection": False},
-        "after injections at (142,), but the arguments say none before",
+        "after injections at (142,), but the arguments say none before step 160: give an earlier checkpoint",
     ),
     "an intervention undone": (
         FORKED,
         {"intervention": "none"},
         "after injections at (142,), but the arguments say none before",
     ),
-    "an injection moved into the past": (FORKED, {"injection_step": (130, 142)}, "say (130, 142) before step 160: give an"),
+    "an injection moved into the past": (
+        FORKED,
+        {"injection_step": (130, 142)},
+        "say (130, 142) before step 160: give an --injection-step of 142, and of 160 or later for more",
+    ),
     "an injection that never was": (
         checkpoint_of(BASELINE, 160),
         {"apply_injection": True},
