@@ -37,6 +37,7 @@ import tyro
 from annotated_types import Ge, Interval
 
 try:
+    from analysis.canvas import FORMATS
     from analysis.curves import write_curves
     from analysis.fitting import NO_CHECKPOINT
     from analysis.probe import probe
@@ -48,7 +49,8 @@ except ModuleNotFoundError as error:
     if package in ("analysis", "support", "dqn_injection_atari"):
         fix = "clone or copy the project's whole folder, and run it there"
         sys.exit(f"error: {error.name} is not beside this script: {fix}")
-    sys.exit(f"error: {package} is not installed: pip install -r requirements-dev.txt")
+    fix = f"pip install -r requirements-dev.txt, in {Path(__file__).resolve().parent}"
+    sys.exit(f"error: {package} is not installed: {fix}")
 
 from support.process import begin_in_utf8, ends_in_one_line
 from support.usage import Count, UsageError, changed_fields, check_bounds, flags_given, words_given
@@ -114,7 +116,7 @@ def check(settings: Settings, named: Collection[str] = ()) -> None:
         raise UsageError(f"{given[0]} is given, but nothing to probe: give --probe runs/FOLDER/checkpoint-STEP")
     if settings.export is not None and settings.probe:
         raise UsageError("export keeps curves of runs, a probe has none: leave out --export, --out NAME.png writes its numbers")
-    if settings.out is not None and Path(settings.out).suffix not in (".png", ".pdf", ".svg"):
+    if settings.out is not None and Path(settings.out).suffix not in FORMATS:
         raise UsageError(f"out is {settings.out}, but must end in .png, .pdf or .svg: change --out")
 
 

@@ -17,6 +17,7 @@ Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator 
 import contextlib
 import copy
 import functools
+import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -155,6 +156,10 @@ class Args(RunFlags, Experiment):
         if any(a >= b for a, b in zip((0, *planned), (*planned, last + 1), strict=True)):
             rule = f"increasing{f' by num_envs ({self.num_envs}) or more' * (self.num_envs > 1)} and within 1 ... {last}"
             end = "before the run's end at --total-timesteps: change --injection-step"
+            if last == 0:
+                fix = f"give a --total-timesteps of {self.num_envs + 1} or more"
+                over = "the run is over after its first step"
+                raise UsageError(f"injection_step is {self.injection_step}, but {over}: {fix}")
             raise UsageError(f"injection_step is {self.injection_step}, but must be {rule}, {end}")
         if self.injection_optimizer_state == "copy" and self.injected_head_width not in (None, self.head_width):
             raise UsageError("a head of another width has no moments to copy: give --injection-optimizer-state fresh")
@@ -168,7 +173,9 @@ class Args(RunFlags, Experiment):
             rule = f"within 0 ... {self.total_timesteps}, the run's steps: change --keep-checkpoints"
             raise UsageError(f"keep_checkpoints is {self.keep_checkpoints}, but must be {rule}")
         if self.keep_checkpoints and self.checkpoint_frequency == 0:
-            fix = "give a --checkpoint-frequency, or --keep-checkpoints without a number"
+            fix = "give --keep-checkpoints without a number"
+            if self.fork is None:  # which writes checkpoints as often as its origin
+                fix = "give a --checkpoint-frequency, or --keep-checkpoints without a number"
             raise UsageError(f"keep_checkpoints is {self.keep_checkpoints}, but checkpoint_frequency 0 writes none: {fix}")
 
     @property
@@ -650,6 +657,31 @@ class Training:
             self.advance()
 
 
+def refuse_unforkable(given: dict[str, Any], saved: Args, where: str) -> None:
+    """
+    Raises:
+        UsageError: some of these arguments of a fork are not as in the run that is forked, and must be.
+    """
+    own = asdict(saved)
+    bound = [name for name in own if name not in ("resume", "fork", *FORKABLE)]
+    refused = [name for name in bound if name in given and given[name] != own[name]]
+    if refused:
+        values = ", ".join(f"{name} is {given[name]}, there {own[name]}" for name in refused)
+        allowed = f"a fork may differ in {', '.join(FORKABLE)} only"
+        raise UsageError(f"not as in {where}: {values}; {allowed}: leave out {', '.join(map(flag, refused))}")
+
+
+def injections_fix(args: Args, made: tuple[int, ...], step: int) -> str:
+    """What to give where a checkpoint lies after injections at `made`, and the arguments say otherwise."""
+    earlier = "an earlier checkpoint"
+    if not made:
+        return f"give an --injection-step of {step} or later, or {earlier}"
+    if args.applied_intervention == "none":
+        return f"give {earlier}"
+    later = [planned for planned in args.planned_interventions if planned >= step]
+    return f"give an --injection-step of {' '.join(map(str, (*made, *later)))}, or {earlier}"
+
+
 def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     """Raises UsageError for a fork that no single run in its arguments could have come to: its curves would mislead."""
     saved = usage.settings_of(Args, checkpoint.meta["args"], checkpoint.path)
@@ -657,8 +689,7 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     with reading(checkpoint.path, "this run's checkpoint", "move it away, and go on from another"):
         made = tuple(checkpoint.state["learner"]["interventions"])
     changed = set(usage.changed_fields(args, saved))
-    refused = [name for name in asdict(args) if name in changed.difference(FORKABLE)]
-    values = ", ".join(f"{name} is {getattr(args, name)}, there {getattr(saved, name)}" for name in refused)
+    refuse_unforkable(asdict(args), saved, where)
     planned = made if by_norm else tuple(planned for planned in args.planned_interventions if planned < step)
     said = planned if args.applied_intervention != "none" else ()
     kinds = " and ".join(map(flag, sorted(changed & OF_KIND)))
@@ -667,26 +698,20 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     fall, before = (a.exploration_fraction * a.total_timesteps for a in (args, saved))
     asked_for = args.kept_checkpoints.difference(saved.kept_checkpoints, args.planned_interventions)
     past = sorted(kept for kept in asked_for if kept < step)
-    if not made:
-        steps = f"give an --injection-step of {step} or later, or an earlier checkpoint"
-    elif args.applied_intervention == "none":
-        steps = "give an earlier checkpoint"
-    else:
-        as_made = " ".join(str(planned) for planned in made)
-        steps = f"give an --injection-step of {as_made}, and of {step} or later for more, or an earlier checkpoint"
     for wrong, message in (
-        (refused, f"not as in {where}: {values}; a fork may differ in {', '.join(FORKABLE)} only"),
+        (args.total_timesteps <= step, f"{where} lies at step {step}: give a --total-timesteps of {step + 1} or more"),
         (made != said, f"{where} lies after injections at {made or 'no step'}, but the arguments say {said or 'none'} before "
-        f"step {step}: {steps}"),
+        f"step {step}: {injections_fix(args, made, step)}"),
         (made and kinds, f"{where} lies after an injection: for another {kinds} give an earlier checkpoint"),
         (by_norm and made and args.max_injections < room, f"{where} lies after {len(made)} injections, and max_injections is "
         f"{args.max_injections}: give a --max-injections of {room} or more, or an earlier checkpoint"),
-        (args.total_timesteps <= step, f"{where} lies at step {step}: give a --total-timesteps of {step + 1} or more"),
         (past, f"{where} lies beyond {', '.join(map(str, past))}, of which no checkpoint can be kept any more: "
         "leave it out of --keep-checkpoints, or give an earlier checkpoint"),
         (ragged, f"{where} ends a run whose length is no multiple of num_envs and log_frequency: give an earlier checkpoint"),
-        (step and not np.isclose(fall, before, rtol=1e-9), f"ε would fall over {fall:,.0f} steps, but before {where} over "
-        f"{before:,.0f}: give --exploration-fraction {before / args.total_timesteps} with this --total-timesteps"),
+        (step and before > args.total_timesteps, f"ε falls over {before:,.10g} steps before {where}, more than this run "
+        f"has: give a --total-timesteps of {math.ceil(before)} or more"),
+        (step and not np.isclose(fall, before, rtol=1e-9), f"ε would fall over {fall:,.10g} steps, but before {where} over "
+        f"{before:,.10g}: give --exploration-fraction {before / args.total_timesteps} with this --total-timesteps"),
     ):  # fmt: skip
         if wrong:
             raise UsageError(message)
@@ -703,7 +728,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
         if args.resume is not None:
             given, args = args, usage.settings_of(Args, origin.args, Path(args.resume))
             if given != Args(resume=given.resume):
-                usage.refuse_changes(given, args)
+                usage.refuse_changes(given, args, FORKABLE)
         if origin.checkpoint is not None and origin.forked:
             check_fork(args, origin.checkpoint)
         device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
@@ -815,6 +840,7 @@ def refuse_idle(given: dict[str, Any], args: Args) -> None:
     of_evaluations = ("eval_episodes", "eval_steps", "eval_epsilon")
     of_wandb = ("wandb_project_name", "wandb_entity")
     of_injections = ("freeze_heads", "injection_optimizer_state", "injected_head_width", "shrink_factor")
+    idle: dict[str, list[str]] = {}  # by what to give
     for name in given:
         fix = None
         if name in of_evaluations and args.eval_frequency == 0:
@@ -824,7 +850,13 @@ def refuse_idle(given: dict[str, Any], args: Args) -> None:
         if name in of_injections and args.injection_trigger == "step" and not args.injection_step:
             fix = "--injection-step, or --injection-trigger norm"
         if fix is not None:
-            raise UsageError(f"{name} is given, and nothing in this run looks at it: give {fix}, or leave it out")
+            idle.setdefault(fix, []).append(name)
+    for fix, names in idle.items():
+        it, are = "it", "is"
+        if len(names) > 1:
+            it, are = "them", "are"
+        what = " and ".join(names)
+        raise UsageError(f"{what} {are} given, and nothing in this run looks at {it}: give {fix}, or leave {it} out")
 
 
 def parse_args() -> Args:
@@ -847,8 +879,9 @@ def parse_args() -> Args:
         path = Path(line["resume"], "run.json") if line["fork"] is None else Path(line["fork"], "manifest.json")
         base = asdict(usage.settings_of(Args, read_identity(path)["args"], path))
         if line["resume"] is not None:
-            usage.refuse_changes(CommandLine(**base | given), CommandLine(**base))
+            usage.refuse_changes(CommandLine(**base | given), CommandLine(**base), FORKABLE)
             return Args(resume=line["resume"])
+        refuse_unforkable(given, CommandLine(**base), f"checkpoint {line['fork']}")
     # the other way to say what is given is not taken over, nor what nothing looks at then
     said = {"apply_injection": what, "intervention": apply, "injection_step": given.get("injection_trigger") == "norm" or None}
     base |= {name: getattr(Args, name) for name, instead in said.items() if instead is not None}
@@ -863,7 +896,7 @@ def parse_args() -> Args:
 
 
 def main() -> None:
-    with ends_in_one_line():
+    with ends_in_one_line(training=True):
         args, signals = parse_args(), Signals()
         evaluate_saved(args) if args.evaluate is not None else train(args, signals)
         if signals.stop is not None:

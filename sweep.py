@@ -31,7 +31,8 @@ except ModuleNotFoundError as error:
     if package in ("analysis", "support", "dqn_injection_atari"):
         fix = "clone or copy the project's whole folder, and run it there"
         sys.exit(f"error: {error.name} is not beside this script: {fix}")
-    sys.exit(f"error: {package} is not installed: pip install -r requirements-sweep.txt")
+    fix = f"pip install -r requirements-sweep.txt, in {Path(__file__).resolve().parent}"
+    sys.exit(f"error: {package} is not installed: {fix}")
 
 from analysis.manifest import MANIFEST, begin, commit, measured_speed, prepare, read_asked, read_manifest, refuse_another
 from analysis.plan import LONGEST_NAME, Asked, all_arms, identity_of, plan

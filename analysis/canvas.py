@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from support.usage import UsageError
+
 
 @contextlib.contextmanager
 def settings_hidden() -> Iterator[None]:
@@ -78,6 +80,7 @@ STYLE: dict[Any, Any] = {
 }
 DEFAULTS: dict[Any, Any] = dict(matplotlib.rcParamsDefault)
 del DEFAULTS["backend"]  # of windows, which nothing here opens
+FORMATS = (".png", ".pdf", ".svg")
 # a figure that is drawn twice is the same file
 UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
@@ -87,6 +90,15 @@ def drawing() -> Iterator[None]:
     """Around all that draws and saves, also as a decorator: matplotlib's defaults and `STYLE`, nothing else."""
     with matplotlib.rc_context(DEFAULTS | STYLE):
         yield
+
+
+def check_name(target: str) -> None:
+    """
+    Raises:
+        UsageError: there can be no figure of this name.
+    """
+    if Path(target).suffix not in FORMATS:
+        raise UsageError(f"the figure is {target}, but must end in .png, .pdf or .svg: give another name")
 
 
 def save(figure: Figure, path: str | Path, **how: Any) -> None:

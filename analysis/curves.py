@@ -120,33 +120,36 @@ class Run:
         return max(shares)
 
 
-def read_run(folder: str, metric: str) -> Run:
+def read_run(folder: str, metric: str, end: str = "the run is left out") -> Run:
     """The arguments and scalars of a run.
+
+    Args:
+        end: of an error's message: what becomes of the run, or what to do
 
     Raises:
         UsageError: it is no run's folder, it is damaged, or it has logged no `metric` yet, or one that is not finite.
     """
     path = Path(folder) / "run.json"
     if not path.is_file():
-        raise UsageError(f"{folder} is no run's folder, it has no run.json: the run is left out")
-    with reading(path, "a run's arguments", "the run is left out"):
+        raise UsageError(f"{folder} is no run's folder, it has no run.json: {end}")
+    with reading(path, "a run's arguments", end):
         written = json.loads(path.read_text(encoding="utf-8"))
         args = Args(**written["args"])
         identity = identity_in(written, path.resolve().parent.name)
-    scalars = {tag: points[:2] for tag, points in read_scalars(path.parent, "the run is left out").items()}
-    return check_metric(Run(folder, args, scalars, identity), metric)
+    scalars = {tag: points[:2] for tag, points in read_scalars(path.parent, end).items()}
+    return check_metric(Run(folder, args, scalars, identity), metric, end)
 
 
-def check_metric(run: Run, metric: str) -> Run:
+def check_metric(run: Run, metric: str, end: str = "the run is left out") -> Run:
     """The run, if it can be compared.
 
     Raises:
         UsageError: it has logged no `metric` yet, or one that is not finite.
     """
     if metric not in run.scalars:
-        raise UsageError(f"{run.folder} has logged no {metric} yet: the run is left out")
+        raise UsageError(f"{run.folder} has logged no {metric} yet: {end}")
     if not np.isfinite(run.scalars[metric]).all():
-        raise UsageError(f"{run.folder} has logged a {metric} that is not finite: the run is left out")
+        raise UsageError(f"{run.folder} has logged a {metric} that is not finite: {end}")
     return run
 
 

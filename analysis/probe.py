@@ -107,8 +107,13 @@ def probe_in_words(result: dict[str, Any]) -> str:
     fresh, updates = result["errors"][FRESH], result["probe_updates"]
     if None in fresh["end"]:
         return "no answer: a fresh network diverges, lower --probe-learning-rate"
-    if (removed := 1 - sum(fresh["end"]) / sum(fresh["start"])) < 0.1:
-        return f"no answer: a fresh network loses only {removed:.0%} of its error in {updates:,} updates, raise --probe-updates"
+    removed = 1 - sum(fresh["end"]) / sum(fresh["start"])
+    if removed < -0.1:
+        grown = f"a fresh network's error grew by {-removed:.0%} in {updates:,} updates"
+        return f"no answer: {grown}, lower --probe-learning-rate"
+    if removed < 0.1:
+        little = f"a fresh network loses only {max(removed, 0):.0%} of its error in {updates:,} updates"
+        return f"no answer: {little}, raise --probe-updates"
     return (
         f"after {updates:,} updates towards random targets the agent's error is {against_fresh('agent')}, with a fresh "
         f"injection it is {against_fresh('agent, injected')}; the fresh network's own error fell by {removed:.0%}"

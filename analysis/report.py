@@ -30,10 +30,13 @@ def caution(pair: Comparison, metric: str) -> list[str]:
         return []
     without, injected = (f"{cut:,} of {cut + ended:,} games" for cut, ended in zip(pair.unreported, pair.counts, strict=True))
     most = " and ".join(f"{max(shares.values(), default=0):.0%}" for shares in pair.missing)
+    counted = [run for arm, means in zip(pair.arms, pair.means, strict=True) for run in arm.runs if run.args.seed in means]
+    fix = "compare --metric eval/episodic_return"
+    if not all(run.between("eval/episodic_return", pair.after, pair.upto).size for run in counted):
+        fix = f"give runs an --eval-frequency, and {fix}"
     return [
         f"caution: {without} without and {injected} with {noun(pair.intervention)} were cut or still going, up to {most} of a "
-        "run's games or steps; they are the long ones, and what they lack could carry this: "
-        "compare --metric eval/episodic_return"
+        f"run's games or steps; they are the long ones, and what they lack could carry this: {fix}"
     ]
 
 

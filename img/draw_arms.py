@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.canvas import Figure, drawing, look, plot_broken, save
+from analysis.canvas import Figure, check_name, drawing, look, plot_broken, save
 from analysis.curves import read_run
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
@@ -42,7 +42,8 @@ def main() -> None:
         target, *folders = words_given() or [""]
         if not folders:
             raise UsageError("give a figure and runs: python img/draw_arms.py img/NAME.png runs/FOLDER ...")
-        runs = [read_run(folder, RETURN) for folder in sorted(folders)]
+        check_name(target)
+        runs = [read_run(folder, RETURN, "leave it out") for folder in sorted(folders)]
         curves = defaultdict(list)  # of each arm {step: mean score}
         for run in runs:
             points = zip(*run.scalars[RETURN], strict=True)

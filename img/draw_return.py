@@ -7,7 +7,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.canvas import Figure, drawing, save
+from analysis.canvas import Figure, check_name, drawing, save
 from analysis.curves import Run, read_run
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
@@ -57,7 +57,8 @@ def main() -> None:
                 "give a run and a figure's name: python img/draw_return.py runs/FOLDER img/NAME.png [RANDOM_SCORE]"
             )
         random_score = number(words[2]) if len(words) == 3 else None
-        draw(read_run(words[0], RETURN), words[1], random_score)
+        check_name(words[1])
+        draw(read_run(words[0], RETURN, "give another"), words[1], random_score)
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.canvas import Figure, MaxNLocator, drawing, look, save
+from analysis.canvas import Figure, MaxNLocator, check_name, drawing, look, save
 from analysis.curves import read_curves
 from analysis.fitting import CONTENDERS
 from analysis.runs import group
 from analysis.task_sequence import INJECTED, SAME
 from analysis.verdict import comparisons
 from support.process import ends_in_one_line
-from support.usage import UsageError, words_given
+from support.usage import UsageError, reading, words_given
 
 RETURN = "charts/episodic_return"
 DRAWN = ("dormant_fraction/head", "active_fraction/conv3", "srank/head", "effective_rank/head")  # and all probes
@@ -67,12 +67,14 @@ def agents_in(files: list[str]) -> Agents:
 
 def add_probe(agents: Agents, path: Path) -> None:
     """Adds to agents what a file of probes says of them: error ÷ a fresh network's, and what an injection makes of it."""
-    for result in json.loads(path.read_text(encoding="utf-8")):
-        checkpoint = Path(result["checkpoint"])
+    probed = []
+    with reading(path, "what was probed", "give a file that compare.py --probe wrote"):
+        for result in json.loads(path.read_text(encoding="utf-8")):
+            names = (SAME, INJECTED) if "probe_tasks" in result else CONTENDERS[:2]
+            probed.append((Path(result["checkpoint"]), [result["relative_to_fresh"][name] for name in names]))
+    for checkpoint, ratios in probed:
         parts = checkpoint.parent.name.split("__")  # game, exp_name, seed, time of a run's folder
         agent = agents.get(("__".join(parts[1:-2]), *parts[-2:-1]))
-        names = (SAME, INJECTED) if "probe_tasks" in result else CONTENDERS[:2]
-        ratios = [result["relative_to_fresh"][name] for name in names]
         if agent is None or checkpoint.name != f"checkpoint-{agent.step}":
             print(f"left out of {path}: {checkpoint}, no gain is known from there on")
         elif None in ratios:
@@ -153,6 +155,7 @@ def main() -> None:
         agents = agents_in(curves) if curves else {}
         if not agents:
             raise UsageError("no agent has runs with and without an injection: give the files of both arms")
+        check_name(target)
         own = {name for agent in agents.values() for name in agent.measures}
         for path in (Path(path) for path in files if path.endswith(".json")):
             add_probe(agents, path)

@@ -200,8 +200,10 @@ def create_run_folder(folder: Path, identity: dict[str, Any]) -> Path:
                 target = folder.with_name(f"{folder.name}-{attempt}")
         raise AssertionError("unreachable")
     except OSError as error:
+        fix = "start elsewhere"
+        if error.errno == errno.ENAMETOOLONG and os.path.lexists(draft):  # where that could be, its name is too long
+            fix = "give a shorter --exp-name"
         shutil.rmtree(draft, ignore_errors=True)
-        fix = "give a shorter --exp-name" if error.errno == errno.ENAMETOOLONG else "start elsewhere"
         raise UsageError(f"cannot write run folder {target.absolute()} ({error.strerror}): {fix}") from None
 
 

@@ -150,8 +150,11 @@ def place_for(needed: int, steps: int, device: torch.device) -> torch.device:
         return device
     if needed > (free := free_memory()):
         sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
+        # a tenth is left for what else a run takes, and for room that does not shrink with the steps
         fits = int(0.9 * steps * free / needed)
-        fix = f"free some, or in a new run lower --buffer-size to {fits}"
+        fix = "free some"
+        if fits >= 1_000:
+            fix += f", or in a new run lower --buffer-size to {fits}"
         raise UsageError(f"a replay of {steps:,} steps {sizes}: {fix}")
     return torch.device("cpu")
 

@@ -167,15 +167,19 @@ def _let_go() -> None:
 
 
 @contextlib.contextmanager
-def ends_in_one_line() -> Iterator[None]:
-    """For the whole of a command: what it cannot do ends it with one line and status 1, Ctrl-C with status 130."""
+def ends_in_one_line(training: bool = False) -> Iterator[None]:
+    """For the whole of a command: what it cannot do ends it with one line and status 1, Ctrl-C with status 130.
+
+    Args:
+        training: whether the command is a run, see `out_of_resources`
+    """
     _keep_open()
     try:
         yield
     except (UsageError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     except (RuntimeError, MemoryError) as error:
-        if (reason := out_of_resources(error)) is None:
+        if (reason := out_of_resources(error, training)) is None:
             raise
         sys.exit(f"error: {reason}")
     except KeyboardInterrupt:

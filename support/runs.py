@@ -344,7 +344,9 @@ class Run:
         if group is not None:
             name, size = group
             equal = f"{size} processes were started alike, and those with one seed are one and the same run"
-            fix = "start one (srun -n 1), or give each a --seed of its own"
+            fix = "start one (srun -n 1)"
+            if origin.folder is None:  # a run that goes on has its seed
+                fix += ", or give each a --seed of its own"
             self.log.say(f"warning: {name} is {size}: {equal}; {fix}")
         if self.args["cuda"] and (sign := idle_gpu()):
             cannot = f"there is a GPU ({sign}), but PyTorch {torch.__version__} cannot use it"

@@ -1,12 +1,13 @@
 """What a user gives: bounds that stand at the fields they belong to, and refusals of one line that name the fix."""
 
 import contextlib
+import errno
 import math
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -63,7 +64,9 @@ def check_bounds(settings: Any) -> None:
                 and field.name not in unused
                 and 0 < value < (least := getattr(settings, bound.field))
             ):
-                fix = f"raise {flag(field.name)} or lower {flag(bound.field)}"
+                fix = f"raise {flag(field.name)}"
+                if getattr(settings, "fork", None) is None:  # whose other number is its origin's
+                    fix += f" or lower {flag(bound.field)}"
                 raise UsageError(f"{field.name} is {value}, but must be at least {bound.field} ({least}): {fix}")
     for name, condition in unused.items():
         if (value := getattr(settings, name)) != getattr(type(settings), name):
@@ -77,13 +80,21 @@ def changed_fields(settings: Any, before: Any) -> list[str]:
     return [name for name in names if getattr(settings, name) != getattr(before, name)]
 
 
-def refuse_changes(settings: Any, before: Any) -> None:
+def refuse_changes(settings: Any, before: Any, forkable: Collection[str] | None = None) -> None:
     """
+    Args:
+        forkable: fields that a fork may change; any, if not given
+
     Raises:
         UsageError: a run is to be resumed with other settings than its own.
     """
-    if changed := changed_fields(settings, before):
-        raise UsageError(f"--resume goes on as the run was, {', '.join(changed)} cannot change: leave out, or use --fork")
+    changed = changed_fields(settings, before)
+    if not changed:
+        return
+    instead = "use --fork"
+    if forkable is not None and not set(changed).issubset(forkable):
+        instead = "begin a new run"
+    raise UsageError(f"--resume goes on as the run was, {', '.join(changed)} cannot change: leave out, or {instead}")
 
 
 def settings_of(kind: type[Settings], values: dict[str, Any], path: Path) -> Settings:
@@ -164,6 +175,8 @@ NO_FILES_FAULT = (
     r"deterministic",
     r"\bin-?place\b",
 )
+# what is wrong with a place that is given; all other errors of a system may be mended where they are
+OF_A_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 NO_MEMORY = (r"can't allocate memory", r"not enough memory", r"bad_alloc")
 NO_MEMORY_ON_A_GPU = (r"alloc_failed", r"out of memory")
 
@@ -178,16 +191,25 @@ def of_a_gpu(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and says(line, OF_A_GPU) and not says(line, OF_THE_CODE)
 
 
-def out_of_resources(error: BaseException) -> str | None:
-    """What ran out or broke down, and the fix, where an error comes from memory or a GPU; else None."""
+def out_of_resources(error: BaseException, training: bool = True) -> str | None:
+    """What ran out or broke down, and the fix, where an error comes from memory or a GPU; else None.
+
+    Args:
+        training: whether it came while a run learned, so that a smaller one helps
+    """
     line = str(error).partition("\n")[0]
     reason = line.partition(". Tried")[0] or type(error).__name__
     of_the_runtime = isinstance(error, RuntimeError)
     if isinstance(error, torch.OutOfMemoryError) or (of_a_gpu(error) and says(line, NO_MEMORY_ON_A_GPU)):
-        fix = "free it of other jobs, or lower --batch-size or --num-envs in a new run"
+        fix = "free it of other jobs"
+        if training:
+            fix += ", or lower --batch-size or --num-envs in a new run"
         return f"the GPU's memory has run out ({reason}): {fix}"
     if isinstance(error, MemoryError) or (of_the_runtime and says(line, NO_MEMORY)):
-        return f"memory has run out ({reason}): free some, or lower --buffer-size in a new run"
+        fix = "free some"
+        if training:
+            fix += ", or lower --buffer-size in a new run"
+        return f"memory has run out ({reason}): {fix}"
     if of_the_runtime and says(line, (r"can't start new thread",)):
         fix = "end other processes, or raise the limit (ulimit -u)"
         return f"the system starts no more threads ({reason}): {fix}"
@@ -209,6 +231,8 @@ def reading(path: Path, kind: str, fix: str) -> Iterator[None]:
         if out_of_resources(error) or _no_files_fault(error):
             raise
         reason = str(error).partition("\n")[0].partition(". ")[0]
+        if isinstance(error, OSError) and error.errno not in (None, *OF_A_PLACE):
+            fix = f"see to that, or {fix}"
         raise UsageError(f"{path} cannot be read as {kind} ({type(error).__name__}: {reason}): {fix}") from error
 
 

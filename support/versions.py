@@ -37,10 +37,14 @@ def unsupported_versions() -> list[str]:
     for package, tested in pins:
         (major, minor), found = release(tested), installed(package)
         if not (major, minor) <= release(found) < (major + 1, 0):
-            remarks.append(
-                f"{package} is {found}, supported is {major}.{minor} up to {major + 1}: pip install -r requirements.txt"
-            )
+            supported = f"supported is {major}.{minor} up to {major + 1}"
+            remarks.append(f"{package} is {found}, {supported}: {installation()}")
     return remarks
+
+
+def installation() -> str:
+    """What to type where packages are not those in requirements.txt."""
+    return f"pip install -r {REQUIREMENTS.name}, in {REQUIREMENTS.resolve().parent}"
 
 
 def refuse_wrong_versions() -> None:
@@ -50,4 +54,4 @@ def refuse_wrong_versions() -> None:
     """
     for package, (right, how) in WRONG.items():
         if release(found := installed(package)) < right:
-            raise UsageError(f"{package} {found} {how}: pip install -r requirements.txt")
+            raise UsageError(f"{package} {found} {how}: {installation()}")

@@ -3,11 +3,14 @@
 import contextlib
 import importlib.util
 import os
+import shlex
 import sys
 from typing import Any
 
 from support.process import say
 from support.usage import UsageError
+
+WITHOUT = "leave out --track, in a run that has begun by --fork with --no-track"
 
 
 def require_wandb() -> None:
@@ -17,7 +20,7 @@ def require_wandb() -> None:
     """
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a folder named wandb is found, without an origin
-        raise UsageError("--track needs Weights & Biases, which is not installed: pip install wandb, or leave out --track")
+        raise UsageError(f"--track needs Weights & Biases, which is not installed: pip install wandb, or {WITHOUT}")
 
 
 def start_wandb(project: str, entity: str | None, name: str, run_id: str, config: dict[str, Any]) -> Any:
@@ -51,13 +54,22 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
         if not isinstance(error, Exception):
             raise
         reason = str(error).partition("\n")[0].removesuffix(".")
-        fix = "give a login by `wandb login`, keep its curves here by WANDB_MODE=offline, or leave out --track"
+        fix = WITHOUT
+        if not isinstance(error, ImportError):
+            fix = f"give a login by `wandb login`, keep its curves here by WANDB_MODE=offline, or {fix}"
         raise UsageError(f"--track: Weights & Biases cannot be used ({reason}): {fix}") from error
     finally:
         sys.stdin = stdin
-    if run is not None and (place := f"offline, send it by: wandb sync {run.settings.sync_dir}" if run.offline else run.url):
-        say(f"Weights & Biases: {place}")
+    if run is not None:
+        place = f"offline, send it by: {sync_command(run)}" if run.offline else run.url
+        if place:
+            say(f"Weights & Biases: {place}")
     return run
+
+
+def sync_command(wandb_run: Any) -> str:
+    """What to type to have what a run has left here sent there."""
+    return f"wandb sync {shlex.quote(str(wandb_run.settings.sync_dir))}"
 
 
 def let_go() -> None:
@@ -72,4 +84,4 @@ def finish_wandb(wandb_run: Any, status: Any) -> None:
     try:
         wandb_run.finish(exit_code=status)
     except Exception as error:
-        say(f"warning: Weights & Biases has failed ({error}): `wandb sync` of the run's folder under wandb/ sends what it has")
+        say(f"warning: Weights & Biases has failed ({error}): send what it has by: {sync_command(wandb_run)}")

@@ -78,7 +78,11 @@ def test_words_warn_where_games_without_a_return_could_carry_the_verdict(effect,
     )
     assert len(lines) == said
     if said:
-        assert counts in lines[0] and lines[0].endswith("compare --metric eval/episodic_return")
+        assert counts in lines[0]
+        assert lines[0].endswith("carry this: give runs an --eval-frequency, and compare --metric eval/episodic_return")
+        for run in runs:
+            run.scalars["eval/episodic_return"] = np.array([[2_000.0], [1.0]])
+        assert words(*runs)[-1].endswith("carry this: compare --metric eval/episodic_return"), "which they have logged"
     _, (pair,) = compared(*runs)
     assert not [line for line in in_words(pair, "eval/episodic_return") if line.startswith("caution")], "it has whole games"
     sides = numbers(*runs)["comparisons"][0]

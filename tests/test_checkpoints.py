@@ -627,6 +627,12 @@ def test_a_run_folder_that_cannot_be_written_is_refused_and_nothing_is_left():
     assert os.listdir("elsewhere") == []
 
 
+def test_where_it_is_not_the_runs_name_that_is_too_long_no_shorter_one_is_asked_for():
+    with pytest.raises(UsageError, match=r"\(File name too long\): start elsewhere$"):
+        create_run_folder(Path("x" * 300, "name"), {"run": "number", "args": {}})
+    create_run_folder(Path("elsewhere", "name"), {"run": "number", "args": {}})
+
+
 def test_a_name_that_is_too_long_for_a_folder_is_refused_with_a_fix_that_works():
     name = f"PhoenixNoFrameskip-v4__{'x' * 250}__1__1700000000"
     with pytest.raises(UsageError, match=r"\(File name too long\): give a shorter --exp-name$"):

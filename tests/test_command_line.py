@@ -259,7 +259,7 @@ def test_help_explains_every_flag_in_the_order_in_which_a_user_meets_them(monkey
     ],
 )
 def test_a_flag_that_nothing_in_the_run_would_look_at_is_refused_with_the_one_that_is_missing(monkeypatch, flags, fix):
-    with pytest.raises(UsageError, match=f"nothing in this run looks at it: give {fix}"):
+    with pytest.raises(UsageError, match=f"nothing in this run looks at (it|them): give {fix}"):
         parse(monkeypatch, *flags.split())
 
 
@@ -320,7 +320,7 @@ BAD = {
     "a checkpoint to keep before the start": ("--keep-checkpoints=-1", "keep_checkpoints is (-1,)"),
     "checkpoints to keep where there are none": (
         "--keep-checkpoints 5 --checkpoint-frequency 0",
-        "or --keep-checkpoints without",
+        "give a --checkpoint-frequency, or --keep-checkpoints without",
     ),
     "graphs without a GPU": ("--cuda-graphs --no-cuda --buffer-size 100", "--cuda-graphs needs a GPU"),
     "evaluating nothing": ("--evaluate nowhere.pt", "nowhere.pt"),
@@ -429,12 +429,54 @@ def test_interrupting_an_evaluation_of_a_saved_agent_is_no_traceback(monkeypatch
     assert stop.value.code == 130
 
 
+@pytest.mark.parametrize(
+    ("refused", "fix", "done"),
+    [
+        (
+            "--num-envs 8 --total-timesteps 8 --injection-step 4",
+            "give a --total-timesteps of 9 or more",
+            "--num-envs 8 --total-timesteps 9 --injection-step 4",
+        ),
+        (
+            "--eval-steps 9",
+            "give --eval-episodes 0 with --eval-steps, or",
+            "--eval-steps 9 --eval-episodes 0 --eval-frequency 9",
+        ),
+        ("--eval-steps 9 --eval-episodes 0", "eval_episodes and eval_steps are given, .* or leave them out", ""),
+        ("--no-freeze-heads", "leave it out", ""),
+        ("--keep-checkpoints 5 --checkpoint-frequency 0", "give a --checkpoint-frequency", "--keep-checkpoints 5"),
+        ("--keep-checkpoints 5 --checkpoint-frequency 0", "or --keep-checkpoints without", "--checkpoint-frequency 0"),
+        ("--num-envs 8 --log-frequency 4", "raise --log-frequency", "--num-envs 8 --log-frequency 8"),
+        ("--num-envs 8 --log-frequency 4", "lower --num-envs", "--num-envs 4 --log-frequency 4"),
+        ("--fork F --gamma 5", r"gamma is 5\.0, there 0\.99; .*: leave out --gamma$", "--fork F"),
+        ("--fork F --log-frequency 4 --seed 2", "log_frequency is 4, .*: leave out --log-frequency$", "--fork F --seed 2"),
+        ("--fork F --eval-frequency 4", "at least num_envs .8.: raise --eval-frequency$", "--fork F --eval-frequency 8"),
+        (
+            "--fork F --keep-checkpoints 5",
+            "writes none: give --keep-checkpoints without a number$",
+            "--fork F --keep-checkpoints",
+        ),
+        ("--resume F --seed 2", "leave out, or use --fork$", "--fork F --seed 2"),
+        ("--resume F --gamma 0.5 --seed 2", "leave out, or begin a new run$", "--gamma 0.5 --seed 2"),
+    ],
+)
+def test_what_a_refusal_says_to_do_can_be_done_and_works(monkeypatch, refused, fix, done):
+    """F is a run's folder, and for short a checkpoint of it."""
+    args = asdict(Args(num_envs=8, checkpoint_frequency=0))
+    Path("F").mkdir()
+    for name in ("run.json", "manifest.json"):
+        Path("F", name).write_text(json.dumps({"args": args}), encoding="utf-8")
+    with pytest.raises(UsageError, match=fix):
+        parse(monkeypatch, *refused.split())
+    parse(monkeypatch, *done.split())
+
+
 def test_a_run_to_resume_takes_no_other_flag(monkeypatch):
     Path("run").mkdir()
     Path("run/run.json").write_text(json.dumps({"args": asdict(Args(seed=7))}), encoding="utf-8")
     assert parse(monkeypatch, "--resume", "run") == Args(resume="run")
     assert parse(monkeypatch, "--resume", "run", "--seed", "7") == Args(resume="run"), "which is its own"
-    with pytest.raises(UsageError, match="gamma cannot change: leave out, or use --fork"):
+    with pytest.raises(UsageError, match=r"gamma cannot change: leave out, or begin a new run$"):
         parse(monkeypatch, "--resume", "run", "--gamma", "0.5")
 
 

@@ -69,7 +69,10 @@ def test_a_runs_return_is_drawn(script, monkeypatch):
         ("draw_arms", ["x.png", "nowhere"], "nowhere is no run's folder"),
         ("draw_return", [], "give a run and a figure's name"),
         ("draw_return", ["nowhere", "x.png", "many"], "RANDOM_SCORE is many, but must be a number"),
-        ("draw_return", ["nowhere", "x.png"], "nowhere is no run's folder"),
+        ("draw_arms", ["x.foo", "nowhere"], "the figure is x.foo, but must end in .png, .pdf or .svg: give another name"),
+        ("draw_arms", ["x.png", "nowhere"], "it has no run.json: leave it out"),
+        ("draw_return", ["nowhere", "x"], "the figure is x, but must end in .png, .pdf or .svg: give another name"),
+        ("draw_return", ["nowhere", "x.png"], "nowhere is no run's folder, it has no run.json: give another"),
         ("draw_signs", [], "give the files of both arms"),
     ],
 )

@@ -74,6 +74,14 @@ def test_of_a_sequence_of_tasks_the_one_network_and_the_injected_one_count(monke
     assert table["probe_tasks, injected ÷ agent"][2:] == ["0.375 to 6", "1.00", "1.00"]
 
 
+@pytest.mark.parametrize("content", ["[1", "[1]", "{}x", '[{"checkpoint": "a"}]', '{"a": 1}'])
+def test_a_file_that_no_probe_wrote_is_named_in_one_line(monkeypatch, capsys, content):
+    write_dose()
+    Path("probe.json").write_text(content, encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"^error: probe.json cannot be read as what was probed \(.+\): give a file that"):
+        draw(monkeypatch, capsys)
+
+
 def test_two_agents_of_one_name_and_seed_are_refused(monkeypatch, capsys):
     write_dose()
     for path in Path().glob("*.csv"):

@@ -259,8 +259,9 @@ def test_a_run_that_is_one_of_several_equal_ones_says_so_once_and_names_the_vari
     folder = script.train(SHORTEST)
     script.train(replace(SHORTEST, resume=str(folder)))
     lines = [line for line in capsys.readouterr().out.splitlines() if "SLURM" in line]
-    assert len(lines) == 2 and lines[0] == lines[1] and lines[0].startswith("warning: SLURM_STEP_NUM_TASKS is 3: ")
-    assert "srun -n 1" in lines[0] and "--seed" in lines[0]
+    assert len(lines) == 2 and all(line.startswith("warning: SLURM_STEP_NUM_TASKS is 3: ") for line in lines)
+    assert lines[0].endswith("start one (srun -n 1), or give each a --seed of its own")
+    assert lines[1].endswith("start one (srun -n 1)"), "a run that is resumed takes no seed"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     script.train(SHORTEST)
     assert "SLURM" not in capsys.readouterr().out
@@ -403,6 +404,12 @@ def test_a_replay_that_does_not_fit_names_needed_free_and_what_would_fit(monkeyp
     fits = int(re.search(r"lower --buffer-size to (\d+)$", str(error.value)).group(1))
     assert 1.7e9 < FrameReplayBuffer.bytes_needed(fits, space, 1) <= 2e9
     assert place_for(FrameReplayBuffer.bytes_needed(fits, space, 1), fits, CPU) == CPU
+
+
+def test_where_hardly_anything_is_free_no_size_is_named_that_would_be_no_use(monkeypatch):
+    monkeypatch.setattr(machine, "free_memory", lambda: 1_000_000)
+    with pytest.raises(UsageError, match=r"0\.0 GB of memory are free: free some$"):
+        place_for(8 * GB, 1_000_000, CPU)
 
 
 # what the bits of a run depend on

@@ -232,4 +232,7 @@ def test_the_sentence_claims_what_the_interval_supports():
     assert "the agent's error is not to be compared (diverged with 1 of 1 seeds)" in words(None)
     assert "own error fell by 80%" in words((2.0, None))
     assert "no answer: a fresh network loses only 4% of its error" in words((2.0, [1.5, 2.6]), end=0.48)
+    grown = words((2.0, [1.5, 2.6]), end=0.9)
+    assert grown == "no answer: a fresh network's error grew by 80% in 1,000 updates, lower --probe-learning-rate"
+    assert "loses only 0% of its error in 1,000 updates, raise --probe-updates" in words((2.0, None), end=0.5001)
     assert words(None, end=None) == "no answer: a fresh network diverges, lower --probe-learning-rate"

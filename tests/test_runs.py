@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -238,7 +239,7 @@ def test_a_finished_run_resumed_stays_as_it_is_and_other_software_is_named(unint
 def test_resume_takes_no_other_arguments_and_no_folder_in_which_another_process_runs(uninterrupted):
     folder = copy_of(uninterrupted(SMALL), "busy")
     before = all_files(folder)
-    with pytest.raises(UsageError, match="seed, num_envs cannot change: leave out, or use --fork"):
+    with pytest.raises(UsageError, match=r"seed, num_envs cannot change: leave out, or begin a new run$"):
         train(replace(SMALL, seed=5, num_envs=3, resume=str(folder)))
     with alone_in(folder), pytest.raises(UsageError, match="another process is running runs/busy"):
         train(Args(resume=str(folder)))
@@ -546,7 +547,7 @@ REFUSED_FORKS = {
     "an injection moved into the past": (
         FORKED,
         {"injection_step": (130, 142)},
-        "say (130, 142) before step 160: give an --injection-step of 142, and of 160 or later for more",
+        "say (130, 142) before step 160: give an --injection-step of 142, or an earlier checkpoint",
     ),
     "an injection that never was": (
         checkpoint_of(BASELINE, 160),
@@ -584,6 +585,55 @@ def test_a_fork_that_no_single_run_could_have_come_to_is_refused(case):
     with pytest.raises(UsageError) as error:
         check_fork(replace(Args(**checkpoint.meta["args"]), **changes), checkpoint)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+ENDS_LATE = checkpoint_of(replace(SMALL, exploration_fraction=1.0), 160, (142,))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "changes", "fix", "done"),
+    [
+        (FORKED, {"injection_step": (200,)}, "give an --injection-step of 142 200, or", {"injection_step": (142, 200)}),
+        (FORKED, {"injection_step": (130, 142)}, "give an --injection-step of 142, or", {"injection_step": (142,)}),
+        (FORKED, {"injection_step": ()}, "give an --injection-step of 142, or", {"injection_step": (142,)}),
+        (
+            checkpoint_of(SMALL, 142),
+            {"injection_step": (100,)},
+            "give an --injection-step of 142 or later",
+            {"injection_step": (142,)},
+        ),
+        (
+            FINISHED,
+            {"injection_step": (100,)},
+            "lies at step 240: give a --total-timesteps of 241 or more",
+            {"injection_step": (142,), "total_timesteps": 241, "exploration_fraction": 24 / 241},
+        ),
+        (
+            ENDS_LATE,
+            {"total_timesteps": 200},
+            "give a --total-timesteps of 240 or more",
+            {"total_timesteps": 240},
+        ),
+        (
+            FORKED,
+            {"total_timesteps": 241},
+            "over 24.1 steps, but before checkpoint runs/x/checkpoint-160 over 24: give --exploration-fraction 0.09958506",
+            {"total_timesteps": 241, "exploration_fraction": 0.0995850622406639},
+        ),
+    ],
+)
+def test_what_a_refused_fork_is_told_to_give_is_taken(checkpoint, changes, fix, done):
+    origin = Args(**checkpoint.meta["args"])
+    with pytest.raises(UsageError, match=re.escape(fix)):
+        check_fork(replace(origin, **changes), checkpoint)
+    check_fork(replace(origin, **done), checkpoint)
+
+
+@pytest.mark.parametrize("changes", [{"apply_injection": False}, {"intervention": "none"}])
+def test_an_arm_without_an_injection_that_was_made_is_told_of_earlier_checkpoints_only(changes):
+    with pytest.raises(UsageError, match=r"before step 160: give an earlier checkpoint$"):
+        check_fork(replace(SMALL, **changes), FORKED)
+    check_fork(replace(SMALL, **changes), checkpoint_of(SMALL, 142))
 
 
 @pytest.mark.parametrize(
@@ -837,7 +887,7 @@ def test_on_the_command_line_a_fork_takes_over_what_is_not_given_and_its_agent_p
     capsys.readouterr()
     assert main(monkeypatch, "--evaluate", str(forked), "--eval-episodes", "2") == 0
     assert "scores of 2 games" in capsys.readouterr().out
-    refusal = "error: --resume goes on as the run was, {} cannot change: leave out, or use --fork"
+    refusal = "error: --resume goes on as the run was, {} cannot change: leave out, or begin a new run"
     assert main(monkeypatch, "--resume", str(folder), "--num-envs", "1") == refusal.format("num_envs")
 
 

@@ -1,7 +1,10 @@
 """Bounds that stand at the fields they belong to, flags that nothing would look at, and refusals of one line."""
 
+import errno
 import json
 import math
+import os
+import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -95,6 +98,27 @@ def test_what_nothing_would_look_at_is_refused_and_named_with_what_would(name, v
         check_bounds(Settings(kind=kind))
         got = refusal(Settings(kind=kind, **{name: value}))
         assert got == f"{name} is {value}, which only --kind fancy looks at: give that, or leave the flag out"
+
+
+def test_only_where_it_cannot_help_the_advice_of_a_smaller_run_is_left_out():
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        assert "in a new run" in usage.out_of_resources(error)
+        assert re.search(r": free (some|it of other jobs)$", usage.out_of_resources(error, training=False))
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOENT, "give another"),
+        (errno.ENOTDIR, "give another"),
+        (errno.EACCES, "see to that, or give another"),
+        (errno.EIO, "see to that, or give another"),
+    ],
+)
+def test_a_file_that_is_there_and_cannot_be_read_need_not_be_another(number, fix):
+    with pytest.raises(UsageError) as refused, usage.reading(Path("a"), "a list", "give another"):
+        raise OSError(number, os.strerror(number), "a")
+    assert str(refused.value).endswith(f"): {fix}") and os.strerror(number) in str(refused.value)
 
 
 def test_unused_fields_are_those_that_nothing_looks_at():

@@ -86,7 +86,9 @@ def test_a_version_that_gives_wrong_returns_is_refused_with_nothing_written(monk
         return
     with pytest.raises(UsageError) as refusal:
         script.train(BRIEF)
-    assert str(refusal.value).startswith(f"gymnasium {version} leaves the first step of a game out of its return: pip install")
+    how = "leaves the first step of a game out of its return"
+    fix = f"pip install -r requirements.txt, in {versions.REQUIREMENTS.parent.resolve()}"
+    assert str(refusal.value) == f"gymnasium {version} {how}: {fix}"
     assert "runs" not in os.listdir()
 
 

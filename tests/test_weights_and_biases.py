@@ -89,7 +89,7 @@ def test_a_service_that_cannot_be_used_is_one_line_and_no_run_begins(monkeypatch
         script.train(TRACKED)
     message = str(refusal.value)
     assert message.startswith(f"--track: Weights & Biases cannot be used ({reason}") and "\n" not in message
-    assert "wandb login" in message and "WANDB_MODE=offline" in message
+    assert ("wandb login" in message) == (settings == {}) and "WANDB_MODE=offline" in message
     assert all(path.startswith("wandb") for path in all_there_is())
 
 
@@ -114,6 +114,35 @@ def test_where_a_service_cannot_be_used_nothing_is_removed_that_this_process_did
     with pytest.raises(UsageError, match=r"cannot be used \(no network\. And more\): give a login"):
         start_wandb("p", "e", "name", "abc", {})
     assert all_there_is() == before
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (ImportError("no protobuf"), "): leave out --track, in a run that has begun by --fork with --no-track"),
+        (RuntimeError("no network"), "): keep its curves here by WANDB_MODE=offline, or leave out --track, in a run"),
+        (RuntimeError("API key"), "): give a login by `wandb login`, keep its curves here by WANDB_MODE=offline, or leave"),
+    ],
+)
+def test_what_to_do_without_the_service_is_what_can_help(monkeypatch, error, fix):
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **_: exec("raise error", {"error": error})
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with pytest.raises(UsageError, match=re.escape(fix)):
+        start_wandb("p", "e", "name", "abc", {})
+
+
+def test_what_sends_a_run_there_can_be_pasted(monkeypatch, capsys):
+    def fail(**_):
+        raise OSError("it is gone")
+
+    wandb_run = types.SimpleNamespace(offline=True, settings=types.SimpleNamespace(sync_dir="my runs/wandb/x"), finish=fail)
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **_: wandb_run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    weights_and_biases.finish_wandb(start_wandb("p", "e", "name", "abc", {}), 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.endswith("by: wandb sync 'my runs/wandb/x'") for line in lines)
 
 
 @pytest.mark.parametrize("error", [ImportError("cannot import name 'x' from 'google.protobuf'"), SystemExit(143)])
