@@ -37,12 +37,12 @@ import tyro
 from annotated_types import Ge, Interval
 
 try:
+    from analysis.arms import file_names, runs_in
     from analysis.canvas import FORMATS
     from analysis.curves import write_curves
     from analysis.fitting import NO_CHECKPOINT
     from analysis.probe import probe
     from analysis.report import report
-    from analysis.runs import file_names, runs_in
     from analysis.task_sequence import probe_sequence
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
@@ -104,18 +104,26 @@ def check(settings: Settings, named: Collection[str] = ()) -> None:
     check_bounds(settings)
     fresh = NO_CHECKPOINT in settings.probe
     if settings.runs and settings.probe:
-        raise UsageError("runs and probe exclude each other: give folders of runs, or checkpoints after --probe")
+        raise UsageError(
+            "runs and probe exclude each other: give folders of runs, or checkpoints after --probe"
+        )
     if fresh != (settings.env_id is not None):
-        raise UsageError("fresh and env_id belong together: give --probe fresh --env-id PhoenixNoFrameskip-v4, or neither")
+        raise UsageError(
+            "fresh and env_id belong together: give --probe fresh --env-id PhoenixNoFrameskip-v4, or neither"
+        )
     if settings.probe_inject_at is not None and not (settings.probe_tasks or fresh):
         raise UsageError("probe_inject_at is a task of a sequence: give --probe-tasks")
     changed = sorted({*changed_fields(settings, Settings()), *named})
     if settings.probe and (given := [name for name in changed if name in ("metric", "window", "aggregate")]):
         raise UsageError(f"{given[0]} is of comparisons, a probe makes none: leave out --{given[0]}")
     if not settings.probe and (given := [name for name in changed if name.startswith("probe_")]):
-        raise UsageError(f"{given[0]} is given, but nothing to probe: give --probe runs/FOLDER/checkpoint-STEP")
+        raise UsageError(
+            f"{given[0]} is given, but nothing to probe: give --probe runs/FOLDER/checkpoint-STEP"
+        )
     if settings.export is not None and settings.probe:
-        raise UsageError("export keeps curves of runs, a probe has none: leave out --export, --out NAME.png writes its numbers")
+        raise UsageError(
+            "export keeps curves of runs, a probe has none: leave out --export, --out NAME.png writes its numbers"
+        )
     if settings.out is not None and Path(settings.out).suffix not in FORMATS:
         raise UsageError(f"out is {settings.out}, but must end in .png, .pdf or .svg: change --out")
 
@@ -134,7 +142,9 @@ def main() -> None:
             probe(settings.probe, settings.probe_observations, settings.probe_updates or 1_000, *how, out)
         else:
             folders, place = runs_in(settings.runs)
-            arms = report(folders, out or place / "comparison.png", settings.metric, settings.window, settings.aggregate)
+            arms = report(
+                folders, out or place / "comparison.png", settings.metric, settings.window, settings.aggregate
+            )
             if settings.export is not None:
                 for arm, name in zip(arms, file_names(arms), strict=True):
                     path = Path(settings.export, f"{name}.csv")

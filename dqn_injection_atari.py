@@ -57,7 +57,9 @@ __version__ = "0.9.0"
 
 prepare_cpu()
 CODE_VERSION = code_version(Path(__file__))  # of the code that runs, edits come later
-OF_INJECTION = OnlyWith("intervention", ("injection", "none"))  # a baseline may have the flags of the arm it belongs to
+OF_INJECTION = OnlyWith(
+    "intervention", ("injection", "none")
+)  # a baseline may have the flags of the arm it belongs to
 OF_NORM = OnlyWith("injection_trigger", ("norm",))
 
 
@@ -161,14 +163,25 @@ class Args(RunFlags, Experiment):
                 over = "the run is over after its first step"
                 raise UsageError(f"injection_step is {self.injection_step}, but {over}: {fix}")
             raise UsageError(f"injection_step is {self.injection_step}, but must be {rule}, {end}")
-        if self.injection_optimizer_state == "copy" and self.injected_head_width not in (None, self.head_width):
-            raise UsageError("a head of another width has no moments to copy: give --injection-optimizer-state fresh")
+        if self.injection_optimizer_state == "copy" and self.injected_head_width not in (
+            None,
+            self.head_width,
+        ):
+            raise UsageError(
+                "a head of another width has no moments to copy: give --injection-optimizer-state fresh"
+            )
         if not self.apply_injection and what not in ("injection", "none"):
-            raise UsageError(f"intervention {what} contradicts --no-apply-injection: for a baseline give --intervention none")
+            raise UsageError(
+                f"intervention {what} contradicts --no-apply-injection: for a baseline give --intervention none"
+            )
         if when == "norm" and planned:
-            raise UsageError("injection_trigger norm decides when to inject: give --injection-step without a number")
+            raise UsageError(
+                "injection_trigger norm decides when to inject: give --injection-step without a number"
+            )
         if what in ("reset-head", "shrink-perturb") and when == "step" and not planned:
-            raise UsageError(f"intervention {what} would never happen: give --injection-step, or --injection-trigger norm")
+            raise UsageError(
+                f"intervention {what} would never happen: give --injection-step, or --injection-trigger norm"
+            )
         if any(not 0 <= step <= self.total_timesteps for step in self.keep_checkpoints):
             rule = f"within 0 ... {self.total_timesteps}, the run's steps: change --keep-checkpoints"
             raise UsageError(f"keep_checkpoints is {self.keep_checkpoints}, but must be {rule}")
@@ -176,7 +189,9 @@ class Args(RunFlags, Experiment):
             fix = "give --keep-checkpoints without a number"
             if self.fork is None:  # which writes checkpoints as often as its origin
                 fix = "give a --checkpoint-frequency, or --keep-checkpoints without a number"
-            raise UsageError(f"keep_checkpoints is {self.keep_checkpoints}, but checkpoint_frequency 0 writes none: {fix}")
+            raise UsageError(
+                f"keep_checkpoints is {self.keep_checkpoints}, but checkpoint_frequency 0 writes none: {fix}"
+            )
 
     @property
     def applied_intervention(self) -> str:
@@ -211,31 +226,73 @@ PLAYING = (
     *("eval_episodes", "eval_steps", "eval_epsilon", "evaluate"),
 )
 FORKABLE = (  # what a fork may change: nothing of this changes what lies before a checkpoint, or `check_fork` sees to it
-    *("seed", "exp_name", "cuda", "cuda_graphs", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_model"),
-    *("total_timesteps", "exploration_fraction", "injection_step", "apply_injection", "intervention", "freeze_heads"),
-    *("injection_optimizer_state", "injected_head_width", "injection_trigger", "injection_norm_ratio", "shrink_factor"),
+    *(
+        "seed",
+        "exp_name",
+        "cuda",
+        "cuda_graphs",
+        "track",
+        "wandb_project_name",
+        "wandb_entity",
+        "capture_video",
+        "save_model",
+    ),
+    *(
+        "total_timesteps",
+        "exploration_fraction",
+        "injection_step",
+        "apply_injection",
+        "intervention",
+        "freeze_heads",
+    ),
+    *(
+        "injection_optimizer_state",
+        "injected_head_width",
+        "injection_trigger",
+        "injection_norm_ratio",
+        "shrink_factor",
+    ),
     *("injection_check_frequency", "max_injections", "plasticity_frequency"),
     *("eval_frequency", "eval_episodes", "eval_steps", "eval_epsilon", "keep_checkpoints"),
 )
-OF_KIND = {"intervention", "freeze_heads", "injection_optimizer_state", "injected_head_width", "shrink_factor"}  # not after one
+OF_KIND = {
+    "intervention",
+    "freeze_heads",
+    "injection_optimizer_state",
+    "injected_head_width",
+    "shrink_factor",
+}  # not after one
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {  # DQN Zoo's Double DQN (tuned), injected after 50M frames
-        **{"total_timesteps": 50_000_000, "injection_step": (12_500_000,), "injection_optimizer_state": "copy"},
-        **{"optimizer": "rmsprop", "learning_rate": 2.5e-4, "shared_bias": True, "target_network_frequency": 30_000},
+        **{
+            "total_timesteps": 50_000_000,
+            "injection_step": (12_500_000,),
+            "injection_optimizer_state": "copy",
+        },
+        **{
+            "optimizer": "rmsprop",
+            "learning_rate": 2.5e-4,
+            "shared_bias": True,
+            "target_network_frequency": 30_000,
+        },
         **{"learning_starts": 50_000, "exploration_start": 50_000, "exploration_fraction": 0.02},
         **{"eval_frequency": 250_000, "eval_episodes": 0, "eval_steps": 125_000},
     },
 }
 
 # the independent random streams of a run
-Stream = IntEnum("Stream", "NETWORK EXPLORATION REPLAY ENVIRONMENTS INJECTION EVALUATION PLASTICITY PERTURBATION", start=0)
+Stream = IntEnum(
+    "Stream", "NETWORK EXPLORATION REPLAY ENVIRONMENTS INJECTION EVALUATION PLASTICITY PERTURBATION", start=0
+)
 
 
 def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None = None) -> LearnerView:
     """`num_envs` (default: `args.num_envs`) of the run's games, see `support/environments.py`."""
-    return environments.make_envs(args.env_id, args.env_backend, args.num_envs if num_envs is None else num_envs, render_mode)
+    return environments.make_atari_envs(
+        args.env_id, args.env_backend, args.num_envs if num_envs is None else num_envs, render_mode
+    )
 
 
 class QNetwork(nn.Module):
@@ -264,7 +321,11 @@ class QNetwork(nn.Module):
                 output.bias = nn.Parameter(output.bias.detach()[:1].clone())
             return nn.Sequential(hidden, nn.ReLU(inplace=True), output)
 
-        convolutions = nn.Conv2d(STACK, 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3, stride=1)
+        convolutions = (
+            nn.Conv2d(STACK, 32, 8, stride=4),
+            nn.Conv2d(32, 64, 4, stride=2),
+            nn.Conv2d(64, 64, 3, stride=1),
+        )
         activated = (layer for convolution in convolutions for layer in (convolution, nn.ReLU(inplace=True)))
         self.encoder = nn.Sequential(*activated, nn.Flatten())
         self.theta, new_width = head(head_width), injected_head_width or head_width
@@ -291,7 +352,9 @@ class QNetwork(nn.Module):
 
         q_values = q(self.theta)
         for k in range(self.num_injections):
-            q_values = q_values + (q(self.theta_prime_1[k]) - q(self.theta_prime_2[k]))  # frozen heads, too, pass gradient to φ
+            q_values = q_values + (
+                q(self.theta_prime_1[k]) - q(self.theta_prime_2[k])
+            )  # frozen heads, too, pass gradient to φ
         return q_values
 
     @torch.no_grad()
@@ -299,7 +362,9 @@ class QNetwork(nn.Module):
         """Draws the next pair θ′₁ = θ′₂, distributed as θ was, makes it live, and freezes every head but that θ′₁."""
         k = self.num_injections
         if k == len(self.theta_prime_1):
-            raise ValueError(f"all {k} pairs of heads are in use: build QNetwork with a larger max_injections")
+            raise ValueError(
+                f"all {k} pairs of heads are in use: build QNetwork with a larger max_injections"
+            )
         redraw(self.theta_prime_1[k], generator)
         self.theta_prime_2[k].load_state_dict(self.theta_prime_1[k].state_dict())
         self.num_injections += 1
@@ -307,7 +372,9 @@ class QNetwork(nn.Module):
 
     def live(self) -> dict[str, nn.Module]:
         """The modules that are evaluated, by name: encoder, theta, theta_prime_1.0, theta_prime_2.0, ..."""
-        pairs = (f"{pair}.{k}" for k in range(self.num_injections) for pair in ("theta_prime_1", "theta_prime_2"))
+        pairs = (
+            f"{pair}.{k}" for k in range(self.num_injections) for pair in ("theta_prime_1", "theta_prime_2")
+        )
         return {name: self.get_submodule(name) for name in ("encoder", "theta", *pairs)}
 
     def newest_head(self) -> str:
@@ -328,13 +395,17 @@ class QNetwork(nn.Module):
             parameter.grad = None
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.num_injections)  # so that a state dict says which heads are live, also to the target network
+        return torch.tensor(
+            self.num_injections
+        )  # so that a state dict says which heads are live, also to the target network
 
     def set_extra_state(self, state: Tensor) -> None:
         self.num_injections = int(state)
         self._set_trainable()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Takes up a state, also one with more or fewer pairs of heads that are not in use: those are zero."""
         in_use = ["encoder.", "theta.", "_extra_state"]
         for k in range(int(state_dict.get("_extra_state", self.num_injections))):
@@ -353,7 +424,9 @@ def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> 
     return q_network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def td_loss(q_network: nn.Module, target_network: nn.Module, batch: ReplayBufferSamples, gamma: float) -> tuple[Tensor, Tensor]:
+def td_loss(
+    q_network: nn.Module, target_network: nn.Module, batch: ReplayBufferSamples, gamma: float
+) -> tuple[Tensor, Tensor]:
     """Double DQN's loss (van Hasselt et al. 2016): Huber, δ = 1, mean over the batch; and the mean Q of the batch."""
     with torch.no_grad():
         next_actions = q_network(batch.next_observations).argmax(dim=1, keepdim=True)  # (B, 1)
@@ -361,7 +434,9 @@ def td_loss(q_network: nn.Module, target_network: nn.Module, batch: ReplayBuffer
         td_target = batch.rewards + gamma * (1 - batch.dones) * next_values
     q_values = q_network(batch.observations)  # (B, num_actions)
     taken = torch.arange(q_values.shape[1], device=q_values.device) == batch.actions
-    q_values = q_values.where(taken, 0).sum(dim=1, keepdim=True)  # (B, 1); on a GPU gather's gradient needs atomics
+    q_values = q_values.where(taken, 0).sum(
+        dim=1, keepdim=True
+    )  # (B, 1); on a GPU gather's gradient needs atomics
     return F.huber_loss(q_values, td_target), q_values.detach().mean()
 
 
@@ -385,8 +460,12 @@ class Learner:
         self.q_network = make_q_network(args, num_actions, device)
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
         adam = functools.partial(torch.optim.Adam, eps=1.5e-4, fused=True, capturable=args.cuda_graphs)
-        make_optimizer: Callable[..., torch.optim.Optimizer] = adam if args.optimizer == "adam" else CenteredRMSProp
-        self.optimizer = make_optimizer(self.q_network.parameters(), lr=args.learning_rate)  # all heads, those to come included
+        make_optimizer: Callable[..., torch.optim.Optimizer] = (
+            adam if args.optimizer == "adam" else CenteredRMSProp
+        )
+        self.optimizer = make_optimizer(
+            self.q_network.parameters(), lr=args.learning_rate
+        )  # all heads, those to come included
         self.rng = np.random.default_rng(stream_seed(args.seed, Stream.EXPLORATION))
         self.losses, self.norms = measures.LossMeter(self.device), measures.NormTracker()
         self.interventions: list[int] = []  # their steps
@@ -413,7 +492,9 @@ class Learner:
     def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
         """ε-greedy actions (N,) int64 for obs (N, 4, 84, 84) uint8."""
         q = functools.partial(self.graphs.run, "act", self.online)
-        return epsilon_greedy(lambda: q(upload(obs, self.device)), (len(obs), self.num_actions), epsilon, self.rng)
+        return epsilon_greedy(
+            lambda: q(upload(obs, self.device)), (len(obs), self.num_actions), epsilon, self.rng
+        )
 
     def update(self, batch: ReplayBufferSamples, count: int = 1) -> dict[str, Tensor]:
         """`count` gradient steps, one after the other, each on its part of the batch.
@@ -421,13 +502,19 @@ class Learner:
         Returns the last one's loss and mean Q, {"td_loss", "q_values"}, 0-d, left on the device.
         """
         self.losses.num_updates += count
-        tensors = (tensor for tensor in batch if tensor is not None)  # Stable-Baselines3's n-step discounts are
+        tensors = (
+            tensor for tensor in batch if tensor is not None
+        )  # Stable-Baselines3's n-step discounts are
         return self.graphs.run(("update", count), functools.partial(self._update, count), *tensors)
 
     def _update(self, count: int, *batch: Tensor) -> dict[str, Tensor]:
-        trained, working = (tuple(p for p in net.parameters() if p.requires_grad) for net in (self.q_network, self.online))
+        trained, working = (
+            tuple(p for p in net.parameters() if p.requires_grad) for net in (self.q_network, self.online)
+        )
         for minibatch in zip(*(tensor.chunk(count) for tensor in batch), strict=True):
-            loss, q_values = td_loss(self.online, self.target, ReplayBufferSamples(*minibatch), self.args.gamma)
+            loss, q_values = td_loss(
+                self.online, self.target, ReplayBufferSamples(*minibatch), self.args.gamma
+            )
             self.online.zero_grad(set_to_none=True)
             loss.backward()
             if self.args.bf16:
@@ -452,7 +539,11 @@ class Learner:
 
     def intervene(self, step: int) -> None:
         """Does what `args.intervention` names."""
-        methods = {"injection": self.inject, "reset-head": self.reset_head, "shrink-perturb": self.shrink_perturb}
+        methods = {
+            "injection": self.inject,
+            "reset-head": self.reset_head,
+            "shrink-perturb": self.shrink_perturb,
+        }
         methods[self.args.intervention](step)
 
     def inject(self, step: int = 0) -> None:
@@ -494,7 +585,10 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Both networks with their numbers of live heads, the optimizer's moments by parameter name, the stream's state."""
         return {
-            **{name: getattr(self, name).state_dict() for name in ("q_network", "target_network", "losses", "norms")},
+            **{
+                name: getattr(self, name).state_dict()
+                for name in ("q_network", "target_network", "losses", "norms")
+            },
             "optimizer": moments_by_name(self.optimizer, self.q_network),
             "interventions": self.interventions,
             "rng": self.rng.bit_generator.state,
@@ -516,7 +610,9 @@ class Learner:
 def plasticity_measures(learner: Learner, batch: ReplayBufferSamples) -> dict[str, float]:
     """The state of a learner's online network, in float32, on one batch; docs/metrics.md says what each name means."""
     network = learner.q_network
-    names = {name: name.replace(".", "_") for name in network.live()} | {network.newest_head(): "head"}  # the one that learns
+    names = {name: name.replace(".", "_") for name in network.live()} | {
+        network.newest_head(): "head"
+    }  # the one that learns
     relus = {"encoder.1": "conv1", "encoder.3": "conv2", "encoder.5": "conv3"}
     relus |= {f"{name}.1": label for name, label in names.items() if name != "encoder"}
     loss, _ = td_loss(network, learner.target_network, batch, learner.args.gamma)
@@ -524,7 +620,9 @@ def plasticity_measures(learner: Learner, batch: ReplayBufferSamples) -> dict[st
     return measures.plasticity(network, names, relus, old, learner.norms.initial, loss, batch.observations)
 
 
-def evaluate(q_network: QNetwork, args: Args, key: int, video: Path | None = None, stop: Stop = lambda: False) -> np.ndarray:
+def evaluate(
+    q_network: QNetwork, args: Args, key: int, video: Path | None = None, stop: Stop = lambda: False
+) -> np.ndarray:
     """Raw scores of whole games, see `play_games`. Games and random numbers are its own, from (seed, key)."""
     seed = stream_seed(args.seed, Stream.EVALUATION, key)
     envs = make_envs(args, max(1, args.eval_episodes), render_mode="rgb_array" if video else None)
@@ -540,7 +638,9 @@ def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, 
     needed = FrameReplayBuffer.bytes_needed(args.buffer_size, obs_space, args.num_envs)
     storage = place_for(needed, args.buffer_size, device if args.cuda_graphs else torch.device("cpu"))
     rng = np.random.default_rng(stream_seed(args.seed, Stream.REPLAY))
-    replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, args.num_envs, generator=rng, storage=storage)
+    replay = FrameReplayBuffer(
+        args.buffer_size, obs_space, action_space, device, args.num_envs, generator=rng, storage=storage
+    )
     return envs, Learner(args, int(action_space.n), device), replay
 
 
@@ -559,7 +659,9 @@ class Training:
     def replayed(self, stream: Stream, key: int) -> ReplayBufferSamples:
         """Some of the replayed transitions, drawn by a generator from (seed, stream, key): training's own does not move."""
         rng = np.random.default_rng(stream_seed(self.args.seed, stream, key))
-        rows, columns = (rng.integers(limit, size=self.MEASURED) for limit in (self.replay.size(), self.replay.n_envs))
+        rows, columns = (
+            rng.integers(limit, size=self.MEASURED) for limit in (self.replay.size(), self.replay.n_envs)
+        )
         return self.replay.transitions(rows, columns)
 
     def begin_streams(self) -> None:
@@ -571,7 +673,14 @@ class Training:
 
     def advance(self) -> None:
         """One vector step, a decision in every environment, with all that is learned and measured in it."""
-        args, run, envs, learner, replay, log = self.args, self.run, self.envs, self.learner, self.replay, self.run.log
+        args, run, envs, learner, replay, log = (
+            self.args,
+            self.run,
+            self.envs,
+            self.learner,
+            self.replay,
+            self.run.log,
+        )
         obs, actions = envs.obs, learner.act(envs.obs, exploration_epsilon(args, run.step))
         envs.send(actions)
         run.step = min(run.step + args.num_envs, args.total_timesteps)
@@ -592,9 +701,15 @@ class Training:
         if run.due(args.target_network_frequency, after=args.learning_starts):
             learner.sync_target()
         if run.due(args.log_frequency) or run.step == args.total_timesteps:
-            log.interval(run.step, exploration_epsilon(args, run.step), learner.losses.means(run.step, args.train_frequency))
+            log.interval(
+                run.step,
+                exploration_epsilon(args, run.step),
+                learner.losses.means(run.step, args.train_frequency),
+            )
         if run.due(args.plasticity_frequency):
-            for name, value in plasticity_measures(learner, self.replayed(Stream.PLASTICITY, run.step)).items():
+            for name, value in plasticity_measures(
+                learner, self.replayed(Stream.PLASTICITY, run.step)
+            ).items():
                 log.scalar(f"plasticity/{name}", value, run.step)
         if args.injection_trigger == "norm" and run.due(args.injection_check_frequency):
             log.scalar("injection/norm_growth", learner.norms.growth(learner.learning()), run.step)
@@ -604,19 +719,30 @@ class Training:
         args, step, made = self.args, self.run.step, len(self.learner.interventions)
         if args.injection_trigger == "step":
             return step in args.planned_interventions and args.applied_intervention != "none"
-        possible = 0 < step < args.total_timesteps and made < args.max_injections and args.applied_intervention != "none"
+        possible = (
+            0 < step < args.total_timesteps
+            and made < args.max_injections
+            and args.applied_intervention != "none"
+        )
         due = possible and self.run.due(args.injection_check_frequency)
         return bool(due) and self.learner.norms.growth(self.learner.learning()) > args.injection_norm_ratio
 
     def intervene(self) -> None:
         """Does what --intervention names, measures how far that changed Q (an injection: not at all), and logs both."""
         args, learner, log, step = self.args, self.learner, self.run.log, self.run.step
-        obs, size = self.replayed(Stream.INJECTION, len(learner.interventions)).observations, num_trainable(learner.q_network)
+        obs, size = (
+            self.replayed(Stream.INJECTION, len(learner.interventions)).observations,
+            num_trainable(learner.q_network),
+        )
         with torch.no_grad():
             before = learner.online(obs)
             learner.intervene(step)
             delta = (learner.online(obs) - before).abs().max().item()
-        grown = f", trainable parameters {size:,} → {now:,}" if (now := num_trainable(learner.q_network)) != size else ""
+        grown = (
+            f", trainable parameters {size:,} → {now:,}"
+            if (now := num_trainable(learner.q_network)) != size
+            else ""
+        )
         log.scalar("injection/step", step, step)
         log.scalar("injection/max_abs_delta_q", delta, step)
         done = {"injection": "plasticity injected", "reset-head": "head drawn anew"}
@@ -737,7 +863,10 @@ def train(args: Args, signals: Signals | None = None) -> Path:
             raise UsageError(f"{slow}: leave out --bf16")
         envs, learner, replay = make_parts(args, device)
         stack.callback(envs.close)
-        name, parts = f"{args.env_id}__{args.exp_name}__{args.seed}", {"learner": learner, "replay": replay, "envs": envs}
+        name, parts = (
+            f"{args.env_id}__{args.exp_name}__{args.seed}",
+            {"learner": learner, "replay": replay, "envs": envs},
+        )
         surroundings = circumstances(device, CODE_VERSION)
         run = Run(origin, name, __version__, asdict(args), parts, surroundings, signals, stack)
         run.introduce(f"{args.env_id} × {args.num_envs} ({args.env_backend})", device, origin)
@@ -747,7 +876,9 @@ def train(args: Args, signals: Signals | None = None) -> Path:
         if baseline or (args.injection_trigger == "step" and not args.injection_step):
             run.log.say("no plasticity injection in this run" + ": baseline arm" * baseline)
         if args.learning_starts >= args.total_timesteps:
-            run.log.say(f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}")
+            run.log.say(
+                f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}"
+            )
         training = Training(args, run, envs, learner, replay)
         if origin.forked and args.seed != origin.forked_args["seed"]:
             # one agent that goes on in several ways
@@ -856,12 +987,17 @@ def refuse_idle(given: dict[str, Any], args: Args) -> None:
         if len(names) > 1:
             it, are = "them", "are"
         what = " and ".join(names)
-        raise UsageError(f"{what} {are} given, and nothing in this run looks at {it}: give {fix}, or leave {it} out")
+        raise UsageError(
+            f"{what} {are} given, and nothing in this run looks at {it}: give {fix}, or leave {it} out"
+        )
 
 
 def parse_args() -> Args:
     """The command line as `Args`. Flags that are not given are as in the preset, or as in the run to resume or fork."""
-    line, named = asdict(tyro.cli(CommandLine, description=__doc__, args=usage.words_given())), usage.flags_given()
+    line, named = (
+        asdict(tyro.cli(CommandLine, description=__doc__, args=usage.words_given())),
+        usage.flags_given(),
+    )
     given = {name: value for name, value in line.items() if name in named}
     preset, what, apply = PRESETS[line["preset"]], given.get("intervention"), given.get("apply_injection")
     if what is not None and apply is not None and apply == (what == "none"):
@@ -872,22 +1008,32 @@ def parse_args() -> Args:
     if any(source is not None for source in sources.values()):
         Args(**sources)  # one of them
         if "preset" in given:
-            raise UsageError("--preset is for a new run, this one has settings of its own: leave out --preset")
+            raise UsageError(
+                "--preset is for a new run, this one has settings of its own: leave out --preset"
+            )
     if line["evaluate"] is not None:
         return parse_evaluation(given)
     if line["resume"] is not None or line["fork"] is not None:
-        path = Path(line["resume"], "run.json") if line["fork"] is None else Path(line["fork"], "manifest.json")
+        path = (
+            Path(line["resume"], "run.json") if line["fork"] is None else Path(line["fork"], "manifest.json")
+        )
         base = asdict(usage.settings_of(Args, read_identity(path)["args"], path))
         if line["resume"] is not None:
             usage.refuse_changes(CommandLine(**base | given), CommandLine(**base), FORKABLE)
             return Args(resume=line["resume"])
         refuse_unforkable(given, CommandLine(**base), f"checkpoint {line['fork']}")
     # the other way to say what is given is not taken over, nor what nothing looks at then
-    said = {"apply_injection": what, "intervention": apply, "injection_step": given.get("injection_trigger") == "norm" or None}
+    said = {
+        "apply_injection": what,
+        "intervention": apply,
+        "injection_step": given.get("injection_trigger") == "norm" or None,
+    }
     base |= {name: getattr(Args, name) for name, instead in said.items() if instead is not None}
     base |= {name: getattr(Args, name) for name in usage.unused_fields(CommandLine(**base | given))}
     args = base | given
-    if "exploration_fraction" in preset.keys() - given.keys():  # ε falls over so many steps, however long the run is
+    if (
+        "exploration_fraction" in preset.keys() - given.keys()
+    ):  # ε falls over so many steps, however long the run is
         steps = preset["exploration_fraction"] * preset["total_timesteps"]
         args["exploration_fraction"] = min(1.0, steps / max(1, args["total_timesteps"]))
     parsed = Args(**{name: value for name, value in args.items() if name != "preset"})

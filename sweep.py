@@ -24,8 +24,8 @@ try:
     from rich.console import Console
     from rich.live import Live
 
-    from analysis.engine import cluster, outcome, ray
-    from analysis.sweeps import Book, Task, conclude, default_name, plan_in_words, resources
+    from orchestration.engine import cluster, outcome, ray
+    from orchestration.sweeps import Book, Task, conclude, default_name, plan_in_words, resources
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
     if package in ("analysis", "support", "dqn_injection_atari"):
@@ -34,9 +34,18 @@ except ModuleNotFoundError as error:
     fix = f"pip install -r requirements-sweep.txt, in {Path(__file__).resolve().parent}"
     sys.exit(f"error: {package} is not installed: {fix}")
 
-from analysis.manifest import MANIFEST, begin, commit, measured_speed, prepare, read_asked, read_manifest, refuse_another
-from analysis.plan import LONGEST_NAME, Asked, all_arms, identity_of, plan
-from support import jobs
+from orchestration import jobs
+from orchestration.manifest import (
+    MANIFEST,
+    begin,
+    commit,
+    measured_speed,
+    prepare,
+    read_asked,
+    read_manifest,
+    refuse_another,
+)
+from orchestration.plan import LONGEST_NAME, Asked, all_arms, identity_of, plan
 from support.machine import alone_in, slow_bfloat16
 from support.process import Signals, Unfailing, begin_in_utf8, ends_in_one_line, on_a_terminal, say
 from support.usage import Positive, Steps, UsageError, check_bounds, words_given
@@ -108,7 +117,9 @@ def command_line(words: list[str]) -> tuple[Settings, Asked]:
         raise UsageError(f"gpus_per_run is {gpus:g}, but must be whole above 1: change --gpus-per-run")
     if settings.speed is not None and not settings.dry_run:
         raise UsageError("speed is for the hours in a plan: give --dry-run as well, or leave it out")
-    if settings.name is not None and (Path(settings.name).name != settings.name or settings.name in ("", "..")):
+    if settings.name is not None and (
+        Path(settings.name).name != settings.name or settings.name in ("", "..")
+    ):
         raise UsageError(f"name is {settings.name}, but must be a folder's under sweeps/: change --name")
     origin = None
     if settings.from_checkpoint is not None:
@@ -141,7 +152,9 @@ class Sweep:
         """Begins a run, or goes on with it, if it may."""
         fork, when = self.book.fork_point(task)
         if when == "never":
-            self.book.record(task, "not started", f"{task.run.trunk} left no checkpoint at step {task.run.begins:,}")
+            self.book.record(
+                task, "not started", f"{task.run.trunk} left no checkpoint at step {task.run.begins:,}"
+            )
         elif when == "ready" and time.monotonic() >= task.after:
             task.begin()
             task.ref = self.job.options(**task.resources).remote(task.job(fork, self.threads))
@@ -212,7 +225,9 @@ class Sweep:
                     said = time.monotonic()
                     say(self.book.in_words())
             if signals.stop is not None:
-                say(f"{signals.stop.name}: every run writes a checkpoint and ends; once more ends them without it")
+                say(
+                    f"{signals.stop.name}: every run writes a checkpoint and ends; once more ends them without it"
+                )
                 self.stop()
             if live is not None:
                 live.update(self.book.table(len(self.book.tasks)))
@@ -228,14 +243,20 @@ def main() -> None:
         settings, asked = command_line(words_given())
         runs = plan(asked)
         asked = replace(asked, origin=identity_of(asked.from_checkpoint))
-        folder = Path("sweeps", default_name(asked, runs[0].args.env_id) if settings.name is None else settings.name)
+        folder = Path(
+            "sweeps", default_name(asked, runs[0].args.env_id) if settings.name is None else settings.name
+        )
         length = len(os.fsencode(folder.name))
         if length > LONGEST_NAME:
             too_long = f"name is {folder.name}, {length} bytes, but {LONGEST_NAME} are possible"
             raise UsageError(f"{too_long}: give a shorter --name")
         before = read_asked(folder) if (folder / "sweep.json").exists() else asked
         asked = replace(asked, threads=settings.threads_per_run or before.threads, gpu=before.gpu)
-        with alone(folder) if (folder / MANIFEST).exists() and not settings.dry_run else contextlib.nullcontext():
+        with (
+            alone(folder)
+            if (folder / MANIFEST).exists() and not settings.dry_run
+            else contextlib.nullcontext()
+        ):
             refuse_another(folder, asdict(asked))
         if settings.dry_run:
             print(*plan_in_words(runs, settings.speed or measured_speed(read_manifest(folder))), sep="\n")
@@ -245,10 +266,14 @@ def main() -> None:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             gpus = 0 if settings.gpus_per_run is None and asked.gpu is False else settings.gpus_per_run
             wanted = (settings.cpus_per_run, gpus, settings.memory_per_run)
-            tasks = [Task(run, folder, code, resources(run, *wanted, nodes)) for code in [commit()] for run in runs]
+            tasks = [
+                Task(run, folder, code, resources(run, *wanted, nodes)) for code in [commit()] for run in runs
+            ]
             threads = asked.threads or max(1, int(tasks[0].resources["num_cpus"]))
             asked = replace(
-                asked, threads=threads, gpu=any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks)
+                asked,
+                threads=threads,
+                gpu=any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks),
             )
             if settings.address is None:  # other machines may be of other kinds: each run speaks for itself
                 refuse_slow_bfloat16(tasks)

@@ -21,7 +21,14 @@ from support.usage import UsageError, reading
 
 SPEED = "charts/SPS"  # mean over the run, up to its last step
 LENGTH = "charts/episodic_length"
-COMPARED = ("charts/episodic_return", LENGTH, "charts/games_cut", "eval/", "injection/", "plasticity/")  # how their tags begin
+COMPARED = (
+    "charts/episodic_return",
+    LENGTH,
+    "charts/games_cut",
+    "eval/",
+    "injection/",
+    "plasticity/",
+)  # how their tags begin
 WITH_SIX_DIGITS = "plasticity/"  # in a CSV file; all others are written as they are
 
 
@@ -59,7 +66,7 @@ def identity_in(written: dict[str, Any], folder: str | None, rounded: bool = Fal
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """What a run has logged: {tag: (2, K) float64}, K steps and K values in the order of logging.
 
     Without an identity it is known by its folder's name, and by the path that --fork was given.
@@ -107,20 +114,27 @@ class Run:
     def unreported(self, after: int, upto: int) -> int:
         """How many training games in after < step ≤ upto have no return there: cut by new games, or going on at its end."""
         steps, games = self.between("charts/games_cut", after, upto)
-        return int(games.sum()) + (0 if upto in steps or upto >= self.args.total_timesteps else self.args.num_envs)
+        return int(games.sum()) + (
+            0 if upto in steps or upto >= self.args.total_timesteps else self.args.num_envs
+        )
 
     def share_unreported(self, after: int, upto: int) -> float:
         """Share of the games in after < step ≤ upto that have no return there, or of the steps in them, if that is more."""
-        ended, cut = self.between("charts/episodic_return", after, upto).shape[1], self.unreported(after, upto)
+        ended, cut = (
+            self.between("charts/episodic_return", after, upto).shape[1],
+            self.unreported(after, upto),
+        )
         shares = [cut / (cut + ended) if cut else 0.0]
         if cut and LENGTH in self.scalars:
             ends, lengths = self.between(LENGTH, after, upto)
-            within = np.minimum(lengths, (ends - after) / self.args.num_envs)  # of a game that began before, what came after
+            within = np.minimum(
+                lengths, (ends - after) / self.args.num_envs
+            )  # of a game that began before, what came after
             shares.append(1 - float(within.sum()) / (upto - after))
         return max(shares)
 
 
-def read_run(folder: str, metric: str, end: str = "the run is left out") -> Run:
+def read_run(folder: str, metric: str, end: str = "the run is left out") -> RecordedRun:
     """The arguments and scalars of a run.
 
     Args:
@@ -137,10 +151,10 @@ def read_run(folder: str, metric: str, end: str = "the run is left out") -> Run:
         args = Args(**written["args"])
         identity = identity_in(written, path.resolve().parent.name)
     scalars = {tag: points[:2] for tag, points in read_scalars(path.parent, end).items()}
-    return check_metric(Run(folder, args, scalars, identity), metric, end)
+    return check_metric(RecordedRun(folder, args, scalars, identity), metric, end)
 
 
-def check_metric(run: Run, metric: str, end: str = "the run is left out") -> Run:
+def check_metric(run: RecordedRun, metric: str, end: str = "the run is left out") -> RecordedRun:
     """The run, if it can be compared.
 
     Raises:
@@ -153,7 +167,7 @@ def check_metric(run: Run, metric: str, end: str = "the run is left out") -> Run
     return run
 
 
-def exported(run: Run) -> dict[str, np.ndarray]:
+def exported(run: RecordedRun) -> dict[str, np.ndarray]:
     """The curves of a run that a file of `write_curves` holds."""
     curves = {tag: points for tag, points in run.scalars.items() if tag.startswith(COMPARED)}
     if SPEED in run.scalars:
@@ -172,7 +186,7 @@ def in_digits(tag: str, value: float) -> str:
     return np.format_float_positional(value, trim="-")
 
 
-def header_of(run: Run) -> dict[str, Any]:
+def header_of(run: RecordedRun) -> dict[str, Any]:
     """What a file of `write_curves` says of a run beside its curves: its arguments and its identity."""
     fork = None
     if run.args.fork is not None:
@@ -184,7 +198,7 @@ def header_of(run: Run) -> dict[str, Any]:
     return header | {"run": run.known_as.run, "folder": run.known_as.folder, "history": history}
 
 
-def write_curves(runs: Sequence[Run], path: Path) -> None:
+def write_curves(runs: Sequence[RecordedRun], path: Path) -> None:
     """Writes the curves of an arm's runs, those that comparisons look at, and of the speed the last point.
 
     A line `# {...}` for each run holds its `header_of`, as JSON. Below them is a table: `seed`, `step`, and a
@@ -249,14 +263,14 @@ def number_in(field: str) -> float:
     return float(field)
 
 
-def run_in(line: str, path: Path) -> Run:
+def run_in(line: str, path: Path) -> RecordedRun:
     """The run that a line `# {...}` tells of, still without curves."""
     header = json.loads(line.removeprefix("# "))
     exact = "history" in header
     own = {name: header.pop(name) for name in ("run", "folder", "history") if name in header}
     args = Args(**header)
     identity = identity_in(own | {"args": {"fork": args.fork}}, own.get("folder"), rounded=not exact)
-    return Run(f"{path} (seed {args.seed})", args, {}, identity)
+    return RecordedRun(f"{path} (seed {args.seed})", args, {}, identity)
 
 
 def points_in(table: Iterable[str], seeds: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:
@@ -275,7 +289,7 @@ def points_in(table: Iterable[str], seeds: Iterable[int]) -> dict[int, dict[str,
     return curves
 
 
-def read_curves(path: Path, metric: str) -> list[Run]:
+def read_curves(path: Path, metric: str) -> list[RecordedRun]:
     """The runs in a file of `write_curves`.
 
     Raises:

@@ -8,9 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from analysis.canvas import INK, Artist, Axes, Figure, Look, ScaledTranslation, SubFigure, drawing, look, plot_broken, save
+from analysis.arms import ARM_NAMES, Arm, describe, short
+from analysis.canvas import (
+    INK,
+    Artist,
+    Axes,
+    Figure,
+    Look,
+    ScaledTranslation,
+    SubFigure,
+    drawing,
+    look,
+    plot_broken,
+    save,
+)
 from analysis.intervals import interval
-from analysis.runs import ARM_NAMES, Arm, describe, short
 from analysis.verdict import Comparison, noun, number_in
 from support.run_log import SIDE_BY_SIDE
 
@@ -29,7 +41,9 @@ def curve(points: np.ndarray, edges: np.ndarray, undefined: np.ndarray = NOWHERE
     """
     size, (steps, values) = len(edges) - 1, points[:, np.isfinite(points[1])]
     bins, broken = (np.searchsorted(edges, at).clip(1) - 1 for at in (steps, undefined))
-    counts, sums, breaks = (np.bincount(at, weights, size) for at, weights in ((bins, None), (bins, values), (broken, None)))
+    counts, sums, breaks = (
+        np.bincount(at, weights, size) for at, weights in ((bins, None), (bins, values), (broken, None))
+    )
     full = np.flatnonzero((counts > 0) & (breaks == 0))
     if not len(full):
         return np.full(size, np.nan)
@@ -51,12 +65,16 @@ def draw(ax: Axes, arms: list[Arm], looks: dict[str, Look], tag: str, bins: int,
         runs = [run for run in arm.runs if tag in run.scalars]
         style = looks[arm.name]
         undefined = [run.undefined(tag) for run in runs]
-        curves = np.array([curve(run.scalars[tag], edges, at) for run, at in zip(runs, undefined, strict=True)])
+        curves = np.array(
+            [curve(run.scalars[tag], edges, at) for run, at in zip(runs, undefined, strict=True)]
+        )
         if len(curves):
             common = ~np.isnan(curves).any(axis=0)
             centre, low, high = np.full((3, bins), np.nan)
             centre[common], low[common], high[common] = interval(curves[:, common], aggregate)
-            above = 2 + (arm.setting["intervention"] == "none")  # what arms share is drawn as without intervention
+            above = 2 + (
+                arm.setting["intervention"] == "none"
+            )  # what arms share is drawn as without intervention
             for own in curves:
                 plot_broken(ax, middles, own, color=style.colour, lw=0.6, alpha=0.45, zorder=above)
             name = f"{arm.name} (n = {len(curves)})"
@@ -65,10 +83,21 @@ def draw(ax: Axes, arms: list[Arm], looks: dict[str, Look], tag: str, bins: int,
         if any(map(len, undefined)):
             at = np.concatenate(undefined)
             label = "undefined" if "undefined" not in ax.get_legend_handles_labels()[1] else None
-            ax.plot(at, 0 * at, "x", color=style.colour, ms=4, transform=ax.get_xaxis_transform(), clip_on=False, label=label)
+            ax.plot(
+                at,
+                0 * at,
+                "x",
+                color=style.colour,
+                ms=4,
+                transform=ax.get_xaxis_transform(),
+                clip_on=False,
+                label=label,
+            )
     kinds = {arm.setting["intervention"] for arm in arms} - {"none"}
     label = noun(*kinds) if len(kinds) == 1 else "intervention"
-    for i, step in enumerate(sorted({step for arm in arms for run in arm.runs for step in arm.injections(run)})):
+    for i, step in enumerate(
+        sorted({step for arm in arms for run in arm.runs for step in arm.injections(run)})
+    ):
         ax.axvline(step, color=INK, lw=1, ls=(0, (4, 3)), label="_" * (i > 0) + label)
     ax.set_xlim(0, edges[-1])
     ax.xaxis.set_major_formatter(lambda step, _: short(step))
@@ -119,7 +148,9 @@ def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: s
         draw(ax, shown, looks, metric, bins, aggregate)
         windows = {(pair.after, pair.upto) for pair in pairs if pair.game == game and all(pair.counts)}
         for i, (after, upto) in enumerate(sorted(windows)):
-            ax.axvspan(after, upto, color=INK, alpha=0.06, lw=0, label="_" * (i > 0) + "window of the verdict")
+            ax.axvspan(
+                after, upto, color=INK, alpha=0.06, lw=0, label="_" * (i > 0) + "window of the verdict"
+            )
         ax.set(xlabel="step (1 step = 4 frames)", ylabel=f"return of {played}")
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("-", "−"))
         ax.set_title(game, loc="left", fontweight="bold", fontsize=10)
@@ -138,14 +169,18 @@ def draw_plasticity(arms: list[Arm], path: Path, aggregate: str) -> bool:
     """The figure of the plasticity measures that TensorBoard's custom scalars show too; False, and none, if no run has any."""
     games, looks = by_game(arms), looks_of(arms)
     logged = {tag for arm in arms for run in arm.runs for tag in run.scalars}
-    titles = {tag: title for title, tag in SIDE_BY_SIDE.items() if tag.startswith("plasticity/") and tag in logged}
+    titles = {
+        tag: title for title, tag in SIDE_BY_SIDE.items() if tag.startswith("plasticity/") and tag in logged
+    }
     if not titles:
         return False
     columns = min(4, len(titles))
     rows = math.ceil(len(titles) / columns)
     figure = Figure(figsize=(max(6, 3 * columns), (2.3 * rows + 1) * len(games)), layout="constrained")
     legend_rows = [0]
-    for block, (game, shown) in zip(figure.subfigures(len(games), 1, squeeze=False).flat, games.items(), strict=True):
+    for block, (game, shown) in zip(
+        figure.subfigures(len(games), 1, squeeze=False).flat, games.items(), strict=True
+    ):
         axes, lines = block.subplots(rows, columns, squeeze=False), dict[Any, Artist]()
         for ax, (tag, title) in zip(axes.flat, titles.items(), strict=False):
             draw(ax, shown, looks, tag, MAX_BINS, aggregate)
@@ -177,15 +212,23 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     apart = min(0.08, 0.8 / len(lines))  # between the lines at one value, which is 1 from the next
     for i, (label, of_one) in enumerate(lines.items()):
         of_one.sort(key=lambda pair: number_in(pair.arms[1].setting, number))
-        at = [values.index(number_in(pair.arms[1].setting, number)) + apart * (i - (len(lines) - 1) / 2) for pair in of_one]
-        found = np.array([(pair.judgement.difference, pair.judgement.low, pair.judgement.high) for pair in of_one])
+        at = [
+            values.index(number_in(pair.arms[1].setting, number)) + apart * (i - (len(lines) - 1) / 2)
+            for pair in of_one
+        ]
+        found = np.array(
+            [(pair.judgement.difference, pair.judgement.low, pair.judgement.high) for pair in of_one]
+        )
         bars = np.abs(found[:, 1:] - found[:, :1]).T  # NaN, and not drawn, where there is no interval
         seeds = "–".join(map(str, sorted({len(means) for pair in of_one for means in pair.means})))
         point = look(i).point
         name = folded(f"{label} (n = {seeds})", figure.get_figwidth())
         ax.errorbar(at, found[:, 0], bars, **point, ls="", lw=1.5, capsize=4, label=name)
         own = [
-            (x + 0.6 * apart, d) for x, pair in zip(at, of_one, strict=True) if pair.paired for d in pair.differences.values()
+            (x + 0.6 * apart, d)
+            for x, pair in zip(at, of_one, strict=True)
+            if pair.paired
+            for d in pair.differences.values()
         ]
         ax.plot(*np.array(own).reshape(-1, 2).T, ".", color=point["color"], alpha=0.5)
     ax.axhline(0, color=INK, lw=0.8)

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from analysis.arms import CONDITIONS
 from analysis.intervals import t_interval
-from analysis.runs import CONDITIONS
 from dqn_injection_atari import Args, Learner, QNetwork, make_envs
 from support.checkpoints import Checkpoint, load_checkpoint
 from support.environments import FRAME_SIZE, STACK
@@ -81,7 +81,9 @@ def fresh_subject(env_id: str, seed: int, rate: float) -> Checkpoint:
     args = Args(env_id=env_id, env_backend="ale", num_envs=8, seed=seed, learning_rate=rate)
     with contextlib.closing(make_envs(args)) as envs:
         learner = Learner(args, int(envs.single_action_space.n), torch.device("cpu"))
-    return Checkpoint(Path(NO_CHECKPOINT), {"step": 0, "args": asdict(args)}, {"learner": learner.state_dict()})
+    return Checkpoint(
+        Path(NO_CHECKPOINT), {"step": 0, "args": asdict(args)}, {"learner": learner.state_dict()}
+    )
 
 
 def random_play(env_id: str, count: int, device: torch.device) -> torch.Tensor:
@@ -106,17 +108,24 @@ def replayed_observations(checkpoint: Checkpoint, count: int, device: torch.devi
     """
     path, args = checkpoint.path, saved_args(checkpoint)
     with reading(path, "a checkpoint", "take another"):
-        needed, free = checkpoint.state["replay"]["used"] * FRAME_SIZE**2 + 40 * args.buffer_size, free_memory()
+        needed, free = (
+            checkpoint.state["replay"]["used"] * FRAME_SIZE**2 + 40 * args.buffer_size,
+            free_memory(),
+        )
     if needed > free:
         sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
-        raise UsageError(f"{path} cannot be probed, its replay {sizes}: free more, or probe it on another machine")
+        raise UsageError(
+            f"{path} cannot be probed, its replay {sizes}: free more, or probe it on another machine"
+        )
     obs_space = gym.spaces.Box(0, 255, (STACK, FRAME_SIZE, FRAME_SIZE), np.uint8)
     action_space = gym.spaces.Discrete(num_actions(checkpoint))
     replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, n_envs=args.num_envs)
     checkpoint.restore({"replay": replay})
     if (held := replay.size() * args.num_envs) < count:
         fix = f"lower --probe-observations to {held}" if held else "take a later one"
-        raise UsageError(f"{path} cannot be probed, its replay holds {held:,} observations and not {count:,}: {fix}")
+        raise UsageError(
+            f"{path} cannot be probed, its replay holds {held:,} observations and not {count:,}: {fix}"
+        )
     chosen = np.random.default_rng(0).choice(held, size=count, replace=False)
     return replay.transitions(*np.divmod(chosen, args.num_envs)).observations
 
@@ -129,7 +138,9 @@ def random_targets(network: QNetwork, obs: torch.Tensor) -> torch.Tensor:
     what none can do. In float64, or the factor would turn rounding errors into other targets. Leaves `network` in float64.
     """
     network = network.double()
-    return torch.cat([torch.sin(1e5 * network.theta(network.features(part))) for part in obs.split(64)]).float()
+    return torch.cat(
+        [torch.sin(1e5 * network.theta(network.features(part))) for part in obs.split(64)]
+    ).float()
 
 
 def make_contender(name: str, checkpoint: Checkpoint, seed: int, device: torch.device) -> Learner:
@@ -159,7 +170,9 @@ def outputs(network: torch.nn.Module, obs: torch.Tensor) -> torch.Tensor:
     return torch.cat([network(part) for part in obs.split(512)])
 
 
-def fit(learner: Learner, obs: torch.Tensor, targets: torch.Tensor, batches: np.ndarray) -> tuple[float, float]:
+def fit(
+    learner: Learner, obs: torch.Tensor, targets: torch.Tensor, batches: np.ndarray
+) -> tuple[float, float]:
     """Regresses the online network on its own mean outputs plus `targets`, with whatever of it the agent itself would train.
 
     The mean over the observations, one per action, is added because the agent's values have some level and a fresh network's

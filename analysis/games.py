@@ -70,7 +70,10 @@ def normalised_mean(pair: Comparison, side: int) -> float | None:
 
 
 def aggregate_scores(
-    without: Sequence[np.ndarray], injected: Sequence[np.ndarray], joint: Sequence[bool], resamples: int = RESAMPLES
+    without: Sequence[np.ndarray],
+    injected: Sequence[np.ndarray],
+    joint: Sequence[bool],
+    resamples: int = RESAMPLES,
 ) -> np.ndarray:
     """Interquartile means over the runs of all games, and 95% intervals by stratified bootstrap (Agarwal et al. 2021).
 
@@ -88,7 +91,9 @@ def aggregate_scores(
     for ours, theirs, together in zip(without, injected, joint, strict=True):
         rows = rng.integers(len(ours), size=(resamples, len(ours)))
         drawn[0].append(ours[rows])
-        drawn[1].append(theirs[rows if together else rng.integers(len(theirs), size=(resamples, len(theirs)))])
+        drawn[1].append(
+            theirs[rows if together else rng.integers(len(theirs), size=(resamples, len(theirs)))]
+        )
     values = np.array([iqm(np.concatenate(side)) for side in (without, injected)])  # (2,)
     samples = np.array([iqm(np.concatenate(side, axis=1), axis=1) for side in drawn])  # (2, resamples)
     values, samples = (np.concatenate((sides, np.diff(sides, axis=0))) for sides in (values, samples))
@@ -120,7 +125,9 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
     found = []
     for pair in pairs:
         rest = {name: value for name, value in pair.arms[1].setting.items() if name != "env_id"}
-        rest |= {name: value for name, value in emulator(pair.game).items() if name not in ("game", "frameskip")}
+        rest |= {
+            name: value for name, value in emulator(pair.game).items() if name not in ("game", "frameskip")
+        }
         kinds[tuple(rest.items())].append(pair)
     for of_kind in kinds.values():
         unknown = [pair.game for pair in of_kind if human_normalised(pair.game, 0.0) is None]
@@ -130,7 +137,10 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
         if usable:
             without, injected = ([scores(pair, side) for pair in usable] for side in (0, 1))
             joint = [pair.shared == len(pair.means[0]) == len(pair.means[1]) for pair in usable]
-            names, runs = (usable[0].arms[0].name, usable[0].arms[1].name), (sum(map(len, without)), sum(map(len, injected)))
+            names, runs = (
+                (usable[0].arms[0].name, usable[0].arms[1].name),
+                (sum(map(len, without)), sum(map(len, injected))),
+            )
             games, windows = [pair.game for pair in usable], [(pair.after, pair.upto) for pair in usable]
             fewest = min(len(of_game) for of_game in (*without, *injected))
             total = without_points(aggregate_scores(without, injected, joint), fewest)

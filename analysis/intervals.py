@@ -35,7 +35,12 @@ def interval(values: np.ndarray, aggregate: str = "mean") -> np.ndarray:
     elif aggregate == "mean":
         low, high = t_interval(values)
     else:
-        options = {"n_resamples": RESAMPLES, "method": "percentile", "vectorized": True, "rng": np.random.default_rng(0)}
+        options = {
+            "n_resamples": RESAMPLES,
+            "method": "percentile",
+            "vectorized": True,
+            "rng": np.random.default_rng(0),
+        }
         result = scipy.stats.bootstrap((values,), iqm, axis=0, confidence_level=CONFIDENCE, **options)
         low, high = result.confidence_interval
     low, high = np.where(no_spread(low, high, np.abs(centre)), np.nan, (low, high))

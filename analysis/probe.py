@@ -26,7 +26,9 @@ from support.machine import pick_device
 from support.usage import UsageError
 
 
-def probe_checkpoint(path: Path, observations: int, updates: int, seeds: int, rate: float | None = None) -> dict[str, Any]:
+def probe_checkpoint(
+    path: Path, observations: int, updates: int, seeds: int, rate: float | None = None
+) -> dict[str, Any]:
     """Fitting capacity of the agent in a checkpoint, with and without a fresh injection, against a fresh network's.
 
     With each seed all three get the same observations, targets (but for `fit`'s offset) and batches. The agent's and the
@@ -70,7 +72,9 @@ def probe_checkpoint(path: Path, observations: int, updates: int, seeds: int, ra
             for name, of_one in errors.items()
         },
         "relative_to_fresh": {
-            name: relative_error(errors[name]["end"], errors[FRESH]["end"]) for name in CONTENDERS if name != FRESH
+            name: relative_error(errors[name]["end"], errors[FRESH]["end"])
+            for name in CONTENDERS
+            if name != FRESH
         },
     }
     return result | {"sentence": probe_in_words(result), "remark": remark(args.learning_rate)}
@@ -130,7 +134,11 @@ def probe_table(result: dict[str, Any]) -> str:
     rows = [("", "error at start", "at end", "relative to fresh [95%]", "per seed")]
     for name, of_one in result["errors"].items():
         relative = result["relative_to_fresh"].get(name)
-        ratios = (times(relative), ", ".join(f"{ratio:.3g}" for ratio in relative["per_seed"])) if relative else ("–", "–")
+        ratios = (
+            (times(relative), ", ".join(f"{ratio:.3g}" for ratio in relative["per_seed"]))
+            if relative
+            else ("–", "–")
+        )
         rows.append((name, mean(of_one["start"]), mean(of_one["end"]), *ratios))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
@@ -158,7 +166,12 @@ def each_probed(paths: Iterable[str], measure: Callable[[Path], dict[str, Any]])
 
 
 def probe(
-    paths: Iterable[str], observations: int, updates: int, seeds: int, rate: float | None = None, out: Path | None = None
+    paths: Iterable[str],
+    observations: int,
+    updates: int,
+    seeds: int,
+    rate: float | None = None,
+    out: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Prints and returns `probe_checkpoint` of every checkpoint; those that cannot be probed are named and left out.
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from analysis.arms import Arm, RecordedRun, read_arms
 from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import MIN_SEEDS, interval
-from analysis.runs import Arm, Run, read_arms
 from analysis.verdict import LEAST_SHARE, Comparison, comparisons, not_compared, noun, show, varied
 from support.usage import UsageError
 
@@ -20,7 +20,13 @@ def carried(pair: Comparison) -> bool:
     """Whether the games without a return could carry the verdict, were one arm's mean off by its reach and the other's not."""
     judged, reach = pair.judgement, max(pair.reaches)
     low, high = (judged.difference,) * 2 if math.isnan(judged.low) else (judged.low, judged.high)
-    changed = low - reach <= 0 if low > 0 else high + reach >= 0 if high < 0 else low + reach > 0 or high - reach < 0
+    changed = (
+        low - reach <= 0
+        if low > 0
+        else high + reach >= 0
+        if high < 0
+        else low + reach > 0 or high - reach < 0
+    )
     return bool(reach > 0 and changed)
 
 
@@ -28,9 +34,16 @@ def caution(pair: Comparison, metric: str) -> list[str]:
     """A line where training games that have no return could carry the verdict, and where to look instead."""
     if metric != "charts/episodic_return" or not carried(pair):
         return []
-    without, injected = (f"{cut:,} of {cut + ended:,} games" for cut, ended in zip(pair.unreported, pair.counts, strict=True))
+    without, injected = (
+        f"{cut:,} of {cut + ended:,} games" for cut, ended in zip(pair.unreported, pair.counts, strict=True)
+    )
     most = " and ".join(f"{max(shares.values(), default=0):.0%}" for shares in pair.missing)
-    counted = [run for arm, means in zip(pair.arms, pair.means, strict=True) for run in arm.runs if run.args.seed in means]
+    counted = [
+        run
+        for arm, means in zip(pair.arms, pair.means, strict=True)
+        for run in arm.runs
+        if run.args.seed in means
+    ]
     fix = "compare --metric eval/episodic_return"
     if not all(run.between("eval/episodic_return", pair.after, pair.upto).size for run in counted):
         fix = f"give runs an --eval-frequency, and {fix}"
@@ -122,7 +135,16 @@ def aggregate_in_words(total: Aggregate) -> list[str]:
 
 def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], metric: str) -> str:
     """The comparisons in Markdown: two rows each, one per arm that is in none, and below them each one in words."""
-    head = ("game", "arm", "seeds", "n", "mean return in the window", "difference", "verdict", "human-normalised")
+    head = (
+        "game",
+        "arm",
+        "seeds",
+        "n",
+        "mean return in the window",
+        "difference",
+        "verdict",
+        "human-normalised",
+    )
     rows = [head, ("---",) * len(head)]
     for pair in pairs:
         judged = pair.judgement
@@ -131,13 +153,24 @@ def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], met
             arm, means, score = pair.arms[side], pair.means[side], normalised_mean(pair, side)
             mean = show(*interval(np.array(list(means.values())))) if means else "–"
             normalised = "–" if score is None else show(score)
-            rows.append((arm.game, arm.name, ", ".join(map(str, means)), str(len(means)), mean, *cells, normalised))
+            rows.append(
+                (arm.game, arm.name, ", ".join(map(str, means)), str(len(means)), mean, *cells, normalised)
+            )
     for arm in (arm for arm in arms if not any(arm in pair.arms for pair in pairs)):
         seeds = sorted(str(run.args.seed) for run in arm.runs)
-        rows.append((arm.game, arm.name, ", ".join(seeds), str(len(seeds)), "–", "–", "nothing to compare with", "–"))
-    words = ["", "Brackets are 95% intervals.", ""] + [f"- {'; '.join(in_words(pair, metric))}." for pair in pairs]
+        rows.append(
+            (arm.game, arm.name, ", ".join(seeds), str(len(seeds)), "–", "–", "nothing to compare with", "–")
+        )
+    words = ["", "Brackets are 95% intervals.", ""] + [
+        f"- {'; '.join(in_words(pair, metric))}." for pair in pairs
+    ]
     if totals:
-        words += ["", "## Over games", "", *(f"- {'; '.join(aggregate_in_words(total))}." for total in totals)]
+        words += [
+            "",
+            "## Over games",
+            "",
+            *(f"- {'; '.join(aggregate_in_words(total))}." for total in totals),
+        ]
     return "\n".join([f"| {' | '.join(row)} |" for row in rows] + words) + "\n"
 
 
@@ -145,7 +178,9 @@ def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
     values = total.scores[:, 0].tolist()
     bounds = [[None, None] if math.isnan(low) else [low, high] for low, high in total.scores[:, 1:].tolist()]
     sides = zip(total.names, total.runs, values, bounds, strict=False)
-    without, injected = ({"arm": name, "runs": runs, "iqm": iqm, "interval": bound} for name, runs, iqm, bound in sides)
+    without, injected = (
+        {"arm": name, "runs": runs, "iqm": iqm, "interval": bound} for name, runs, iqm, bound in sides
+    )
     difference = {"difference": values[2], "interval": bounds[2]}
     windows = [{"after": after, "upto": upto} for after, upto in total.windows]
     return {
@@ -159,12 +194,21 @@ def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
 
 
 def as_json(
-    arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], remarks: dict[str, dict[str, str]], metric: str
+    arms: list[Arm],
+    pairs: list[Comparison],
+    totals: list[Aggregate],
+    remarks: dict[str, dict[str, str]],
+    metric: str,
 ) -> str:
     """All that was found; null stands for what is not a number."""
 
-    def of_run(run: Run) -> dict[str, Any]:
-        return {"run": run.folder, "seed": run.args.seed, "step": run.last_step, "of": run.args.total_timesteps}
+    def of_run(run: RecordedRun) -> dict[str, Any]:
+        return {
+            "run": run.folder,
+            "seed": run.args.seed,
+            "step": run.last_step,
+            "of": run.args.total_timesteps,
+        }
 
     def of_pair(pair: Comparison) -> dict[str, Any]:
         judged = pair.judgement
@@ -200,8 +244,13 @@ def as_json(
             "left_out": pair.left_out,
         }
 
-    described = [{"name": arm.name, "setting": arm.setting, "runs": [of_run(run) for run in arm.runs]} for arm in arms]
-    found = {"comparisons": [of_pair(pair) for pair in pairs], "aggregates": [aggregate_as_json(total) for total in totals]}
+    described = [
+        {"name": arm.name, "setting": arm.setting, "runs": [of_run(run) for run in arm.runs]} for arm in arms
+    ]
+    found = {
+        "comparisons": [of_pair(pair) for pair in pairs],
+        "aggregates": [aggregate_as_json(total) for total in totals],
+    }
     content = {"metric": metric, "arms": described, **found, **remarks}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
@@ -227,7 +276,9 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
     remarks["not_compared"] = not_compared(arms, pairs, metric)
     totals = aggregates(pairs)
     over_games = [total for total in totals if len(total.games) > 1]
-    lines = [f"{kind.replace('_', ' ')}: {line}" for kind, of_kind in remarks.items() for line in of_kind.values()]
+    lines = [
+        f"{kind.replace('_', ' ')}: {line}" for kind, of_kind in remarks.items() for line in of_kind.values()
+    ]
     words = [in_words(pair, metric) for pair in pairs] + [aggregate_in_words(total) for total in over_games]
     print(*lines, *("\n  ".join(of_one) for of_one in words), sep="\n")
     if not pairs and remarks["not_compared"]:
@@ -236,7 +287,12 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
     elif not pairs:
         print("no verdict: no two arms differ in the injection alone; --fork makes the counterpart of a run")
     out.parent.mkdir(parents=True, exist_ok=True)
-    written = [out, plasticity := out.with_stem(f"{out.stem}_plasticity"), out.with_suffix(".md"), out.with_suffix(".json")]
+    written = [
+        out,
+        plasticity := out.with_stem(f"{out.stem}_plasticity"),
+        out.with_suffix(".md"),
+        out.with_suffix(".json"),
+    ]
     draw_returns(arms, pairs, out, metric, aggregate)
     if number := varied(pairs):
         written.insert(1, by_number := out.with_stem(f"{out.stem}_by_{number}"))

@@ -67,11 +67,20 @@ def unit_measures(learner: Learner, obs: torch.Tensor) -> dict[str, float]:
     """Of the head that learns the share of hidden units that are dormant, of the encoder that of features ≠ 0, at `obs`."""
     network = learner.q_network
     _, layers = activations(network, {f"{network.newest_head()}.1": "head", "encoder": "encoder"}, obs)
-    return {"dormant": dormant_units(layers["head"]).mean().item(), "encoder_active": active_fraction(layers["encoder"]).item()}
+    return {
+        "dormant": dormant_units(layers["head"]).mean().item(),
+        "encoder_active": active_fraction(layers["encoder"]).item(),
+    }
 
 
 def run_tasks(
-    subject: Checkpoint, obs: torch.Tensor, tasks: int, inject_at: int, updates: int, seed: int, progress: tqdm
+    subject: Checkpoint,
+    obs: torch.Tensor,
+    tasks: int,
+    inject_at: int,
+    updates: int,
+    seed: int,
+    progress: tqdm,
 ) -> dict[str, dict[str, np.ndarray]]:
     """One network through a sequence of tasks, and those that it is compared with.
 
@@ -104,7 +113,14 @@ def run_tasks(
 
 
 def run_sequence(
-    path: Path, env_id: str, tasks: int, inject_at: int, observations: int, updates: int, seeds: int, rate: float | None
+    path: Path,
+    env_id: str,
+    tasks: int,
+    inject_at: int,
+    observations: int,
+    updates: int,
+    seeds: int,
+    rate: float | None,
 ) -> dict[str, Any]:
     """`run_tasks` with several seeds, for the agent in a checkpoint, or for fresh networks on frames of random play.
 
@@ -121,13 +137,27 @@ def run_sequence(
     """
     fresh = path == Path(NO_CHECKPOINT)
     rate = TASKS_LEARNING_RATE if rate is None else rate
-    subjects = [fresh_subject(env_id, seed, rate) for seed in range(seeds)] if fresh else [read_subject(path, rate)] * seeds
+    subjects = (
+        [fresh_subject(env_id, seed, rate) for seed in range(seeds)]
+        if fresh
+        else [read_subject(path, rate)] * seeds
+    )
     args = saved_args(subjects[0])
     device = pick_device(args.cuda, deterministic=True, tf32=args.tf32)
-    obs = random_play(env_id, observations, device) if fresh else replayed_observations(subjects[0], observations, device)
+    obs = (
+        random_play(env_id, observations, device)
+        if fresh
+        else replayed_observations(subjects[0], observations, device)
+    )
     with tqdm(total=seeds * tasks, desc=f"tasks of {path}", leave=False, disable=None) as progress:
-        found = [run_tasks(one, obs, tasks, inject_at, updates, seed, progress) for seed, one in enumerate(subjects)]
-    curves = {what: {name: np.array([of_seed[what][name] for of_seed in found]) for name in NAMES} for what in MEASURED}
+        found = [
+            run_tasks(one, obs, tasks, inject_at, updates, seed, progress)
+            for seed, one in enumerate(subjects)
+        ]
+    curves = {
+        what: {name: np.array([of_seed[what][name] for of_seed in found]) for name in NAMES}
+        for what in MEASURED
+    }
     error = curves["error"]
     own = error[SAME][:, early(inject_at)].mean(axis=1).tolist()
     since = {name: errors[:, inject_at - 1 :].mean(axis=1).tolist() for name, errors in error.items()}
@@ -145,8 +175,14 @@ def run_sequence(
         "probe_seeds": seeds,
         "probe_tasks": tasks,
         "probe_inject_at": inject_at,
-        **{what: {name: as_plain(values) for name, values in of_one.items()} for what, of_one in curves.items()},
-        "relative": {name: {"at": relative_error(at[name], own), "since": relative_error(since[name], own)} for name in NAMES},
+        **{
+            what: {name: as_plain(values) for name, values in of_one.items()}
+            for what, of_one in curves.items()
+        },
+        "relative": {
+            name: {"at": relative_error(at[name], own), "since": relative_error(since[name], own)}
+            for name in NAMES
+        },
         "relative_to_fresh": {name: relative_error(since[name], since[EACH_FRESH]) for name in NAMES[:-1]},
     }
     return result | {"sentence": sequence_in_words(result)}
@@ -158,10 +194,14 @@ def as_plain(values: np.ndarray) -> list[list[float | None]]:
 
 def sequence_in_words(result: dict[str, Any]) -> str:
     """What a result of `run_sequence` says, in one sentence."""
-    relative, tasks, at, updates = (result[name] for name in ("relative", "probe_tasks", "probe_inject_at", "probe_updates"))
+    relative, tasks, at, updates = (
+        result[name] for name in ("relative", "probe_tasks", "probe_inject_at", "probe_updates")
+    )
     if any(of_one is None for name in (SAME, *BRANCHES) for of_one in relative[name].values()):
         return "no answer: a network diverged, lower --probe-learning-rate"
-    ends, starts = (np.array(result[what][name], float) for what, name in (("error", SAME), ("start", EACH_FRESH)))
+    ends, starts = (
+        np.array(result[what][name], float) for what, name in (("error", SAME), ("start", EACH_FRESH))
+    )
     first = early(at)
     if ends[:, first].mean() > LEARNED * starts[:, first].mean():
         return f"no answer: {updates:,} updates hardly fit a target, raise --probe-updates or change --probe-learning-rate"
@@ -169,10 +209,20 @@ def sequence_in_words(result: dict[str, Any]) -> str:
     def judged(name: str, when: str, above: str, neither: str) -> str:
         of_one = relative[name][when]
         bounds = of_one["interval"]
-        word = "one seed, no interval" if bounds is None else above if bounds[0] > 1 else "better" if bounds[1] < 1 else neither
+        word = (
+            "one seed, no interval"
+            if bounds is None
+            else above
+            if bounds[0] > 1
+            else "better"
+            if bounds[1] < 1
+            else neither
+        )
         return f"{times(of_one)} ({word})"
 
-    after = [judged(name, when, "worse", "no clear difference") for when in ("at", "since") for name in BRANCHES]
+    after = [
+        judged(name, when, "worse", "no clear difference") for when in ("at", "since") for name in BRANCHES
+    ]
     loss = judged(SAME, "since", "plasticity was lost", "no clear loss of plasticity")
     return (
         f"relative to the one network's own error in tasks {first.start + 1} to {first.stop}: in tasks {at} to {tasks} it is "
@@ -186,10 +236,17 @@ def sequence_table(result: dict[str, Any]) -> str:
     tasks, at = result["probe_tasks"], result["probe_inject_at"]
     shown = sorted({(early(at).start + 1, early(at).stop), (max(1, at - 5), at - 1), (at, at), (at, tasks)})
     titles = [f"task {a}" if a == b else f"tasks {a}–{b}" for a, b in shown]
-    titles = ["mean squared error at the end of", *titles, "head dormant in the end", "encoder active in the end"]
+    titles = [
+        "mean squared error at the end of",
+        *titles,
+        "head dormant in the end",
+        "encoder active in the end",
+    ]
     lines = [titles, ["---"] * len(titles)]
     for name in NAMES:
-        errors, *units = (np.array(result[what][name], float) for what in ("error", "dormant", "encoder_active"))
+        errors, *units = (
+            np.array(result[what][name], float) for what in ("error", "dormant", "encoder_active")
+        )
         last = [of_one[:, -1].mean() for of_one in units]
         cells = [in_cell(errors[:, a - 1 : b].mean(axis=1)) for a, b in shown]
         lines.append([name, *cells, *(f"{share:.0%}" if math.isfinite(share) else "–" for share in last)])
@@ -219,11 +276,22 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
                 ax.fill_between(number, low, high, color=LOOKS[name].colour, alpha=0.18, lw=0)
                 ax.plot(number, values.T, color=LOOKS[name].colour, lw=0.6, alpha=0.4)
             ax.axvline(result["probe_inject_at"], color=INK, lw=1, ls=(0, (4, 3)))
-            top = 1 if what != "error" else 1.2 * np.nanmax([np.array(of_one, float) for of_one in result[what].values()])
+            top = (
+                1
+                if what != "error"
+                else 1.2 * np.nanmax([np.array(of_one, float) for of_one in result[what].values()])
+            )
             ax.set_ylim(0, top if math.isfinite(top) else None)
-        who = "a fresh network" if result["checkpoint"] == NO_CHECKPOINT else f"the agent of step {result['step']:,}"
+        who = (
+            "a fresh network"
+            if result["checkpoint"] == NO_CHECKPOINT
+            else f"the agent of step {result['step']:,}"
+        )
         column[0].set_title(
-            f"{result['env_id']}: {who}, one random target after another", loc="left", fontweight="bold", fontsize=10
+            f"{result['env_id']}: {who}, one random target after another",
+            loc="left",
+            fontweight="bold",
+            fontsize=10,
         )
         where = {"xycoords": column[0].get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
         column[0].annotate("injection, reset", (result["probe_inject_at"], 1), (4, 0), **where)
@@ -256,17 +324,24 @@ def probe_sequence(
     """
     first = max(2, tasks * 2 // 3) if inject_at is None else inject_at
     if not 1 < first <= tasks:
-        raise UsageError(f"probe_inject_at is {first}, but must be 2 to {tasks}: change --probe-inject-at or --probe-tasks")
+        raise UsageError(
+            f"probe_inject_at is {first}, but must be 2 to {tasks}: change --probe-inject-at or --probe-tasks"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     for result in each_probed(
         paths, lambda path: run_sequence(path, env_id or "", tasks, first, observations, updates, seeds, rate)
     ):
         results.append(result)
-        print(f"{result['checkpoint']}: {result['env_id']}, step {result['step']:,}, learning rate {result['learning_rate']:g}")
+        print(
+            f"{result['checkpoint']}: {result['env_id']}, step {result['step']:,}, learning rate {result['learning_rate']:g}"
+        )
         print(f"{sequence_table(result)}\n{result['sentence']}", flush=True)
         draw_sequences(results, out)  # after each, so that none is lost
-        parts = (f"{result['checkpoint']}: {result['sentence']}\n\n{sequence_table(result)}\n" for result in results)
+        parts = (
+            f"{result['checkpoint']}: {result['sentence']}\n\n{sequence_table(result)}\n"
+            for result in results
+        )
         # a path may hold bytes that are no letters in the user's locale; they are written as they are
         out.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8", errors="surrogateescape")
         write_json(results, out.with_suffix(".json"))

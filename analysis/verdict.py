@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import scipy.stats
 
+from analysis.arms import EVALUATION, OF_INTERVENTION, Arm, RecordedRun, evaluation
 from analysis.intervals import CONFIDENCE, MIN_SEEDS
-from analysis.runs import EVALUATION, OF_INTERVENTION, Arm, Run, evaluation
 
 LEAST_SHARE = 0.5  # of the steps that the median run has after the intervention: fewer would cut off too much
 DEEDS = {"injection": "injection", "reset-head": "resetting the head", "shrink-perturb": "shrink and perturb"}
@@ -42,12 +42,18 @@ class Comparison:
     beyond: float  # steps that the median run has after the intervention, as a multiple of the window
     means: tuple[dict[int, float], dict[int, float]]  # seed: mean return of its run
     counts: tuple[int, int]  # of the returns in those means
-    unreported: tuple[int, int]  # training games in the window that have no return: cut by new ones, or going on at its end
-    missing: tuple[dict[int, float], dict[int, float]]  # seed: share of its run's games, or steps, that is in no return
+    unreported: tuple[
+        int, int
+    ]  # training games in the window that have no return: cut by new ones, or going on at its end
+    missing: tuple[
+        dict[int, float], dict[int, float]
+    ]  # seed: share of its run's games, or steps, that is in no return
     reaches: tuple[float, float]  # by how much the mean over runs of an arm may be off for want of those
     shared: int  # seeds whose runs were one up to the injection
     paired: bool
-    one_agent: bool  # all runs were one up to the injection: continuations of one agent, each with a seed of its own
+    one_agent: (
+        bool  # all runs were one up to the injection: continuations of one agent, each with a seed of its own
+    )
     judgement: Judgement
     left_out: dict[str, str]  # folder: reason
     verdicts: int = 1  # that are given together with this one, itself included
@@ -78,7 +84,11 @@ def noun(intervention: str) -> str:
 
 
 def judge(
-    without: np.ndarray, injected: np.ndarray, paired: bool, intervention: str = "injection", nothing_else: bool = True
+    without: np.ndarray,
+    injected: np.ndarray,
+    paired: bool,
+    intervention: str = "injection",
+    nothing_else: bool = True,
 ) -> Judgement:
     """The verdict, for an injection on plasticity, from one mean return per run.
 
@@ -124,7 +134,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return corrected
 
 
-def common_step(run: Run, other: Run) -> tuple[float, bool]:
+def common_step(run: RecordedRun, other: RecordedRun) -> tuple[float, bool]:
     """The last step at which both are known to have been one run, and whether its id says so, or only a name.
 
     -1 where no origin of theirs is known to be the same.
@@ -137,7 +147,7 @@ def common_step(run: Run, other: Run) -> tuple[float, bool]:
     return common
 
 
-def seeds_between(run: Run, after: float, upto: float) -> list[tuple[float, int | None]]:
+def seeds_between(run: RecordedRun, after: float, upto: float) -> list[tuple[float, int | None]]:
     """Of which seed a run's random streams were in after < step ≤ upto, and from when on: (-1, 1), (500, 2).
 
     A fork with its origin's seed goes on as that one would, a fork with another seed in streams of its own.
@@ -153,7 +163,7 @@ def seeds_between(run: Run, after: float, upto: float) -> list[tuple[float, int 
     return course
 
 
-def same_games(run: Run, other: Run, upto: int) -> bool:
+def same_games(run: RecordedRun, other: RecordedRun, upto: int) -> bool:
     """Whether the same training games ended at the same steps, up to this one."""
     games, others = run.games(upto), other.games(upto)
     if not np.array_equal(games[0], others[0]):
@@ -163,7 +173,7 @@ def same_games(run: Run, other: Run, upto: int) -> bool:
     return np.array_equal(games[1], others[1])
 
 
-def share_history(run: Run, other: Run, upto: int) -> bool:
+def share_history(run: RecordedRun, other: RecordedRun, upto: int) -> bool:
     """Whether two runs, whose settings are the same up to a step, were one up to there.
 
     Their origins say so: one run was both up to there, or up to an earlier step from which they went on with one
@@ -175,14 +185,18 @@ def share_history(run: Run, other: Run, upto: int) -> bool:
         return by_id or same_games(run, other, upto)
     ours, theirs = (seeds_between(one, step, upto) for one in (run, other))
     one_course = ours == theirs
-    if any(seed is None for _, seed in ours + theirs):  # an earlier version did not note that of what was forked
+    if any(
+        seed is None for _, seed in ours + theirs
+    ):  # an earlier version did not note that of what was forked
         one_course = run.args.seed == other.args.seed
     if not one_course or not same_games(run, other, upto):
         return False
     return step >= 0 or run.games(upto).size > 0
 
 
-def in_window(runs: list[Run], metric: str, after: int, upto: int, begin: str) -> tuple[dict[int, Run], dict[str, str]]:
+def in_window(
+    runs: list[RecordedRun], metric: str, after: int, upto: int, begin: str
+) -> tuple[dict[int, RecordedRun], dict[str, str]]:
     """{seed: run} of the runs that count in the window after < step ≤ upto, and {folder: reason} of the others."""
     side, left_out = {}, {}
     for run in runs:
@@ -190,20 +204,24 @@ def in_window(runs: list[Run], metric: str, after: int, upto: int, begin: str) -
             end = f"beyond {begin}" if run.last_step <= after else f"to the window's end at {upto:,}"
             left_out[run.folder] = f"{run.folder} is at step {run.last_step:,} and has not got {end}"
         elif not run.between(metric, after, upto).size:
-            games = f": its {n} training games there were cut or are still going" if (n := run.unreported(after, upto)) else ""
+            games = (
+                f": its {n} training games there were cut or are still going"
+                if (n := run.unreported(after, upto))
+                else ""
+            )
             left_out[run.folder] = f"{run.folder} has logged no {metric} in the window{games}"
         else:
             side[run.args.seed] = run
     return side, left_out
 
 
-def leave(sides: list[dict[int, Run]], reasons: dict[int, str]) -> dict[str, str]:
+def leave(sides: list[dict[int, RecordedRun]], reasons: dict[int, str]) -> dict[str, str]:
     """Takes the runs of the seeds in {seed: reason} out of the sides, {seed: run}; {folder: reason} of those runs."""
     runs = [(side.pop(seed), reason) for side in sides for seed, reason in reasons.items() if seed in side]
     return {run.folder: f"{run.folder} {reason}" for run, reason in runs}
 
 
-def count_agents_once(sides: list[dict[int, Run]], before: int) -> tuple[bool, dict[str, str]]:
+def count_agents_once(sides: list[dict[int, RecordedRun]], before: int) -> tuple[bool, dict[str, str]]:
     """Of several agents each counts once: where runs continue the same one, all but one of them leave the sides.
 
     Continuations of one agent differ less than agents do, and would make an interval over both too narrow.
@@ -215,7 +233,7 @@ def count_agents_once(sides: list[dict[int, Run]], before: int) -> tuple[bool, d
     Returns:
         whether there are several seeds, and all of one agent; and {folder: reason} of the runs that left
     """
-    runs: dict[int, list[Run]] = {}
+    runs: dict[int, list[RecordedRun]] = {}
     for side in sides:
         for seed, run in side.items():
             runs.setdefault(seed, []).append(run)
@@ -233,7 +251,7 @@ def count_agents_once(sides: list[dict[int, Run]], before: int) -> tuple[bool, d
     return False, leave(sides, {seed: why.format(first) for seed, first in same.items()})
 
 
-def pair_up(sides: list[dict[int, Run]], firsts: dict[int, int]) -> tuple[set[int], dict[str, str]]:
+def pair_up(sides: list[dict[int, RecordedRun]], firsts: dict[int, int]) -> tuple[set[int], dict[str, str]]:
     """Seeds whose runs were one up to their first injection; if those are enough, all other runs leave the sides.
 
     Args:
@@ -242,7 +260,11 @@ def pair_up(sides: list[dict[int, Run]], firsts: dict[int, int]) -> tuple[set[in
     Returns:
         the seeds, and {folder: reason} of the runs that left
     """
-    shared = {seed for seed in sides[0].keys() & sides[1].keys() if share_history(sides[0][seed], sides[1][seed], firsts[seed])}
+    shared = {
+        seed
+        for seed in sides[0].keys() & sides[1].keys()
+        if share_history(sides[0][seed], sides[1][seed], firsts[seed])
+    }
     others = sorted((sides[0].keys() | sides[1].keys()) - shared) if len(shared) >= MIN_SEEDS else ()
     return shared, leave(sides, dict.fromkeys(others, "shares its history with no run of the other arm"))
 
@@ -267,7 +289,7 @@ class Window:
     left_out: dict[str, str]  # folder: reason
 
 
-def common_window(sides: Sequence[Sequence[Run]], firsts: dict[int, int], what: str) -> Window:
+def common_window(sides: Sequence[Sequence[RecordedRun]], firsts: dict[int, int], what: str) -> Window:
     """From the latest of the first interventions to the last step that all these runs have reached.
 
     A run that has come less than half as far beyond it as the median run of either side is left out: it would
@@ -306,7 +328,7 @@ def common_window(sides: Sequence[Sequence[Run]], firsts: dict[int, int], what: 
     return Window(after, after + steps[shortest], ended_by, median / steps[shortest], {})
 
 
-def compare(without: Arm, injected: Arm, metric: str, window: int | None) -> Comparison:
+def compare_arms(without: Arm, injected: Arm, metric: str, window: int | None) -> Comparison:
     """The verdict on two arms that differ in nothing but the intervention."""
     arms, what = (without, injected), injected.runs[0].args.intervention
     firsts = {run.args.seed: steps[0] for run in injected.runs if (steps := injected.injections(run))}
@@ -390,7 +412,9 @@ def varied(pairs: list[Comparison]) -> str | None:
     names = {name for shared in settings for name in shared if name not in ("env_id", "intervention")}
     differing = {name: {number_in(shared, name) for shared in settings} - {None} for name in names}
     differing = {name: values for name, values in differing.items() if len(values) > 1}
-    numbers = [name for name, values in differing.items() if all(type(value) in (int, float) for value in values)]
+    numbers = [
+        name for name, values in differing.items() if all(type(value) in (int, float) for value in values)
+    ]
     return numbers[0] if len(differing) == len(numbers) == 1 else None
 
 
@@ -419,7 +443,7 @@ def counterparts(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
 def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Comparison]:
     """One for every arm with an intervention that has a counterpart without, evaluated in the same way."""
     pairs = [
-        compare(*counterpart, metric, window)
+        compare_arms(*counterpart, metric, window)
         for counterpart in counterparts(arms)
         if not evaluated_differently(counterpart, metric)
     ]

@@ -113,10 +113,14 @@ def measure(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> di
     envs.reset(seed=0)
     while run.step < settings.steps:
         training.advance()
-    print(f"{replay.size() * run.num_envs:,} transitions, {replay._used:,} frames", file=sys.stderr, flush=True)
+    print(
+        f"{replay.size() * run.num_envs:,} transitions, {replay._used:,} frames", file=sys.stderr, flush=True
+    )
 
     writes = [write(training)[1] for _ in range(settings.repeats)]
-    envs.reset(seed=0)  # reading is timed as at a multiple of --checkpoint-frequency: no steps to be played again
+    envs.reset(
+        seed=0
+    )  # reading is timed as at a multiple of --checkpoint-frequency: no steps to be played again
     path, _ = write(training)
     sizes = {file.name: file.stat().st_size / 1e6 for file in path.iterdir()}
 

@@ -53,7 +53,11 @@ def shown_twice(folder: Path) -> list[str]:
 def waiting(points: list[tuple[int, float, str]]) -> list[tuple[int, str]]:
     """What of the curves waits in a checkpoint: (step, content), without wall-clock times and scalars."""
     contents = [(step, Summary.FromString(bytes.fromhex(content))) for step, _, content in points]
-    return [(s, c.SerializeToString().hex()) for s, c in contents if not any(value.tag in WALL_CLOCK for value in c.value)]
+    return [
+        (s, c.SerializeToString().hex())
+        for s, c in contents
+        if not any(value.tag in WALL_CLOCK for value in c.value)
+    ]
 
 
 def flat(tree: Any, name: str = "") -> dict[str, Any]:
@@ -77,7 +81,9 @@ def content(run_folder: Path, checkpoint: str) -> dict[str, Any]:
         **flat(state),
         **{name: manifest[name] for name in ("step", "circumstances")},
         "replay": replay,
-        "curves in the run folder": [(tag, step, value.hex()) for tag, step, value in read_events(run_folder)],
+        "curves in the run folder": [
+            (tag, step, value.hex()) for tag, step, value in read_events(run_folder)
+        ],
     }
 
 
@@ -94,7 +100,9 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, str(SCRIPT), *flags], cwd=folder, stdout=subprocess.PIPE, encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *flags], cwd=folder, stdout=subprocess.PIPE, encoding="utf-8"
+    )
 
 
 def first_line(process: subprocess.Popen[str]) -> str:
@@ -205,7 +213,9 @@ def main(settings: Settings) -> None:
         moments = itertools.cycle(MOMENTS)
         hits = 0
         while hits < settings.kills / 2:
-            where, different = kill_and_compare(backend, [next(moments) for _ in range(settings.kills_per_run)], rng)
+            where, different = kill_and_compare(
+                backend, [next(moments) for _ in range(settings.kills_per_run)], rng
+            )
             hits += settings.kills_per_run - where["(had ended)"]
             failures += bool(different)
             total += Counter({f"{backend}: {place}": count for place, count in where.items()})

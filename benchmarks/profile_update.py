@@ -73,7 +73,9 @@ def linear_flops(x: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any
 
 def update_flops(training: script.Training) -> int:
     """Floating-point operations of the convolutions and matrix products of one update, counted while one is made."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear_flops})
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear_flops}
+    )
     with counter:
         training.learner._update(1, *training.replay.sample(training.args.batch_size)[:5])
     return counter.get_total_flops()
@@ -97,7 +99,9 @@ def highest_rate(device: torch.device, dtype: torch.dtype) -> float:
     images = torch.randn(batch, 32, 20, 20, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     filters = torch.randn(64, 32, 4, 4, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     product = 2 * size**3 / seconds_per_call(lambda: square @ square, device)
-    convolution = 2 * batch * 81 * 64 * 512 / seconds_per_call(lambda: F.conv2d(images, filters, stride=2), device)
+    convolution = (
+        2 * batch * 81 * 64 * 512 / seconds_per_call(lambda: F.conv2d(images, filters, stride=2), device)
+    )
     return max(product, convolution)
 
 
@@ -156,7 +160,9 @@ def measure(settings: ProfileSettings) -> dict[str, Any]:
         learner, replay, device = training.learner, training.replay, training.learner.device
 
         def measure_plasticity() -> None:
-            script.plasticity_measures(learner, training.replayed(script.Stream.PLASTICITY, training.run.step))
+            script.plasticity_measures(
+                learner, training.replayed(script.Stream.PLASTICITY, training.run.step)
+            )
 
         if settings.full_replay:
             fill_up(replay)
@@ -190,19 +196,25 @@ def measure(settings: ProfileSettings) -> dict[str, Any]:
 def report(settings: ProfileSettings, result: dict[str, Any]) -> None:
     """Prints what `measure` found."""
     updates = updates_per_vector_step(settings)
-    print(f"{result['circumstances']['device']}, commit {result['commit']}, N = {settings.num_envs}, {updates:g} updates each")
+    print(
+        f"{result['circumstances']['device']}, commit {result['commit']}, N = {settings.num_envs}, {updates:g} updates each"
+    )
     parts = dict(result["seconds_per_vector_step"])
     parts["other"] = 2 * parts["all"] - sum(parts.values())
     for part in ("act", "emulate", "replay", "update", "other", "all"):
         print(f"{part:8}{1e3 * parts[part]:10.2f} ms{parts[part] / parts['all']:8.0%}")
-    flops, rate, limit = (result[name] for name in ("update_GFLOP", "update_GFLOP_per_second", "highest_GFLOP_per_second"))
+    flops, rate, limit = (
+        result[name] for name in ("update_GFLOP", "update_GFLOP_per_second", "highest_GFLOP_per_second")
+    )
     print(f"update: {flops:.2f} GFLOP at {rate:,.0f} GFLOP/s, {rate / limit:.0%} of {limit:,.0f}")
     speed, emulators = result["steps_per_second"], result["emulator_steps_per_second"]
     print(f"run: {speed:,.0f} steps/s, {speed / emulators:.0%} of the emulators' {emulators:,.0f}")
     frequency = script.Args.plasticity_frequency
     measuring = result["plasticity_measurement_seconds"]
     share = measuring * speed / frequency
-    print(f"plasticity: {1e3 * measuring:.0f} ms a measurement, {share:.2%} of the time with one every {frequency:,} steps")
+    print(
+        f"plasticity: {1e3 * measuring:.0f} ms a measurement, {share:.2%} of the time with one every {frequency:,} steps"
+    )
     memory, frames, place = (result[name] for name in ("memory_GB", "frames_GB", "frames_on"))
     print(f"memory: {memory:.2f} GB at most on the CPU; {frames:.2f} GB of frames on {place}")
 

@@ -24,13 +24,17 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.manifest import read_manifest
 from benchmarks.kill_test import FLAGS, content, differences, finish
+from orchestration.manifest import read_manifest
 from support.process import ends_in_one_line
 from support.usage import words_given
 
 SWEEP = Path(__file__).resolve().parent.parent / "sweep.py"
-GAMES, SEEDS, FORKS = ("PhoenixNoFrameskip-v4", "BoxingNoFrameskip-v4"), ("1", "2"), ("injection", "reset-head")
+GAMES, SEEDS, FORKS = (
+    ("PhoenixNoFrameskip-v4", "BoxingNoFrameskip-v4"),
+    ("1", "2"),
+    ("injection", "reset-head"),
+)
 LAST = "checkpoint-1600"
 
 
@@ -39,7 +43,9 @@ def trainings(place: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if Path(process.cwd()) == place.absolute() and "dqn_injection_atari.py" in " ".join(process.cmdline()):
+            if Path(process.cwd()) == place.absolute() and "dqn_injection_atari.py" in " ".join(
+                process.cmdline()
+            ):
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -61,7 +67,10 @@ def by_hand(place: Path, flags: list[str]) -> Iterator[tuple[str, Path]]:
             yield f"{game}__none__{seed}", trunk
             (checkpoint,) = (path for path in trunk.glob("checkpoint-80[0-9]"))  # at the injection, kept
             for arm in FORKS:
-                yield f"{game}__{arm}__{seed}", done(f"{own}-{arm}", "--fork", str(checkpoint), "--intervention", arm)
+                yield (
+                    f"{game}__{arm}__{seed}",
+                    done(f"{own}-{arm}", "--fork", str(checkpoint), "--intervention", arm),
+                )
 
 
 def kill_something(place: Path, sweep: subprocess.Popen, rng: random.Random) -> list[str]:
@@ -90,7 +99,9 @@ class Settings:
     """of the random moments"""
 
 
-def sweep_and_compare(backend: str, kills: int, settings: Settings, rng: random.Random) -> tuple[Counter[str], list[str]]:
+def sweep_and_compare(
+    backend: str, kills: int, settings: Settings, rng: random.Random
+) -> tuple[Counter[str], list[str]]:
     """Returns what was killed how often, and what is not as it should be."""
     killed: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
@@ -99,7 +110,16 @@ def sweep_and_compare(backend: str, kills: int, settings: Settings, rng: random.
         flags = [*FLAGS, "--env-backend", backend]
         references = {name: content(folder, LAST) for name, folder in by_hand(hand, flags)}
         arguments = ["--name", "x", "--env-ids", *GAMES, "--seeds", *SEEDS, "--arms", "none", *FORKS]
-        arguments += ["--retries", "1000", "--retry-pause", "0.1", "--memory-per-run", "0.5", "--threads-per-run", "1"]
+        arguments += [
+            "--retries",
+            "1000",
+            "--retry-pause",
+            "0.1",
+            "--memory-per-run",
+            "0.5",
+            "--threads-per-run",
+            "1",
+        ]
         command = [sys.executable, str(SWEEP), *arguments, "--", *flags]
         with open(Path(name, "said"), "w", encoding="utf-8") as said:
             for part in range(settings.sweep_kills + 1):
@@ -113,13 +133,20 @@ def sweep_and_compare(backend: str, kills: int, settings: Settings, rng: random.
                     killed["sweep"] += 1
                 sweep.wait()
         wrong = ["it ended before all kills were made"] * (killed.total() < kills + settings.sweep_kills)
-        wrong += [f"the sweep ended with {sweep.returncode}: {Path(name, 'said').read_text(encoding='utf-8')}"] * bool(
-            sweep.returncode
-        )
+        wrong += [
+            f"the sweep ended with {sweep.returncode}: {Path(name, 'said').read_text(encoding='utf-8')}"
+        ] * bool(sweep.returncode)
         finished = Counter(change.run for change in read_manifest(place) if change.state == "finished")
-        wrong += [f"{run} finished {finished[run]} times" for run in {**references, **finished} if finished[run] != 1]
+        wrong += [
+            f"{run} finished {finished[run]} times"
+            for run in {**references, **finished}
+            if finished[run] != 1
+        ]
         for run, reference in references.items():
-            folders, log = list((place / "runs").glob(f"{run}__*")), (place / "logs" / f"{run}.log").read_text(encoding="utf-8")
+            folders, log = (
+                list((place / "runs").glob(f"{run}__*")),
+                (place / "logs" / f"{run}.log").read_text(encoding="utf-8"),
+            )
             if max(len(folders), times := log.count(f": {LAST}, ")) > 1:
                 wrong.append(f"{run} was done {times} times, in {len(folders)} folders")
             wrong += [f"{run}: {what}" for what in differences(content(folders[0], LAST), reference)]

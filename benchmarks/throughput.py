@@ -28,7 +28,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
-from analysis.manifest import commit
+from orchestration.manifest import commit
 from support.machine import circumstances, pick_device, slow_bfloat16
 from support.process import Signals, ends_in_one_line
 from support.runs import Origin, Run
@@ -69,7 +69,9 @@ class ThroughputSettings(Settings):
     """seconds of learning before the first window"""
 
 
-def make_run(settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf16: bool = False) -> script.Training:
+def make_run(
+    settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf16: bool = False
+) -> script.Training:
     """A run of the training script that is about to make its first update, in a folder that is there until `stack` unwinds."""
     args = script.Args(
         env_id=settings.env_id,
@@ -78,7 +80,8 @@ def make_run(settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf1
         buffer_size=settings.buffer_size,
         learning_starts=settings.fill,
         injection_step=(settings.fill + num_envs,),  # room for the one that `ours` makes
-        exploration_fraction=settings.fill / script.Args.total_timesteps,  # ε is at its end when learning begins
+        exploration_fraction=settings.fill
+        / script.Args.total_timesteps,  # ε is at its end when learning begins
         checkpoint_frequency=0,
         bf16=bf16,
         cuda=settings.cuda,
@@ -132,7 +135,9 @@ def ours(
 def sb3(settings: Settings, num_envs: int, stack: contextlib.ExitStack) -> Callable[[float], float]:
     """Steps per second of a window of so many seconds."""
     if 4 % num_envs and num_envs % 4:
-        raise SystemExit(f"error: Stable-Baselines3 cannot make one update per 4 steps with {num_envs} games: try 1 or 8")
+        raise SystemExit(
+            f"error: Stable-Baselines3 cannot make one update per 4 steps with {num_envs} games: try 1 or 8"
+        )
     device = "auto" if settings.cuda else "cpu"
     given = (settings.env_id, num_envs, settings.buffer_size, settings.fill, device)
     command = [sys.executable, str(ROOT / "benchmarks" / "sb3_dqn.py"), *map(str, given)]
@@ -157,7 +162,9 @@ def sb3(settings: Settings, num_envs: int, stack: contextlib.ExitStack) -> Calla
     return window
 
 
-def contenders(settings: ThroughputSettings, stack: contextlib.ExitStack) -> dict[str, Callable[[float], float]]:
+def contenders(
+    settings: ThroughputSettings, stack: contextlib.ExitStack
+) -> dict[str, Callable[[float], float]]:
     made = {f"SB3 DQN, N={n}": sb3(settings, n, stack) for n in settings.sb3_num_envs}
     precisions = [False, True]
     if slow := slow_bfloat16(pick_device(settings.cuda, deterministic=False, tf32=script.Args.tf32)):
@@ -189,10 +196,16 @@ def table(speeds: dict[str, list[float]]) -> str:
     """One line per contender: median, range, and ratios of medians to each of SB3's and to the same before injection."""
     medians = {name: statistics.median(windows) for name, windows in speeds.items()}
     peers = [name for name in speeds if name.startswith("SB3")]
-    lines = [f"{'':36}{'steps/s':>9}{'range':>14}" + "".join(f"{'÷ ' + peer:>18}" for peer in peers) + f"{'÷ before':>11}"]
+    lines = [
+        f"{'':36}{'steps/s':>9}{'range':>14}"
+        + "".join(f"{'÷ ' + peer:>18}" for peer in peers)
+        + f"{'÷ before':>11}"
+    ]
     for name, windows in speeds.items():
         spread = f"{min(windows):,.0f}–{max(windows):,.0f}"
-        line = f"{name:36}{medians[name]:9,.0f}{spread:>14}" + "".join(f"{medians[name] / medians[p]:18.2f}" for p in peers)
+        line = f"{name:36}{medians[name]:9,.0f}{spread:>14}" + "".join(
+            f"{medians[name] / medians[p]:18.2f}" for p in peers
+        )
         before = name.replace("after injection", "before injection")
         lines.append(line + (f"{medians[name] / medians[before]:11.2f}" if before != name else ""))
     return "\n".join(lines)
@@ -200,15 +213,23 @@ def table(speeds: dict[str, list[float]]) -> str:
 
 def provenance(settings: Settings, device: torch.device) -> dict[str, Any]:
     """Commit, software and hardware that a measurement belongs to."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-    return {"commit": commit(), "settings": plain, "circumstances": circumstances(device, script.CODE_VERSION)}
+    plain = {
+        name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
+    }
+    return {
+        "commit": commit(),
+        "settings": plain,
+        "circumstances": circumstances(device, script.CODE_VERSION),
+    }
 
 
 def main(settings: ThroughputSettings) -> None:
     device = pick_device(settings.cuda, deterministic=False, tf32=script.Args.tf32)
     speeds = measure(settings)
     result = {"steps_per_second": speeds, **provenance(settings, device)}
-    print(f"{result['circumstances']['device']}, commit {result['commit']}, medians of {settings.rounds} windows")
+    print(
+        f"{result['circumstances']['device']}, commit {result['commit']}, medians of {settings.rounds} windows"
+    )
     print(table(speeds))
     if settings.json is not None:
         settings.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -12,14 +12,22 @@ Style = str | tuple[float, tuple[float, ...]]  # a name, or (offset, (on, off, .
 TRAINED, FROZEN, ABSENT = "#fbc48a", "#79a5d2", "#efefef"  # as greys they differ, too
 
 
-def box(ax: Axes, x: float, y: float, width: float, height: float, text: str, colour: str, ink: str = INK) -> None:
-    ax.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.12", fc=colour, ec=INK, lw=1.1))
+def box(
+    ax: Axes, x: float, y: float, width: float, height: float, text: str, colour: str, ink: str = INK
+) -> None:
+    ax.add_patch(
+        FancyBboxPatch(
+            (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.12", fc=colour, ec=INK, lw=1.1
+        )
+    )
     ax.text(x + width / 2, y + height / 2, text, ha="center", va="center", color=ink, linespacing=1.35)
 
 
 def arrow(ax: Axes, start: Point, end: Point, style: Style = "-") -> None:
     ax.add_patch(
-        FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, lw=1.2, ls=style, color=INK, shrinkA=0, shrinkB=0)
+        FancyArrowPatch(
+            start, end, arrowstyle="-|>", mutation_scale=11, lw=1.2, ls=style, color=INK, shrinkA=0, shrinkB=0
+        )
     )
 
 
@@ -91,7 +99,11 @@ def main() -> None:
         (1.7, FROZEN, "frozen, still passes gradient to φ"),
         (6.6, ABSENT, "not evaluated"),
     ):
-        ax.add_patch(FancyBboxPatch((x, -2.5), 0.32, 0.32, boxstyle="round,pad=0,rounding_size=0.06", fc=colour, ec=INK, lw=1))
+        ax.add_patch(
+            FancyBboxPatch(
+                (x, -2.5), 0.32, 0.32, boxstyle="round,pad=0,rounding_size=0.06", fc=colour, ec=INK, lw=1
+            )
+        )
         ax.text(x + 0.45, -2.34, text, va="center")
     ax.set(xlim=(-0.15, 11.95), ylim=(-2.7, 7.3), aspect="equal")
     ax.axis("off")

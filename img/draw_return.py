@@ -8,7 +8,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.canvas import Figure, check_name, drawing, save
-from analysis.curves import Run, read_run
+from analysis.curves import RecordedRun, read_run
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
 
@@ -17,7 +17,7 @@ RETURN = "charts/episodic_return"
 
 
 @drawing()
-def draw(run: Run, target: str, random_score: float | None) -> None:
+def draw(run: RecordedRun, target: str, random_score: float | None) -> None:
     none = np.empty((2, 0))
     steps, returns = run.scalars[RETURN]
     evaluations = run.scalars.get("eval/episodic_return", none)
@@ -27,14 +27,20 @@ def draw(run: Run, target: str, random_score: float | None) -> None:
     ax.plot(steps, returns, ".", ms=2, color="#b9cfe4", label="one training game")
     window = min(GAMES_PER_POINT, len(returns))
     means = np.convolve(returns, np.ones(window) / window, mode="valid")
-    ax.plot(steps[window - 1 :], means, color="#1f5a92", lw=1.8, label=f"mean of the last {window} training games")
+    ax.plot(
+        steps[window - 1 :], means, color="#1f5a92", lw=1.8, label=f"mean of the last {window} training games"
+    )
     if evaluations.size:
         ax.plot(*evaluations, "D", ms=5, color="#d1495b", label="evaluation, mean of its games")
     if random_score is not None:
         ax.axhline(random_score, color="#666666", lw=1, ls=":", label=f"random play ({random_score:g})")
     for i, step in enumerate(injections):
         ax.axvline(step, color="#e08a1e", lw=1.5, ls="--", label=None if i else "plasticity injection")
-    ax.set(xlabel="step (1 step = 4 frames)", ylabel="return of a whole game, raw score", ylim=(0, np.quantile(returns, 0.998)))
+    ax.set(
+        xlabel="step (1 step = 4 frames)",
+        ylabel="return of a whole game, raw score",
+        ylim=(0, np.quantile(returns, 0.998)),
+    )
     ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
     ax.margins(x=0.01)
     ax.legend(loc="upper left")
@@ -46,7 +52,9 @@ def number(word: str) -> float:
     try:
         return float(word)
     except ValueError as error:
-        raise UsageError(f"RANDOM_SCORE is {word}, but must be a number: change it, or leave it out") from error
+        raise UsageError(
+            f"RANDOM_SCORE is {word}, but must be a number: change it, or leave it out"
+        ) from error
 
 
 def main() -> None:

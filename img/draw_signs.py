@@ -21,17 +21,22 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from analysis.arms import group
 from analysis.canvas import Figure, MaxNLocator, check_name, drawing, look, save
 from analysis.curves import read_curves
 from analysis.fitting import CONTENDERS
-from analysis.runs import group
 from analysis.task_sequence import INJECTED, SAME
 from analysis.verdict import comparisons
 from support.process import ends_in_one_line
 from support.usage import UsageError, reading, words_given
 
 RETURN = "charts/episodic_return"
-DRAWN = ("dormant_fraction/head", "active_fraction/conv3", "srank/head", "effective_rank/head")  # and all probes
+DRAWN = (
+    "dormant_fraction/head",
+    "active_fraction/conv3",
+    "srank/head",
+    "effective_rank/head",
+)  # and all probes
 SHUFFLES = 500
 
 
@@ -57,11 +62,17 @@ def agents_in(files: list[str]) -> Agents:
             key = run.args.exp_name, str(run.args.seed)
             if run.args.seed in pair.differences:
                 if key in agents:
-                    raise UsageError(f"two agents have the exp_name {key[0]} and seed {key[1]}: draw them one by one")
-                agents[key] = agent = Agent(run.args.learning_rate, pair.after, pair.differences[run.args.seed])
+                    raise UsageError(
+                        f"two agents have the exp_name {key[0]} and seed {key[1]}: draw them one by one"
+                    )
+                agents[key] = agent = Agent(
+                    run.args.learning_rate, pair.after, pair.differences[run.args.seed]
+                )
                 for tag, (steps, values) in run.scalars.items():
                     if tag.startswith("plasticity/") and pair.after in steps:
-                        agent.measures[tag.removeprefix("plasticity/")] = float(values[steps == pair.after][0])
+                        agent.measures[tag.removeprefix("plasticity/")] = float(
+                            values[steps == pair.after][0]
+                        )
     return agents
 
 
@@ -86,7 +97,10 @@ def add_probe(agents: Agents, path: Path) -> None:
 
 def points(by_rate: Sequence[Sequence[Agent]], name: str) -> list[np.ndarray]:
     """For each learning rate the values of a measure and the gains, (2, n), of the n agents that have it."""
-    having = [[(agent.measures[name], agent.gain) for agent in agents if name in agent.measures] for agents in by_rate]
+    having = [
+        [(agent.measures[name], agent.gain) for agent in agents if name in agent.measures]
+        for agents in by_rate
+    ]
     return [np.array(pairs).reshape(-1, 2).T for pairs in having]
 
 
@@ -136,14 +150,22 @@ def draw(target: str, by_rate: dict[float, list[Agent]], drawn: list[str]) -> No
 
 
 def print_table(by_rate: dict[float, list[Agent]], names: list[str]) -> None:
-    header = ["at the injection", "agents", *(f"{rate:g}" for rate in by_rate), "correlation, all", "within learning rates"]
+    header = [
+        "at the injection",
+        "agents",
+        *(f"{rate:g}" for rate in by_rate),
+        "correlation, all",
+        "within learning rates",
+    ]
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     gains = [[agent.gain for agent in agents] for agents in by_rate.values()]
     print(f"| gain | {sum(map(len, gains))} | {' | '.join(map(spread, gains))} | – | – |")
     for name in names:
         groups = points(list(by_rate.values()), name)
         together = np.hstack(groups)
-        found = ("–" if math.isnan(rho) else f"{rho:.2f}" for rho in (correlation([together]), correlation(groups)))
+        found = (
+            "–" if math.isnan(rho) else f"{rho:.2f}" for rho in (correlation([together]), correlation(groups))
+        )
         cells = [*(spread(of_one[0]) for of_one in groups), *found]
         print(f"| {name} | {together.shape[1]} | {' | '.join(cells)} |")
 

@@ -20,14 +20,20 @@ def prepare_cpu() -> None:
     torch.set_flush_denormal(True)  # dead units leave denormal moments, which halve Adam's speed on a CPU
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc gives freed blocks of over 128 kB back to the system, whose pages each update would then fault in again
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: smaller blocks, all but replay's frames, come from the heap
+        libc.mallopt(
+            -3, 2**25
+        )  # M_MMAP_THRESHOLD: smaller blocks, all but replay's frames, come from the heap
         libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: which keeps so many bytes of what was freed
 
 
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """`array` on the device. Nothing waits for the copy: PyTorch keeps the pinned memory from other use until it is done."""
     tensor = torch.as_tensor(array)
-    return tensor if tensor.is_cuda or device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    return (
+        tensor
+        if tensor.is_cuda or device.type == "cpu"
+        else tensor.pin_memory().to(device, non_blocking=True)
+    )
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -39,7 +45,9 @@ class OneDNNLinear(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         multiply = torch.ops.mkldnn._linear_pointwise

@@ -68,7 +68,9 @@ class Checkpoint:
                     _fill(part.tensors(), self.path / stream)
 
 
-def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: Collection[int] = ()) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, parts: dict[str, Any], meta: dict[str, Any], keep: Collection[int] = ()
+) -> Path:
     """Writes `checkpoint-{step}` into `folder`, then removes older ones but for those of the steps in `keep`.
 
     It is written under another name, flushed to disk and renamed, so that a checkpoint is whole or not there.
@@ -98,7 +100,9 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], meta: dict[s
         (partial / CHECKSUMS).write_text(checksums(partial), encoding="utf-8")
         for path in (*_own_files(partial), partial / CHECKSUMS, partial):
             flush_to_disk(path)
-        if os.path.lexists(final):  # a damaged one, or the run would have gone on from it; or somebody else's file
+        if os.path.lexists(
+            final
+        ):  # a damaged one, or the run would have gone on from it; or somebody else's file
             final.rename(folder / f".{final.name}.damaged")
         _put_in_place(partial, final)
     except BaseException:
@@ -151,7 +155,9 @@ def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
         except UsageError as error:
             say(f"warning: {error}; falling back to an older one")
     if paths:
-        raise UsageError(f"{folder} holds no good checkpoint to go on from: start the run again without --resume")
+        raise UsageError(
+            f"{folder} holds no good checkpoint to go on from: start the run again without --resume"
+        )
     return None
 
 
@@ -161,7 +167,9 @@ def read_identity(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it holds none.
     """
-    with reading(path, "a run's arguments", "give a run's folder to --resume, one of its checkpoints to --fork"):
+    with reading(
+        path, "a run's arguments", "give a run's folder to --resume, one of its checkpoints to --fork"
+    ):
         identity = json.loads(path.read_text(encoding="utf-8"))
         args = dict(identity["args"])
         return {"run": identity.get("run"), "args": args}
@@ -201,7 +209,9 @@ def create_run_folder(folder: Path, identity: dict[str, Any]) -> Path:
         raise AssertionError("unreachable")
     except OSError as error:
         fix = "start elsewhere"
-        if error.errno == errno.ENAMETOOLONG and os.path.lexists(draft):  # where that could be, its name is too long
+        if error.errno == errno.ENAMETOOLONG and os.path.lexists(
+            draft
+        ):  # where that could be, its name is too long
             fix = "give a shorter --exp-name"
         shutil.rmtree(draft, ignore_errors=True)
         raise UsageError(f"cannot write run folder {target.absolute()} ({error.strerror}): {fix}") from None

@@ -42,9 +42,13 @@ def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     if spec.entry_point not in ("ale_py.env:AtariEnv", "ale_py:AtariEnv"):
         raise UsageError(f"env_id {env_id!r} is not an Atari game: try PhoenixNoFrameskip-v4")
     if spec.kwargs.get("continuous", False):
-        raise UsageError(f"env_id {env_id!r} has continuous actions, DQN needs discrete ones: register it without them")
+        raise UsageError(
+            f"env_id {env_id!r} has continuous actions, DQN needs discrete ones: register it without them"
+        )
     if spec.kwargs.get("obs_type", "rgb") != "rgb":
-        raise UsageError(f"env_id {env_id!r} shows {spec.kwargs['obs_type']}, not the screen: register it without obs_type")
+        raise UsageError(
+            f"env_id {env_id!r} shows {spec.kwargs['obs_type']}, not the screen: register it without obs_type"
+        )
     return spec
 
 
@@ -66,7 +70,9 @@ class LearnerView(VectorWrapper):
     single_observation_space: gym.spaces.Box
     single_action_space: gym.spaces.Discrete
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict]:
         self.obs, infos = self.env.reset(seed=seed, options=options)
         self.lives = infos["lives"]
         self.seed, self.played = seed, bytearray()
@@ -79,7 +85,11 @@ class LearnerView(VectorWrapper):
 
     def state_dict(self) -> dict[str, Any]:
         actions = np.frombuffer(self.played, np.uint8).reshape(-1, self.num_envs)
-        return {"seed": self.seed, "actions": torch.from_numpy(actions.copy()), "obs": torch.from_numpy(self.obs.copy())}
+        return {
+            "seed": self.seed,
+            "actions": torch.from_numpy(actions.copy()),
+            "obs": torch.from_numpy(self.obs.copy()),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reset(seed=state["seed"])
@@ -143,7 +153,9 @@ class EagerAtariVectorEnv(AtariVectorEnv):
 def make_env(spec: gym.envs.registration.EnvSpec, max_frames: int, render_mode: str | None) -> gym.Env:
     """One game behind Stable-Baselines3's wrappers, with raw rewards and whole games."""
     # the id's own frame skip and frame limit are undone, because the wrappers below apply them
-    env = gym.make(spec, disable_env_checker=True, frameskip=1, max_num_frames_per_episode=None, render_mode=render_mode)
+    env = gym.make(
+        spec, disable_env_checker=True, frameskip=1, max_num_frames_per_episode=None, render_mode=render_mode
+    )
     env = NoopResetEnv(env, noop_max=MAX_NOOPS)
     env = MaxAndSkipEnv(env, skip=FRAME_SKIP)
     env = WarpFrame(env, width=FRAME_SIZE, height=FRAME_SIZE)  # (84, 84, 1)
@@ -152,7 +164,9 @@ def make_env(spec: gym.envs.registration.EnvSpec, max_frames: int, render_mode: 
     return TimeLimit(env, max_episode_steps=-(-max_frames // FRAME_SKIP))
 
 
-def make_envs(env_id: str, backend: Literal["sb3", "ale"], num_envs: int, render_mode: str | None = None) -> LearnerView:
+def make_atari_envs(
+    env_id: str, backend: Literal["sb3", "ale"], num_envs: int, render_mode: str | None = None
+) -> LearnerView:
     """`num_envs` games; one that ends is replaced in the same step.
 
     Both backends preprocess as DQN Zoo does: up to 30 no-ops at the start, each action for 4 frames, maximum of the
@@ -169,7 +183,9 @@ def make_envs(env_id: str, backend: Literal["sb3", "ale"], num_envs: int, render
         envs: VectorEnv = SyncVectorEnv(games, autoreset_mode=AutoresetMode.SAME_STEP)
     else:
         if kwargs.get("mode") is not None or kwargs.get("difficulty") is not None:
-            raise UsageError(f"env_id {env_id!r} sets a mode or difficulty, which ALE's vectoriser cannot: --env-backend sb3")
+            raise UsageError(
+                f"env_id {env_id!r} sets a mode or difficulty, which ALE's vectoriser cannot: --env-backend sb3"
+            )
         envs = EagerAtariVectorEnv(
             game=kwargs["game"],
             num_envs=num_envs,

@@ -29,7 +29,9 @@ def epsilon_greedy(
     return actions if explore.all() else np.where(explore, actions, q().argmax(dim=1).cpu().numpy())
 
 
-def player(q_network: nn.Module, num_actions: int, epsilon: float, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+def player(
+    q_network: nn.Module, num_actions: int, epsilon: float, seed: int
+) -> Callable[[np.ndarray], np.ndarray]:
     """ε-greedy actions (N,) int64 of a network for observations (N, 4, 84, 84) uint8, with random numbers of its own."""
     rng, device = np.random.default_rng(seed), next(q_network.parameters()).device
 
@@ -112,7 +114,9 @@ def require_film() -> None:
 def print_scores(title: str, scores: np.ndarray) -> None:
     print(f"{title}: scores of {len(scores)} games")
     print(" ".join(f"{score:g}" for score in scores))
-    print(f"mean {scores.mean():.1f}, standard deviation {scores.std():.1f}, min {scores.min():g}, max {scores.max():g}")
+    print(
+        f"mean {scores.mean():.1f}, standard deviation {scores.std():.1f}, min {scores.min():g}, max {scores.max():g}"
+    )
 
 
 def save_agent(path: Path, q_network: nn.Module, args: dict[str, Any], step: int) -> None:

@@ -60,8 +60,12 @@ class RunFlags:
         """
         if (self.eval_episodes > 0) == (self.eval_steps > 0):
             given = f"eval_episodes is {self.eval_episodes} and eval_steps {self.eval_steps}, but one of them says how long an"
-            raise UsageError(f"{given} evaluation is: give --eval-episodes 0 with --eval-steps, or the other way round")
+            raise UsageError(
+                f"{given} evaluation is: give --eval-episodes 0 with --eval-steps, or the other way round"
+            )
         if self.capture_video and self.eval_frequency == 0 and self.evaluate is None:
             raise UsageError("capture_video films evaluation games and there are none: give --eval-frequency")
         if sum(value is not None for value in (self.resume, self.fork, self.evaluate)) > 1:
-            raise UsageError("resume, fork and evaluate exclude each other: give one of --resume, --fork and --evaluate")
+            raise UsageError(
+                "resume, fork and evaluate exclude each other: give one of --resume, --fork and --evaluate"
+            )

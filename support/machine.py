@@ -46,7 +46,9 @@ def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
         if not out_of_resources(error) and "not compiled with CUDA" not in reason:
             raise
         fix = "free it, choose another one by CUDA_VISIBLE_DEVICES, or hide it by CUDA_VISIBLE_DEVICES= to use the CPU"
-        raise UsageError(f"a GPU is listed, but cannot be used ({type(error).__name__}: {reason}): {fix}") from error
+        raise UsageError(
+            f"a GPU is listed, but cannot be used ({type(error).__name__}: {reason}): {fix}"
+        ) from error
     return device
 
 
@@ -72,21 +74,30 @@ def slow_bfloat16(device: torch.device) -> str | None:
 
 def idle_gpu(root: Path = Path("/")) -> str | None:
     """What shows that there is a GPU here, where PyTorch sees none although nobody hid it; else None."""
-    hidden = [os.environ.get(f"{name}_VISIBLE_DEVICES", "?") in ("", "-1", "NoDevFiles") for name in ("CUDA", "HIP", "ROCR")]
+    hidden = [
+        os.environ.get(f"{name}_VISIBLE_DEVICES", "?") in ("", "-1", "NoDevFiles")
+        for name in ("CUDA", "HIP", "ROCR")
+    ]
     if torch.cuda.is_available() or any(hidden):
         return None
     found = [*root.glob("dev/nvidia[0-9]*"), *root.glob("proc/driver/nvidia/gpus/*"), *root.glob("dev/kfd")]
     for card in root.glob("sys/bus/pci/devices/*"):  # also where no driver is loaded
         with contextlib.suppress(OSError):
-            if (card / "vendor").read_text(encoding="utf-8").strip() == "0x10de" and (card / "class").read_text(
-                encoding="utf-8"
-            ).startswith("0x03"):
+            if (card / "vendor").read_text(encoding="utf-8").strip() == "0x10de" and (
+                card / "class"
+            ).read_text(encoding="utf-8").startswith("0x03"):
                 found.append(card)
     if found:
         return f"/{found[0].relative_to(root)}"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", timeout=20, check=True).stdout
-        return listed.partition("\n")[0].partition(" (")[0] or "nvidia-smi" if "no devices" not in listed.lower() else None
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", timeout=20, check=True
+        ).stdout
+        return (
+            listed.partition("\n")[0].partition(" (")[0] or "nvidia-smi"
+            if "no devices" not in listed.lower()
+            else None
+        )
     return None
 
 
@@ -112,9 +123,13 @@ def free_memory(root: Path = Path("/")) -> int:
     }
     free = psutil.virtual_memory().available
     for controller, folder in control_groups(root):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, another one, or "max": no limit
+        with contextlib.suppress(
+            OSError, ValueError, KeyError
+        ):  # no control group, another one, or "max": no limit
             limit, usage, cache = versions[controller]
-            statistics = dict(entry.split() for entry in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+            statistics = dict(
+                entry.split() for entry in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+            )
             used = int((folder / usage).read_text(encoding="utf-8")) - int(statistics[cache])
             free = min(free, int((folder / limit).read_text(encoding="utf-8")) - used)
     return free
@@ -125,9 +140,14 @@ def usable_processors(root: Path = Path("/")) -> int:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     versions = {"": ("cpu.max",), "cpu": ("cpu.cfs_quota_us", "cpu.cfs_period_us")}
     for controller, folder in control_groups(root):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # no control group, another one, or "max": no quota
+        with contextlib.suppress(
+            OSError, ValueError, KeyError
+        ):  # no control group, another one, or "max": no quota
             quota, period = map(
-                int, " ".join((folder / name).read_text(encoding="utf-8") for name in versions[controller]).split()
+                int,
+                " ".join(
+                    (folder / name).read_text(encoding="utf-8") for name in versions[controller]
+                ).split(),
             )
             count = min(count, max(1, quota // period)) if quota > 0 else count
     return count
@@ -170,7 +190,9 @@ def circumstances(device: torch.device, script: str) -> dict[str, str]:
     modules = {"torch": torch, "numpy": numpy, "gymnasium": gymnasium, "ale-py": ale_py, "opencv": cv2}
     modules["stable-baselines3"] = stable_baselines3
     cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
+    models = (
+        re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
+    )
     model = models[0] if models else platform.processor()
     cpu = f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     return {
@@ -242,7 +264,9 @@ class HeldFolder:
     def __init__(self, path: Path):
         self.path = path
         self.descriptor: int | None = None
-        with contextlib.suppress(OSError):  # not every file system opens folders: there, it is what has the name
+        with contextlib.suppress(
+            OSError
+        ):  # not every file system opens folders: there, it is what has the name
             self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             weakref.finalize(self, os.close, self.descriptor)
 
@@ -297,7 +321,9 @@ def alone_in(
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UsageError(f"another process is running {folder}: wait for it, or stop it first") from None
+                raise UsageError(
+                    f"another process is running {folder}: wait for it, or stop it first"
+                ) from None
             say(f"warning: {folder} cannot be locked ({error}): see to it that no other process resumes it")
         yield
     finally:

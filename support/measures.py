@@ -10,7 +10,9 @@ import torch.nn as nn
 
 def joint_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """L2 norm, 0-d float64, of all numbers in these tensors together."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]))
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors])
+    )
 
 
 class NormTracker:
@@ -71,7 +73,9 @@ class LossMeter:
         """
         if (num_finite := int(self.totals[2])) < self.num_updates:
             first = newest // period - self.num_updates + num_finite + 1
-            raise FloatingPointError(f"td_loss is not finite from step {first * period}: lower --learning-rate")
+            raise FloatingPointError(
+                f"td_loss is not finite from step {first * period}: lower --learning-rate"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"totals": self.totals, "num_updates": self.num_updates}
@@ -125,12 +129,16 @@ def share_of_q(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def activations(network: nn.Module, names: dict[str, str], obs: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def activations(
+    network: nn.Module, names: dict[str, str], obs: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The network's output for `obs`, and {name: output} of its submodules at these paths, {path: name}."""
     layers: dict[str, torch.Tensor] = {}
 
     def watch(path: str, name: str) -> torch.utils.hooks.RemovableHandle:
-        return network.get_submodule(path).register_forward_hook(lambda _, __, output: layers.update({name: output}))
+        return network.get_submodule(path).register_forward_hook(
+            lambda _, __, output: layers.update({name: output})
+        )
 
     hooks = [watch(path, name) for path, name in names.items()]
     outputs = network(obs)
@@ -139,12 +147,16 @@ def activations(network: nn.Module, names: dict[str, str], obs: torch.Tensor) ->
     return outputs, layers
 
 
-def norm_measures(network: nn.Module, names: dict[str, str], initial: dict[str, float], loss: torch.Tensor) -> dict[str, float]:
+def norm_measures(
+    network: nn.Module, names: dict[str, str], initial: dict[str, float], loss: torch.Tensor
+) -> dict[str, float]:
     """Weight norms of modules, {path: name}, their ratios to the initial ones, and norms of the loss's gradient."""
     modules = {path: network.get_submodule(path) for path in names}
     norms = {path: joint_norm(module.parameters()).item() for path, module in modules.items()}
     trained = {path: [p for p in module.parameters() if p.requires_grad] for path, module in modules.items()}
-    gradients = iter(torch.autograd.grad(loss, [parameter for of_one in trained.values() for parameter in of_one]))
+    gradients = iter(
+        torch.autograd.grad(loss, [parameter for of_one in trained.values() for parameter in of_one])
+    )
     own = {path: [next(gradients) for _ in of_one] for path, of_one in trained.items() if of_one}
     return {
         **{f"weight_norm/{names[path]}": norm for path, norm in norms.items()},

@@ -14,7 +14,9 @@ class CenteredRMSProp(torch.optim.Optimizer):
     `torch.optim.RMSprop` adds eps outside the root, where 0.01/32² is a 320 times smaller floor.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, decay: float = 0.95, eps: float = 0.01 / 32**2):
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, decay: float = 0.95, eps: float = 0.01 / 32**2
+    ):
         super().__init__(params, {"lr": lr, "decay": decay, "eps": eps})
 
     @torch.no_grad()
@@ -26,7 +28,9 @@ class CenteredRMSProp(torch.optim.Optimizer):
                 if not self.state[parameter]:
                     self.state[parameter] = {name: torch.zeros_like(parameter) for name in ("mean", "square")}
             grads = [parameter.grad for parameter in trained]
-            means, squares = ([self.state[parameter][name] for parameter in trained] for name in ("mean", "square"))
+            means, squares = (
+                [self.state[parameter][name] for parameter in trained] for name in ("mean", "square")
+            )
             torch._foreach_lerp_(means, grads, 1 - group["decay"])
             torch._foreach_mul_(squares, group["decay"])
             torch._foreach_addcmul_(squares, grads, grads, value=1 - group["decay"])
@@ -42,7 +46,9 @@ def moments_by_name(optimizer: torch.optim.Optimizer, network: nn.Module) -> dic
     return {names[i]: moments for i, moments in optimizer.state_dict()["state"].items()}
 
 
-def load_moments(optimizer: torch.optim.Optimizer, network: nn.Module, moments: dict[str, dict[str, Any]]) -> None:
+def load_moments(
+    optimizer: torch.optim.Optimizer, network: nn.Module, moments: dict[str, dict[str, Any]]
+) -> None:
     """Takes up what `moments_by_name` gave, also of a network that had other parameters besides."""
     names = [name for name, _ in network.named_parameters()]
     state = {i: copy.deepcopy(moments[name]) for i, name in enumerate(names) if name in moments}

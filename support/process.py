@@ -102,7 +102,9 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
-        noted = [number for number in (*self.STOP, *self.CHECKPOINT) if signal.getsignal(number) != signal.SIG_IGN]
+        noted = [
+            number for number in (*self.STOP, *self.CHECKPOINT) if signal.getsignal(number) != signal.SIG_IGN
+        ]
         self.previous = {number: signal.signal(number, self._note) for number in noted if in_main}
         return self
 

@@ -47,7 +47,9 @@ class FrameReplayBuffer(ReplayBuffer):
         storage: torch.device | str = "cpu",
     ):
         if optimize_memory_usage:
-            raise ValueError("FrameReplayBuffer stores each frame once as it is: leave out optimize_memory_usage")
+            raise ValueError(
+                "FrameReplayBuffer stores each frame once as it is: leave out optimize_memory_usage"
+            )
         # not ReplayBuffer's own constructor: it allocates every stack, twice
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.buffer_size = max(buffer_size // n_envs, 1)
@@ -73,7 +75,11 @@ class FrameReplayBuffer(ReplayBuffer):
     def bytes_needed(cls, buffer_size: int, observation_space: gym.spaces.Box, n_envs: int = 1) -> int:
         """Memory of a full buffer in bytes, of games that are not shorter than `SLACK` steps on average."""
         stack, *frame_shape = observation_space.shape
-        frames = cls.pool_size(buffer_size, n_envs, stack) * int(np.prod(frame_shape)) * observation_space.dtype.itemsize
+        frames = (
+            cls.pool_size(buffer_size, n_envs, stack)
+            * int(np.prod(frame_shape))
+            * observation_space.dtype.itemsize
+        )
         return frames + buffer_size * (4 * (stack + 1) + 8 + 3 * 4)
 
     def _pool(self, slots: int) -> torch.Tensor:
@@ -109,12 +115,23 @@ class FrameReplayBuffer(ReplayBuffer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(self.frames) != state["pool"]:
             self.frames = self._pool(state["pool"])
-        self.pos, self.full, self._used, self._free = state["pos"], state["full"], state["used"], state["free"].tolist()
+        self.pos, self.full, self._used, self._free = (
+            state["pos"],
+            state["full"],
+            state["used"],
+            state["free"].tolist(),
+        )
         self._last_next_obs = None if state["last_next_obs"] is None else state["last_next_obs"].numpy()
         self.generator.bit_generator.state = state["generator"]
 
     def add(
-        self, obs: np.ndarray, next_obs: np.ndarray, action: np.ndarray, reward: np.ndarray, done: np.ndarray, infos: list[dict]
+        self,
+        obs: np.ndarray,
+        next_obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict],
     ) -> None:
         """Adds one transition per environment: obs, next_obs (n_envs, S, H, W), the others (n_envs,).
 
@@ -122,7 +139,9 @@ class FrameReplayBuffer(ReplayBuffer):
             ValueError: next_obs is not obs shifted by one frame.
         """
         if not np.array_equal(next_obs[:, :-1], obs[:, 1:]):
-            raise ValueError("next_obs must be obs shifted by one frame, also at a game's end: pass final_obs there")
+            raise ValueError(
+                "next_obs must be obs shifted by one frame, also at a game's end: pass final_obs there"
+            )
         slots = np.empty((self.n_envs, self.stack + 1), dtype=np.int32)
         new: dict[int, np.ndarray] = {}
         for i in range(self.n_envs):
@@ -163,7 +182,9 @@ class FrameReplayBuffer(ReplayBuffer):
         new[slot] = frame
         return slot
 
-    def sample(self, batch_size: int, env: VecNormalize | None = None, batches: int = 1) -> ReplayBufferSamples:
+    def sample(
+        self, batch_size: int, env: VecNormalize | None = None, batches: int = 1
+    ) -> ReplayBufferSamples:
         """A uniform batch, with replacement, on `device`, drawn from the buffer's own generator; or several in a row.
 
         Returns:
@@ -176,13 +197,17 @@ class FrameReplayBuffer(ReplayBuffer):
         if env is not None:
             raise ValueError("FrameReplayBuffer does not normalise: leave out env")
         limits = (self.size(), self.n_envs)
-        draws = [[self.generator.integers(limit, size=batch_size) for limit in limits] for _ in range(batches)]
+        draws = [
+            [self.generator.integers(limit, size=batch_size) for limit in limits] for _ in range(batches)
+        ]
         return self.transitions(*np.concatenate(draws, axis=1))
 
     def transitions(self, rows: np.ndarray, columns: np.ndarray) -> ReplayBufferSamples:
         """The transitions at these rows of these environments, both (B,) int, in the form that `sample` returns."""
         slots = upload(self.slots[rows, columns].ravel(), self.storage)
-        stacks = upload(self.frames.index_select(0, slots), self.device).view(-1, self.stack + 1, *self.frame_shape)
+        stacks = upload(self.frames.index_select(0, slots), self.device).view(
+            -1, self.stack + 1, *self.frame_shape
+        )
         dones = self.dones[rows, columns] * (1 - self.timeouts[rows, columns])
         return ReplayBufferSamples(
             observations=stacks[:, :-1].contiguous(memory_format=torch.channels_last),

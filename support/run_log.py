@@ -27,7 +27,9 @@ from support.process import on_a_terminal, say
 from support.progress import ProgressFile
 from support.usage import reading
 
-logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that a resumed run purges what it logs again is no news
+logging.getLogger("tensorboard").setLevel(
+    logging.ERROR
+)  # that a resumed run purges what it logs again is no news
 # as SummaryWriter names them: a second, a host, a process and how many files it had begun; nothing after that
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{10,})\..*\.[1-9][0-9]*\.[0-9]+")
 AROUND_RECORD = 16  # bytes of a length and two checksums
@@ -74,7 +76,9 @@ class EventFile(LegacyEventFileLoader):
                 of_nothing_else = whole == 0 and any(tail)
                 if of_nothing_else or holds_a_record(tail[1:]):
                     raise ValueError(f"{path.name} is damaged, a checksum is another") from error
-            say(f"warning: the last {len(tail):,} bytes of {path} are no whole point: all before them is read")
+            say(
+                f"warning: the last {len(tail):,} bytes of {path} are no whole point: all before them is read"
+            )
 
 
 def holds_a_record(content: bytes) -> bool:
@@ -110,7 +114,9 @@ def read_scalars(folder: Path, fix: str = "move that file away") -> dict[str, np
         events._generator = EventFiles(folder)
         events.Reload()
     points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    return {tag: np.array([(e.step, e.value, e.wall_time) for e in of_one]).T for tag, of_one in points.items()}
+    return {
+        tag: np.array([(e.step, e.value, e.wall_time) for e in of_one]).T for tag, of_one in points.items()
+    }
 
 
 def next_number(older: list[Path]) -> int:
@@ -170,7 +176,10 @@ class Curves:
             self.close()  # the event file has moved, too, and all of it is there
             self.writer = None
         before = event_files(folder)
-        report, threading.excepthook = threading.excepthook, lambda _: None  # the writer's thread tells this one as well
+        report, threading.excepthook = (
+            threading.excepthook,
+            lambda _: None,
+        )  # the writer's thread tells this one as well
         try:
             if self.writer is None:
                 self.writer, self.written = self._new_file(before), 0
@@ -206,10 +215,15 @@ class Curves:
             self.writer.close()
 
     def state_dict(self) -> list[tuple[int, float, str]]:
-        return [(step, wall_time, content.SerializeToString().hex()) for step, wall_time, content in self.points]
+        return [
+            (step, wall_time, content.SerializeToString().hex()) for step, wall_time, content in self.points
+        ]
 
     def load_state_dict(self, state: list[tuple[int, float, str]]) -> None:
-        self.points = [(step, wall_time, Summary.FromString(bytes.fromhex(content))) for step, wall_time, content in state]
+        self.points = [
+            (step, wall_time, Summary.FromString(bytes.fromhex(content)))
+            for step, wall_time, content in state
+        ]
 
 
 class RunLog:
@@ -227,7 +241,9 @@ class RunLog:
         self.total = total
         self.curves = Curves(folder, step)
         self.progress = ProgressFile(self.curves.place, step, total)
-        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=not on_a_terminal())
+        self.bar = tqdm(
+            total=total, initial=step, unit="step", dynamic_ncols=True, disable=not on_a_terminal()
+        )
         self.returns: deque[float] = deque(maxlen=100)
         self.start = self.interval_start = self.last_line = self.last_flush = time.perf_counter()
         self.interval_step = 0
@@ -265,7 +281,9 @@ class RunLog:
 
         Of what waits in that state it keeps the scalars: hyperparameters are logged anew.
         """
-        self.curves.points = [point for point in self.curves.points if point[2].value[0].HasField("simple_value")]
+        self.curves.points = [
+            point for point in self.curves.points if point[2].value[0].HasField("simple_value")
+        ]
         held = [
             (int(at), wall_time, summary.scalar(tag, value))
             for tag, points in curves.items()
@@ -279,9 +297,13 @@ class RunLog:
         table = "\n".join(f"|{name}|{value}|" for name, value in args.items())
         self.curves.add(summary.text("hyperparameters", f"|param|value|\n|-|-|\n{table}"), step)
         plain = {name: value if type(value) in (int, float) else str(value) for name, value in args.items()}
-        for content in summary.hparams(plain, dict.fromkeys(("charts/episodic_return", "eval/episodic_return"))):
+        for content in summary.hparams(
+            plain, dict.fromkeys(("charts/episodic_return", "eval/episodic_return"))
+        ):
             self.curves.add(content, step)
-        shown = {title: tag for title, tag in SIDE_BY_SIDE.items() if args["eval_frequency"] or "eval" not in tag}
+        shown = {
+            title: tag for title, tag in SIDE_BY_SIDE.items() if args["eval_frequency"] or "eval" not in tag
+        }
         charts = {title: ["Multiline", [f"^{tag}$"]] for title, tag in shown.items()}
         self.curves.add(summary.custom_scalars({"return and plasticity": charts}), step)
 
@@ -321,7 +343,9 @@ class RunLog:
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (now - self.last_line > self.PLAIN_LINE_SECONDS or step == self.total):
             left = tqdm.format_interval((self.total - step) / recent)
-            self.say(f"step {step:,} of {self.total:,}, {recent:,.0f} SPS, {left} left, ε {epsilon:.2f}, return {score}")
+            self.say(
+                f"step {step:,} of {self.total:,}, {recent:,.0f} SPS, {left} left, ε {epsilon:.2f}, return {score}"
+            )
             self.last_line = now
         if now - self.last_flush > self.FLUSH_SECONDS:
             self.flush()
@@ -351,7 +375,9 @@ class RunLog:
         except OSError as error:
             if not self.disk_full:
                 self.way_out = way_out(error)
-                self.say(f"warning: the curves cannot be written for now ({error}): {self.way_out}, training goes on")
+                self.say(
+                    f"warning: the curves cannot be written for now ({error}): {self.way_out}, training goes on"
+                )
             self.disk_full = True
 
     def say(self, line: str) -> None:

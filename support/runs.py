@@ -40,7 +40,9 @@ def check_machine(device: torch.device, cuda_graphs: bool, track: bool, film: bo
     """
     refuse_wrong_versions()
     if cuda_graphs and device.type == "cpu":
-        raise UsageError("--cuda-graphs needs a GPU, and this run is on the CPU: --no-cuda-graphs, with --fork if it has begun")
+        raise UsageError(
+            "--cuda-graphs needs a GPU, and this run is on the CPU: --no-cuda-graphs, with --fork if it has begun"
+        )
     if track:
         require_wandb()
     if film:
@@ -55,7 +57,9 @@ class Origin:
     run_id: str | None = None  # of that run
     args: dict[str, Any] = field(default_factory=dict)  # of that run: its own, never those of another one
     checkpoint: Checkpoint | None = None
-    curves: dict[str, np.ndarray] = field(default_factory=dict)  # of the run that is forked, see `read_scalars`
+    curves: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # of the run that is forked, see `read_scalars`
 
     @property
     def nothing(self) -> bool:
@@ -140,7 +144,9 @@ def _fork_point(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     checkpoint = load_checkpoint(Path(path))
-    curves = read_scalars(checkpoint.path.parent, "move that file away, and the fork's curves begin at the checkpoint")
+    curves = read_scalars(
+        checkpoint.path.parent, "move that file away, and the fork's curves begin at the checkpoint"
+    )
     return {"checkpoint": checkpoint, "curves": curves}
 
 
@@ -191,12 +197,16 @@ class Run:
             self.place = HeldFolder(folder)
             stack.enter_context(alone_in(folder))
         self.way_out = ""  # of what kept the last checkpoint from being written
-        self.saved = self.step if checkpoint is not None and not origin.forked else None  # step of the newest checkpoint
+        self.saved = (
+            self.step if checkpoint is not None and not origin.forked else None
+        )  # step of the newest checkpoint
         stack.push(self._name_what_is_left)
         self.log = stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, self.total)))
         if checkpoint is not None:
             checkpoint.restore({"log": self.log})
-        anew = self.saved is None or (mirror is not None and not mirror.resumed)  # that mirror has none of the curves yet
+        anew = self.saved is None or (
+            mirror is not None and not mirror.resumed
+        )  # that mirror has none of the curves yet
         if checkpoint is not None and anew:
             self.log.take_over(origin.curves if origin.forked else read_scalars(self.folder), self.step)
         if anew:
@@ -207,7 +217,9 @@ class Run:
 
     def _mirror(self, name: str, stack: contextlib.ExitStack) -> Any:
         """The run in Weights & Biases; it ends there with this one's exit status."""
-        mirror = start_wandb(self.args["wandb_project_name"], self.args["wandb_entity"], name, self.id, self.args)
+        mirror = start_wandb(
+            self.args["wandb_project_name"], self.args["wandb_entity"], name, self.id, self.args
+        )
 
         def finish(_: Any, error: BaseException | None, __: Any) -> None:
             status = 0 if self.signals.stop is None else 128 + self.signals.stop
@@ -263,9 +275,13 @@ class Run:
                 path = self._write_checkpoint(keep)
         except WRITE_ERRORS as error:
             if self.signals.stop is not None:  # it may have come just now
-                raise OSError(f"stopped at step {self.step:,} without a checkpoint ({error}): {self.kept}") from error
+                raise OSError(
+                    f"stopped at step {self.step:,} without a checkpoint ({error}): {self.kept}"
+                ) from error
             self.way_out = way_out(error)
-            say(f"warning: no checkpoint at step {self.step:,} ({error}): {self.way_out}, the run will try again; {self.kept}")
+            say(
+                f"warning: no checkpoint at step {self.step:,} ({error}): {self.way_out}, the run will try again; {self.kept}"
+            )
         else:
             self.saved = self.step
             self.log.progress.note(step=self.step)
@@ -304,7 +320,9 @@ class Run:
         """Where memory or a GPU gives out in mid-run, says so in one line, with what there is to go on from."""
         if error is not None and (reason := out_of_resources(error)):
             folder = self.place.find() or self.place.path
-            raise OSError(f"stopped at step {self.step:,}, {reason}; of {folder}, to --resume, {self.kept}") from error
+            raise OSError(
+                f"stopped at step {self.step:,}, {reason}; of {folder}, to --resume, {self.kept}"
+            ) from error
 
     def evaluate(self, play: Callable[[Path | None, Callable[[], bool]], np.ndarray], film: bool) -> bool:
         """Logs the mean score of play(film's path, whether to stop). False where a signal cut it short, nothing logged then."""
@@ -350,13 +368,23 @@ class Run:
             self.log.say(f"warning: {name} is {size}: {equal}; {fix}")
         if self.args["cuda"] and (sign := idle_gpu()):
             cannot = f"there is a GPU ({sign}), but PyTorch {torch.__version__} cannot use it"
-            self.log.say(f"warning: {cannot}, and the CPU takes days: see to driver, PyTorch's build, CUDA_VISIBLE_DEVICES")
+            self.log.say(
+                f"warning: {cannot}, and the CPU takes days: see to driver, PyTorch's build, CUDA_VISIBLE_DEVICES"
+            )
         if origin.checkpoint is not None:
-            self.log.say(f"{'forked' if origin.forked else 'resumed'} at step {self.step:,} from {origin.checkpoint.path}")
+            self.log.say(
+                f"{'forked' if origin.forked else 'resumed'} at step {self.step:,} from {origin.checkpoint.path}"
+            )
             then, now = origin.checkpoint.meta["circumstances"], self.circumstances
-            changed = [f"{name} was {then.get(name)} and is {now[name]}" for name in now if now[name] != then.get(name)]
+            changed = [
+                f"{name} was {then.get(name)} and is {now[name]}"
+                for name in now
+                if now[name] != then.get(name)
+            ]
             if changed:
-                self.log.say(f"warning: bits may differ from an uninterrupted run, because {', '.join(changed)}")
+                self.log.say(
+                    f"warning: bits may differ from an uninterrupted run, because {', '.join(changed)}"
+                )
 
     def command(self, script: str, flag: str) -> str:
         """What to type to have the script do something with this run."""
@@ -372,13 +400,17 @@ class Run:
             OSError: the curves or the last checkpoint of a complete run are not on disk.
         """
         if not complete:
-            self.log.say(f"stopped at step {self.step:,} of {self.total:,}, go on with: {self.command(script, 'resume')}")
+            self.log.say(
+                f"stopped at step {self.step:,} of {self.total:,}, go on with: {self.command(script, 'resume')}"
+            )
             return
         self.signals.stop = None  # it came too late
         self.log.flush()
         folder = self.place.find()
         if folder is None:
-            raise OSError(f"{FolderGone(self.place.path)}: the run is complete, and all that it saved was in there")
+            raise OSError(
+                f"{FolderGone(self.place.path)}: the run is complete, and all that it saved was in there"
+            )
         unsaved = self.args["checkpoint_frequency"] > 0 and self.saved != self.step
         if missing := ["last checkpoint"] * unsaved + ["curves"] * self.log.disk_full:
             lacking = " and ".join(missing)

@@ -67,11 +67,15 @@ def check_bounds(settings: Any) -> None:
                 fix = f"raise {flag(field.name)}"
                 if getattr(settings, "fork", None) is None:  # whose other number is its origin's
                     fix += f" or lower {flag(bound.field)}"
-                raise UsageError(f"{field.name} is {value}, but must be at least {bound.field} ({least}): {fix}")
+                raise UsageError(
+                    f"{field.name} is {value}, but must be at least {bound.field} ({least}): {fix}"
+                )
     for name, condition in unused.items():
         if (value := getattr(settings, name)) != getattr(type(settings), name):
             use = f"{flag(condition.field)} {condition.values[0]}"
-            raise UsageError(f"{name} is {value}, which only {use} looks at: give that, or leave the flag out")
+            raise UsageError(
+                f"{name} is {value}, which only {use} looks at: give that, or leave the flag out"
+            )
 
 
 def changed_fields(settings: Any, before: Any) -> list[str]:
@@ -94,7 +98,9 @@ def refuse_changes(settings: Any, before: Any, forkable: Collection[str] | None 
     instead = "use --fork"
     if forkable is not None and not set(changed).issubset(forkable):
         instead = "begin a new run"
-    raise UsageError(f"--resume goes on as the run was, {', '.join(changed)} cannot change: leave out, or {instead}")
+    raise UsageError(
+        f"--resume goes on as the run was, {', '.join(changed)} cannot change: leave out, or {instead}"
+    )
 
 
 def settings_of(kind: type[Settings], values: dict[str, Any], path: Path) -> Settings:
@@ -115,7 +121,11 @@ def conditions(kind: Any) -> dict[str, OnlyWith]:
 
 def unused_fields(settings: Any) -> dict[str, OnlyWith]:
     """{name: condition} of the fields that nothing looks at with these settings."""
-    return {name: part for name, part in conditions(settings).items() if getattr(settings, part.field) not in part.values}
+    return {
+        name: part
+        for name, part in conditions(settings).items()
+        if getattr(settings, part.field) not in part.values
+    }
 
 
 def _broken_rule(value: Any, annotation: Any) -> str:
@@ -233,7 +243,9 @@ def reading(path: Path, kind: str, fix: str) -> Iterator[None]:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         if isinstance(error, OSError) and error.errno not in (None, *OF_A_PLACE):
             fix = f"see to that, or {fix}"
-        raise UsageError(f"{path} cannot be read as {kind} ({type(error).__name__}: {reason}): {fix}") from error
+        raise UsageError(
+            f"{path} cannot be read as {kind} ({type(error).__name__}: {reason}): {fix}"
+        ) from error
 
 
 def words_given() -> list[str]:

@@ -20,7 +20,9 @@ def require_wandb() -> None:
     """
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a folder named wandb is found, without an origin
-        raise UsageError(f"--track needs Weights & Biases, which is not installed: pip install wandb, or {WITHOUT}")
+        raise UsageError(
+            f"--track needs Weights & Biases, which is not installed: pip install wandb, or {WITHOUT}"
+        )
 
 
 def start_wandb(project: str, entity: str | None, name: str, run_id: str, config: dict[str, Any]) -> Any:
@@ -37,7 +39,9 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
     try:
         import wandb
 
-        with open(os.devnull, encoding="utf-8") as sys.stdin:  # on a terminal it would ask for a login, and wait
+        with open(
+            os.devnull, encoding="utf-8"
+        ) as sys.stdin:  # on a terminal it would ask for a login, and wait
             run = wandb.init(
                 project=project,
                 entity=entity,

@@ -5,8 +5,12 @@ import signal
 import sys
 from typing import ClassVar
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start take it over
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at a GPU's first product, whichever test makes it
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before torch is imported; processes that tests start take it over
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # read at a GPU's first product, whichever test makes it
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +28,9 @@ torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: True  # type: ignore[attr-d
 torch.cpu._is_avx512_bf16_supported = lambda: True
 
 gc.disable()  # until all is collected: it need not look at a million objects of modules again and again
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background, and so their runs, would ignore it
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # tests in the background, and so their runs, would ignore it
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
@@ -108,7 +114,9 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def scalars(folder):
     """{tag: [(step, value), ...]} of a run's TensorBoard files."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
 ACTIONS = 6
@@ -134,7 +142,9 @@ def random_batch(rng=0, size=8):
 
 def joined(batches):
     """Several batches as one."""
-    return ReplayBufferSamples(*(torch.cat(tensors) for tensors in zip(*(batch[:5] for batch in batches), strict=True)))
+    return ReplayBufferSamples(
+        *(torch.cat(tensors) for tensors in zip(*(batch[:5] for batch in batches), strict=True))
+    )
 
 
 def status_of(main):

@@ -183,4 +183,6 @@ def uninterrupted_run(shared, args):
 def uninterrupted_runs(tmp_path_factory):
     """`uninterrupted(args)` is the folder of such a run, for the tests that share it: to be read, not changed."""
     own = tmp_path_factory.getbasetemp()
-    return functools.partial(uninterrupted_run, (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "uninterrupted")
+    return functools.partial(
+        uninterrupted_run, (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "uninterrupted"
+    )

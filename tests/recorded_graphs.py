@@ -11,7 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}  # for the device, which no capture allows
+WAITS = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::equal",
+}  # for the device, which no capture allows
 ALLOCATES = ("aten::empty", "aten::new_empty")  # and computes nothing
 RANDOM = torch.Tag.nondeterministic_seeded
 

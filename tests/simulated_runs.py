@@ -8,8 +8,8 @@ import numpy as np
 from conftest import variant
 from torch.utils.tensorboard import summary
 
+from analysis.arms import RecordedRun
 from analysis.curves import Ancestor, Identity
-from analysis.runs import Run
 from dqn_injection_atari import Args
 from support.run_log import Curves
 
@@ -25,12 +25,14 @@ def make_run(name, points, last=None, identity=None, **args):
     args = Args(**{"total_timesteps": TOTAL, "injection_step": (INJECTION,), **args})
     points = points | {"charts/SPS": [(args.total_timesteps if last is None else last, 100.0)]}
     scalars = {tag: np.array(pairs, float).T for tag, pairs in points.items() if pairs}
-    return Run(f"runs/{name}", args, scalars, identity)
+    return RecordedRun(f"runs/{name}", args, scalars, identity)
 
 
 def known(name, *history):
     """The identity of a run in a folder, that was others before: (name, step, seed), the newest first; ids are names."""
-    return Identity(f"id of {name}", name, tuple(Ancestor(f"id of {of}", of, step, seed) for of, step, seed in history))
+    return Identity(
+        f"id of {name}", name, tuple(Ancestor(f"id of {of}", of, step, seed) for of, step, seed in history)
+    )
 
 
 def write(run):
@@ -75,15 +77,26 @@ def make_arms(seeds=(1, 2, 3), effect=50.0, prefix="", **args):
 
 def make_games(*env_ids, seeds=(1, 2, 3), **args):
     """Those of several games."""
-    return [run for env_id in env_ids for run in make_arms(seeds, prefix=f"{env_id}-{len(args)}-", env_id=env_id, **args)]
+    return [
+        run
+        for env_id in env_ids
+        for run in make_arms(seeds, prefix=f"{env_id}-{len(args)}-", env_id=env_id, **args)
+    ]
 
 
 def make_norm_arms(firsts, upto=TOTAL):
     """Runs without, and with injections {seed: steps} that the norm decided, of one history up to the seed's first."""
     runs = []
     for seed, steps in firsts.items():
-        baseline, later, first = games(seed, 0, upto=upto), games(seed, 1, 50.0, upto=upto), min(steps, default=TOTAL)
-        points = {RETURN: baseline[: first // 100] + later[first // 100 :], "injection/step": [(step, step) for step in steps]}
+        baseline, later, first = (
+            games(seed, 0, upto=upto),
+            games(seed, 1, 50.0, upto=upto),
+            min(steps, default=TOTAL),
+        )
+        points = {
+            RETURN: baseline[: first // 100] + later[first // 100 :],
+            "injection/step": [(step, step) for step in steps],
+        }
         runs.append(make_run(f"n{seed}", points, upto, seed=seed, **NORM))
         runs.append(make_run(f"b{seed}", {RETURN: baseline}, upto, seed=seed, apply_injection=False))
     return runs

@@ -47,7 +47,11 @@ def test_hidden_layers_have_the_value_and_gradients_of_linear_layers():
     expected = torch.nn.functional.linear(reference, weight, bias)
     expected.backward(up.double())
     assert torch.allclose(layer(x), expected.float(), atol=1e-5)
-    for got, want in ((x.grad, reference.grad), (layer.weight.grad, weight.grad), (layer.bias.grad, bias.grad)):
+    for got, want in (
+        (x.grad, reference.grad),
+        (layer.weight.grad, weight.grad),
+        (layer.bias.grad, bias.grad),
+    ):
         assert torch.allclose(got, want.float(), atol=1e-4, rtol=1e-5)
     layer.requires_grad_(False)
     layer.zero_grad()
@@ -57,7 +61,9 @@ def test_hidden_layers_have_the_value_and_gradients_of_linear_layers():
 
 def test_hidden_layers_go_by_onednn_in_float32_on_a_cpu_only(monkeypatch):
     layer, calls = HiddenLayer(8, 4), []
-    monkeypatch.setattr("support.acceleration.OneDNNLinear.apply", lambda *given: calls.append(given) or torch.zeros(1))
+    monkeypatch.setattr(
+        "support.acceleration.OneDNNLinear.apply", lambda *given: calls.append(given) or torch.zeros(1)
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         layer.to(dtype)(torch.ones(2, 8, dtype=dtype))
         assert len(calls) == 1 and calls[0][1] is layer.weight
@@ -67,17 +73,24 @@ def test_hidden_layers_go_by_onednn_in_float32_on_a_cpu_only(monkeypatch):
 
 
 def test_the_working_copy_computes_in_bfloat16_but_for_its_output_layers():
-    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.Flatten(), HiddenLayer(2, 3), torch.nn.Linear(3, 4))
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 1), torch.nn.Flatten(), HiddenLayer(2, 3), torch.nn.Linear(3, 4)
+    )
     copy = in_bfloat16(network)
     assert [parameter.dtype for parameter in copy.parameters()] == [torch.bfloat16] * 4 + [torch.float32] * 2
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
-    assert torch.equal(copy[0].weight, network[0].weight.bfloat16()) and torch.equal(copy[3].weight, network[3].weight)
+    assert torch.equal(copy[0].weight, network[0].weight.bfloat16()) and torch.equal(
+        copy[3].weight, network[3].weight
+    )
     copy[3].weight.data.zero_()
     assert network[3].weight.any()
 
 
 def test_gradients_are_copied_in_float32_to_memory_that_stays():
-    trained, working = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    trained, working = (
+        torch.nn.Parameter(torch.zeros(3)),
+        torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)),
+    )
     addresses = set()
     for value in (0.5, -2.0):
         working.grad = torch.full((3,), value, dtype=torch.bfloat16)
@@ -100,7 +113,9 @@ def test_bf16_gives_nearly_the_same_values_and_gradients(injections):
         if expected.grad is not None:
             assert got.grad.dtype == torch.float32
             error = (got.grad - expected.grad).norm() / expected.grad.norm()
-            assert 0 < error < 0.1, "rounding alone gives 0.004, units that it moves across ReLU's kink the rest"
+            assert 0 < error < 0.1, (
+                "rounding alone gives 0.004, units that it moves across ReLU's kink the rest"
+            )
     q_plain, q_low = plain.online(obs.observations), low.online(obs.observations)
     assert q_low.dtype == torch.float32 and 0 < (q_plain - q_low).abs().max() < 0.01
 
@@ -116,8 +131,13 @@ def test_bf16_keeps_weights_in_float32_and_its_working_copies_follow_them():
             layers = zip(network.named_parameters(), working.named_parameters(), strict=True)
             for (name, exact), (_, rounded) in layers:
                 output = re.search(r"theta.*\.2\.(weight|bias)$", name)
-                assert exact.dtype == torch.float32 and rounded.dtype == (torch.float32 if output else torch.bfloat16)
-                assert torch.equal(exact.to(rounded.dtype), rounded) and exact.requires_grad == rounded.requires_grad
+                assert exact.dtype == torch.float32 and rounded.dtype == (
+                    torch.float32 if output else torch.bfloat16
+                )
+                assert (
+                    torch.equal(exact.to(rounded.dtype), rounded)
+                    and exact.requires_grad == rounded.requires_grad
+                )
         return True
 
     assert follows()
@@ -200,7 +220,9 @@ def test_what_is_on_the_gpu_is_not_uploaded_again_and_what_is_not_is():
 @pytest.mark.gpu
 def test_an_upload_arrives():
     array = np.arange(1000)
-    assert upload(array, torch.device("cuda")).is_cuda and np.array_equal(upload(array, torch.device("cuda")).cpu(), array)
+    assert upload(array, torch.device("cuda")).is_cuda and np.array_equal(
+        upload(array, torch.device("cuda")).cpu(), array
+    )
 
 
 # CUDA graphs: on a GPU, and here by what stands in for them
@@ -208,7 +230,13 @@ def test_an_upload_arrives():
 
 def pair(where="cpu", **settings):
     """Two learners that differ in how they compute alone: as the script says, and by captured graphs."""
-    settings = {"injection_step": (10, 20), "batch_size": 8, "learning_rate": 1e-3, "head_width": 64, **settings}
+    settings = {
+        "injection_step": (10, 20),
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "head_width": 64,
+        **settings,
+    }
     return tuple(Learner(Args(**settings, cuda_graphs=graphs), ACTIONS, where) for graphs in (False, True))
 
 
@@ -259,14 +287,21 @@ CASES = {  # updates in each call, and settings
 }
 each_case = pytest.mark.parametrize(
     ("count", "settings"),
-    [pytest.param(*case, id=name, marks=() if name in ("plain", "bf16") else pytest.mark.slow) for name, case in CASES.items()],
+    [
+        pytest.param(*case, id=name, marks=() if name in ("plain", "bf16") else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
 )
 
 
 @each_case
-def test_captured_updates_and_actions_equal_eager_ones_where_graphs_are_stood_in_for(stand_in, count, settings):
+def test_captured_updates_and_actions_equal_eager_ones_where_graphs_are_stood_in_for(
+    stand_in, count, settings
+):
     check_equality(*pair(**settings), count)
-    assert len(stand_in.captures) == 2 * 4, "act and update, at first, after each injection and after the load"
+    assert len(stand_in.captures) == 2 * 4, (
+        "act and update, at first, after each injection and after the load"
+    )
 
 
 @pytest.mark.gpu
@@ -289,7 +324,9 @@ def test_graphs_of_several_sizes_share_what_they_train(stand_in):
     learners = pair()
     for count in (2, 1, 2, 3, 1):
         found = unequal(*learners, count=count, rounds=1)
-        assert {name for name in found if not name.startswith("gradient")} == set(), "each keeps its own gradients"
+        assert {name for name in found if not name.startswith("gradient")} == set(), (
+            "each keeps its own gradients"
+        )
 
 
 def test_losses_are_summed_across_captured_updates_and_begin_at_zero_after_they_were_read(stand_in):
@@ -318,7 +355,9 @@ def replace_sum_of_losses(learner):
     learner.losses.totals = learner.losses.totals.clone()
 
 
-@pytest.mark.parametrize("replace", [replace_weight, replace_weight_of_target, replace_moment, replace_sum_of_losses])
+@pytest.mark.parametrize(
+    "replace", [replace_weight, replace_weight_of_target, replace_moment, replace_sum_of_losses]
+)
 def test_a_tensor_that_is_replaced_after_the_capture_is_noticed(stand_in, replace):
     learners = pair()
     assert unequal(*learners, rounds=1) == set()
@@ -360,13 +399,20 @@ def test_python_runs_in_warm_up_and_capture_only_and_outputs_stay_where_they_are
     first = graphs.run("add", add, given)
     assert first.tolist() == [2, 2] and len(calls) == CUDAGraphs.WARM_UP + 1 >= 4
     second = graphs.run("add", add, torch.full((2,), 5.0))
-    assert second is first and first.tolist() == [12, 12] and total.tolist() == [6, 6] and len(calls) == CUDAGraphs.WARM_UP + 1
+    assert (
+        second is first
+        and first.tolist() == [12, 12]
+        and total.tolist() == [6, 6]
+        and len(calls) == CUDAGraphs.WARM_UP + 1
+    )
     assert given.tolist() == [1, 1], "inputs are copied: what was given first is not overwritten later"
     graphs.run("add", add, torch.ones(1))
     assert len(calls) == 2 * (CUDAGraphs.WARM_UP + 1), "of another shape"
 
 
-@pytest.mark.parametrize("waits", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x + torch.rand(2)])
+@pytest.mark.parametrize(
+    "waits", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x + torch.rand(2)]
+)
 def test_what_no_capture_allows_is_refused(stand_in, waits):
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         CUDAGraphs(list, enabled=True).run("name", waits, torch.ones(2))
@@ -380,7 +426,9 @@ def test_a_set_of_graphs_has_one_stream_for_warm_up_and_capture_and_the_next_set
         learner.update(random_batch())
         learner.act(obs, 0.0)
         (stream,) = set(stand_in.used)
-        assert [captured_on for _, captured_on in stand_in.captures] == [stream] * 2 and stand_in.current is not stream
+        assert [captured_on for _, captured_on in stand_in.captures] == [
+            stream
+        ] * 2 and stand_in.current is not stream
         streams.append(stream)
         learner.inject()
         stand_in.used.clear()
@@ -418,7 +466,9 @@ def test_pytorch_has_nothing_to_say_against_the_warm_up(stand_in, monkeypatch):
     """Of an optimizer that is capturable, and runs uncaptured, it warns where the optimizer was copied or unpickled."""
     warned = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: SimpleNamespace(is_capturing=lambda: False))
+    monkeypatch.setattr(
+        torch.accelerator, "current_stream", lambda: SimpleNamespace(is_capturing=lambda: False)
+    )
     monkeypatch.setattr(warnings, "warn", lambda message, *_, **__: warned.append(message))
     _, learner = pair()
     learner.update(random_batch())

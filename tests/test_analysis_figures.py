@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 from simulated_runs import INJECTION, RETURN, TOTAL, games, make_arms, make_games, make_norm_arms, make_run
 
+from analysis.arms import group
 from analysis.canvas import COLOURS, Figure, drawing, plot_broken
 from analysis.figures import curve, draw, draw_differences, draw_plasticity, draw_returns, looks_of
-from analysis.runs import group
 from analysis.verdict import comparisons
 
-PLASTICITY = {"plasticity/dormant_fraction": 0.2, "plasticity/srank/encoder": 90.0, "plasticity/weight_norm_ratio/head": 1.5}
+PLASTICITY = {
+    "plasticity/dormant_fraction": 0.2,
+    "plasticity/srank/encoder": 90.0,
+    "plasticity/weight_norm_ratio/head": 1.5,
+}
 
 
 def arms_of(*runs):
@@ -22,7 +26,9 @@ def arms_of(*runs):
 def saved(monkeypatch):
     """Figures by the names they would be saved under."""
     figures = {}
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.update({Path(path).name: figure}))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, **_: figures.update({Path(path).name: figure})
+    )
     return figures
 
 
@@ -36,8 +42,12 @@ def panel(arms, aggregate="mean"):
 def test_curves_are_means_of_bins_whose_upper_edge_belongs_to_them():
     edges = np.linspace(0, 40, 5)
     points = np.array([[1, 10, 11, 31, 32], [1, 3, 10, 20, np.nan]], float)
-    np.testing.assert_array_equal(curve(points, edges), [2, 10, 15, 20])  # the third is between its neighbours
-    np.testing.assert_array_equal(curve(points[:, 2:3], edges), [np.nan, 10, np.nan, np.nan])  # never beyond them
+    np.testing.assert_array_equal(
+        curve(points, edges), [2, 10, 15, 20]
+    )  # the third is between its neighbours
+    np.testing.assert_array_equal(
+        curve(points[:, 2:3], edges), [np.nan, 10, np.nan, np.nan]
+    )  # never beyond them
     np.testing.assert_array_equal(curve(np.array([[0.0], [5.0]]), edges), [5, np.nan, np.nan, np.nan])
     assert np.isnan(curve(points[:, 4:], edges)).all()
 
@@ -50,7 +60,9 @@ def test_a_curve_has_a_gap_where_steps_are_undefined_from_the_value_before_to_th
     np.testing.assert_array_equal(curve(points, edges, np.array([45.0])), gap)
     np.testing.assert_array_equal(curve(points, edges, np.array([35.0, 55.0])), gap)
     mixed = [1, np.nan, np.nan, np.nan, np.nan, np.nan, 4, np.nan]
-    np.testing.assert_array_equal(curve(points, edges, np.array([28.0])), mixed, "a bin that holds such a step has no value")
+    np.testing.assert_array_equal(
+        curve(points, edges, np.array([28.0])), mixed, "a bin that holds such a step has no value"
+    )
     np.testing.assert_array_equal(curve(points, edges, np.array([75.0])), curve(points, edges))
 
 
@@ -65,7 +77,11 @@ def test_a_measure_that_breaks_down_is_visibly_broken(by):
     healthy = [(s, 80.0) for s in MEASURED]
     other = [(s, 1.0) for s in MEASURED]
     runs = [
-        make_run(f"r{seed}", {RETURN: games(seed, 0), MEASURE: own if seed == 1 else healthy, OTHER: other}, seed=seed)
+        make_run(
+            f"r{seed}",
+            {RETURN: games(seed, 0), MEASURE: own if seed == 1 else healthy, OTHER: other},
+            seed=seed,
+        )
         for seed in (1, 2, 3)
     ]
     ax, arms = Figure().subplots(), arms_of(*runs)
@@ -82,7 +98,11 @@ def test_a_measure_that_breaks_down_is_visibly_broken(by):
 
 
 def test_a_measure_that_begins_late_is_not_undefined_before_and_returns_never_are():
-    points = {RETURN: games(1, 0), MEASURE: [(s, 1.0) for s in MEASURED if s > 1_000], OTHER: [(s, 1.0) for s in MEASURED]}
+    points = {
+        RETURN: games(1, 0),
+        MEASURE: [(s, 1.0) for s in MEASURED if s > 1_000],
+        OTHER: [(s, 1.0) for s in MEASURED],
+    }
     run = make_run("r", points, seed=1)
     assert run.undefined(MEASURE).tolist() == [] and run.undefined(RETURN).tolist() == []
 
@@ -97,14 +117,21 @@ def test_an_arm_has_a_thin_line_per_run_and_a_thick_one_that_ends_where_one_of_i
     brief = make_run("brief", {RETURN: games(4, 1, upto=2_000)}, last=2_000, seed=4)
     ax = panel(arms_of(*make_arms((1, 2, 3, 4))[:-2], brief))
     drawn = {line.get_label(): np.array(line.get_data()) for line in ax.lines if line.get_label()[0] != "_"}
-    ends = {name: points[0, np.isfinite(points[1])].max() for name, points in drawn.items() if np.isfinite(points[1]).any()}
+    ends = {
+        name: points[0, np.isfinite(points[1])].max()
+        for name, points in drawn.items()
+        if np.isfinite(points[1]).any()
+    }
     assert ends["no injection (n = 3)"] > 2_900 and 1_900 < ends["injection at 1k (n = 4)"] <= 2_000
     assert sum(line.get_linewidth() == 0.6 for line in ax.lines) == 7 and ax.get_xlim() == (0, TOTAL)
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "iqm"])
 def test_the_thick_line_is_the_mean_or_interquartile_mean_inside_its_shaded_interval(aggregate):
-    runs = [make_run(f"b{seed}", {RETURN: [(s, 10.0**seed) for s in range(1, 3_001)]}, seed=seed) for seed in (1, 2, 3, 4)]
+    runs = [
+        make_run(f"b{seed}", {RETURN: [(s, 10.0**seed) for s in range(1, 3_001)]}, seed=seed)
+        for seed in (1, 2, 3, 4)
+    ]
     ax = panel(arms_of(*runs), aggregate)
     (line,) = (line for line in ax.lines if line.get_linewidth() == 2)
     np.testing.assert_allclose(line.get_ydata(), {"mean": 11_110 / 4, "iqm": 550}[aggregate])
@@ -116,9 +143,14 @@ def test_the_thick_line_is_the_mean_or_interquartile_mean_inside_its_shaded_inte
 def test_figures_mark_every_injection_that_was_logged_where_the_norm_decides_and_those_planned_otherwise():
     def marks(*runs):
         ax = panel(arms_of(*runs))
-        return [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2], ax.get_legend_handles_labels()[1][-1]
+        return [
+            line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2
+        ], ax.get_legend_handles_labels()[1][-1]
 
-    assert marks(*make_norm_arms({1: [1_200, 2_600], 2: [1_700], 3: []})) == ([1_200, 1_700, 2_600], "injection")
+    assert marks(*make_norm_arms({1: [1_200, 2_600], 2: [1_700], 3: []})) == (
+        [1_200, 1_700, 2_600],
+        "injection",
+    )
     assert marks(*make_arms()) == ([INJECTION], "injection")
     reset = make_run("reset", {RETURN: games(7, 1)}, seed=7, intervention="reset-head")
     assert marks(reset) == ([INJECTION], "intervention")
@@ -142,19 +174,34 @@ def test_every_game_has_a_panel_with_a_legend_and_the_window_of_its_verdict(save
     assert [ax.get_title(loc="left") for ax in axes] == ["PhoenixNoFrameskip-v4", "PongNoFrameskip-v4"]
     for ax in axes:
         labels = [text.get_text() for text in ax.get_legend().get_texts()]
-        assert labels == ["no injection (n = 3)", "injection at 1k (n = 3)", "injection", "window of the verdict"]
+        assert labels == [
+            "no injection (n = 3)",
+            "injection at 1k (n = 3)",
+            "injection",
+            "window of the verdict",
+        ]
         (window,) = ax.patches
         assert (window.get_x(), window.get_x() + window.get_width()) == (INJECTION, INJECTION + 500)
         assert ax.get_ylabel() == "return of a training game"
-    colours = [{line.get_label(): line.get_color() for line in ax.lines if "(n = 3)" in line.get_label()} for ax in axes]
-    assert colours[0] == colours[1] == dict(zip(("no injection (n = 3)", "injection at 1k (n = 3)"), COLOURS, strict=False))
+    colours = [
+        {line.get_label(): line.get_color() for line in ax.lines if "(n = 3)" in line.get_label()}
+        for ax in axes
+    ]
+    assert (
+        colours[0]
+        == colours[1]
+        == dict(zip(("no injection (n = 3)", "injection at 1k (n = 3)"), COLOURS, strict=False))
+    )
 
 
 @pytest.mark.parametrize(("aggregate", "level"), [("mean", 11_110 / 4), ("iqm", 550)])
 def test_both_figures_show_what_was_asked_for(saved, aggregate, level):
     tag = "plasticity/dormant_fraction"
     arms = arms_of(
-        *(make_run(f"{s}", {t: [(1, 10.0**s), (TOTAL, 10.0**s)] for t in (RETURN, tag)}, seed=s) for s in (1, 2, 3, 4))
+        *(
+            make_run(f"{s}", {t: [(1, 10.0**s), (TOTAL, 10.0**s)] for t in (RETURN, tag)}, seed=s)
+            for s in (1, 2, 3, 4)
+        )
     )
     draw_returns(arms, [], Path("x.png"), RETURN, aggregate)
     draw_plasticity(arms, Path("y.png"), aggregate)
@@ -181,7 +228,9 @@ def test_no_window_is_shaded_where_one_side_has_no_run(saved):
 
 def test_differences_are_drawn_with_their_intervals_against_the_number_that_varies(saved):
     rates = (1e-3, 1e-4, 5e-4)
-    runs = [run for rate in rates for run in make_arms(effect=1e5 * rate, prefix=f"{rate}-", learning_rate=rate)]
+    runs = [
+        run for rate in rates for run in make_arms(effect=1e5 * rate, prefix=f"{rate}-", learning_rate=rate)
+    ]
     pairs = comparisons(arms_of(*runs), RETURN, None)
     draw_differences(pairs, "learning_rate", Path("x.png"))
     (ax,) = saved["x.png"].axes
@@ -231,11 +280,18 @@ def test_plasticity_is_drawn_per_game_and_measure_that_any_run_has(saved):
     assert not draw_plasticity(arms_of(*runs), Path("x.png"), "mean") and not saved
     for run in runs[1:]:
         run.scalars.update(
-            {tag: np.array([[100.0, 200.0, 300.0], [value, value, np.nan]]) for tag, value in PLASTICITY.items()}
+            {
+                tag: np.array([[100.0, 200.0, 300.0], [value, value, np.nan]])
+                for tag, value in PLASTICITY.items()
+            }
         )
     assert draw_plasticity(arms_of(*runs), Path("x.png"), "iqm")
     titles = [ax.get_title(loc="left") for ax in saved["x.png"].axes]
-    measures = ["dormant fraction", "srank of the encoder's features", "learning head's weight norm ÷ initial"]
+    measures = [
+        "dormant fraction",
+        "srank of the encoder's features",
+        "learning head's weight norm ÷ initial",
+    ]
     assert titles == 2 * measures
 
 
@@ -246,9 +302,15 @@ def drawn_as(line):
 
 @pytest.mark.parametrize("count", [2, 8, 12])
 def test_every_arm_is_told_from_all_others_without_colours_also_in_the_legends(saved, count):
-    runs = [run for rate in range(1, count // 2 + 1) for run in make_arms((1,), prefix=f"{rate}-", learning_rate=rate / 1e4)]
+    runs = [
+        run
+        for rate in range(1, count // 2 + 1)
+        for run in make_arms((1,), prefix=f"{rate}-", learning_rate=rate / 1e4)
+    ]
     for run in runs:
-        run.scalars.update({tag: np.array([[100.0, 200.0], [value, value]]) for tag, value in PLASTICITY.items()})
+        run.scalars.update(
+            {tag: np.array([[100.0, 200.0], [value, value]]) for tag, value in PLASTICITY.items()}
+        )
     arms = arms_of(*runs)
     draw_returns(arms, [], Path("returns.png"), RETURN, "mean")
     draw_plasticity(arms, Path("plasticity.png"), "mean")
@@ -259,13 +321,20 @@ def test_every_arm_is_told_from_all_others_without_colours_also_in_the_legends(s
     ):
         means = {str(line.get_label()): drawn_as(line) for line in panel.lines if line.get_linewidth() == 2}
         assert len(means) == len(set(means.values())) == count
-        shown = {text.get_text(): drawn_as(line) for text, line in zip(legend.get_texts(), legend.get_lines(), strict=False)}
+        shown = {
+            text.get_text(): drawn_as(line)
+            for text, line in zip(legend.get_texts(), legend.get_lines(), strict=False)
+        }
         assert means.items() <= shown.items()
-        assert all(line.get_linewidth() == 0.6 for line in panel.lines if line.get_alpha() == 0.45), "one run's stay thin"
+        assert all(line.get_linewidth() == 0.6 for line in panel.lines if line.get_alpha() == 0.45), (
+            "one run's stay thin"
+        )
 
 
 def test_a_figure_grows_with_its_legend(saved):
-    runs = [run for rate in range(1, 7) for run in make_arms((1,), prefix=f"{rate}-", learning_rate=rate / 1e4)]
+    runs = [
+        run for rate in range(1, 7) for run in make_arms((1,), prefix=f"{rate}-", learning_rate=rate / 1e4)
+    ]
     for name, shown in (("few", runs[:2]), ("many", runs)):
         draw_returns(arms_of(*shown), [], Path(name), RETURN, "mean")
     heights = []
@@ -282,7 +351,11 @@ def test_arms_that_are_compared_side_by_side_differ_in_their_markers(saved):
         for what in ("none", "injection", "reset-head", "shrink-perturb"):
             for seed in (1, 2):
                 points = {RETURN: games(seed, len(what))}
-                runs.append(make_run(f"{rate}-{what}-{seed}", points, seed=seed, learning_rate=rate, intervention=what))
+                runs.append(
+                    make_run(
+                        f"{rate}-{what}-{seed}", points, seed=seed, learning_rate=rate, intervention=what
+                    )
+                )
     draw_differences(comparisons(arms_of(*runs), RETURN, None), "learning_rate", Path("x.png"))
     (ax,) = saved["x.png"].axes
     points = [container[0] for container in ax.containers]

@@ -3,10 +3,21 @@
 import gymnasium as gym
 import numpy as np
 import pytest
-from simulated_runs import ALIEN, INJECTION, PHOENIX, RETURN, TETRIS, TOTAL, games, make_arms, make_games, make_run
+from simulated_runs import (
+    ALIEN,
+    INJECTION,
+    PHOENIX,
+    RETURN,
+    TETRIS,
+    TOTAL,
+    games,
+    make_arms,
+    make_games,
+    make_run,
+)
 
+from analysis.arms import group
 from analysis.games import HUMAN_SCORES, aggregate_scores, aggregates, human_normalised, normalised_mean
-from analysis.runs import group
 from analysis.verdict import comparisons
 
 
@@ -19,7 +30,9 @@ def test_the_human_scores_are_of_the_57_games_and_every_one_is_registered():
     assert len(HUMAN_SCORES) == 57 and set(HUMAN_SCORES) <= registered
     assert all(random < human for random, human in HUMAN_SCORES.values())
     assert sum(map(sum, HUMAN_SCORES.values())) == pytest.approx(657_359.1)  # of the source's table
-    weighted = sum(i * (random + human) for i, (_, (random, human)) in enumerate(sorted(HUMAN_SCORES.items())))
+    weighted = sum(
+        i * (random + human) for i, (_, (random, human)) in enumerate(sorted(HUMAN_SCORES.items()))
+    )
     assert round(weighted, 1) == 18480979.4, "rows were not swapped"
     assert HUMAN_SCORES["phoenix"] == (761.4, 7242.6) and HUMAN_SCORES["skiing"] == (-17098.1, -4336.9)
 
@@ -37,7 +50,9 @@ def test_the_mean_of_a_side_is_normalised_where_it_has_one():
     for side in (0, 1):
         score = (np.mean(list(phoenix.means[side].values())) - 761.4) / (7242.6 - 761.4)
         assert normalised_mean(phoenix, side) == pytest.approx(score)
-    (early,) = compared(*(make_run(str(i), {RETURN: [(1, 1.0)]}, last=1, apply_injection=i) for i in (False, True)))
+    (early,) = compared(
+        *(make_run(str(i), {RETURN: [(1, 1.0)]}, last=1, apply_injection=i) for i in (False, True))
+    )
     (tetris,) = compared(*make_games(TETRIS))
     assert normalised_mean(early, 0) is None and normalised_mean(tetris, 1) is None
 
@@ -71,7 +86,9 @@ def test_aggregates_are_those_of_a_plain_loop_over_resamples_and_games():
 
 def test_aggregates_of_runs_that_do_not_spread_within_their_games_have_no_width():
     levels = [0.0, 1.0, 2.0, 3.0, 100.0]
-    one_each = aggregate_scores([np.array([x]) for x in levels], [np.array([x + 0.5]) for x in levels], [False] * 5)
+    one_each = aggregate_scores(
+        [np.array([x]) for x in levels], [np.array([x + 0.5]) for x in levels], [False] * 5
+    )
     np.testing.assert_allclose(one_each, np.repeat([[2.0], [2.5], [0.5]], 3, axis=1))  # 0 and 100 are cut off
     equal = aggregate_scores([np.full(4, 0.2)] * 3, [np.full(3, 0.2)] * 3, [False] * 3)
     np.testing.assert_allclose(equal, np.repeat([[0.2], [0.2], [0.0]], 3, axis=1), atol=1e-15)
@@ -95,7 +112,10 @@ def test_seeds_drawn_together_take_their_level_out_of_the_difference():
 def test_comparisons_of_several_games_are_aggregated_with_the_runs_of_a_seed_drawn_together():
     pairs = compared(*make_games(PHOENIX, seeds=(1, 2, 3, 4)), *make_games(ALIEN))
     (total,) = aggregates(pairs)
-    sides = [[np.array([human_normalised(p.game, m) for m in p.means[side].values()]) for p in pairs] for side in (0, 1)]
+    sides = [
+        [np.array([human_normalised(p.game, m) for m in p.means[side].values()]) for p in pairs]
+        for side in (0, 1)
+    ]
     np.testing.assert_array_equal(total.scores, aggregate_scores(*sides, [True, True]))
     assert total.games == [PHOENIX, ALIEN] and total.runs == (7, 7) and not total.left_out
     assert total.names == ("no injection", "injection at 1k") and total.windows == 2 * [(INJECTION, TOTAL)]
@@ -122,7 +142,9 @@ def test_seeds_that_all_gain_the_same_tell_nothing_of_how_sure_that_is():
 
 
 def test_runs_without_a_shared_history_are_drawn_apart():
-    runs = [make_run(f"b{seed}", {RETURN: games(seed, 0)}, seed=seed, apply_injection=False) for seed in (1, 2, 3)]
+    runs = [
+        make_run(f"b{seed}", {RETURN: games(seed, 0)}, seed=seed, apply_injection=False) for seed in (1, 2, 3)
+    ]
     runs += [make_run(f"i{seed}", {RETURN: games(seed + 3, 1)}, seed=seed) for seed in (1, 2, 3)]
     (pair,) = compared(*runs)
     (total,) = aggregates([pair])
@@ -141,7 +163,9 @@ def test_games_without_a_human_score_or_a_run_on_one_side_are_left_out_of_the_ag
 
 def test_only_comparisons_that_differ_in_nothing_but_the_game_are_aggregated():
     sticky = make_games("ALE/Pong-v5")  # its actions may be repeated
-    totals = aggregates(compared(*make_games(PHOENIX, ALIEN), *make_games(PHOENIX, ALIEN, learning_rate=1e-3), *sticky))
+    totals = aggregates(
+        compared(*make_games(PHOENIX, ALIEN), *make_games(PHOENIX, ALIEN, learning_rate=1e-3), *sticky)
+    )
     found = sorted((total.games, "learning rate 0.001" in total.names[1]) for total in totals)
     assert found == sorted([(["ALE/Pong-v5"], False), ([PHOENIX, ALIEN], False), ([PHOENIX, ALIEN], True)])
 

@@ -35,7 +35,9 @@ def test_an_interquartile_mean_cuts_a_quarter_rounded_down_off_both_ends():
 @pytest.mark.parametrize("aggregate", ["mean", "iqm"])
 def test_there_is_no_interval_below_three_seeds_or_without_points(aggregate):
     values = np.random.default_rng(0).normal(size=(3, 4))
-    assert np.isnan(interval(values[:2], aggregate)[1:]).all() and np.isfinite(interval(values, aggregate)).all()
+    assert (
+        np.isnan(interval(values[:2], aggregate)[1:]).all() and np.isfinite(interval(values, aggregate)).all()
+    )
     np.testing.assert_allclose(interval(values[:2], aggregate)[0], values[:2].mean(axis=0))
     equal = interval(np.column_stack((np.full(3, 0.1), np.zeros(3), values[:, 0])), aggregate)
     assert np.isnan(equal[1:, :2]).all() and np.isfinite(equal[1:, 2]).all(), "where all agree there is none"

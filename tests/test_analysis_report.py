@@ -18,10 +18,10 @@ from simulated_runs import (
     make_run,
 )
 
+from analysis.arms import group
 from analysis.games import aggregates, normalised_mean
 from analysis.intervals import interval
 from analysis.report import aggregate_in_words, as_json, in_words, table
-from analysis.runs import group
 from analysis.verdict import comparisons, show
 
 
@@ -48,7 +48,9 @@ def numbers_of(runs):
 def test_a_comparison_in_words_says_what_is_compared_the_verdict_the_window_and_the_method():
     what, verdict, window, method = words(*make_arms())
     assert what == f"{PHOENIX}: injection at 1k against no injection"
-    assert verdict.startswith("injection raised the return by ") and verdict.endswith(": evidence of lost plasticity")
+    assert verdict.startswith("injection raised the return by ") and verdict.endswith(
+        ": evidence of lost plasticity"
+    )
     points = f"60 points of {RETURN} without and 60 with injection"
     assert window == f"window 1,000 < step ≤ 3,000, {points}"
     within = "95% t interval of the differences within 3 seeds (1, 2, 3), whose runs share their history up to the injection"
@@ -73,20 +75,27 @@ def test_words_warn_where_games_without_a_return_could_carry_the_verdict(effect,
     for run in runs:
         run.scalars["charts/games_cut"] = np.array([[2_000.0], [cut[run.args.apply_injection]]])
     lines = [line for line in words(*runs) if line.startswith("caution")]
-    counts = (
-        f"{3 * cut[0]} of {3 * cut[0] + 60} games without and {3 * cut[1]} of {3 * cut[1] + 60} games with injection were cut"
-    )
+    counts = f"{3 * cut[0]} of {3 * cut[0] + 60} games without and {3 * cut[1]} of {3 * cut[1] + 60} games with injection were cut"
     assert len(lines) == said
     if said:
         assert counts in lines[0]
-        assert lines[0].endswith("carry this: give runs an --eval-frequency, and compare --metric eval/episodic_return")
+        assert lines[0].endswith(
+            "carry this: give runs an --eval-frequency, and compare --metric eval/episodic_return"
+        )
         for run in runs:
             run.scalars["eval/episodic_return"] = np.array([[2_000.0], [1.0]])
-        assert words(*runs)[-1].endswith("carry this: compare --metric eval/episodic_return"), "which they have logged"
+        assert words(*runs)[-1].endswith("carry this: compare --metric eval/episodic_return"), (
+            "which they have logged"
+        )
     _, (pair,) = compared(*runs)
-    assert not [line for line in in_words(pair, "eval/episodic_return") if line.startswith("caution")], "it has whole games"
+    assert not [line for line in in_words(pair, "eval/episodic_return") if line.startswith("caution")], (
+        "it has whole games"
+    )
     sides = numbers(*runs)["comparisons"][0]
-    assert (sides["without"]["games_unreported"], sides["with"]["games_unreported"]) == (3 * cut[0], 3 * cut[1])
+    assert (sides["without"]["games_unreported"], sides["with"]["games_unreported"]) == (
+        3 * cut[0],
+        3 * cut[1],
+    )
 
 
 def test_words_warn_where_returns_are_about_0_and_where_half_of_an_arms_games_are_missing():
@@ -114,7 +123,9 @@ def test_words_warn_where_one_run_lacks_its_long_games():
         "3 of 63 games without and 3 of 63 games with injection were cut or still going, up to 5% and 45% of a run's games"
         in line
     )
-    assert numbers(*runs)["comparisons"][0]["with"]["share_unreported"] == pytest.approx({"1": 0.45, "2": 0.05, "3": 0.05})
+    assert numbers(*runs)["comparisons"][0]["with"]["share_unreported"] == pytest.approx(
+        {"1": 0.45, "2": 0.05, "3": 0.05}
+    )
 
 
 def test_without_a_verdict_words_warn_where_the_difference_could_be_owed_to_missing_games():
@@ -132,7 +143,9 @@ def test_words_say_how_many_runs_share_a_history_where_they_are_too_few_to_pair(
     seeds = "95% Welch interval, 3 seeds (1, 2, 9) without and 3 seeds (1, 2, 8) with injection"
     assert words(*make_arms((1, 2)), *alone)[3] == f"{seeds}, of which 2 share a history, too few to pair"
     strangers = [make_run(f"s{seed}", {RETURN: games(seed + 9, 1)}, seed=seed) for seed in (1, 2, 3)]
-    assert words(*make_arms()[::2], *strangers)[3].endswith("with injection, which do not share their history")
+    assert words(*make_arms()[::2], *strangers)[3].endswith(
+        "with injection, which do not share their history"
+    )
 
 
 def test_words_name_the_run_that_ends_the_window_and_those_that_are_left_out():
@@ -143,15 +156,21 @@ def test_words_name_the_run_that_ends_the_window_and_those_that_are_left_out():
     lone = make_run("lone", {RETURN: games(5, 1)}, seed=5)
     strangers = [make_run(f"s{seed}", {RETURN: games(seed + 9, 1)}, seed=seed) for seed in (1, 2, 3)]
     window = words(*make_arms()[::2], *strangers, almost, lone)[2]
-    assert "where runs/almost is (a longer --window leaves it out), 57 points" in window, "five steps are nothing to speak of"
+    assert "where runs/almost is (a longer --window leaves it out), 57 points" in window, (
+        "five steps are nothing to speak of"
+    )
     left_out = words(*make_arms(), going, window=1_500)[4:]
-    assert left_out == ["not in this comparison: runs/going is at step 2,050 and has not got to the window's end at 2,500"]
+    assert left_out == [
+        "not in this comparison: runs/going is at step 2,050 and has not got to the window's end at 2,500"
+    ]
 
 
 def test_words_warn_where_the_norm_injected_one_run_so_late_that_little_is_left():
     said = "caution: of the 1,700 steps since the median run's first injection, the window has the last 100"
     assert said in words(*make_norm_arms({1: [1_200], 2: [2_900], 3: [1_300]}))
-    assert not [line for line in words(*make_norm_arms({1: [1_200], 2: [2_100], 3: [1_300]})) if "caution" in line]
+    assert not [
+        line for line in words(*make_norm_arms({1: [1_200], 2: [2_100], 3: [1_300]})) if "caution" in line
+    ]
 
 
 def test_words_say_how_many_verdicts_there_are_and_what_remains_of_each():
@@ -173,7 +192,10 @@ def test_words_say_how_many_verdicts_there_are_and_what_remains_of_each():
 def test_words_say_when_the_norm_injected_and_which_intervention_it_was():
     lines = words(*make_norm_arms({1: [1_200, 2_600], 2: [1_700], 3: [1_500, 2_900]}))
     assert lines[2].endswith("; first injection at 1,200 with seed 1, 1,700 with seed 2, 1,500 with seed 3")
-    reset = [make_run(f"r{seed}", {RETURN: games(seed, 2)}, seed=seed, intervention="reset-head") for seed in (1, 2, 3)]
+    reset = [
+        make_run(f"r{seed}", {RETURN: games(seed, 2)}, seed=seed, intervention="reset-head")
+        for seed in (1, 2, 3)
+    ]
     what, _, window, method = words(*make_arms()[::2], *reset)
     assert what.endswith("head reset at 1k against no intervention") and window.endswith("with intervention")
     assert method.endswith("up to the intervention")
@@ -189,14 +211,18 @@ def test_words_say_that_an_interval_is_over_continuations_of_one_agent():
     _, sentence, _, method = words(*runs)
     assert sentence.endswith("over continuations of one agent, not over agents")
     assert (
-        method == "95% t interval of the differences within 3 seeds (1, 2, 3), continuations of one agent from the injection on"
+        method
+        == "95% t interval of the differences within 3 seeds (1, 2, 3), continuations of one agent from the injection on"
     )
     assert numbers(*runs)["comparisons"][0]["one_agent"] is True
     assert numbers(*make_arms())["comparisons"][0]["one_agent"] is False
 
 
 def test_without_a_verdict_words_give_no_method():
-    early = [make_run(str(i), {RETURN: games(1, 0, upto=900)}, last=INJECTION, apply_injection=i) for i in (False, True)]
+    early = [
+        make_run(str(i), {RETURN: games(1, 0, upto=900)}, last=INJECTION, apply_injection=i)
+        for i in (False, True)
+    ]
     _, verdict, window, method, *left_out = words(*early)
     assert verdict.startswith("too few seeds to say") and method == "no interval" and len(left_out) == 2
     assert "0 points" in window
@@ -210,7 +236,9 @@ def test_an_aggregate_in_words_gives_scores_difference_games_and_method():
     assert f"{show(*total.scores[0])} without and {show(*total.scores[1])} with" in scores
     assert show(*total.scores[2]) in difference
     windows = f"{PHOENIX} in 1,000 < step ≤ 3,000, {ALIEN} in 1,000 < step ≤ 3,000"
-    assert over.startswith(f"over 2 games ({windows}) and 7 runs without and 7 with; brackets are 95% stratified bootstrap")
+    assert over.startswith(
+        f"over 2 games ({windows}) and 7 runs without and 7 with; brackets are 95% stratified bootstrap"
+    )
     assert left_out == f"not in this aggregate: {TETRIS}, no human score is known"
 
 
@@ -242,7 +270,11 @@ def test_an_aggregate_of_runs_that_do_not_differ_has_no_interval_and_says_why():
 
 
 def rows_of(text):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
 
 
 def test_the_table_has_two_rows_a_comparison_with_means_difference_verdict_and_human_normalised_score():
@@ -257,13 +289,23 @@ def test_the_table_has_two_rows_a_comparison_with_means_difference_verdict_and_h
             judged = pair.judgement
             verdict = [show(judged.difference, judged.low, judged.high), "raised"] if side else ["", ""]
             name = ("no injection", "injection at 1k")[side]
-            assert rows[2 * i + side] == [pair.game, name, "1, 2, 3", "3", show(*interval(means)), *verdict, normalised]
+            assert rows[2 * i + side] == [
+                pair.game,
+                name,
+                "1, 2, 3",
+                "3",
+                show(*interval(means)),
+                *verdict,
+                normalised,
+            ]
         assert f"- {'; '.join(in_words(pair, RETURN))}." in text.splitlines()
     assert rows[0][-1] != "–" and rows[2][-1] == "–" and "## Over games" not in text
 
 
 def test_the_table_lists_arms_that_are_in_no_comparison_and_adds_what_is_said_over_games():
-    arms, pairs = compared(*make_games(PHOENIX, ALIEN), make_run("alone", {RETURN: games(1, 1)}, seed=7, batch_size=64))
+    arms, pairs = compared(
+        *make_games(PHOENIX, ALIEN), make_run("alone", {RETURN: games(1, 1)}, seed=7, batch_size=64)
+    )
     (total,) = aggregates(pairs)
     text = table(arms, pairs, [total], RETURN)
     name = "injection at 1k, batch size 64"
@@ -289,21 +331,36 @@ def test_a_side_without_runs_shows_as_dashes():
 def test_the_numbers_hold_every_arm_comparison_and_remark_and_null_where_there_is_none():
     remarks = {"left_out": {"runs/x": "why"}, "unfinished": {}}
     content = numbers(*make_arms(), *make_norm_arms({5: []}), remarks=remarks)
-    assert content["metric"] == RETURN and content["left_out"] == {"runs/x": "why"} and content["unfinished"] == {}
+    assert (
+        content["metric"] == RETURN
+        and content["left_out"] == {"runs/x": "why"}
+        and content["unfinished"] == {}
+    )
     arm = content["arms"][1]
-    assert arm["name"] == "injection where the norm has grown 3×" and arm["setting"]["injection_trigger"] == "norm"
+    assert (
+        arm["name"] == "injection where the norm has grown 3×"
+        and arm["setting"]["injection_trigger"] == "norm"
+    )
     assert arm["runs"] == [{"run": "runs/n5", "seed": 5, "step": TOTAL, "of": TOTAL}]
     norm, found = content["comparisons"]
-    assert norm["difference"] is None and norm["interval"] == [None, None] and norm["verdict"] == "too few seeds"
+    assert (
+        norm["difference"] is None and norm["interval"] == [None, None] and norm["verdict"] == "too few seeds"
+    )
     assert norm["with"]["means"] == {} and norm["with"]["human_normalised"] is None
     _, pairs = compared(*make_arms(), *make_norm_arms({5: []}))
     judged = pairs[1].judgement
     assert (found["difference"], *found["interval"]) == (judged.difference, judged.low, judged.high)
     assert found["sentence"] == judged.sentence and found["paired"] and found["game"] == PHOENIX
     assert found["with"]["means"] == {str(seed): mean for seed, mean in pairs[1].means[1].items()}
-    assert (found["without"]["arm"], found["without"]["points"], found["with"]["points"]) == ("no injection", 60, 60)
+    assert (found["without"]["arm"], found["without"]["points"], found["with"]["points"]) == (
+        "no injection",
+        60,
+        60,
+    )
     assert found["first_injections"] == {"1": INJECTION, "2": INJECTION, "3": INJECTION}
-    assert found["window"] == {"after": INJECTION, "upto": TOTAL, "ended_by": None} and found["left_out"].keys() == {"runs/b5"}
+    assert found["window"] == {"after": INJECTION, "upto": TOTAL, "ended_by": None} and found[
+        "left_out"
+    ].keys() == {"runs/b5"}
 
 
 def test_the_numbers_hold_every_aggregate():
@@ -316,5 +373,7 @@ def test_the_numbers_hold_every_aggregate():
     ):
         assert side == {"arm": name, "runs": 6, "iqm": row[0], "interval": row[1:].tolist()}
     assert (found["difference"], *found["interval"]) == tuple(total.scores[2])
-    assert found["games"] == [PHOENIX, ALIEN] and found["windows"] == 2 * [{"after": INJECTION, "upto": TOTAL}]
+    assert found["games"] == [PHOENIX, ALIEN] and found["windows"] == 2 * [
+        {"after": INJECTION, "upto": TOTAL}
+    ]
     assert found["left_out"] == {TETRIS: "no human score is known"}

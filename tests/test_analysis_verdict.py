@@ -5,11 +5,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
-from simulated_runs import INJECTION, NORM, PHOENIX, RETURN, TOTAL, games, known, make_arms, make_norm_arms, make_run
+from simulated_runs import (
+    INJECTION,
+    NORM,
+    PHOENIX,
+    RETURN,
+    TOTAL,
+    games,
+    known,
+    make_arms,
+    make_norm_arms,
+    make_run,
+)
 
+from analysis.arms import Arm, RecordedRun, group
 from analysis.curves import Identity
-from analysis.runs import Arm, Run, group
-from analysis.verdict import compare, comparisons, holm, judge, not_compared, share_history, show, varied
+from analysis.verdict import compare_arms, comparisons, holm, judge, not_compared, share_history, show, varied
 from dqn_injection_atari import Args
 
 EVALUATED = "eval/episodic_return"
@@ -45,7 +56,7 @@ def synthetic(rng, n, paired, effect):
         for seed in range(n):
             after = levels[seed] + changes[seed] + 50 * rng.normal(size=10)
             points = np.array([steps, np.concatenate((histories[seed], after))])
-            runs.append(Run(f"{seed}", ARGS[seed], {RETURN: points}))
+            runs.append(RecordedRun(f"{seed}", ARGS[seed], {RETURN: points}))
         arms.append(Arm("", {"injection": (INJECTION,) if injected else ()}, runs))
     return arms
 
@@ -59,14 +70,16 @@ ARGS = [Args(seed=seed, total_timesteps=2 * INJECTION) for seed in range(5)]
 @pytest.mark.parametrize("paired", [True, False], ids=["paired", "welch"])
 def test_intervals_cover_the_truth_and_verdicts_do_not_invent_effects(paired, n, effect):
     rng = np.random.default_rng(2)
-    found = [compare(*synthetic(rng, n, paired, effect), RETURN, None) for _ in range(500)]
+    found = [compare_arms(*synthetic(rng, n, paired, effect), RETURN, None) for _ in range(500)]
     assert {pair.paired for pair in found} == {paired}
     judged = [pair.judgement for pair in found]
     assert 460 <= sum(one.low <= effect <= one.high for one in judged) <= 490
     if effect == 0:
         assert sum(one.verdict in ("raised", "lowered") for one in judged) <= 35
     elif paired and n == 5:
-        assert sum(one.verdict == "raised" for one in judged) >= 450  # two standard deviations and a half are seen
+        assert (
+            sum(one.verdict == "raised" for one in judged) >= 450
+        )  # two standard deviations and a half are seen
 
 
 def test_unpaired_intervals_of_a_paired_experiment_would_be_much_wider():
@@ -75,7 +88,9 @@ def test_unpaired_intervals_of_a_paired_experiment_would_be_much_wider():
     injected = without + 100 + 20 * rng.normal(size=5)
     paired, welch = judge(without, injected, True), judge(without, injected, False)
     assert paired.verdict == "raised" and welch.verdict == "no evidence"
-    assert paired.difference == pytest.approx(welch.difference) and welch.high - welch.low > 5 * (paired.high - paired.low)
+    assert paired.difference == pytest.approx(welch.difference) and welch.high - welch.low > 5 * (
+        paired.high - paired.low
+    )
 
 
 def test_verdicts_say_what_the_interval_says():
@@ -85,7 +100,12 @@ def test_verdicts_say_what_the_interval_says():
     assert (raised.verdict, raised.difference) == ("raised", 101)
     down = judge(up, without, True)
     assert down.sentence == "injection lowered the return by 101 [96, 106]"
-    assert (down.verdict, down.difference, down.low, down.high) == ("lowered", -101, -raised.high, -raised.low)
+    assert (down.verdict, down.difference, down.low, down.high) == (
+        "lowered",
+        -101,
+        -raised.high,
+        -raised.low,
+    )
     same = judge(without, np.array([103.0, 109, 121]), True)
     assert same.sentence == "no evidence of lost plasticity: the return changed by 1.00 [−3.97, 5.97]"
     assert same.verdict == "no evidence"
@@ -97,7 +117,9 @@ def test_verdicts_on_other_interventions_say_which_and_claim_nothing_about_plast
     without, up, same = np.array([100.0, 110, 120]), np.array([203.0, 211, 219]), np.array([103.0, 109, 121])
     reset, shrink = "reset-head", "shrink-perturb"
     assert judge(without, up, True, reset).sentence == "resetting the head raised the return by 101 [96, 106]"
-    assert judge(up, without, True, shrink).sentence == "shrink and perturb lowered the return by 101 [96, 106]"
+    assert (
+        judge(up, without, True, shrink).sentence == "shrink and perturb lowered the return by 101 [96, 106]"
+    )
     unclear = "changed the return: it changed by 1.00 [−3.97, 5.97]"
     assert judge(without, same, True, reset).sentence == f"no evidence that resetting the head {unclear}"
     assert judge(without, same, True, shrink).sentence == f"no evidence that shrink and perturb {unclear}"
@@ -122,16 +144,21 @@ def test_without_any_spread_there_is_no_interval_rather_than_an_infinitely_sure_
     assert judged.verdict == "no interval" and f"changed by {show(change)} with every seed" in judged.sentence
 
 
-@pytest.mark.parametrize("how", [{"injected_head_width": 1024}, {"injected_head_width": 64}, {"freeze_heads": False}])
+@pytest.mark.parametrize(
+    "how", [{"injected_head_width": 1024}, {"injected_head_width": 64}, {"freeze_heads": False}]
+)
 def test_where_other_parameters_learn_than_before_a_verdict_claims_nothing_about_plasticity(how):
     raised, same = verdict(*make_arms(**how)).judgement, verdict(*make_arms(effect=0.0, **how)).judgement
     assert raised.verdict == "raised" and raised.sentence.startswith("injection raised the return by ")
-    assert same.verdict == "no evidence" and same.sentence.startswith("no evidence that injection changed the return: it ")
+    assert same.verdict == "no evidence" and same.sentence.startswith(
+        "no evidence that injection changed the return: it "
+    )
     assert "plasticity" not in raised.sentence + same.sentence
 
 
 @pytest.mark.parametrize(
-    "how", [{"injected_head_width": 512}, {"injection_optimizer_state": "copy"}, {"injection_step": (1_000, 2_000)}]
+    "how",
+    [{"injected_head_width": 512}, {"injection_optimizer_state": "copy"}, {"injection_step": (1_000, 2_000)}],
 )
 def test_where_as_many_parameters_learn_as_before_it_does(how):
     assert verdict(*make_arms(**how)).judgement.sentence.endswith(": evidence of lost plasticity")
@@ -169,7 +196,9 @@ def test_each_verdict_has_its_p_and_those_given_at_once_are_corrected_for_their_
     (other,) = [pair for pair in found if pair.shared == 2]
     assert np.isnan(other.judgement.p) and np.isnan(other.p_holm)
     alone = verdict(*make_arms(effect=2.0))
-    assert alone.verdicts == 1 and alone.p_holm == alone.judgement.p and alone.judgement == judged[0].judgement
+    assert (
+        alone.verdicts == 1 and alone.p_holm == alone.judgement.p and alone.judgement == judged[0].judgement
+    )
 
 
 def test_numbers_are_shown_to_three_digits():
@@ -184,10 +213,18 @@ def continuations(seeds=(1, 2, 3), fork=f"runs/agent/checkpoint-{INJECTION}"):
     """Runs with and without injection, all forked from one checkpoint."""
     history = games(7, 0)[: INJECTION // 100]
     later = {
-        (seed, injected): games(seed, injected, 50.0 * injected)[INJECTION // 100 :] for seed in seeds for injected in (0, 1)
+        (seed, injected): games(seed, injected, 50.0 * injected)[INJECTION // 100 :]
+        for seed in seeds
+        for injected in (0, 1)
     }
     return [
-        make_run(f"c{seed}-{injected}", {RETURN: history + points}, seed=seed, apply_injection=bool(injected), fork=fork)
+        make_run(
+            f"c{seed}-{injected}",
+            {RETURN: history + points},
+            seed=seed,
+            apply_injection=bool(injected),
+            fork=fork,
+        )
         for (seed, injected), points in later.items()
     ]
 
@@ -215,7 +252,11 @@ def test_beside_other_agents_each_agent_counts_once():
     agents = make_arms((2, 3, 4))
     continued = continuations((1, 5, 6))
     found = verdict(*agents, *continued)
-    assert not found.one_agent and [set(means) for means in found.means] == [{1, 2, 3, 4}] * 2 and found.shared == 4
+    assert (
+        not found.one_agent
+        and [set(means) for means in found.means] == [{1, 2, 3, 4}] * 2
+        and found.shared == 4
+    )
     assert found.left_out == {
         run.folder: f"{run.folder} continues the agent of seed 1, which counts once beside other agents"
         for run in continued[2:]
@@ -248,29 +289,43 @@ def test_what_only_one_of_two_interventions_looks_at_is_no_number_that_varies():
         runs += make_arms(prefix=f"{rate}-", learning_rate=rate)
         shrunk = [{RETURN: games(seed, 2)} for seed in (1, 2, 3)]
         how = {"intervention": "shrink-perturb", "learning_rate": rate}
-        runs += [make_run(f"{rate}-s{seed}", points, seed=seed, **how) for seed, points in enumerate(shrunk, 1)]
+        runs += [
+            make_run(f"{rate}-s{seed}", points, seed=seed, **how) for seed, points in enumerate(shrunk, 1)
+        ]
     found = compared(*runs)
     assert len(found) == 4 and varied(found) == "learning_rate"
 
 
 def test_only_arms_that_differ_in_nothing_but_the_injection_are_compared():
     baselines = make_arms()[::2]
-    faster = [make_run(f"b{seed}", {RETURN: games(seed, 1)}, seed=seed, learning_rate=1e-3) for seed in (1, 2, 3)]
+    faster = [
+        make_run(f"b{seed}", {RETURN: games(seed, 1)}, seed=seed, learning_rate=1e-3) for seed in (1, 2, 3)
+    ]
     assert compared(*baselines, *faster) == []
-    others = [make_run(f"c{seed}", {RETURN: games(seed, 2)}, seed=seed, freeze_heads=False) for seed in (1, 2, 3)]
+    others = [
+        make_run(f"c{seed}", {RETURN: games(seed, 2)}, seed=seed, freeze_heads=False) for seed in (1, 2, 3)
+    ]
     found = verdict(*baselines, *faster, *others)
-    assert set(found.means[1]) == {1, 2, 3} and found.arms[1].name == "injection at 1k, learning rate 0.0001, all heads trained"
+    assert (
+        set(found.means[1]) == {1, 2, 3}
+        and found.arms[1].name == "injection at 1k, learning rate 0.0001, all heads trained"
+    )
     assert found.arms[0].name == "no injection, learning rate 0.0001"
 
 
 def test_every_intervention_is_compared_with_the_arm_without_any():
     runs = make_arms()
     for seed in (1, 2, 3):
-        runs.append(make_run(f"r{seed}", {RETURN: games(seed, 2, -50.0)}, seed=seed, intervention="reset-head"))
+        runs.append(
+            make_run(f"r{seed}", {RETURN: games(seed, 2, -50.0)}, seed=seed, intervention="reset-head")
+        )
     found = {pair.arms[1].name: pair for pair in compared(*runs)}
     injected, reset = found["injection at 1k"], found["head reset at 1k"]
     assert injected.judgement.sentence.startswith("injection raised") and injected.intervention == "injection"
-    assert reset.judgement.sentence.startswith("resetting the head lowered") and reset.intervention == "reset-head"
+    assert (
+        reset.judgement.sentence.startswith("resetting the head lowered")
+        and reset.intervention == "reset-head"
+    )
     assert injected.arms[0] == reset.arms[0] and reset.arms[0].name == "no intervention"
 
 
@@ -278,7 +333,11 @@ def test_the_metric_may_be_the_return_of_evaluations():
     runs = []
     for seed in (1, 2, 3):
         for injected in (False, True):
-            evaluations = [(500, 1e6), (1_500, seed + injected * (5.0 + seed)), (2_500, seed + injected * 5.0)]
+            evaluations = [
+                (500, 1e6),
+                (1_500, seed + injected * (5.0 + seed)),
+                (2_500, seed + injected * 5.0),
+            ]
             points = {RETURN: games(seed, injected), "eval/episodic_return": evaluations}
             runs.append(make_run(f"{seed}{injected}", points, seed=seed, apply_injection=injected))
     found = verdict(*runs, metric="eval/episodic_return")
@@ -289,7 +348,10 @@ def evaluated(name, injected, **args):
     """Runs of seeds 1 to 3, each evaluated at two steps after the injection."""
     runs = []
     for seed in (1, 2, 3):
-        points = {RETURN: games(seed, injected), EVALUATED: [(1_500, seed + injected * (5.0 + seed)), (2_500, seed)]}
+        points = {
+            RETURN: games(seed, injected),
+            EVALUATED: [(1_500, seed + injected * (5.0 + seed)), (2_500, seed)],
+        }
         runs.append(make_run(f"{name}{seed}", points, seed=seed, apply_injection=injected, **args))
     return runs
 
@@ -308,9 +370,13 @@ def test_arms_that_were_evaluated_differently_get_no_verdict_on_evaluations_and_
     arms, _ = group(runs, EVALUATED)
     assert comparisons(arms, EVALUATED, None) == [] == comparisons(group(runs)[0], EVALUATED, None)
     (reason,) = not_compared(arms, [], EVALUATED).values()
-    assert reason.startswith(f"{PHOENIX}: injection at 1k, ") and reason.endswith(f", evaluated differently: {words}")
+    assert reason.startswith(f"{PHOENIX}: injection at 1k, ") and reason.endswith(
+        f", evaluated differently: {words}"
+    )
     assert len({arm.name for arm in arms}) == 2 and all("eval " in arm.name for arm in arms)
-    assert len(compared(*runs)) == 1 and not not_compared(*[group(runs)[0], compared(*runs)], RETURN), "of training games"
+    assert len(compared(*runs)) == 1 and not not_compared(*[group(runs)[0], compared(*runs)], RETURN), (
+        "of training games"
+    )
 
 
 def test_seeds_of_an_arm_that_were_evaluated_differently_are_not_averaged():
@@ -331,7 +397,9 @@ def test_seeds_of_an_arm_that_were_evaluated_differently_are_not_averaged():
 def test_runs_that_share_their_history_are_paired():
     found = verdict(*make_arms(effect=5.0))
     assert found.paired and found.shared == 3 and found.judgement.verdict == "raised"
-    assert found.judgement.low < found.judgement.difference < found.judgement.high < 8  # though seeds spread by 10
+    assert (
+        found.judgement.low < found.judgement.difference < found.judgement.high < 8
+    )  # though seeds spread by 10
 
 
 def test_pairs_are_of_one_seed_in_whatever_order_runs_are_given():
@@ -351,21 +419,29 @@ def test_runs_whose_logs_differ_before_the_injection_are_not_paired(change):
             "missing": points[1:],
             "all": points[10:],
         }[change]
-        baseline = games(seed, 0)[10 if change == "all" else 0 :]  # nothing before the injection is no history
+        baseline = games(seed, 0)[
+            10 if change == "all" else 0 :
+        ]  # nothing before the injection is no history
         runs.append(make_run(f"b{seed}", {RETURN: baseline}, seed=seed, apply_injection=False))
         runs.append(make_run(f"i{seed}", {RETURN: altered}, seed=seed))
     found = verdict(*runs)
     assert not found.paired and found.shared == 0 and found.judgement.verdict == "no evidence"
 
 
-@pytest.mark.parametrize("place", ["", "sweeps/x/"])  # from which the runs were started; a fork's origin is named from there
-@pytest.mark.parametrize(("origin", "paired"), [("b{}", True), ("b9", False), (None, False), ("common", True), ("..", False)])
+@pytest.mark.parametrize(
+    "place", ["", "sweeps/x/"]
+)  # from which the runs were started; a fork's origin is named from there
+@pytest.mark.parametrize(
+    ("origin", "paired"), [("b{}", True), ("b9", False), (None, False), ("common", True), ("..", False)]
+)
 def test_where_no_game_ended_before_the_injection_lineage_decides(origin, paired, place):
     runs = []
     for seed in (1, 2, 3):
         source = {"common": f"runs/c{seed}/checkpoint-500", "..": "../checkpoint-500"}.get(origin)
         forked = source or (origin and f"runs/{origin.format(seed)}/checkpoint-{INJECTION}")
-        runs.append(make_run(f"b{seed}", {RETURN: games(seed, 0)[10:]}, seed=seed, apply_injection=False, fork=source))
+        runs.append(
+            make_run(f"b{seed}", {RETURN: games(seed, 0)[10:]}, seed=seed, apply_injection=False, fork=source)
+        )
         runs.append(make_run(f"i{seed}", {RETURN: games(seed, 1)[10:]}, seed=seed, fork=forked))
     runs = [replace(run, folder=place + run.folder) for run in runs]
     assert verdict(*runs).paired == paired
@@ -383,7 +459,13 @@ SHARED = [  # what two runs were before, their seeds, up to where they are one
     (FORKED, 3, known("d", ("c", 2_000, 3), ("a", 1_000, 1)), 3, 9_000),  # a fork of a fork
     (FORKED, 3, known("d", ("c", 2_000, 4), ("a", 1_000, 1)), 3, 1_000),
     (known("e", ("b", 3_000, 3), ("a", 1_000, 1)), 5, known("f", ("b", 4_000, 3), ("a", 1_000, 1)), 6, 3_000),
-    (WHOLE, 1, known("z"), 1, 0),  # of one seed, begun elsewhere maybe: without a game nothing shows that they are one
+    (
+        WHOLE,
+        1,
+        known("z"),
+        1,
+        0,
+    ),  # of one seed, begun elsewhere maybe: without a game nothing shows that they are one
     (WHOLE, 1, known("z", ("y", 1_000, 1)), 1, 0),
     (WHOLE, 1, known("z", ("y", 1_000, 2)), 1, 0),
     (known("b", ("a", 0, 1)), 2, known("c", ("a", 0, 1)), 3, 0),  # nothing but first weights
@@ -395,7 +477,9 @@ def test_where_no_game_has_ended_two_runs_are_one_as_far_as_their_origins_say(ca
     identity, seed, other, other_seed, upto = case
     ours = make_run("a", {RETURN: [(9_500, 1.0)]}, 10_000, identity, seed=seed, total_timesteps=10_000)
     theirs = make_run("b", {RETURN: [(9_500, 2.0)]}, 10_000, other, seed=other_seed, total_timesteps=10_000)
-    assert [step for step in range(500, 9_001, 500) if share_history(ours, theirs, step)] == list(range(500, upto + 1, 500))
+    assert [step for step in range(500, 9_001, 500) if share_history(ours, theirs, step)] == list(
+        range(500, upto + 1, 500)
+    )
     assert all(share_history(ours, theirs, s) == share_history(theirs, ours, s) for s in (500, 1_000, 3_000))
 
 
@@ -414,7 +498,9 @@ def test_of_whole_runs_of_one_seed_the_games_decide():
     ours = make_run("a", {RETURN: [(500, 1.0)]}, identity=known("a"))
     for points, one in (([(500, 1.0)], True), ([(500, 2.0)], False), ([(501, 1.0)], False)):
         assert share_history(ours, make_run("b", {RETURN: points}, identity=known("b")), INJECTION) == one
-    assert not share_history(ours, make_run("b", {RETURN: [(500, 1.0)]}, identity=known("b"), seed=2), INJECTION)
+    assert not share_history(
+        ours, make_run("b", {RETURN: [(500, 1.0)]}, identity=known("b"), seed=2), INJECTION
+    )
 
 
 @pytest.mark.parametrize(
@@ -461,9 +547,17 @@ def test_two_paired_seeds_are_not_preferred_to_more_that_are_not():
 @pytest.mark.parametrize("window", [None, 500])
 def test_the_window_begins_after_the_injection_and_ends_with_its_last_step(window):
     end = TOTAL if window is None else INJECTION + window
-    points = [(500, 7.0), (INJECTION, 1e6), (INJECTION + 1, 10.0), (end, 20.0), *([(end + 1, 1e6)] if window else [])]
+    points = [
+        (500, 7.0),
+        (INJECTION, 1e6),
+        (INJECTION + 1, 10.0),
+        (end, 20.0),
+        *([(end + 1, 1e6)] if window else []),
+    ]
     arms = [(seed, injected) for seed in (1, 2, 3) for injected in (False, True)]
-    found = verdict(*(make_run(f"{s}{i}", {RETURN: points}, seed=s, apply_injection=i) for s, i in arms), window=window)
+    found = verdict(
+        *(make_run(f"{s}{i}", {RETURN: points}, seed=s, apply_injection=i) for s, i in arms), window=window
+    )
     assert (found.after, found.upto, found.ended_by) == (INJECTION, end, None)
     assert found.means[0] == found.means[1] == {1: 15.0, 2: 15.0, 3: 15.0} and found.counts == (6, 6)
 
@@ -492,33 +586,53 @@ def test_a_run_that_stopped_just_after_the_injection_is_left_out_and_named():
     found = verdict(*make_arms(), stopped, whole)
     assert (found.upto, found.ended_by) == (TOTAL, None) and set(found.means[1]) == {1, 2, 3}
     where = "is at step 1,110, 110 steps beyond the injection at 1,000, where the median run of an arm has 2,000 or more"
-    assert found.left_out[stopped.folder] == f"{stopped.folder} {where}: let it go on, or give a --window of 110 or less"
+    assert (
+        found.left_out[stopped.folder]
+        == f"{stopped.folder} {where}: let it go on, or give a --window of 110 or less"
+    )
     found = verdict(*make_arms(), stopped, whole, window=110)
     assert set(found.means[1]) == {1, 2, 3, 4} and found.upto == 1_110, "the fix that is named"
 
 
 def test_a_run_that_was_planned_too_short_cannot_go_on():
     short = make_run(
-        "short", {RETURN: games(4, 1, upto=1_100)}, seed=4, total_timesteps=1_110, exploration_fraction=300 / 1_110
+        "short",
+        {RETURN: games(4, 1, upto=1_100)},
+        seed=4,
+        total_timesteps=1_110,
+        exploration_fraction=300 / 1_110,
     )
-    assert verdict(*make_arms(), short).left_out[short.folder].endswith("has 2,000 or more: give a --window of 110 or less")
+    assert (
+        verdict(*make_arms(), short)
+        .left_out[short.folder]
+        .endswith("has 2,000 or more: give a --window of 110 or less")
+    )
 
 
 @pytest.mark.parametrize(
     ("without", "injected", "upto", "left_out"),
     [
         ((3_000, 3_000, 3_000), (2_000, 2_000, 2_000), 2_000, []),
-        ((3_000, 3_000, 3_000), (1_100, 1_100, 1_100), 1_100, []),  # the arm is new: its window is what it has
+        (
+            (3_000, 3_000, 3_000),
+            (1_100, 1_100, 1_100),
+            1_100,
+            [],
+        ),  # the arm is new: its window is what it has
         ((3_000, 3_000, 3_000), (3_000, 3_000, 1_010), 3_000, ["i3"]),
         ((1_001, 3_000, 3_000), (3_000, 3_000, 3_000), 3_000, ["b1"]),
         ((3_000, 2_600, 2_200), (2_800, 2_000, 1_900), 1_900, []),
         ((3_000, 2_000, 1_900), (1_500, 1_450, 1_100), 1_450, ["i3"]),  # a sweep under way
     ],
 )
-def test_runs_that_are_under_way_count_unless_they_would_take_most_of_the_window(without, injected, upto, left_out):
+def test_runs_that_are_under_way_count_unless_they_would_take_most_of_the_window(
+    without, injected, upto, left_out
+):
     runs = []
     for seed, (b, i) in enumerate(zip(without, injected, strict=True), 1):
-        runs.append(make_run(f"b{seed}", {RETURN: games(seed, 0, upto=b)}, b, seed=seed, apply_injection=False))
+        runs.append(
+            make_run(f"b{seed}", {RETURN: games(seed, 0, upto=b)}, b, seed=seed, apply_injection=False)
+        )
         runs.append(make_run(f"i{seed}", {RETURN: games(seed, 1, 50.0, upto=i)}, i, seed=seed))
     found = verdict(*runs)
     late = [folder for folder, reason in found.left_out.items() if "the median run" in reason]
@@ -536,7 +650,9 @@ def test_a_run_that_has_not_reached_the_end_of_a_stated_window_is_left_out_and_n
     found = verdict(*make_arms(), going, window=1_500)
     reason = f"{going.folder} is at step 2,050 and has not got to the window's end at 2,500"
     assert found.left_out == {going.folder: reason} and found.upto == 2_500
-    assert "shares its history with no run" in verdict(*make_arms(), going, window=1_050).left_out[going.folder]
+    assert (
+        "shares its history with no run" in verdict(*make_arms(), going, window=1_050).left_out[going.folder]
+    )
 
 
 def test_a_run_before_its_injection_neither_counts_nor_shortens_the_window():
@@ -547,9 +663,16 @@ def test_a_run_before_its_injection_neither_counts_nor_shortens_the_window():
 
 
 def test_before_any_injection_there_are_too_few_seeds_and_every_run_is_named():
-    runs = [make_run(str(i), {RETURN: games(1, 0, upto=900)}, last=INJECTION, apply_injection=i) for i in (False, True)]
+    runs = [
+        make_run(str(i), {RETURN: games(1, 0, upto=900)}, last=INJECTION, apply_injection=i)
+        for i in (False, True)
+    ]
     found = verdict(*runs)
-    assert found.judgement.verdict == "too few seeds" and found.means == ({}, {}) and np.isnan(found.judgement.difference)
+    assert (
+        found.judgement.verdict == "too few seeds"
+        and found.means == ({}, {})
+        and np.isnan(found.judgement.difference)
+    )
     assert all("not got beyond the injection" in found.left_out[run.folder] for run in runs)
 
 
@@ -565,20 +688,31 @@ def test_games_in_the_window_that_have_no_return_are_counted(last):
 
 def test_of_a_game_that_began_before_the_window_only_the_steps_in_it_count():
     lengths = {"charts/episodic_length": [(1_100, 900.0)], "charts/games_cut": [(3_000, 1.0)]}
-    assert make_run("a", {RETURN: [(1_100, 1.0)], **lengths}).share_unreported(1_000, TOTAL) == pytest.approx(0.95)
+    assert make_run("a", {RETURN: [(1_100, 1.0)], **lengths}).share_unreported(1_000, TOTAL) == pytest.approx(
+        0.95
+    )
 
 
 def test_a_run_without_a_game_in_the_window_is_left_out_and_named():
     silent = make_run("silent", {RETURN: games(4, 1)[:10]}, seed=4)
     found = verdict(*make_arms(), silent)
-    assert found.left_out == {silent.folder: f"{silent.folder} has logged no {RETURN} in the window"} and found.upto == TOTAL
+    assert (
+        found.left_out == {silent.folder: f"{silent.folder} has logged no {RETURN} in the window"}
+        and found.upto == TOTAL
+    )
 
 
 def test_where_the_norm_decides_the_window_begins_at_the_latest_first_injection_of_all_runs():
     found = verdict(*make_norm_arms({1: [1_200, 2_600], 2: [1_700], 3: [1_500, 2_900]}))
-    assert (found.after, found.upto, found.ended_by) == (1_700, TOTAL, None) and found.judgement.verdict == "raised"
+    assert (found.after, found.upto, found.ended_by) == (
+        1_700,
+        TOTAL,
+        None,
+    ) and found.judgement.verdict == "raised"
     assert found.firsts == {1: 1_200, 2: 1_700, 3: 1_500}
-    early = make_run("early", {RETURN: games(4, 1, upto=1_600), "injection/step": [(1_100, 1_100)]}, 1_600, seed=4, **NORM)
+    early = make_run(
+        "early", {RETURN: games(4, 1, upto=1_600), "injection/step": [(1_100, 1_100)]}, 1_600, seed=4, **NORM
+    )
     found = verdict(*make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}), early)
     assert "has not got beyond the latest first injection at 1,700" in found.left_out[early.folder]
 
@@ -593,7 +727,9 @@ def test_each_seed_shares_its_history_up_to_its_own_first_injection():
 def test_a_run_that_the_norm_has_not_injected_yet_is_left_out_named_and_does_not_shorten_the_window():
     early = make_norm_arms({4: []}, upto=2_000)[0]
     found = verdict(*make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}), early)
-    assert found.left_out == {early.folder: f"{early.folder} has not been injected yet: the verdict is on runs that had"}
+    assert found.left_out == {
+        early.folder: f"{early.folder} has not been injected yet: the verdict is on runs that had"
+    }
     assert found.upto == TOTAL and set(found.means[1]) == {1, 2, 3}
     assert verdict(*make_norm_arms({5: []})).judgement.verdict == "too few seeds"
     reset = make_run("reset", {RETURN: games(1, 1)}, intervention="reset-head", **NORM)

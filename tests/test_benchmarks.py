@@ -31,16 +31,30 @@ def test_throughput_measures_every_contender_in_turns_and_writes_all_windows(cap
 
     def contenders(*given):
         made = original(*given)
-        return {name: lambda s, name=name, window=window: windows.append(name) or window(s) for name, window in made.items()}
+        return {
+            name: lambda s, name=name, window=window: windows.append(name) or window(s)
+            for name, window in made.items()
+        }
 
     monkeypatch.setattr(throughput, "contenders", contenders)
     settings = throughput.ThroughputSettings(
-        num_envs=(2,), sb3_num_envs=(2,), rounds=2, seconds=0.02, warm_up=0.0, fill=64, buffer_size=200, json=Path("out.json")
+        num_envs=(2,),
+        sb3_num_envs=(2,),
+        rounds=2,
+        seconds=0.02,
+        warm_up=0.0,
+        fill=64,
+        buffer_size=200,
+        json=Path("out.json"),
     )
     throughput.main(settings)
     names = [
         "SB3 DQN, N=2",
-        *(f"ours, N=2, {dtype}, {when} injection" for dtype in ("fp32", "bf16") for when in ("before", "after")),
+        *(
+            f"ours, N=2, {dtype}, {when} injection"
+            for dtype in ("fp32", "bf16")
+            for when in ("before", "after")
+        ),
     ]
     assert windows == names * 3, "a warm-up, then two rounds"
     result = json.loads(Path("out.json").read_text(encoding="utf-8"))
@@ -66,10 +80,14 @@ def test_contenders_in_slow_bfloat16_are_left_out_and_one_line_says_so(monkeypat
 @pytest.mark.parametrize("num_envs", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_sb3_makes_one_update_per_four_steps(monkeypatch, num_envs):
     updates, steps = [], []
-    monkeypatch.setattr(sb3_dqn.DQN, "train", lambda model, gradient_steps, **_: updates.append(gradient_steps))
+    monkeypatch.setattr(
+        sb3_dqn.DQN, "train", lambda model, gradient_steps, **_: updates.append(gradient_steps)
+    )
     # by count instead of time
     monkeypatch.setattr(
-        sb3_dqn.StopAfter, "_on_step", lambda stop: steps.append(stop.num_timesteps) or len(steps) < 80 // num_envs
+        sb3_dqn.StopAfter,
+        "_on_step",
+        lambda stop: steps.append(stop.num_timesteps) or len(steps) < 80 // num_envs,
     )
     model = sb3_dqn.make_model("PhoenixNoFrameskip-v4", num_envs, 200, 64, "cpu")
     model.learn(64)
@@ -99,7 +117,9 @@ def test_a_window_of_ours_learns_in_the_precision_and_after_the_injection_that_i
     made = []
     original = throughput.make_run
     monkeypatch.setattr(throughput, "make_run", lambda *given: made.append(original(*given)) or made[0])
-    window = throughput.ours(throughput.Settings(fill=64, buffer_size=200), 4, bf16, injected, stack)  # an update a vector step
+    window = throughput.ours(
+        throughput.Settings(fill=64, buffer_size=200), 4, bf16, injected, stack
+    )  # an update a vector step
     network = made[0].learner.q_network
     before = network.encoder[0].weight.clone()
     assert window(0.01) > 0 and not torch.equal(network.encoder[0].weight, before)
@@ -162,7 +182,14 @@ def test_the_profile_counts_every_call_in_its_part_once(monkeypatch, stack):
 
         monkeypatch.setattr(type(owner), name, call)
 
-    calls = [(learner, "act"), (envs, "send"), (envs, "receive"), (replay, "add"), (replay, "sample"), (learner, "update")]
+    calls = [
+        (learner, "act"),
+        (envs, "send"),
+        (envs, "receive"),
+        (replay, "add"),
+        (replay, "sample"),
+        (learner, "update"),
+    ]
     for k, (owner, name) in enumerate(calls):
         lasts(owner, name, 2**k)
     expected = {"act": 1, "emulate": 2 + 4, "replay": 8 + 16, "update": 32, "all": 63}
@@ -174,7 +201,9 @@ def test_the_profile_counts_every_call_in_its_part_once(monkeypatch, stack):
 def test_the_profile_adds_up(capsys, monkeypatch, tmp_path):
     once = functools.partial(profile_update.seconds_per_call, repeats=1)
     monkeypatch.setattr(profile_update, "seconds_per_call", lambda call, device, **_: once(call, device))
-    monkeypatch.setattr(profile_update, "emulator_speed", functools.partial(profile_update.emulator_speed, seconds=0.2))
+    monkeypatch.setattr(
+        profile_update, "emulator_speed", functools.partial(profile_update.emulator_speed, seconds=0.2)
+    )
     settings = profile_update.ProfileSettings(
         fill=64,
         num_envs=4,
@@ -212,7 +241,9 @@ def test_the_highest_rate_is_that_of_the_faster_of_two_calls_whose_arithmetic_is
         return 0.1 if len(flops) - 1 == faster else 10.0
 
     monkeypatch.setattr(profile_update, "seconds_per_call", seconds_per_call)
-    assert profile_update.highest_rate(torch.device("cpu"), torch.float32) == pytest.approx(flops[faster] / 0.1)
+    assert profile_update.highest_rate(torch.device("cpu"), torch.float32) == pytest.approx(
+        flops[faster] / 0.1
+    )
 
 
 @pytest.mark.slow
@@ -236,13 +267,16 @@ def test_what_a_checkpoint_restores_is_compared_with_what_was_saved(monkeypatch)
         return checkpoint
 
     monkeypatch.setattr(checkpoint_size, "load_checkpoint", load_another)
-    monkeypatch.setattr(checkpoint_size.torch, "equal", lambda a, b: a.shape == b.shape and bool((a == b).all()))
+    monkeypatch.setattr(
+        checkpoint_size.torch, "equal", lambda a, b: a.shape == b.shape and bool((a == b).all())
+    )
     with pytest.raises(SystemExit, match="bitwise equality"):
         checkpoint_size.main(checkpoint_size.Settings(env_id=TINY_GAMES, num_envs=2, steps=64, repeats=1))
 
 
 @pytest.mark.parametrize(
-    "missed", [{"checkpoint_GB": 0.6}, {"write_seconds": 21}, {"extra_memory_GB": 1.1}, {"bitwise_equal": False}, {}]
+    "missed",
+    [{"checkpoint_GB": 0.6}, {"write_seconds": 21}, {"extra_memory_GB": 1.1}, {"bitwise_equal": False}, {}],
 )
 def test_a_checkpoint_that_misses_a_figure_ends_with_its_name(monkeypatch, missed):
     good = {"checkpoint_GB": 0.4, "write_seconds": 19, "extra_memory_GB": 0.9, "bitwise_equal": True}
@@ -253,7 +287,16 @@ def test_a_checkpoint_that_misses_a_figure_ends_with_its_name(monkeypatch, misse
         checkpoint_size.main(checkpoint_size.Settings())
 
 
-def write_run(folder, weight=1.0, returns=(5.0, 7.0), seconds=0.0, speed=100.0, tag="charts/epsilon", step=8, replay=b"frames"):
+def write_run(
+    folder,
+    weight=1.0,
+    returns=(5.0, 7.0),
+    seconds=0.0,
+    speed=100.0,
+    tag="charts/epsilon",
+    step=8,
+    replay=b"frames",
+):
     """A run's folder with one checkpoint, as far as the kill test looks at it; its curves are in two event files."""
     checkpoint = folder / "checkpoint-8"
     checkpoint.mkdir(parents=True)
@@ -292,14 +335,19 @@ def test_the_kill_test_compares_all_but_wall_clock_times(tmp_path):
 )
 def test_the_kill_test_names_what_differs(tmp_path, change, names):
     assert (
-        kill_test.differences(write_run(tmp_path / "a", weight=0.0), write_run(tmp_path / "b", **{"weight": 0.0} | change))
+        kill_test.differences(
+            write_run(tmp_path / "a", weight=0.0), write_run(tmp_path / "b", **{"weight": 0.0} | change)
+        )
         == names
     )
 
 
 def test_the_kill_test_reads_curves_as_tensorboard_shows_them_and_names_a_point_that_is_shown_twice(tmp_path):
     write_run(tmp_path / "run")
-    assert kill_test.read_events(tmp_path / "run") == [("charts/episodic_return", 4, 5.0), ("charts/episodic_return", 5, 7.0)]
+    assert kill_test.read_events(tmp_path / "run") == [
+        ("charts/episodic_return", 4, 5.0),
+        ("charts/episodic_return", 5, 7.0),
+    ]
     assert not kill_test.shown_twice(tmp_path / "run")
     with SummaryWriter(str(tmp_path / "run"), filename_suffix=".2") as writer:  # without a purge
         writer.add_scalar("charts/episodic_return", 7.0, 5)

@@ -76,7 +76,11 @@ def test_matplotlib_is_imported_whatever_backend_is_asked_for_and_whatever_its_f
 def test_matplotlib_is_imported_in_one_place():
     sources = [
         *ROOT.glob("*.py"),
-        *(path for name in ("analysis", "img", "benchmarks", "support") for path in (ROOT / name).glob("*.py")),
+        *(
+            path
+            for name in ("analysis", "img", "benchmarks", "support")
+            for path in (ROOT / name).glob("*.py")
+        ),
     ]
     importing = set()
     for path in sources:
@@ -105,7 +109,9 @@ def test_a_name_is_drawn_as_it_is(name):
 def test_44_looks_differ_without_their_colours_and_those_beside_each_other_in_all():
     looks = [look(number) for number in range(len(DASHES) * len(MARKERS))]
     assert len({(one.dashes, one.marker) for one in looks}) == len(looks) == 44
-    assert len({one.point["marker"] for one in looks[: len(MARKERS)]}) == len(MARKERS), "points have no dashes"
+    assert len({one.point["marker"] for one in looks[: len(MARKERS)]}) == len(MARKERS), (
+        "points have no dashes"
+    )
     for one, other in itertools.pairwise(looks):
         assert one.colour != other.colour and one.dashes != other.dashes and one.marker != other.marker
 

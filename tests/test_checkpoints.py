@@ -94,7 +94,9 @@ def assert_good(path, rows=200):
     assert checkpoint.step == step and checkpoint.meta == {"format": FORMAT, "step": step, **META}
     weights, saved = restored["weights"].state, expected["weights"].state
     assert torch.equal(weights.pop("values"), saved.pop("values")) and weights == saved
-    for restored_tensor, saved_tensor in zip(restored["frames"].content, expected["frames"].content, strict=True):
+    for restored_tensor, saved_tensor in zip(
+        restored["frames"].content, expected["frames"].content, strict=True
+    ):
         assert torch.equal(restored_tensor, saved_tensor)
 
 
@@ -144,7 +146,12 @@ def test_parts_are_restored_in_the_given_order_and_others_left_alone():
 def test_the_checksums_can_be_checked_without_this_project():
     path = save(7)
     command = ["sha256sum", "--strict", "-c", CHECKSUMS]
-    assert subprocess.run(command, cwd=path, capture_output=True, encoding="utf-8", check=True).stdout.count(": OK\n") == 3
+    assert (
+        subprocess.run(command, cwd=path, capture_output=True, encoding="utf-8", check=True).stdout.count(
+            ": OK\n"
+        )
+        == 3
+    )
     (path / "frames.zst").write_bytes(b"")
     assert subprocess.run(command, cwd=path, capture_output=True, check=False).returncode == 1
 
@@ -244,7 +251,9 @@ def test_wherever_saving_fails_the_checkpoint_before_stays_good_and_nothing_is_l
 
 
 @pytest.mark.parametrize("fails", ["flush_to_disk", "list_checkpoints", "_remove_leftovers"])
-def test_what_fails_once_a_checkpoint_is_in_place_does_not_report_that_there_is_none(monkeypatch, capsys, fails):
+def test_what_fails_once_a_checkpoint_is_in_place_does_not_report_that_there_is_none(
+    monkeypatch, capsys, fails
+):
     save(1)
     original = getattr(checkpoints, fails)
 
@@ -292,10 +301,17 @@ def test_all_is_on_the_disk_before_the_checkpoint_appears_and_older_ones_go_only
     order = []
     monkeypatch.setattr(checkpoints, "flush_to_disk", lambda path: order.append(f"flush {path.name}"))
     original = Path.rename
-    monkeypatch.setattr(Path, "rename", lambda path, to: (order.append(f"rename {path.name}"), original(path, to))[1])
+    monkeypatch.setattr(
+        Path, "rename", lambda path, to: (order.append(f"rename {path.name}"), original(path, to))[1]
+    )
     save(2)
     assert set(order[:4]) == {f"flush {name}" for name in FILES}
-    assert order[4:] == ["flush .checkpoint-2.partial", "rename .checkpoint-2.partial", "flush run", "rename checkpoint-1"]
+    assert order[4:] == [
+        "flush .checkpoint-2.partial",
+        "rename .checkpoint-2.partial",
+        "flush run",
+        "rename checkpoint-1",
+    ]
 
 
 # damage
@@ -311,7 +327,12 @@ def damages(path, other, rng):
     """(what is damaged, a function that does it) in many ways, for the checkpoint in `path`."""
     for file in (path / name for name in FILES):
         size = file.stat().st_size
-        for offset in (0, size // 2, *(rng.randrange(size) for _ in range(40)), *range(max(0, size - 8), size)):
+        for offset in (
+            0,
+            size // 2,
+            *(rng.randrange(size) for _ in range(40)),
+            *range(max(0, size - 8), size),
+        ):
             for bit in rng.sample(range(8), 2):
                 yield file, lambda file=file, offset=offset, bit=bit: flipped(file, offset, bit)
         for length in (0, 1, size - 1, *(rng.randrange(size) for _ in range(5))):
@@ -338,8 +359,17 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_reason_whatever_the_damage(
         with pytest.raises(UsageError) as error:
             load_checkpoint(path)
         message = str(error.value)
-        assert message.startswith(f"{path} cannot be read as a checkpoint (") and "\n" not in message and len(message) < 300
-        assert damaged == path or damaged.name in message or "not permitted" in message or CHECKSUMS in damaged.name, message
+        assert (
+            message.startswith(f"{path} cannot be read as a checkpoint (")
+            and "\n" not in message
+            and len(message) < 300
+        )
+        assert (
+            damaged == path
+            or damaged.name in message
+            or "not permitted" in message
+            or CHECKSUMS in damaged.name
+        ), message
         if path.is_dir():
             assert newest_good_checkpoint(FOLDER, "this run").path == older
             assert f"warning: {message}; falling back to an older one\n" == capsys.readouterr().out
@@ -386,7 +416,9 @@ def test_a_list_that_is_not_that_of_a_checkpoints_files_is_damage(change):
     save(1)
     path = save(2, keep=(1,)) / CHECKSUMS
     path.write_bytes(change(path.read_text(encoding="utf-8")).encode())
-    with pytest.raises(UsageError, match=r"^run/checkpoint-2 cannot be read as a checkpoint \(.+\): take another$") as error:
+    with pytest.raises(
+        UsageError, match=r"^run/checkpoint-2 cannot be read as a checkpoint \(.+\): take another$"
+    ) as error:
         load_checkpoint(path.parent)
     assert "\n" not in str(error.value)
     assert newest_good_checkpoint(FOLDER, "this run").step == 1
@@ -396,7 +428,10 @@ def test_a_stream_that_is_not_in_the_list_is_not_taken():
     path = save(2)
     text = (path / CHECKSUMS).read_text(encoding="utf-8")
     (path / CHECKSUMS).write_text(without("frames.zst", text), encoding="utf-8")
-    with pytest.raises(UsageError, match=r"^run/checkpoint-2 cannot .* \(ValueError: frames\.zst is not in SHA256SUMS\): move"):
+    with pytest.raises(
+        UsageError,
+        match=r"^run/checkpoint-2 cannot .* \(ValueError: frames\.zst is not in SHA256SUMS\): move",
+    ):
         load_checkpoint(path).restore(parts(0, rows=0))
 
 
@@ -434,7 +469,9 @@ def test_files_of_other_programs_in_a_checkpoint_are_passed_over():
         subprocess.run(["sha256sum", "--strict", "--quiet", "-c", CHECKSUMS], cwd=path, check=True)
 
 
-def test_files_of_other_programs_that_come_and_go_while_a_checkpoint_is_written_are_no_part_of_it(monkeypatch):
+def test_files_of_other_programs_that_come_and_go_while_a_checkpoint_is_written_are_no_part_of_it(
+    monkeypatch,
+):
     """As those of a file manager, or of a mounted share."""
     original = checkpoints._own_files
 
@@ -470,7 +507,9 @@ def test_what_is_named_like_a_checkpoint_and_is_none_is_never_gone_on_from_nor_r
     for name in BESIDE_CHECKPOINTS:
         shutil.copytree(FOLDER / "checkpoint-100", FOLDER / name)
     litter(FOLDER, FILES_BESIDE_CHECKPOINTS)
-    before = {path: read for path, read in content(FOLDER).items() if FOLDER / "checkpoint-100" not in path.parents}
+    before = {
+        path: read for path, read in content(FOLDER).items() if FOLDER / "checkpoint-100" not in path.parents
+    }
     assert there() == [100]
     for step in (200, 300):
         assert_good(save(step))
@@ -501,7 +540,10 @@ def test_only_a_good_checkpoint_of_this_run_and_this_step_is_gone_on_from(capsys
     assert "run/checkpoint-5 cannot be read as a checkpoint (FileNotFoundError" in out[0]
     assert "run/checkpoint-4 holds step 1, it was renamed" in out[1]
     assert "run/checkpoint-3 belongs to another run" in out[2]
-    with pytest.raises(UsageError, match=r"^run holds no good checkpoint to go on from: start the run again without --resume$"):
+    with pytest.raises(
+        UsageError,
+        match=r"^run holds no good checkpoint to go on from: start the run again without --resume$",
+    ):
         newest_good_checkpoint(FOLDER, "a third")
 
 
@@ -606,7 +648,9 @@ def test_a_run_folder_appears_with_everything_in_it_or_not_at_all():
 
 def test_a_runs_arguments_are_on_the_disk_before_its_folder_appears(monkeypatch):
     seen = []
-    monkeypatch.setattr(checkpoints, "flush_to_disk", lambda path: seen.append((path.name, Path("runs/name").exists())))
+    monkeypatch.setattr(
+        checkpoints, "flush_to_disk", lambda path: seen.append((path.name, Path("runs/name").exists()))
+    )
     create_run_folder(Path("runs/name"), {"run": "number", "args": {}})
     assert seen == [("run.json", False)]
 
@@ -647,6 +691,7 @@ def test_what_holds_no_arguments_is_refused_by_name(content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(
-        UsageError, match=r"^run.json cannot be read as a run's arguments \(.+\): give a run's folder to --resume"
+        UsageError,
+        match=r"^run.json cannot be read as a run's arguments \(.+\): give a run's folder to --resume",
     ):
         read_identity(path)

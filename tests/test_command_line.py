@@ -15,7 +15,17 @@ import pytest
 from conftest import TINY_GAMES, status_of
 
 import dqn_injection_atari as script
-from dqn_injection_atari import OF_KIND, PRESETS, Args, CommandLine, Learner, Training, main, make_q_network, parse_args
+from dqn_injection_atari import (
+    OF_KIND,
+    PRESETS,
+    Args,
+    CommandLine,
+    Learner,
+    Training,
+    main,
+    make_q_network,
+    parse_args,
+)
 from support import flags, weights_and_biases
 from support.usage import UsageError
 
@@ -31,9 +41,13 @@ def parse(monkeypatch, *flags):
 
 
 def test_flags_reach_args(monkeypatch):
-    args = parse(monkeypatch, *"--env-id ALE/Pong-v5 --injection-step 5000000 10000000 --no-apply-injection".split())
+    args = parse(
+        monkeypatch, *"--env-id ALE/Pong-v5 --injection-step 5000000 10000000 --no-apply-injection".split()
+    )
     assert args == Args(env_id="ALE/Pong-v5", injection_step=(5_000_000, 10_000_000), apply_injection=False)
-    args = parse(monkeypatch, *"--injection-step 7 --no-freeze-heads --env-backend ale --no-cuda --tau 0.5".split())
+    args = parse(
+        monkeypatch, *"--injection-step 7 --no-freeze-heads --env-backend ale --no-cuda --tau 0.5".split()
+    )
     assert args == Args(injection_step=(7,), freeze_heads=False, env_backend="ale", cuda=False, tau=0.5)
     assert parse(monkeypatch) == Args()
 
@@ -44,7 +58,12 @@ def test_cleanrls_knobs_keep_their_names():
 
 def test_defaults_are_the_default_setting():
     args = Args()
-    assert (args.learning_rate, args.target_network_frequency, args.train_frequency, args.batch_size) == (1e-4, 8_000, 4, 32)
+    assert (args.learning_rate, args.target_network_frequency, args.train_frequency, args.batch_size) == (
+        1e-4,
+        8_000,
+        4,
+        32,
+    )
     assert (args.buffer_size, args.learning_starts, args.total_timesteps) == (1_000_000, 80_000, 15_000_000)
     assert (args.start_e, args.end_e, args.exploration_fraction, args.gamma) == (1.0, 0.01, 0.1, 0.99)
     learner = Learner(args, 6, "cpu")
@@ -71,13 +90,23 @@ def test_a_preset_sets_the_flags_that_are_not_given(monkeypatch):
     assert parse(monkeypatch, "--preset", "default") == Args() == parse(monkeypatch)
     paper = parse(monkeypatch, "--preset", "paper")
     assert all(getattr(paper, name) == value for name, value in PAPER.items())
-    assert paper.exploration_fraction * paper.total_timesteps == 1_000_000 and paper.end_e == paper.eval_epsilon == 0.01
-    assert (paper.batch_size, paper.train_frequency, paper.buffer_size, paper.gamma) == (32, 4, 1_000_000, 0.99)
+    assert (
+        paper.exploration_fraction * paper.total_timesteps == 1_000_000
+        and paper.end_e == paper.eval_epsilon == 0.01
+    )
+    assert (paper.batch_size, paper.train_frequency, paper.buffer_size, paper.gamma) == (
+        32,
+        4,
+        1_000_000,
+        0.99,
+    )
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_single_flags_override_a_preset_also_with_values_that_are_defaults(monkeypatch, order):
-    flags = ["--preset=paper", "--target-network-frequency=8000", "--no-shared-bias", "--optimizer=adam"][::order]
+    flags = ["--preset=paper", "--target-network-frequency=8000", "--no-shared-bias", "--optimizer=adam"][
+        ::order
+    ]
     args = parse(monkeypatch, *flags, "--env-id", "PongNoFrameskip-v4")
     assert (args.target_network_frequency, args.shared_bias, args.optimizer) == (8_000, False, "adam")
     assert args.learning_rate == 2.5e-4 and args.env_id == "PongNoFrameskip-v4"
@@ -87,8 +116,14 @@ def test_single_flags_override_a_preset_also_with_values_that_are_defaults(monke
     ("flags", "kept"),
     [
         ("--intervention reset-head", {"intervention": "reset-head", "injection_step": (12_500_000,)}),
-        ("--intervention shrink-perturb --shrink-factor 0.5", {"shrink_factor": 0.5, "injection_step": (12_500_000,)}),
-        ("--injection-trigger norm", {"injection_trigger": "norm", "injection_step": (), "injection_optimizer_state": "copy"}),
+        (
+            "--intervention shrink-perturb --shrink-factor 0.5",
+            {"shrink_factor": 0.5, "injection_step": (12_500_000,)},
+        ),
+        (
+            "--injection-trigger norm",
+            {"injection_trigger": "norm", "injection_step": (), "injection_optimizer_state": "copy"},
+        ),
         ("--injection-trigger norm --max-injections 3", {"max_injections": 3, "injection_step": ()}),
         ("--intervention none", {"intervention": "none", "injection_optimizer_state": "copy"}),
         ("--no-apply-injection", {"apply_injection": False, "injection_optimizer_state": "copy"}),
@@ -120,13 +155,19 @@ def test_a_run_that_goes_on_takes_no_preset(monkeypatch, flag):
 @pytest.mark.parametrize(
     ("args", "fix"),
     [
-        ({"intervention": "reset-head", "injection_step": (5,), "apply_injection": False}, "give --intervention none"),
+        (
+            {"intervention": "reset-head", "injection_step": (5,), "apply_injection": False},
+            "give --intervention none",
+        ),
         ({"intervention": "shrink-perturb"}, "give --injection-step, or --injection-trigger norm"),
         ({"injection_trigger": "norm", "injection_step": (5,)}, "give --injection-step without a number"),
         ({"injection_norm_ratio": 2.0, "injection_step": (5,)}, "only --injection-trigger norm looks at"),
         ({"max_injections": 2}, "only --injection-trigger norm looks at"),
         ({"injection_check_frequency": 5}, "only --injection-trigger norm looks at"),
-        ({"intervention": "reset-head", "injection_step": (5,), "freeze_heads": False}, "only --intervention injection"),
+        (
+            {"intervention": "reset-head", "injection_step": (5,), "freeze_heads": False},
+            "only --intervention injection",
+        ),
         (
             {"intervention": "reset-head", "injection_step": (5,), "injection_optimizer_state": "copy"},
             "only --intervention injection",
@@ -146,7 +187,9 @@ def test_flags_that_contradict_each_other_or_would_do_nothing_are_refused_with_t
 
 def fork_of(monkeypatch, origin, *flags):
     Path("runs/o/checkpoint-5").mkdir(parents=True, exist_ok=True)
-    Path("runs/o/checkpoint-5/manifest.json").write_text(json.dumps({"args": asdict(origin)}), encoding="utf-8")
+    Path("runs/o/checkpoint-5/manifest.json").write_text(
+        json.dumps({"args": asdict(origin)}), encoding="utf-8"
+    )
     return parse(monkeypatch, "--fork", "runs/o/checkpoint-5", *flags)
 
 
@@ -165,7 +208,9 @@ def fork_of(monkeypatch, origin, *flags):
         ({}, "--intervention none", "none"),
     ],
 )
-def test_what_a_fork_says_of_its_intervention_goes_before_what_it_takes_over(monkeypatch, origin, flags, applied):
+def test_what_a_fork_says_of_its_intervention_goes_before_what_it_takes_over(
+    monkeypatch, origin, flags, applied
+):
     origin = Args(**{"injection_step": (5,)} | origin)
     assert fork_of(monkeypatch, origin, *flags.split()).applied_intervention == applied
 
@@ -176,17 +221,26 @@ def test_what_a_fork_says_of_its_intervention_goes_before_what_it_takes_over(mon
         ({"freeze_heads": False, "injection_optimizer_state": "copy"}, "--intervention reset-head"),
         ({"intervention": "shrink-perturb", "shrink_factor": 0.5}, "--intervention injection"),
         (
-            {"injection_step": (), "injection_trigger": "norm", "max_injections": 3, "injection_norm_ratio": 2.0},
+            {
+                "injection_step": (),
+                "injection_trigger": "norm",
+                "max_injections": 3,
+                "injection_norm_ratio": 2.0,
+            },
             "--injection-trigger step --injection-step 9",
         ),
         ({}, "--injection-trigger norm"),
     ],
 )
-def test_a_fork_does_not_take_over_what_its_intervention_or_trigger_would_pass_over(monkeypatch, origin, flags):
+def test_a_fork_does_not_take_over_what_its_intervention_or_trigger_would_pass_over(
+    monkeypatch, origin, flags
+):
     fork_of(monkeypatch, Args(**{"injection_step": (5,)} | origin), *flags.split())
 
 
-@pytest.mark.parametrize("flags", ["--intervention none --apply-injection", "--intervention injection --no-apply-injection"])
+@pytest.mark.parametrize(
+    "flags", ["--intervention none --apply-injection", "--intervention injection --no-apply-injection"]
+)
 def test_an_intervention_that_is_asked_for_and_denied_is_refused(monkeypatch, flags):
     with pytest.raises(UsageError, match="contradict each other: give one of them"):
         parse(monkeypatch, "--injection-step", "5", *flags.split())
@@ -237,7 +291,11 @@ def test_help_explains_every_flag_in_the_order_in_which_a_user_meets_them(monkey
     for name, explanation in explanations.items():
         assert f"--{name.replace('_', '-')}" in plain
         assert " ".join(explanation.split()) in plain, name
-    shown = [name for name in re.findall(r"^[│|]? *--([a-z][a-z0-9-]+)", out, re.MULTILINE) if not name.startswith("no-")]
+    shown = [
+        name
+        for name in re.findall(r"^[│|]? *--([a-z][a-z0-9-]+)", out, re.MULTILINE)
+        if not name.startswith("no-")
+    ]
     assert [name.replace("-", "_") for name in shown] == list(explanations)
     assert shown[:6] == ["env-id", "seed", "exp-name", "total-timesteps", "num-envs", "env-backend"]
     assert "Double DQN with plasticity injection" in plain and "1 step = 1 decision of the agent" in plain
@@ -258,7 +316,9 @@ def test_help_explains_every_flag_in_the_order_in_which_a_user_meets_them(monkey
         ("--intervention none --shrink-factor 0.5", "--injection-step"),
     ],
 )
-def test_a_flag_that_nothing_in_the_run_would_look_at_is_refused_with_the_one_that_is_missing(monkeypatch, flags, fix):
+def test_a_flag_that_nothing_in_the_run_would_look_at_is_refused_with_the_one_that_is_missing(
+    monkeypatch, flags, fix
+):
     with pytest.raises(UsageError, match=f"nothing in this run looks at (it|them): give {fix}"):
         parse(monkeypatch, *flags.split())
 
@@ -300,9 +360,18 @@ BAD = {
     "evaluation epsilon": ("--eval-epsilon 1.1", "eval_epsilon is 1.1"),
     "seed": ("--seed -1", "seed is -1"),
     "injection at the end": ("--total-timesteps 1000 --injection-step 1000", "within 1 ... 999"),
-    "injection in the last vector step": ("--total-timesteps 100 --injection-step 97 --num-envs 8", "within 1 ... 96"),
-    "injections in one vector step": ("--injection-step 9 16 --num-envs 8", "increasing by num_envs (8) or more"),
-    "target frequency within a vector step": ("--target-network-frequency 4 --num-envs 8", "at least num_envs (8): raise"),
+    "injection in the last vector step": (
+        "--total-timesteps 100 --injection-step 97 --num-envs 8",
+        "within 1 ... 96",
+    ),
+    "injections in one vector step": (
+        "--injection-step 9 16 --num-envs 8",
+        "increasing by num_envs (8) or more",
+    ),
+    "target frequency within a vector step": (
+        "--target-network-frequency 4 --num-envs 8",
+        "at least num_envs (8): raise",
+    ),
     "measures within a vector step": ("--plasticity-frequency 4 --num-envs 8", "plasticity_frequency is 4"),
     "injection past the end": ("--injection-step 20000000", "injection_step is (20000000,)"),
     "injection before the start": ("--injection-step 0", "injection_step is (0,)"),
@@ -310,13 +379,19 @@ BAD = {
     "replay larger than memory": ("--buffer-size 1000000000", "GB of memory are free"),
     "wandb missing": ("--track --buffer-size 100", "pip install wandb"),
     "video without evaluation": ("--capture-video", "--eval-frequency"),
-    "checkpoints within a vector step": ("--checkpoint-frequency 4 --num-envs 8", "checkpoint_frequency is 4"),
+    "checkpoints within a vector step": (
+        "--checkpoint-frequency 4 --num-envs 8",
+        "checkpoint_frequency is 4",
+    ),
     "checkpoint frequency": ("--checkpoint-frequency -1", "checkpoint_frequency is -1"),
     "resuming nothing": ("--resume nowhere", "nowhere/run.json cannot be read as a run's arguments"),
     "forking nothing": ("--fork nowhere", "nowhere/manifest.json cannot be read as"),
     "resuming and forking": ("--resume a --fork b", "give one of --resume, --fork and --evaluate"),
     "resuming and evaluating": ("--resume a --evaluate b", "give one of --resume, --fork and --evaluate"),
-    "a checkpoint to keep beyond the end": ("--total-timesteps 90 --keep-checkpoints 5 91", "within 0 ... 90, the run's steps"),
+    "a checkpoint to keep beyond the end": (
+        "--total-timesteps 90 --keep-checkpoints 5 91",
+        "within 0 ... 90, the run's steps",
+    ),
     "a checkpoint to keep before the start": ("--keep-checkpoints=-1", "keep_checkpoints is (-1,)"),
     "checkpoints to keep where there are none": (
         "--keep-checkpoints 5 --checkpoint-frequency 0",
@@ -332,7 +407,9 @@ BAD = {
 def test_bad_input_is_refused_in_one_line_and_nothing_is_written(monkeypatch, case):
     flags, message = BAD[case]
     monkeypatch.setattr(Training, "loop", lambda *_: pytest.fail("work was begun"))
-    monkeypatch.setattr(weights_and_biases.importlib.util, "find_spec", lambda _: None)  # as where wandb is missing
+    monkeypatch.setattr(
+        weights_and_biases.importlib.util, "find_spec", lambda _: None
+    )  # as where wandb is missing
     monkeypatch.setattr(sys, "argv", ["", *flags.split()])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -343,7 +420,9 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(monkeypatch, ca
 
 @pytest.mark.slow
 def test_the_shell_sees_one_line_and_a_status():
-    run = subprocess.run([sys.executable, str(SCRIPT), "--num-envs", "0"], capture_output=True, encoding="utf-8", check=False)
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--num-envs", "0"], capture_output=True, encoding="utf-8", check=False
+    )
     assert run.returncode == 1 and run.stdout == ""
     assert run.stderr == "error: num_envs is 0, but must be at least 1: change --num-envs\n"
 
@@ -356,19 +435,28 @@ def test_a_run_folder_that_cannot_be_written_is_refused(monkeypatch):
     assert Path("runs").read_text(encoding="utf-8") == "a file is in the way"
 
 
-@pytest.mark.parametrize("given,kept", [(5, (5,)), (np.int64(5), (5,)), ([5], (5,)), ((5, 9), (5, 9)), ((), ())])
+@pytest.mark.parametrize(
+    "given,kept", [(5, (5,)), (np.int64(5), (5,)), ([5], (5,)), ((5, 9), (5, 9)), ((), ())]
+)
 def test_args_takes_one_injection_step_or_several(given, kept):
     assert Args(injection_step=given).injection_step == kept
 
 
 @pytest.mark.parametrize(
     ("num_envs", "total", "planned", "ends"),
-    [(1, 100, (1, 99), (1, 99)), (8, 100, (1, 9, 96), (8, 16, 96)), (8, 104, (96,), (96,)), (7, 100, (92,), (98,))],
+    [
+        (1, 100, (1, 99), (1, 99)),
+        (8, 100, (1, 9, 96), (8, 16, 96)),
+        (8, 104, (96,), (96,)),
+        (7, 100, (92,), (98,)),
+    ],
 )
 def test_interventions_are_planned_for_the_ends_of_their_vector_steps(num_envs, total, planned, ends):
     args = Args(num_envs=num_envs, total_timesteps=total, injection_step=planned)
     assert args.planned_interventions == ends
-    with pytest.raises(UsageError, match="before the run's end at --total-timesteps: change --injection-step"):
+    with pytest.raises(
+        UsageError, match="before the run's end at --total-timesteps: change --injection-step"
+    ):
         Args(num_envs=num_envs, total_timesteps=total, injection_step=(*planned, ends[-1]))
 
 
@@ -394,7 +482,10 @@ def test_a_network_has_room_for_all_injections_that_will_be_made_and_for_no_othe
 @pytest.mark.parametrize("given,kept", [(5, (5,)), ([5, 0], (5, 0)), ((), ())])
 def test_args_keeps_one_checkpoint_or_several_each_at_the_end_of_its_vector_step(given, kept):
     args = Args(keep_checkpoints=given, total_timesteps=20, num_envs=3, injection_step=(7, 14))
-    assert args.keep_checkpoints == kept and args.kept_checkpoints == {9, *(-(-step // 3) * 3 for step in kept)}
+    assert args.keep_checkpoints == kept and args.kept_checkpoints == {
+        9,
+        *(-(-step // 3) * 3 for step in kept),
+    }
     assert Args(keep_checkpoints=20, total_timesteps=20, num_envs=3).kept_checkpoints == {20}
 
 
@@ -442,15 +533,35 @@ def test_interrupting_an_evaluation_of_a_saved_agent_is_no_traceback(monkeypatch
             "give --eval-episodes 0 with --eval-steps, or",
             "--eval-steps 9 --eval-episodes 0 --eval-frequency 9",
         ),
-        ("--eval-steps 9 --eval-episodes 0", "eval_episodes and eval_steps are given, .* or leave them out", ""),
+        (
+            "--eval-steps 9 --eval-episodes 0",
+            "eval_episodes and eval_steps are given, .* or leave them out",
+            "",
+        ),
         ("--no-freeze-heads", "leave it out", ""),
-        ("--keep-checkpoints 5 --checkpoint-frequency 0", "give a --checkpoint-frequency", "--keep-checkpoints 5"),
-        ("--keep-checkpoints 5 --checkpoint-frequency 0", "or --keep-checkpoints without", "--checkpoint-frequency 0"),
+        (
+            "--keep-checkpoints 5 --checkpoint-frequency 0",
+            "give a --checkpoint-frequency",
+            "--keep-checkpoints 5",
+        ),
+        (
+            "--keep-checkpoints 5 --checkpoint-frequency 0",
+            "or --keep-checkpoints without",
+            "--checkpoint-frequency 0",
+        ),
         ("--num-envs 8 --log-frequency 4", "raise --log-frequency", "--num-envs 8 --log-frequency 8"),
         ("--num-envs 8 --log-frequency 4", "lower --num-envs", "--num-envs 4 --log-frequency 4"),
         ("--fork F --gamma 5", r"gamma is 5\.0, there 0\.99; .*: leave out --gamma$", "--fork F"),
-        ("--fork F --log-frequency 4 --seed 2", "log_frequency is 4, .*: leave out --log-frequency$", "--fork F --seed 2"),
-        ("--fork F --eval-frequency 4", "at least num_envs .8.: raise --eval-frequency$", "--fork F --eval-frequency 8"),
+        (
+            "--fork F --log-frequency 4 --seed 2",
+            "log_frequency is 4, .*: leave out --log-frequency$",
+            "--fork F --seed 2",
+        ),
+        (
+            "--fork F --eval-frequency 4",
+            "at least num_envs .8.: raise --eval-frequency$",
+            "--fork F --eval-frequency 8",
+        ),
         (
             "--fork F --keep-checkpoints 5",
             "writes none: give --keep-checkpoints without a number$",

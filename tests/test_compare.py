@@ -44,9 +44,17 @@ def test_a_sweeps_folder_stands_for_the_runs_in_it(command, monkeypatch):
         write_all(runs)
     Path("sweeps/x/runs/.5f3e").mkdir()  # of a process that was killed before its run was there
     status, out, err = command("sweeps/x")
-    assert status == 0 and err == "" and ".5f3e" not in out and out.count("injection raised the return by") == 2
+    assert (
+        status == 0 and err == "" and ".5f3e" not in out and out.count("injection raised the return by") == 2
+    )
     files = {path.name for path in Path("sweeps/x").iterdir() if path.is_file()}
-    assert files == {"sweep.json", "comparison.png", "comparison_by_learning_rate.png", "comparison.md", "comparison.json"}
+    assert files == {
+        "sweep.json",
+        "comparison.png",
+        "comparison_by_learning_rate.png",
+        "comparison.md",
+        "comparison.json",
+    }
     status, out, _ = command("sweeps/x", "--out", "elsewhere.png")
     assert status == 0 and Path("elsewhere_by_learning_rate.png").exists()
     write_run("more", {RETURN: games(1, 1)}, learning_rate=1e-4, seed=9)
@@ -63,7 +71,11 @@ def test_exported_curves_are_compared_as_the_runs_are(command):
     assert (status, errors) == (0, "") and "nowhere.csv cannot be read as curves of runs" in printed
     (comparison,) = json.loads(Path("again.json").read_text(encoding="utf-8"))["comparisons"]
     assert comparison["difference"] == pytest.approx(found[0]["difference"], rel=1e-5)
-    assert comparison["paired"] and comparison["verdict"] == found[0]["verdict"] and comparison["window"] == found[0]["window"]
+    assert (
+        comparison["paired"]
+        and comparison["verdict"] == found[0]["verdict"]
+        and comparison["window"] == found[0]["window"]
+    )
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "iqm"])
@@ -71,14 +83,18 @@ def test_a_report_prints_its_verdict_and_writes_figures_table_and_numbers_that_a
     folders = write_all(make_arms())
     measured = {RETURN: games(4, 1), "plasticity/dormant_fraction": [(100, 0.5), (200, float("nan"))]}
     folders.append(write_run("measured", measured, seed=4))
-    status, printed, errors = command(*folders, "--out", "img/new/x.png", "--aggregate", aggregate, "--window", 1_500)
+    status, printed, errors = command(
+        *folders, "--out", "img/new/x.png", "--aggregate", aggregate, "--window", 1_500
+    )
     assert (status, errors) == (0, "")
     files = ["x.png", "x_plasticity.png", "x.md", "x.json"]
     assert {path.name for path in Path("img/new").iterdir()} == set(files)
     assert printed.splitlines()[-1] == f"wrote {', '.join(f'img/new/{file}' for file in files)}"
     (found,) = json.loads(Path("img/new/x.json").read_text(encoding="utf-8"))["comparisons"]
     text = Path("img/new/x.md").read_text(encoding="utf-8")
-    assert found["verdict"] == "raised" and found["sentence"] in text and f"\n  {found['sentence']}\n" in printed
+    assert (
+        found["verdict"] == "raised" and found["sentence"] in text and f"\n  {found['sentence']}\n" in printed
+    )
     assert "window 1,000 < step ≤ 2,500" in printed and f"- {printed.splitlines()[0]}; " in text
     assert all(Path(f"img/new/{file}").read_bytes().startswith(b"\x89PNG") for file in files[:2])
 
@@ -88,13 +104,16 @@ def test_what_is_wrong_or_missing_is_named_and_the_rest_is_compared(command):
     going = write_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
     status, printed, _ = command("runs/nowhere", *good, going)
     lines = printed.splitlines()
-    assert status == 0 and lines[0].startswith("left out: runs/nowhere is no run's folder, it has no run.json")
+    assert status == 0 and lines[0].startswith(
+        "left out: runs/nowhere is no run's folder, it has no run.json"
+    )
     assert lines[1] == f"unfinished: {going} is at step 2,050 of 3,000"
     assert lines[2].endswith("injection at 1k against no injection")
     assert f"  not in this comparison: {going} shares its history with no run of the other arm" in lines
     assert lines[-2] == "no figure of plasticity: no run has measured it"
     assert (
-        lines[-1] == "wrote comparison.png, comparison.md, comparison.json" and not Path("comparison_plasticity.png").exists()
+        lines[-1] == "wrote comparison.png, comparison.md, comparison.json"
+        and not Path("comparison_plasticity.png").exists()
     )
     content = json.loads(Path("comparison.json").read_text(encoding="utf-8"))
     assert content["left_out"].keys() == {"runs/nowhere"} and content["unfinished"].keys() == {going}
@@ -102,24 +121,36 @@ def test_what_is_wrong_or_missing_is_named_and_the_rest_is_compared(command):
 
 def test_without_two_arms_to_compare_there_are_figures_but_no_verdict(command):
     evaluations = {RETURN: games(1, 0), "eval/episodic_return": [(500, 1.0), (1_500, 2.0)]}
-    status, printed, _ = command(write_run("a", evaluations), "--metric", "eval/episodic_return", "--out", "y.svg")
-    assert status == 0 and printed.lstrip().startswith("no verdict: no two arms differ in the injection alone; --fork makes")
+    status, printed, _ = command(
+        write_run("a", evaluations), "--metric", "eval/episodic_return", "--out", "y.svg"
+    )
+    assert status == 0 and printed.lstrip().startswith(
+        "no verdict: no two arms differ in the injection alone; --fork makes"
+    )
     assert json.loads(Path("y.json").read_text(encoding="utf-8"))["metric"] == "eval/episodic_return"
-    assert "nothing to compare with" in Path("y.md").read_text(encoding="utf-8") and "evaluation game" in Path(
-        "y.svg"
-    ).read_text(encoding="utf-8")
+    assert "nothing to compare with" in Path("y.md").read_text(
+        encoding="utf-8"
+    ) and "evaluation game" in Path("y.svg").read_text(encoding="utf-8")
 
 
 def test_arms_that_were_evaluated_differently_get_figures_and_the_reason_why_there_is_no_verdict(command):
     runs = make_arms()
     for run in runs:
-        evaluations = [(step, float(run.args.seed + run.args.apply_injection)) for step in (500, 1_500, 2_500)]
+        evaluations = [
+            (step, float(run.args.seed + run.args.apply_injection)) for step in (500, 1_500, 2_500)
+        ]
         run.scalars["eval/episodic_return"] = np.array(evaluations).T
-    runs = [replace(run, args=replace(run.args, eval_epsilon=0.1)) if run.args.apply_injection else run for run in runs]
+    runs = [
+        replace(run, args=replace(run.args, eval_epsilon=0.1)) if run.args.apply_injection else run
+        for run in runs
+    ]
     folders = write_all(runs)
     status, printed, _ = command(*folders, "--metric", "eval/episodic_return")
     names = "injection at 1k, eval epsilon 0.1 against no injection, eval epsilon 0.01"
-    assert status == 0 and f"not compared: {PHOENIX}: {names}, evaluated differently: eval_epsilon 0.01 and 0.1\n" in printed
+    assert (
+        status == 0
+        and f"not compared: {PHOENIX}: {names}, evaluated differently: eval_epsilon 0.01 and 0.1\n" in printed
+    )
     assert "no verdict: arms that were evaluated differently have none" in printed and "raised" not in printed
     content = json.loads(Path("comparison.json").read_text(encoding="utf-8"))
     assert content["comparisons"] == [] and list(content["not_compared"]) == [f"{PHOENIX}: {names}"]
@@ -134,7 +165,9 @@ def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_onl
     assert over in printed and over in Path("comparison.md").read_text(encoding="utf-8")
     _, printed, _ = command(*folders[:6])
     (total,) = json.loads(Path("comparison.json").read_text(encoding="utf-8"))["aggregates"]
-    assert total["games"] == [PHOENIX] and "games (" not in printed + Path("comparison.md").read_text(encoding="utf-8")
+    assert total["games"] == [PHOENIX] and "games (" not in printed + Path("comparison.md").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,14 +184,20 @@ def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_onl
         (["--probe", "a", "--probe-seeds", 0], "must be at least 1: change --probe-seeds"),
         (["--probe", "a", "--probe-learning-rate", 0], "must be positive"),
         (["--probe", "a", "--probe-tasks", 1], "must be at least 2: change --probe-tasks"),
-        (["--probe", "a", "--probe-tasks", 4, "--probe-inject-at", 5], "must be 2 to 4: change --probe-inject-at"),
+        (
+            ["--probe", "a", "--probe-tasks", 4, "--probe-inject-at", 5],
+            "must be 2 to 4: change --probe-inject-at",
+        ),
         (["--probe", "a", "--probe-inject-at", 5], "give --probe-tasks"),
         (["--probe", "a", "--probe-tasks", 4], "a cannot be read as a checkpoint"),
         (["--probe", "a", "--env-id", PHOENIX], "give --probe fresh --env-id"),
         (["--probe", "fresh"], "give --probe fresh --env-id"),
         (["--probe", "fresh", "--env-id", "Foo"], "unknown env_id 'Foo'"),
         (["--probe", "a", "--window", 5], "window is of comparisons, a probe makes none: leave out --window"),
-        (["--probe", "a", "--metric", "charts/episodic_return"], "metric is of comparisons, a probe makes none"),
+        (
+            ["--probe", "a", "--metric", "charts/episodic_return"],
+            "metric is of comparisons, a probe makes none",
+        ),
         (["--probe", "a", "--export", "x"], "export keeps curves of runs"),
         (["--probe", "a", "--out", "x"], "must end in .png, .pdf or .svg: change --out"),
         (["runs/a", "--probe-updates", 5], "probe_updates is given, but nothing to probe"),
@@ -183,7 +222,9 @@ def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
     given = []
     for name in ("report", "probe", "probe_sequence"):
         monkeypatch.setattr(compare, name, lambda *settings: given.append(settings))
-    command("a", "b", "--out", "c.pdf", "--metric", "eval/episodic_return", "--window", 5, "--aggregate", "iqm")
+    command(
+        "a", "b", "--out", "c.pdf", "--metric", "eval/episodic_return", "--window", 5, "--aggregate", "iqm"
+    )
     command("a")
     evaluated = (("a", "b"), Path("c.pdf"), "eval/episodic_return", 5, "iqm")
     assert given == [evaluated, (("a",), Path("comparison.png"), RETURN, None, "mean")]
@@ -197,7 +238,18 @@ def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
         (("a",), 512, 1_000, 3, 0.1, Path("d.png")),
     ]
     given.clear()
-    command("--probe", "a", "--probe-tasks", 4, "--probe-inject-at", 3, "--probe-observations", 5, "--probe-learning-rate", 0.1)
+    command(
+        "--probe",
+        "a",
+        "--probe-tasks",
+        4,
+        "--probe-inject-at",
+        3,
+        "--probe-observations",
+        5,
+        "--probe-learning-rate",
+        0.1,
+    )
     command("--probe", "fresh", "--env-id", PHOENIX, "--out", "d.png")
     assert given == [
         (("a",), None, 4, 3, 5, 200, 3, 0.1, Path("tasks.png")),
@@ -211,7 +263,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package, m
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        SystemExit, match=f"error: {package} is not installed: pip install -r requirements-dev.txt, in {SCRIPT.parent}$"
+        SystemExit,
+        match=f"error: {package} is not installed: pip install -r requirements-dev.txt, in {SCRIPT.parent}$",
     ):
         runpy.run_path(str(SCRIPT), run_name="without it")
 
@@ -225,7 +278,9 @@ def test_the_users_home_stands_for_itself_in_every_path(command, monkeypatch):
     given = [f"~/{folder}" for folder in folders]
     status, printed, _ = command(*given, "--out=~/x.png", "--export=~/curves")
     assert status == 0 and "difference" in Path("home/x.json").read_text(encoding="utf-8")
-    assert len(list(Path("home/curves").iterdir())) == 2 and [path.name for path in Path().iterdir()] == ["home"]
+    assert len(list(Path("home/curves").iterdir())) == 2 and [path.name for path in Path().iterdir()] == [
+        "home"
+    ]
     status, printed, _ = command("--probe=~/runs/nowhere")
     assert status == 1 and f"left out: {Path('home/runs/nowhere').absolute()} cannot" in printed
 

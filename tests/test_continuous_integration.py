@@ -21,15 +21,22 @@ PYTHONS = JOB["strategy"]["matrix"]["python"]
 def test_linux_runs_the_whole_suite_and_macos_that_of_daily_work():
     assert SYSTEMS == {"ubuntu-latest": "", "macos-latest": '-m "not slow"'}
     assert JOB["runs-on"] == "${{ matrix.system.runner }}"
-    versions = [step["with"]["python-version"] for step in JOB["steps"] if "setup-python" in step.get("uses", "")]
+    versions = [
+        step["with"]["python-version"] for step in JOB["steps"] if "setup-python" in step.get("uses", "")
+    ]
     assert versions == ["${{ matrix.python }}"]
-    assert [step["run"] for step in JOB["steps"] if "run" in step] == [".ci/run ${{ matrix.system.arguments }}"]
+    assert [step["run"] for step in JOB["steps"] if "run" in step] == [
+        ".ci/run ${{ matrix.system.arguments }}"
+    ]
 
 
 def test_the_readme_names_the_pythons_that_the_workflow_runs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     oldest, newest = PYTHONS
-    assert f"Python {oldest} to {newest}" in readme and f"Linux and macOS, each with {oldest} and {newest}" in readme
+    assert (
+        f"Python {oldest} to {newest}" in readme
+        and f"Linux and macOS, each with {oldest} and {newest}" in readme
+    )
 
 
 @pytest.fixture

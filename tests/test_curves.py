@@ -22,10 +22,10 @@ from simulated_runs import (
     write,
 )
 
+from analysis.arms import group, read_arms
 from analysis.curves import read_curves, read_run, write_curves
 from analysis.games import aggregates
 from analysis.report import as_json
-from analysis.runs import group, read_arms
 from analysis.verdict import comparisons
 from support.usage import UsageError
 
@@ -35,7 +35,10 @@ DORMANT = "plasticity/dormant_fraction"
 def runs():
     """Two of an arm, one of which has measured something; a curve that no comparison looks at."""
     more = {DORMANT: [(100, 0.1234567), (3_000, 0.5)], "losses/td_loss": [(100, 1.0)]}
-    one, other = make_run("a", {RETURN: games(1, 0)}, seed=1), make_run("b", {RETURN: games(2, 0), **more}, seed=2)
+    one, other = (
+        make_run("a", {RETURN: games(1, 0)}, seed=1),
+        make_run("b", {RETURN: games(2, 0), **more}, seed=2),
+    )
     other.scalars["charts/SPS"] = np.array([[100.0, 3_000.0], [1.0, 7.0]])
     return [one, other]
 
@@ -44,7 +47,10 @@ def test_they_come_back_as_they_were_measures_with_six_digits():
     one, other = runs()
     write_curves([one, other], path := Path("new", "x.csv"))
     back = read_curves(path, RETURN)
-    assert [run.args for run in back] == [one.args, other.args] and [run.last_step for run in back] == [3_000, 3_000]
+    assert [run.args for run in back] == [one.args, other.args] and [run.last_step for run in back] == [
+        3_000,
+        3_000,
+    ]
     for read, run in zip(back, (one, other), strict=True):
         assert np.array_equal(read.scalars[RETURN][0], run.scalars[RETURN][0])
         assert np.array_equal(read.scalars[RETURN][1], run.scalars[RETURN][1])
@@ -54,7 +60,9 @@ def test_they_come_back_as_they_were_measures_with_six_digits():
     assert [run.folder for run in back] == ["new/x.csv (seed 1)", "new/x.csv (seed 2)"]
 
 
-@pytest.mark.parametrize(("fork", "kept"), [(None, None), ("/home/someone/runs/A/checkpoint-7", "A/checkpoint-7")])
+@pytest.mark.parametrize(
+    ("fork", "kept"), [(None, None), ("/home/someone/runs/A/checkpoint-7", "A/checkpoint-7")]
+)
 def test_of_the_checkpoint_that_a_run_began_from_its_own_folders_are_kept(fork, kept):
     write_curves([make_run("a", {RETURN: games(1, 0)}, fork=fork)], path := Path("x.csv"))
     assert read_curves(path, RETURN)[0].args.fork == kept
@@ -66,7 +74,9 @@ def test_a_table_has_one_row_for_each_step_of_a_seed():
     rows = list(csv.DictReader(line for line in lines if not line.startswith("# ")))
     assert [*rows[0]] == ["seed", "step", RETURN, DORMANT, "charts/SPS"] and len(rows) == 30 + 30
     assert rows[30]["seed"] == "2" and rows[30][DORMANT] == "0.123457"
-    assert rows[31][DORMANT] is rows[30]["charts/SPS"] is None and lines[34].count(",") == 2, "no commas at a line's end"
+    assert rows[31][DORMANT] is rows[30]["charts/SPS"] is None and lines[34].count(",") == 2, (
+        "no commas at a line's end"
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,8 +106,20 @@ def forks(seeds, at, history, **args):
     for seed in seeds:
         points = [games(seed, injected, 50.0 * injected)[10 - history :] for injected in (0, 1)]
         whole, forked = known(f"b{seed}"), known(f"i{seed}", (f"b{seed}", at, seed))
-        runs.append(make_run(f"b{seed}", {RETURN: points[0]}, identity=whole, seed=seed, apply_injection=False, **args))
-        runs.append(make_run(f"i{seed}", {RETURN: points[1]}, identity=forked, seed=seed, fork=f"/x/b{seed}/checkpoint-{at}"))
+        runs.append(
+            make_run(
+                f"b{seed}", {RETURN: points[0]}, identity=whole, seed=seed, apply_injection=False, **args
+            )
+        )
+        runs.append(
+            make_run(
+                f"i{seed}",
+                {RETURN: points[1]},
+                identity=forked,
+                seed=seed,
+                fork=f"/x/b{seed}/checkpoint-{at}",
+            )
+        )
     return runs
 
 
@@ -109,7 +131,11 @@ def continuations(history, named):
             points = games(7, 0)[10 - history : 10] + games(seed, injected, 50.0 * injected)[10:]
             name = f"c{seed}{injected}"
             identity = known(name, ("agent", INJECTION, 1)) if named else None
-            how = {"seed": seed, "apply_injection": bool(injected), "fork": f"runs/agent/checkpoint-{INJECTION}"}
+            how = {
+                "seed": seed,
+                "apply_injection": bool(injected),
+                "fork": f"runs/agent/checkpoint-{INJECTION}",
+            }
             runs.append(make_run(name, {RETURN: points}, identity=identity, **how))
     return runs
 
@@ -125,8 +151,15 @@ def cut_games():
 def under_way():
     """One has logged nothing but a loss at its last step, one has just been injected."""
     late = make_run("late", {RETURN: games(4, 1, upto=1_100)}, 1_100, seed=4)
-    going = make_run("going", {RETURN: games(5, 1, upto=2_300), "losses/td_loss": [(2_400, 1.0)]}, 2_300, seed=5)
-    return [*make_arms(), going, late, make_run("whole", {RETURN: games(5, 0)}, seed=5, apply_injection=False)]
+    going = make_run(
+        "going", {RETURN: games(5, 1, upto=2_300), "losses/td_loss": [(2_400, 1.0)]}, 2_300, seed=5
+    )
+    return [
+        *make_arms(),
+        going,
+        late,
+        make_run("whole", {RETURN: games(5, 0)}, seed=5, apply_injection=False),
+    ]
 
 
 def large_returns(change):
@@ -191,12 +224,16 @@ def test_the_cases_are_what_they_are_called():
     found = {case: found_in(group(make())[0])[0] for case, make in CASES.items()}
     paired = {case for case, (pair, *_) in found.items() if pair.paired}
     assert paired == CASES.keys() - {"no pairs", "large returns that differ"}
-    assert {case for case, (pair, *_) in found.items() if pair.one_agent} == {case for case in CASES if case.startswith("one ")}
+    assert {case for case, (pair, *_) in found.items() if pair.one_agent} == {
+        case for case in CASES if case.startswith("one ")
+    }
 
 
 def test_what_a_folder_says_of_a_run_is_in_its_file():
     before = [{"run": "1f", "folder": "trunk", "step": INJECTION, "seed": 3}]
-    folder = Path(write(make_run("fork", {RETURN: games(1, 1), **EVALUATIONS}, fork="runs/trunk/checkpoint-1000")))
+    folder = Path(
+        write(make_run("fork", {RETURN: games(1, 1), **EVALUATIONS}, fork="runs/trunk/checkpoint-1000"))
+    )
     written = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     (folder / "run.json").write_text(json.dumps(written | {"run": "2e", "history": before}), encoding="utf-8")
     run = read_run(str(folder), RETURN)
@@ -218,14 +255,18 @@ def as_earlier(path):
     for i, line in enumerate(lines):
         if line.startswith("# "):
             header = json.loads(line[2:])
-            lines[i] = f"# {json.dumps({name: header[name] for name in header if name not in ('run', 'folder', 'history')})}"
+            lines[i] = (
+                f"# {json.dumps({name: header[name] for name in header if name not in ('run', 'folder', 'history')})}"
+            )
         elif not line.startswith("seed"):
             seed, step, *values = line.split(",")
             lines[i] = ",".join([seed, step, *(value and f"{float(value):.6g}" for value in values)])
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-@pytest.mark.parametrize("case", ["pairs", "one agent", "agents counted once", "norm", "cut games", "large returns"])
+@pytest.mark.parametrize(
+    "case", ["pairs", "one agent", "agents counted once", "norm", "cut games", "large returns"]
+)
 def test_files_of_earlier_versions_are_read_as_far_as_they_say(case):
     arms, _ = group(CASES[case]())
     paths = [Path(f"{i}.csv") for i in range(len(arms))]
@@ -233,7 +274,11 @@ def test_files_of_earlier_versions_are_read_as_far_as_they_say(case):
         write_curves(arm.runs, path)
         as_earlier(path)
     (expected,), (found,) = (found_in(of)[0] for of in (arms, read_arms(map(str, paths), RETURN)[0]))
-    assert (found.paired, found.one_agent, found.shared) == (expected.paired, expected.one_agent, expected.shared)
+    assert (found.paired, found.one_agent, found.shared) == (
+        expected.paired,
+        expected.one_agent,
+        expected.shared,
+    )
     assert found.judgement.difference == pytest.approx(expected.judgement.difference, rel=1e-4)
     mixed = group([*arms[0].runs, *read_curves(paths[1], RETURN)])[0]
     assert found_in(mixed)[0][0].paired == expected.paired, "beside runs that have all digits"
@@ -265,7 +310,8 @@ READ = {
     "empty lines before it and between": lambda text: "\n" + text.replace("\n", "\n\n"),
     "spaces after commas and at ends of lines": lambda text: text.replace(",", ", ").replace("\n", " \n"),
     "numbers in quotes": lambda text: "\n".join(
-        line if line.startswith("#") else ",".join(f'"{cell}"' for cell in line.split(",")) for line in text.splitlines()
+        line if line.startswith("#") else ",".join(f'"{cell}"' for cell in line.split(","))
+        for line in text.splitlines()
     ),
 }
 
@@ -276,7 +322,11 @@ def test_what_an_editor_changes_without_changing_a_number_is_read(kind):
     Path("y.CSV").write_text(READ[kind](text), encoding="utf-8", newline="")
     back = read_curves(Path("y.CSV"), RETURN)
     for run, first in zip(back, original, strict=True):
-        assert run.args == first.args and run.lineage == first.lineage and run.scalars.keys() == first.scalars.keys()
+        assert (
+            run.args == first.args
+            and run.lineage == first.lineage
+            and run.scalars.keys() == first.scalars.keys()
+        )
         assert all(np.array_equal(run.scalars[tag], first.scalars[tag]) for tag in run.scalars)
     assert len(read_arms(["y.CSV"], RETURN)[0][0].runs) == 2
 
@@ -284,8 +334,12 @@ def test_what_an_editor_changes_without_changing_a_number_is_read(kind):
 MARKED = {
     "a spreadsheet has saved it again, with its first lines in quotes": resaved,
     "a spreadsheet has saved it again, with its first lines in quotes.*": lambda text: resaved(text, ";"),
-    "a spreadsheet has saved it again, with other separators than commas": lambda text: text.replace(",", ";"),
-    "a spreadsheet has saved it again, with other separators than commas.*": lambda text: text.replace(",", "\t"),
+    "a spreadsheet has saved it again, with other separators than commas": lambda text: text.replace(
+        ",", ";"
+    ),
+    "a spreadsheet has saved it again, with other separators than commas.*": lambda text: text.replace(
+        ",", "\t"
+    ),
     "a spreadsheet has saved it again, with the number 0,5": lambda text: text.replace(",0.5", ',"0,5"'),
     "a row has more fields than there are columns": lambda text: text.replace(",7\n", ",7,5\n"),
     "it holds two runs of one seed": lambda text: text.replace('"seed": 2', '"seed": 1'),
@@ -298,7 +352,9 @@ def test_what_a_spreadsheet_may_have_changed_is_refused_with_the_mark_and_the_fi
     changed = MARKED[reason](text)
     assert changed != text
     Path("y.csv").write_text(changed, encoding="utf-8", newline="")
-    with pytest.raises(UsageError, match=rf"y.csv cannot be read .*{reason}.*: give the file that compare.py --export wrote"):
+    with pytest.raises(
+        UsageError, match=rf"y.csv cannot be read .*{reason}.*: give the file that compare.py --export wrote"
+    ):
         read_curves(Path("y.csv"), RETURN)
 
 

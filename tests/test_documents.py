@@ -35,7 +35,9 @@ def commands(page):
     """The commands in a page's blocks of bash, one each."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     lines = "\n".join(blocks).splitlines()
-    return [part for line in lines for command in line.split("&&") if (part := command.split(" #")[0].strip())]
+    return [
+        part for line in lines for command in line.split("&&") if (part := command.split(" #")[0].strip())
+    ]
 
 
 def slug(heading):
@@ -58,8 +60,17 @@ def in_tables(page, pattern):
 
 def flags_of_other_scripts():
     """Names of the fields that compare.py and the benchmarks take from their command lines."""
-    sources = [ROOT / "compare.py", ROOT / "sweep.py", *(ROOT / "analysis").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
-    return {name for path in sources for name in re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.MULTILINE)}
+    sources = [
+        ROOT / "compare.py",
+        ROOT / "sweep.py",
+        *(ROOT / "analysis").glob("*.py"),
+        *(ROOT / "benchmarks").glob("*.py"),
+    ]
+    return {
+        name
+        for path in sources
+        for name in re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
 
 
 def test_there_is_a_page_per_question_and_the_readme_links_to_each():
@@ -73,7 +84,9 @@ def test_every_training_command_parses(monkeypatch):
         Path("runs/FOLDER", name).parent.mkdir(parents=True, exist_ok=True)
         Path("runs/FOLDER", name).write_text(json.dumps({"args": run}), encoding="utf-8")
     Path("runs/FOLDER/checkpoint-12500000").mkdir()
-    Path("runs/FOLDER/checkpoint-12500000/manifest.json").write_text(json.dumps({"args": paper}), encoding="utf-8")
+    Path("runs/FOLDER/checkpoint-12500000/manifest.json").write_text(
+        json.dumps({"args": paper}), encoding="utf-8"
+    )
     parsed = [shlex.split(command) for page in PAGES for command in commands(page) if trains(command)]
     assert len(parsed) >= 20
     for words in parsed:
@@ -99,7 +112,10 @@ def test_every_other_command_is_one_that_a_reader_has(page):
 
 @each_page
 def test_every_flag_that_is_named_exists(page):
-    named = {flag.replace("-", "_") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", page.read_text(encoding="utf-8"))}
+    named = {
+        flag.replace("-", "_")
+        for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", page.read_text(encoding="utf-8"))
+    }
     known = OWN_FLAGS | {f"no_{name}" for name in OWN_FLAGS} | flags_of_other_scripts() | OTHERS_FLAGS
     assert named <= known | OF_TOOLS.get(page.name, set())
 
@@ -113,9 +129,9 @@ def test_every_file_and_section_that_is_linked_exists(page):
         path = page.parent / name if name else page
         assert path.exists(), target
         if section:
-            assert section in {slug(h) for h in re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)}, (
-                target
-            )
+            assert section in {
+                slug(h) for h in re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            }, target
 
 
 @each_page
@@ -140,7 +156,8 @@ def test_every_curve_of_training_and_evaluation_is_explained_and_no_other():
     page, learner = ROOT / "docs/metrics.md", make_learner()
     learner.update(random_batch())
     sources = "".join(
-        path.read_text(encoding="utf-8") for path in (ROOT / "dqn_injection_atari.py", *(ROOT / "support").glob("*.py"))
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "dqn_injection_atari.py", *(ROOT / "support").glob("*.py"))
     )
     logged = set(re.findall(r'"((?:charts|injection|eval)/\w+)"', sources))
     logged |= {f"losses/{name}" for name in learner.losses.means(4, 4)}
@@ -164,7 +181,9 @@ def test_every_measure_of_plasticity_is_explained_and_no_other():
 
 @pytest.mark.parametrize("folder", ["support", "analysis", "benchmarks"])
 def test_the_readmes_map_names_every_module_and_no_other(folder):
-    row = re.search(rf"^\| \[`{folder}/`\]\({folder}\) \|(.*)\|$", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE)
+    row = re.search(
+        rf"^\| \[`{folder}/`\]\({folder}\) \|(.*)\|$", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert row is not None
     named = set(re.findall(r"`(\w+\.py)`", row.group(1)))
     assert named == {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
@@ -185,20 +204,36 @@ def test_the_presets_numbers_are_those_of_the_page_on_deviations():
     assert all(name in text for name in named)
     paper = PRESETS["paper"]
     assert (paper["total_timesteps"], paper["injection_step"]) == (50_000_000, (12_500_000,))
-    assert (paper["learning_rate"], paper["target_network_frequency"], paper["learning_starts"]) == (2.5e-4, 30_000, 50_000)
-    assert (paper["eval_frequency"], paper["eval_steps"], paper["injection_optimizer_state"]) == (250_000, 125_000, "copy")
+    assert (paper["learning_rate"], paper["target_network_frequency"], paper["learning_starts"]) == (
+        2.5e-4,
+        30_000,
+        50_000,
+    )
+    assert (paper["eval_frequency"], paper["eval_steps"], paper["injection_optimizer_state"]) == (
+        250_000,
+        125_000,
+        "copy",
+    )
     assert paper["exploration_fraction"] * paper["total_timesteps"] == 1_000_000
 
 
 def test_the_first_run_of_the_readme_takes_as_long_as_it_says_and_has_every_part_in_it(monkeypatch):
     """On two cores with AVX2 alone, which make 91 steps/s while learning with 8 games, 71 after an injection."""
-    (section,) = re.findall(r"^## In two minutes\n(.*?)^## ", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (section,) = re.findall(
+        r"^## In two minutes\n(.*?)^## ", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     (command,) = re.findall(r"```bash\n(.*?)\n```", section)
     monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
     args = parse_args()
     (injection,) = args.injection_step
     learning, injected = injection - args.learning_starts, args.total_timesteps - injection
     assert learning > 0 and injected > 0 and args.save_model and args.apply_injection and args.num_envs == 8
-    assert learning / 91 + injected / 71 < 90, "and half a minute to start, and to play before learning starts"
-    said = (f"step {injection:,}: plasticity injected", f"of {args.total_timesteps:,}", f"checkpoint-{args.total_timesteps}")
+    assert learning / 91 + injected / 71 < 90, (
+        "and half a minute to start, and to play before learning starts"
+    )
+    said = (
+        f"step {injection:,}: plasticity injected",
+        f"of {args.total_timesteps:,}",
+        f"checkpoint-{args.total_timesteps}",
+    )
     assert all(words in section for words in (*said, "--evaluate runs/"))

@@ -42,7 +42,12 @@ def test_every_arm_is_in_the_table_and_in_the_figure_however_many_there_are(scri
     names = ["_a $x_1$", "δ", *"bcdefgh"]
     status, printed = script("draw_arms", "x.svg", *write_arms(names))
     header, _, *rows = printed.splitlines()
-    assert status == 0 and [cell.strip() for cell in header.strip("|").split("|")] == ["step", "_a $x_1$", "?", *"bcdefgh"]
+    assert status == 0 and [cell.strip() for cell in header.strip("|").split("|")] == [
+        "step",
+        "_a $x_1$",
+        "?",
+        *"bcdefgh",
+    ]
     assert [row.count("3.5 [3.0, 4.0]") for row in rows] == [0, len(names)]
     figure = Path("x.svg").read_text(encoding="utf-8")
     assert all(f"<!-- {name}, mean of 2 -->" in figure for name in names)
@@ -69,9 +74,17 @@ def test_a_runs_return_is_drawn(script, monkeypatch):
         ("draw_arms", ["x.png", "nowhere"], "nowhere is no run's folder"),
         ("draw_return", [], "give a run and a figure's name"),
         ("draw_return", ["nowhere", "x.png", "many"], "RANDOM_SCORE is many, but must be a number"),
-        ("draw_arms", ["x.foo", "nowhere"], "the figure is x.foo, but must end in .png, .pdf or .svg: give another name"),
+        (
+            "draw_arms",
+            ["x.foo", "nowhere"],
+            "the figure is x.foo, but must end in .png, .pdf or .svg: give another name",
+        ),
         ("draw_arms", ["x.png", "nowhere"], "it has no run.json: leave it out"),
-        ("draw_return", ["nowhere", "x"], "the figure is x, but must end in .png, .pdf or .svg: give another name"),
+        (
+            "draw_return",
+            ["nowhere", "x"],
+            "the figure is x, but must end in .png, .pdf or .svg: give another name",
+        ),
         ("draw_return", ["nowhere", "x.png"], "nowhere is no run's folder, it has no run.json: give another"),
         ("draw_signs", [], "give the files of both arms"),
     ],

@@ -22,9 +22,20 @@ def write_dose():
             runs = []
             for seed in range(1, 5 if rate == 1e-3 else 4):
                 gain = injected * (1_000 * (rate == 1e-3) - 100 * seed)
-                measured = {"plasticity/dormant_fraction/head": [(INJECTION, seed / 10 + (rate == 1e-3)), (2_000, 0.0)]}
-                how = {"learning_rate": rate, "apply_injection": injected, "exp_name": f"{'in' * injected}none_{rate}"}
-                runs.append(make_run(f"{seed}", {RETURN: games(seed, injected, gain), **measured}, seed=seed, **how))
+                measured = {
+                    "plasticity/dormant_fraction/head": [
+                        (INJECTION, seed / 10 + (rate == 1e-3)),
+                        (2_000, 0.0),
+                    ]
+                }
+                how = {
+                    "learning_rate": rate,
+                    "apply_injection": injected,
+                    "exp_name": f"{'in' * injected}none_{rate}",
+                }
+                runs.append(
+                    make_run(f"{seed}", {RETURN: games(seed, injected, gain), **measured}, seed=seed, **how)
+                )
             write_curves(runs, Path(f"{rate}_{injected}.csv"))
 
 
@@ -36,7 +47,9 @@ def probe(exp_name, seed, agent, injected, step=INJECTION, names=("agent", "agen
 
 def draw(monkeypatch, capsys):
     """The table {measure: cells}, and what is said before it."""
-    monkeypatch.setattr(sys, "argv", [SCRIPT, "x.png", *map(str, (*Path().glob("*.csv"), *Path().glob("*.json")))])
+    monkeypatch.setattr(
+        sys, "argv", [SCRIPT, "x.png", *map(str, (*Path().glob("*.csv"), *Path().glob("*.json")))]
+    )
     runpy.run_path(SCRIPT, run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
@@ -46,7 +59,13 @@ def draw(monkeypatch, capsys):
 def test_what_goes_with_the_learning_rate_is_told_from_what_goes_with_the_gain(monkeypatch, capsys):
     write_dose()
     table, said = draw(monkeypatch, capsys)
-    assert table["at the injection"] == ["agents", "0.0001", "0.001", "correlation, all", "within learning rates"]
+    assert table["at the injection"] == [
+        "agents",
+        "0.0001",
+        "0.001",
+        "correlation, all",
+        "within learning rates",
+    ]
     count, low, high, over_all, within = table["dormant_fraction/head"]
     assert (count, low, high, within) == ("7", "0.1 to 0.3", "1.1 to 1.4", "-1.00") and float(over_all) > 0.4
     assert said[-1].startswith("by chance the largest of 1 within learning rates is beyond ±0.")
@@ -55,19 +74,33 @@ def test_what_goes_with_the_learning_rate_is_told_from_what_goes_with_the_gain(m
 
 def test_probes_are_those_of_their_agents_and_what_cannot_be_used_is_named(monkeypatch, capsys):
     write_dose()
-    probes = [probe(f"none_{rate}", seed, 1 + seed * (rate == 1e-3), 2.0) for rate in RATES for seed in (1, 2)]
-    probes += [probe("none_0.001", 3, None, 2.0), probe("none_0.001", 5, 1.0, 2.0), probe("none_0.001", 3, 1.0, 2.0, step=7)]
+    probes = [
+        probe(f"none_{rate}", seed, 1 + seed * (rate == 1e-3), 2.0) for rate in RATES for seed in (1, 2)
+    ]
+    probes += [
+        probe("none_0.001", 3, None, 2.0),
+        probe("none_0.001", 5, 1.0, 2.0),
+        probe("none_0.001", 3, 1.0, 2.0, step=7),
+    ]
     probes += [{**probes[0], "checkpoint": "agent/checkpoint-1000"}]
     Path("probe_100.json").write_text(json.dumps(probes), encoding="utf-8")
     table, said = draw(monkeypatch, capsys)
     assert table["probe_100, agent"][0] == "4" and float(table["probe_100, agent"][3]) > 0.5
     assert float(table["probe_100, injected ÷ agent"][3]) < -0.5 and table["probe_100, agent"][2] == "2 to 3"
-    assert ["diverged" if "diverged" in line else "no gain" in line for line in said[:-2]] == ["diverged", True, True, True]
+    assert ["diverged" if "diverged" in line else "no gain" in line for line in said[:-2]] == [
+        "diverged",
+        True,
+        True,
+        True,
+    ]
 
 
 def test_of_a_sequence_of_tasks_the_one_network_and_the_injected_one_count(monkeypatch, capsys):
     write_dose()
-    sequences = [probe("none_0.001", seed, seed, 6 / seed, names=(SAME, INJECTED), probe_tasks=12) for seed in (1, 2, 3, 4)]
+    sequences = [
+        probe("none_0.001", seed, seed, 6 / seed, names=(SAME, INJECTED), probe_tasks=12)
+        for seed in (1, 2, 3, 4)
+    ]
     Path("probe_tasks.json").write_text(json.dumps(sequences), encoding="utf-8")
     table, _ = draw(monkeypatch, capsys)
     assert table["probe_tasks, agent"] == ["4", "–", "1 to 4", "-1.00", "-1.00"]
@@ -78,14 +111,18 @@ def test_of_a_sequence_of_tasks_the_one_network_and_the_injected_one_count(monke
 def test_a_file_that_no_probe_wrote_is_named_in_one_line(monkeypatch, capsys, content):
     write_dose()
     Path("probe.json").write_text(content, encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"^error: probe.json cannot be read as what was probed \(.+\): give a file that"):
+    with pytest.raises(
+        SystemExit, match=r"^error: probe.json cannot be read as what was probed \(.+\): give a file that"
+    ):
         draw(monkeypatch, capsys)
 
 
 def test_two_agents_of_one_name_and_seed_are_refused(monkeypatch, capsys):
     write_dose()
     for path in Path().glob("*.csv"):
-        path.write_text(path.read_text(encoding="utf-8").replace("none_0.0001", "none_0.001"), encoding="utf-8")
+        path.write_text(
+            path.read_text(encoding="utf-8").replace("none_0.0001", "none_0.001"), encoding="utf-8"
+        )
     with pytest.raises(SystemExit, match="two agents have the exp_name none_0"):
         draw(monkeypatch, capsys)
 

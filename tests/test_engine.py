@@ -13,9 +13,9 @@ pytest.importorskip("ray")
 
 from ray._private import ray_constants
 
-from analysis import engine
-from analysis.engine import ray
-from support import jobs
+from orchestration import engine
+from orchestration import jobs
+from orchestration.engine import ray
 from support.usage import UsageError
 
 
@@ -32,7 +32,10 @@ def raises(error):
         (lambda: 143, ("killed", "exit status 143")),
         (lambda: -9, ("killed", "exit status -9")),
         (lambda: raises(ray.exceptions.TaskCancelledError()), ("stopped", "")),
-        (lambda: raises(ray.exceptions.RayTaskError("run", "", OSError("disk full"))), ("failed", "disk full")),
+        (
+            lambda: raises(ray.exceptions.RayTaskError("run", "", OSError("disk full"))),
+            ("failed", "disk full"),
+        ),
         (lambda: raises(ray.exceptions.WorkerCrashedError()), ("killed", "WorkerCrashedError")),
         (lambda: raises(ray.exceptions.NodeDiedError("gone")), ("killed", "NodeDiedError")),
     ],
@@ -53,7 +56,9 @@ def no_cluster(monkeypatch):
 
 
 def test_a_signal_while_no_run_is_going_ends_it_with_the_status_of_that_signal(no_cluster, monkeypatch):
-    monkeypatch.setattr(ray, "init", lambda *_, **__: signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number)))
+    monkeypatch.setattr(
+        ray, "init", lambda *_, **__: signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+    )
     with pytest.raises(SystemExit) as ended, engine.cluster(None):
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 143
@@ -70,7 +75,9 @@ def test_sigterm_while_ray_starts_ends_with_143(no_cluster, monkeypatch):
     assert ended.value.code == 143
 
 
-def test_rays_sockets_are_in_a_folder_of_its_own_that_is_short_however_long_tmpdir_is(no_cluster, monkeypatch, tmp_path):
+def test_rays_sockets_are_in_a_folder_of_its_own_that_is_short_however_long_tmpdir_is(
+    no_cluster, monkeypatch, tmp_path
+):
     deep = tmp_path / ("x" * 120)
     deep.mkdir()
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
@@ -109,7 +116,9 @@ OF_RAY = (
 
 
 @pytest.mark.parametrize("error", OF_RAY, ids=repr)
-def test_what_ray_says_when_it_does_not_start_is_one_line_without_advice_on_what_was_not_given(no_cluster, monkeypatch, error):
+def test_what_ray_says_when_it_does_not_start_is_one_line_without_advice_on_what_was_not_given(
+    no_cluster, monkeypatch, error
+):
     monkeypatch.setattr(ray, "init", lambda *_, **__: raises(error))
     with pytest.raises(UsageError, match="Ray does not start here") as refused, engine.cluster(None):
         pass
@@ -117,7 +126,9 @@ def test_what_ray_says_when_it_does_not_start_is_one_line_without_advice_on_what
     assert "\n" not in str(refused.value) and "()" not in str(refused.value)
 
 
-@pytest.mark.parametrize("error", [TypeError("x"), KeyError("x"), AttributeError("x"), AssertionError("x")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [TypeError("x"), KeyError("x"), AttributeError("x"), AssertionError("x")], ids=repr
+)
 def test_a_mistake_of_ours_while_ray_starts_keeps_its_trace(no_cluster, monkeypatch, error):
     monkeypatch.setattr(ray, "init", lambda *_, **__: raises(error))
     with pytest.raises(type(error)), engine.cluster(None):
@@ -145,7 +156,9 @@ def test_rays_settings_are_ours_unless_the_user_has_set_them(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "token", "found"), [(None, True, "token"), (None, False, None), ("disabled", True, "disabled")]
 )
-def test_a_cluster_that_asks_for_rays_token_gets_it_where_there_is_one(monkeypatch, tmp_path, given, token, found):
+def test_a_cluster_that_asks_for_rays_token_gets_it_where_there_is_one(
+    monkeypatch, tmp_path, given, token, found
+):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", given or "")
     if given is None:
@@ -162,8 +175,8 @@ CANCEL = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, {"heard": signal.default_int_handler, "ignored": signal.SIG_IGN}[sys.argv[1]])
-from analysis import engine
-from support import jobs
+from orchestration import engine
+from orchestration import jobs
 here, fails = Path().absolute(), ("bash", "-c", "trap 'exit 1' TERM; touch up; while :; do read -t 0.02 line < /dev/zero; done")
 with engine.cluster(None):
     job = jobs.Job("x", fails, fails, str(here), str(here / "x.log"))
@@ -177,10 +190,14 @@ with engine.cluster(None):
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.parametrize("interrupts", ["heard", "ignored"])  # ignored where a script has begun the sweep with &
+@pytest.mark.parametrize(
+    "interrupts", ["heard", "ignored"]
+)  # ignored where a script has begun the sweep with &
 def test_a_job_that_is_cancelled_is_told_so_and_has_failed_if_it_fails_then(interrupts):
     Path("runs").mkdir()
     environment = os.environ | {"PYTHONPATH": str(Path(jobs.__file__).parent.parent)}
     command = (sys.executable, "-c", CANCEL, interrupts)
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", timeout=120, check=True)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", timeout=120, check=True
+    )
     assert done.stdout == "('failed', 'exit status 1 when it was stopped')\n"

@@ -8,7 +8,7 @@ from conftest import SHORT_GAMES, variant
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.atari_wrappers import NoopResetEnv
 
-from support.environments import LearnerView, atari_spec, make_envs
+from support.environments import LearnerView, atari_spec, make_atari_envs
 from support.usage import UsageError
 
 PHOENIX = "PhoenixNoFrameskip-v4"
@@ -24,7 +24,7 @@ def noop_wrapper(env):
 
 def lockstep(env_id, num_envs, steps, actions_of):
     """Plays both backends with the same actions from the same starts; yields both `step` results."""
-    sb3, ale = (make_envs(env_id, backend, num_envs) for backend in ("sb3", "ale"))
+    sb3, ale = (make_atari_envs(env_id, backend, num_envs) for backend in ("sb3", "ale"))
     sub_envs = sb3.unwrapped.envs
 
     def copy_starts(infos):
@@ -48,15 +48,19 @@ def lockstep(env_id, num_envs, steps, actions_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env_id,num_envs", [(PHOENIX, 2), ("BreakoutNoFrameskip-v4", 2), ("ALE/Qbert-v5", 1)])
+@pytest.mark.parametrize(
+    "env_id,num_envs", [(PHOENIX, 2), ("BreakoutNoFrameskip-v4", 2), ("ALE/Qbert-v5", 1)]
+)
 def test_backends_agree_on_rewards_ends_and_raw_returns(env_id, num_envs):
     if env_id.startswith("ALE/"):  # without its sticky actions, whose generators differ
         env_id = variant("SteadyQbert-v5", env_id, repeat_action_probability=0.0)
     rng = np.random.default_rng(0)
-    num_actions = make_envs(env_id, "ale", 1).single_action_space.n
+    num_actions = make_atari_envs(env_id, "ale", 1).single_action_space.n
     games = lives_lost = 0
     for sb3, ale in lockstep(env_id, num_envs, 1500, lambda t: rng.integers(num_actions, size=num_envs)):
-        for name, mine, theirs in zip(("rewards", "terminations", "truncations"), sb3[1:4], ale[1:4], strict=True):
+        for name, mine, theirs in zip(
+            ("rewards", "terminations", "truncations"), sb3[1:4], ale[1:4], strict=True
+        ):
             assert np.array_equal(mine, theirs), name
             assert mine.dtype == theirs.dtype, name
         assert np.abs(sb3[0].astype(int) - ale[0]).mean() < 2, "a few grey levels in places"
@@ -76,7 +80,7 @@ def test_backends_agree_on_rewards_ends_and_raw_returns(env_id, num_envs):
 @pytest.mark.slow
 @sb3_in_full_runs
 def test_returns_are_raw_scores_of_whole_games_while_rewards_are_signs(backend):
-    envs, rng = make_envs(PHOENIX, backend, 2), np.random.default_rng(1)
+    envs, rng = make_atari_envs(PHOENIX, backend, 2), np.random.default_rng(1)
     envs.reset(seed=3)
     clipped, length, lives_lost, checked = np.zeros(2), np.zeros(2, int), np.zeros(2, int), 0
     while checked < 2:
@@ -136,7 +140,7 @@ def test_the_learner_sees_lives_ends_and_signs(lives, row, reward, termination, 
 @pytest.mark.slow
 @sb3_in_full_runs
 def test_stacks_shift_by_one_survive_life_losses_and_restart_on_zeros_after_games(backend):
-    envs, rng = make_envs(PHOENIX, backend, 2), np.random.default_rng(2)
+    envs, rng = make_atari_envs(PHOENIX, backend, 2), np.random.default_rng(2)
     obs, _ = envs.reset(seed=5)
     assert obs.shape == (2, 4, 84, 84) and obs.dtype == np.uint8
     assert not obs[:, :3].any() and obs[:, 3].any(axis=(1, 2)).all()
@@ -148,7 +152,9 @@ def test_stacks_shift_by_one_survive_life_losses_and_restart_on_zeros_after_game
         assert np.array_equal(infos["final_obs"][~over], next_obs[~over])
         assert not next_obs[over, :3].any()
         for i in np.flatnonzero(over):
-            assert not np.array_equal(infos["final_obs"][i, 3], next_obs[i, 3]), "the last frame is its own game's"
+            assert not np.array_equal(infos["final_obs"][i, 3], next_obs[i, 3]), (
+                "the last frame is its own game's"
+            )
         games, lives_lost = games + over.sum(), lives_lost + (terminations & ~over).sum()
         obs = next_obs
     assert lives_lost >= 8
@@ -156,7 +162,7 @@ def test_stacks_shift_by_one_survive_life_losses_and_restart_on_zeros_after_game
 
 @both_backends
 def test_a_game_at_its_frame_limit_is_truncated_and_not_terminal(backend):
-    envs = make_envs(variant("ShortPhoenix-v5", PHOENIX, max_num_frames_per_episode=120), backend, 3)
+    envs = make_atari_envs(variant("ShortPhoenix-v5", PHOENIX, max_num_frames_per_episode=120), backend, 3)
     envs.reset(seed=1)
     for t in range(1, 61):
         _, _, terminations, truncations, infos = envs.step(np.zeros(3, int))
@@ -171,7 +177,7 @@ def test_v5_keeps_its_sticky_actions_and_skips_four_frames_once(backend, num_env
     """Two of three games start on the same frame with these seeds, and go one way, but not with sticky actions."""
 
     def equal_courses(env_id):
-        envs = make_envs(env_id, backend, num_envs)
+        envs = make_atari_envs(env_id, backend, num_envs)
         _, infos = envs.reset(seed=seed)
         starts, screens = infos["episode_frame_number"].copy(), []
         for t in range(25):
@@ -189,7 +195,7 @@ def test_v5_keeps_its_sticky_actions_and_skips_four_frames_once(backend, num_env
 @sb3_in_full_runs
 def test_a_seed_fixes_every_game_and_another_seed_changes_them(backend):
     def play(seed):
-        envs, rng = make_envs("ALE/Phoenix-v5", backend, 2), np.random.default_rng(0)
+        envs, rng = make_atari_envs("ALE/Phoenix-v5", backend, 2), np.random.default_rng(0)
         frames = [envs.reset(seed=seed)[0]]
         frames += [envs.step(rng.integers(8, size=2))[0] for _ in range(60)]
         return np.array(frames)
@@ -206,7 +212,7 @@ def test_a_seed_fixes_every_game_and_another_seed_changes_them(backend):
 )
 @both_backends
 def test_any_atari_id_plays(env_id, backend):
-    envs = make_envs(env_id, backend, 1)
+    envs = make_atari_envs(env_id, backend, 1)
     obs, _ = envs.reset(seed=0)
     for _ in range(5):
         obs, *_ = envs.step(np.array([1]))
@@ -227,31 +233,31 @@ def test_ids_that_are_no_atari_games_are_refused(env_id):
 @both_backends
 def test_what_dqn_cannot_play_is_refused(backend):
     with pytest.raises(UsageError, match="continuous actions"):
-        make_envs(variant("ContinuousPhoenix-v5", "ALE/Phoenix-v5", continuous=True), backend, 1)
+        make_atari_envs(variant("ContinuousPhoenix-v5", "ALE/Phoenix-v5", continuous=True), backend, 1)
     with pytest.raises(UsageError, match="not the screen"):
-        make_envs(variant("RamPhoenix-v5", "ALE/Phoenix-v5", obs_type="ram"), backend, 1)
+        make_atari_envs(variant("RamPhoenix-v5", "ALE/Phoenix-v5", obs_type="ram"), backend, 1)
 
 
 @pytest.mark.parametrize("setting", ["difficulty", "mode"])
 def test_what_a_backend_cannot_do_is_refused_not_ignored(setting):
     other = variant(f"Freeway-{setting}-v5", "ALE/Freeway-v5", **{setting: 1})
-    make_envs(other, "sb3", 1)
+    make_atari_envs(other, "sb3", 1)
     with pytest.raises(UsageError, match="--env-backend sb3"):
-        make_envs(other, "ale", 1)
+        make_atari_envs(other, "ale", 1)
 
 
 @both_backends
 def test_an_id_registered_with_nothing_but_a_game_plays(backend):
     if "BarePhoenix-v5" not in gym.registry:
         gym.register("BarePhoenix-v5", "ale_py.env:AtariEnv", kwargs={"game": "phoenix"})
-    envs = make_envs("BarePhoenix-v5", backend, 1)
+    envs = make_atari_envs("BarePhoenix-v5", backend, 1)
     envs.reset(seed=0)
     assert envs.step(np.array([0]))[0].shape == (1, 4, 84, 84)
 
 
 @sb3_in_full_runs
 def test_a_step_in_two_halves_is_a_step(backend):
-    whole, halves = (make_envs(SHORT_GAMES, backend, 2) for _ in range(2))
+    whole, halves = (make_atari_envs(SHORT_GAMES, backend, 2) for _ in range(2))
     rng = np.random.default_rng(0)
     for envs in (whole, halves):
         envs.reset(seed=3)
@@ -263,7 +269,9 @@ def test_a_step_in_two_halves_is_a_step(backend):
         assert halves.obs is before
         got = halves.receive()
         assert all(np.array_equal(a, b) for a, b in zip(expected[:4], got[:4], strict=True))
-        assert np.array_equal(expected[4]["final_obs"], got[4]["final_obs"]) and np.array_equal(halves.obs, got[0])
+        assert np.array_equal(expected[4]["final_obs"], got[4]["final_obs"]) and np.array_equal(
+            halves.obs, got[0]
+        )
     state, reference = halves.state_dict(), whole.state_dict()
     assert torch.equal(state["actions"], reference["actions"]) and torch.equal(state["obs"], reference["obs"])
     assert state["actions"].shape == (110, 2)
@@ -271,13 +279,15 @@ def test_a_step_in_two_halves_is_a_step(backend):
 
 @both_backends
 def test_a_picture_of_every_game_can_be_drawn(backend):
-    envs = make_envs(PHOENIX, backend, 2, render_mode="rgb_array")
+    envs = make_atari_envs(PHOENIX, backend, 2, render_mode="rgb_array")
     envs.reset(seed=0)
     envs.step(np.zeros(2, int))
     pictures = envs.render()
     assert len(pictures) == 2 and {picture.dtype for picture in pictures} == {np.dtype(np.uint8)}
     if backend == "sb3":
-        assert pictures[0].shape == (210, 160, 3) and (pictures[0][..., 0] != pictures[0][..., 2]).any(), "in colour"
+        assert pictures[0].shape == (210, 160, 3) and (pictures[0][..., 0] != pictures[0][..., 2]).any(), (
+            "in colour"
+        )
     else:
         assert pictures[0].shape == (336, 336, 3)
         assert np.array_equal(pictures[1][::4, ::4, 1], envs.obs[1, -1]), "the agent's newest frame, larger"
@@ -287,7 +297,7 @@ def test_a_picture_of_every_game_can_be_drawn(backend):
 @pytest.mark.parametrize("env_id", [SHORT_GAMES, pytest.param("ALE/Breakout-v5", marks=pytest.mark.slow)])
 def test_games_come_back_from_their_state_and_go_on_the_same(backend, env_id):
     rng = np.random.default_rng(0)
-    first, second = (make_envs(env_id, backend, 2) for _ in range(2))
+    first, second = (make_atari_envs(env_id, backend, 2) for _ in range(2))
     first.reset(seed=3)
     for _ in range(20):
         first.step(rng.integers(4, size=2))
@@ -311,14 +321,14 @@ def test_games_come_back_from_their_state_and_go_on_the_same(backend, env_id):
 
 
 def test_both_backends_are_asked_for_up_to_30_no_ops_at_a_games_start():
-    sb3, ale = (make_envs(PHOENIX, backend, 1) for backend in ("sb3", "ale"))
+    sb3, ale = (make_atari_envs(PHOENIX, backend, 1) for backend in ("sb3", "ale"))
     assert noop_wrapper(sb3.unwrapped.envs[0]).noop_max == 30
     starts = [int(ale.reset(seed=seed)[1]["episode_frame_number"][0]) for seed in range(40, 46)]
     assert len(set(starts)) > 3 and max(starts) == starts[-1] == 30
 
 
 def test_games_that_do_not_repeat_themselves_are_no_way_back():
-    envs = make_envs(PHOENIX, "ale", 2)
+    envs = make_atari_envs(PHOENIX, "ale", 2)
     envs.reset(seed=3)
     envs.step(np.zeros(2, int))
     state = envs.state_dict()
@@ -329,7 +339,7 @@ def test_games_that_do_not_repeat_themselves_are_no_way_back():
 
 @pytest.mark.parametrize("decisions", [10_000, 10_001])
 def test_a_long_way_back_is_announced(decisions, monkeypatch, capsys):
-    envs = make_envs(PHOENIX, "ale", 1)
+    envs = make_atari_envs(PHOENIX, "ale", 1)
     envs.reset(seed=3)
     state, played = envs.state_dict(), []
     monkeypatch.setattr(LearnerView, "step", lambda _, actions: played.append(actions))

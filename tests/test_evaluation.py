@@ -64,11 +64,17 @@ def test_the_score_of_every_environments_first_game_counts_and_none_of_a_later_o
     games = Games((2, 1, 1, 1), (5, 9), (3, 1))
     assert play_games(of_obs, games, seed=7).tolist() == [0, 100, 200]
     assert games.steps == 5 and games.seed == 7 and games.closed == 1
-    assert [actions.tolist() for actions in games.actions] == [[step] * 3 for step in range(5)], "each for what it then saw"
+    assert [actions.tolist() for actions in games.actions] == [[step] * 3 for step in range(5)], (
+        "each for what it then saw"
+    )
 
 
-@pytest.mark.parametrize(("steps", "scores", "played"), [(3, [0], 4), (4, [0], 4), (9, [0, 1], 9), (10, [0, 1, 2], 10)])
-def test_with_steps_the_first_environments_games_that_end_within_them_count_or_else_its_first(steps, scores, played):
+@pytest.mark.parametrize(
+    ("steps", "scores", "played"), [(3, [0], 4), (4, [0], 4), (9, [0, 1], 9), (10, [0, 1, 2], 10)]
+)
+def test_with_steps_the_first_environments_games_that_end_within_them_count_or_else_its_first(
+    steps, scores, played
+):
     games = Games((4, 4, 2, 50))
     assert play_games(of_obs, games, 0, steps=steps).tolist() == scores
     assert games.steps == played
@@ -92,7 +98,11 @@ def test_environments_are_closed_also_where_something_fails():
 def test_scores_are_printed_with_their_statistics(capsys):
     print_scores("agent", np.array([10.0, 30.0, 20.5]))
     out = capsys.readouterr().out.splitlines()
-    assert out == ["agent: scores of 3 games", "10 30 20.5", "mean 20.2, standard deviation 8.2, min 10, max 30"]
+    assert out == [
+        "agent: scores of 3 games",
+        "10 30 20.5",
+        "mean 20.2, standard deviation 8.2, min 10, max 30",
+    ]
 
 
 # what is filmed
@@ -110,7 +120,9 @@ def test_a_film_shows_every_step_of_the_first_game_and_nothing_of_the_second(tmp
     play_games(of_obs, Games((10, 5), (25,)), 0, video=path)
     video, read = pictures(path)
     assert len(read) == 10 and read[0].shape == (32, 64, 3) and video.get(cv2.CAP_PROP_FPS) == 15
-    assert [round(picture.mean() / 8) for picture in read] == list(range(10)), "what each decision was taken for"
+    assert [round(picture.mean() / 8) for picture in read] == list(range(10)), (
+        "what each decision was taken for"
+    )
 
 
 @pytest.mark.slow
@@ -149,7 +161,9 @@ def test_without_an_encoder_a_film_is_refused_before_any_work_with_the_fix(monke
     require_film()
     monkeypatch.setattr(evaluation.cv2, "VideoWriter", NoWriter)
     for attempt in (require_film, lambda: open_film(tmp_path / "film.mp4", 84, 84)):
-        with pytest.raises(UsageError, match=r"^OpenCV \S+ writes no VP9 video here .*leave out --capture-video$") as error:
+        with pytest.raises(
+            UsageError, match=r"^OpenCV \S+ writes no VP9 video here .*leave out --capture-video$"
+        ) as error:
             attempt()
         assert "pip install" not in str(error.value), "it is there"
     assert not any(tmp_path.glob("film*"))
@@ -170,7 +184,9 @@ def test_an_evaluation_plays_the_given_network_at_the_given_epsilon(monkeypatch)
     torch.nn.init.zeros_(network.theta[2].weight)
     network.theta[2].bias.data = torch.arange(8.0) % 6  # action 5 is the greedy one
     played, step = [], LearnerView.step
-    monkeypatch.setattr(LearnerView, "step", lambda envs, actions: played.extend(actions) or step(envs, actions))
+    monkeypatch.setattr(
+        LearnerView, "step", lambda envs, actions: played.extend(actions) or step(envs, actions)
+    )
     args = Args(env_id=SHORT_GAMES, env_backend="ale", eval_episodes=0, eval_steps=200)
     for epsilon, greedy_share in ((0.0, 1.0), (0.4, 0.65), (1.0, 0.125)):
         played.clear()
@@ -184,9 +200,12 @@ def test_an_evaluation_is_fixed_by_seed_and_key_and_touches_no_other_random_numb
     network = QNetwork(8)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     first = evaluate(network, args, 5)
-    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(before[1], np.random.get_state()[1])
+    assert torch.equal(before[0], torch.get_rng_state()) and np.array_equal(
+        before[1], np.random.get_state()[1]
+    )
     again, other_key, other_seed = (
-        evaluate(network, replace(args, seed=seed), key) for seed, key in ((args.seed, 5), (args.seed, 6), (2, 5))
+        evaluate(network, replace(args, seed=seed), key)
+        for seed, key in ((args.seed, 5), (args.seed, 6), (2, 5))
     )
     assert first.shape == (2,) and np.array_equal(first, again)
     assert not np.array_equal(first, other_key) and not np.array_equal(first, other_seed)
@@ -213,7 +232,12 @@ def test_an_evaluation_of_so_many_steps_counts_the_games_that_ended_in_them(step
     ids=str,
 )
 def test_a_saved_agent_of_any_kind_comes_back_with_its_arguments_and_plays_as_it_did(changes):
-    settings = {"env_id": TINY_GAMES, "env_backend": "ale", "injection_step": (10, 20), "head_width": 24} | changes
+    settings = {
+        "env_id": TINY_GAMES,
+        "env_backend": "ale",
+        "injection_step": (10, 20),
+        "head_width": 24,
+    } | changes
     learner = Learner(Args(**settings), 8, "cpu")
     learner.intervene(10)
     save_agent(Path("agent.pt"), learner.q_network, script.asdict(learner.args), 30)
@@ -230,23 +254,33 @@ def test_a_saved_agent_of_any_kind_comes_back_with_its_arguments_and_plays_as_it
 def test_a_runs_saved_agent_is_its_last_network_and_is_played_from_the_command_line(monkeypatch, capsys):
     saved = []
     monkeypatch.setattr(script, "save_agent", lambda *given: saved.append(given[1]) or save_agent(*given))
-    args = replace(BRIEF, total_timesteps=120, learning_starts=60, injection_step=(80,), checkpoint_frequency=0)
+    args = replace(
+        BRIEF, total_timesteps=120, learning_starts=60, injection_step=(80,), checkpoint_frequency=0
+    )
     folder = train(replace(args, save_model=True))
     assert f"--evaluate {folder}" in capsys.readouterr().out
     network, of_agent, step = load_agent(folder / "agent.pt", "cpu")
     assert step == 120 and of_agent.injection_step == (80,) and network.num_injections == 1
-    assert all(torch.equal(value, saved[0].state_dict()[name]) for name, value in network.state_dict().items())
+    assert all(
+        torch.equal(value, saved[0].state_dict()[name]) for name, value in network.state_dict().items()
+    )
 
     def play(*flags):
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["", "--evaluate", str(folder / "agent.pt"), "--eval-episodes", "2", *flags])
+        monkeypatch.setattr(
+            sys, "argv", ["", "--evaluate", str(folder / "agent.pt"), "--eval-episodes", "2", *flags]
+        )
         main()
         return capsys.readouterr().out
 
     out = play("--eval-epsilon", "0.5", "--capture-video")
     scores = [float(score) for score in out.splitlines()[1].split()]
     assert len(scores) == 2 and f"mean {np.mean(scores):.1f}" in out and "agent at step 120, ε 0.5" in out
-    assert out == play("--eval-epsilon", "0.5", "--evaluate", str(folder)) != play("--eval-epsilon", "0.5", "--seed", "7")
+    assert (
+        out
+        == play("--eval-epsilon", "0.5", "--evaluate", str(folder))
+        != play("--eval-epsilon", "0.5", "--seed", "7")
+    )
     assert sorted(path.name for path in Path("runs").iterdir()) == [folder.name], "playing starts no run"
     assert [path.name for path in (folder / "videos").iterdir()] == ["evaluate-seed-1.mp4"]
     with pytest.raises(SystemExit, match=f"plays {TINY_GAMES}, not PongNoFrameskip-v4: leave out --env-id"):
@@ -256,7 +290,12 @@ def test_a_runs_saved_agent_is_its_last_network_and_is_played_from_the_command_l
 @pytest.fixture
 def agent():
     """The file of one that has learned nothing; it was to be reset at step 10 of its run."""
-    settings = {"env_id": TINY_GAMES, "env_backend": "ale", "injection_step": (10,), "intervention": "reset-head"}
+    settings = {
+        "env_id": TINY_GAMES,
+        "env_backend": "ale",
+        "injection_step": (10,),
+        "intervention": "reset-head",
+    }
     args = Args(**settings, head_width=16, learning_rate=2e-4, bf16=True, eval_epsilon=0.5)
     save_agent(Path("agent.pt"), Learner(args, 8, "cpu").q_network, script.asdict(args), 30)
     return Path("agent.pt")
@@ -275,7 +314,10 @@ def played(monkeypatch, capsys, *flags):
 @pytest.mark.parametrize(
     ("flags", "left_out"),
     [
-        ("--env-id PhoenixNoFrameskip-v4", f"plays {TINY_GAMES}, not PhoenixNoFrameskip-v4: leave out --env-id"),
+        (
+            "--env-id PhoenixNoFrameskip-v4",
+            f"plays {TINY_GAMES}, not PhoenixNoFrameskip-v4: leave out --env-id",
+        ),
         ("--env-id=PongNoFrameskip-v4 --no-bf16", "leave out --env-id, --bf16"),
         ("--learning-rate 1e-4", "trained, with learning_rate 0.0002: leave out --learning-rate"),
         ("--no-bf16 --learning-rate 5", "leave out --learning-rate, --bf16"),
@@ -286,7 +328,10 @@ def played(monkeypatch, capsys, *flags):
         ("--injection-step", "leave out --injection-step"),
         ("--eval-frequency 100 --save-model --track", "leave out --eval-frequency, --save-model, --track"),
         ("--keep-checkpoints 5", "leave out --keep-checkpoints"),
-        ("--total-timesteps 100 --checkpoint-frequency 5", "leave out --total-timesteps, --checkpoint-frequency"),
+        (
+            "--total-timesteps 100 --checkpoint-frequency 5",
+            "leave out --total-timesteps, --checkpoint-frequency",
+        ),
         ("--preset paper", "leave out --preset"),
         ("--preset default", "leave out --preset"),
     ],

@@ -21,7 +21,9 @@ def test_the_relative_error_is_the_paired_t_interval_of_log_ratios():
     assert relative["per_seed"] == pytest.approx([2, 3, 1])
     assert relative["ratio"] == pytest.approx(6 ** (1 / 3))
     half = 4.30265 * np.std(np.log([2, 3, 1]), ddof=1) / 3**0.5  # t of 97.5% at 2 degrees of freedom
-    assert np.log(relative["interval"]) == pytest.approx([np.log(6) / 3 - half, np.log(6) / 3 + half], rel=1e-4)
+    assert np.log(relative["interval"]) == pytest.approx(
+        [np.log(6) / 3 - half, np.log(6) / 3 + half], rel=1e-4
+    )
     assert fitting.relative_error([0.5], [0.5]) == {"per_seed": [1.0], "ratio": 1.0, "interval": None}
     assert fitting.relative_error([0.2, float("nan")], [0.1, 0.1]) is None
 
@@ -32,7 +34,9 @@ def test_targets_are_spread_as_a_sine_and_equal_for_equal_observations(checkpoin
     network = Learner(SMALL, 8, CPU).q_network
     targets = fitting.random_targets(network, obs)
     assert targets.shape == (64, 8) and targets.dtype == torch.float32
-    assert targets.square().mean() == pytest.approx(0.5, abs=0.1) and targets.mean() == pytest.approx(0, abs=0.15)
+    assert targets.square().mean() == pytest.approx(0.5, abs=0.1) and targets.mean() == pytest.approx(
+        0, abs=0.15
+    )
     assert torch.equal(targets[0], targets[1]) and not torch.equal(targets[0], targets[2])
     one_by_one = torch.cat([fitting.random_targets(network, one) for one in obs.split(1)])
     assert torch.allclose(one_by_one, targets, atol=1e-5), "they are no rounding errors"
@@ -94,7 +98,9 @@ def test_fresh_networks_differ_by_seed_and_have_the_actions_of_their_game():
 @pytest.mark.slow
 def test_random_play_shows_many_observations_and_always_the_same():
     obs = random_play("PhoenixNoFrameskip-v4", 20, CPU)
-    assert obs.shape == (20, 4, 84, 84) and obs.dtype == torch.uint8 and len(obs.flatten(1).unique(dim=0)) > 18
+    assert (
+        obs.shape == (20, 4, 84, 84) and obs.dtype == torch.uint8 and len(obs.flatten(1).unique(dim=0)) > 18
+    )
     assert torch.equal(obs, random_play("PhoenixNoFrameskip-v4", 20, CPU))
 
 
@@ -105,7 +111,12 @@ def test_random_play_shows_many_observations_and_always_the_same():
         {"intervention": "shrink-perturb", "shrink_factor": 0.5},
         {"intervention": "none", "injection_optimizer_state": "copy", "shrink_factor": 0.5},
         {"intervention": "none", "injection_step": ()},
-        {"intervention": "reset-head", "injection_step": (), "injection_trigger": "norm", "injection_norm_ratio": 2.0},
+        {
+            "intervention": "reset-head",
+            "injection_step": (),
+            "injection_trigger": "norm",
+            "injection_norm_ratio": 2.0,
+        },
         {"apply_injection": False, "freeze_heads": False},
     ],
     ids=str,

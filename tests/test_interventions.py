@@ -14,7 +14,12 @@ from dqn_injection_atari import PRESETS, Args, Training, plasticity_measures, tr
 
 # 20 updates before the injection and as many after it
 SMALL = replace(BRIEF, total_timesteps=240, learning_starts=60, checkpoint_frequency=0, injection_step=(141,))
-PAPER = PRESETS["paper"] | {"total_timesteps": 240, "buffer_size": 250, "learning_starts": 60, "exploration_start": 60}
+PAPER = PRESETS["paper"] | {
+    "total_timesteps": 240,
+    "buffer_size": 250,
+    "learning_starts": 60,
+    "exploration_start": 60,
+}
 PAPER |= {"injection_step": (142,), "checkpoint_frequency": 0, "eval_frequency": 200, "eval_steps": 40}
 PAPER |= {"batch_size": Args.batch_size, "head_width": Args.head_width}
 
@@ -54,7 +59,9 @@ def names(network, module):
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
 @pytest.mark.parametrize("choice", ["fresh", "copy"])
 @pytest.mark.parametrize("freeze_heads", [True, False])
-def test_an_injection_leaves_all_moments_and_gives_the_new_head_those_that_the_flag_says(choice, optimizer, freeze_heads):
+def test_an_injection_leaves_all_moments_and_gives_the_new_head_those_that_the_flag_says(
+    choice, optimizer, freeze_heads
+):
     learner = trained(injection_optimizer_state=choice, optimizer=optimizer, freeze_heads=freeze_heads)
     before = moments(learner)
     learner.inject()
@@ -107,10 +114,14 @@ def test_resetting_the_head_draws_its_two_layers_anew_and_nothing_else():
     assert {name for name in after if not torch.equal(after[name], before[name])} == names(network, "theta")
     for layer, fan_in in ((0, 3136), (2, 512)):
         weight = after[f"theta.{layer}.weight"]
-        assert weight.abs().max() <= fan_in**-0.5 and weight.std() == pytest.approx((3 * fan_in) ** -0.5, rel=0.05)
+        assert weight.abs().max() <= fan_in**-0.5 and weight.std() == pytest.approx(
+            (3 * fan_in) ** -0.5, rel=0.05
+        )
     assert set(moments(learner)) == names(network, "encoder")
     assert all(same(moments(learner)[name], moments_before[name]) for name in names(network, "encoder"))
-    assert network.num_injections == 0 and all(parameter.requires_grad for parameter in network.theta.parameters())
+    assert network.num_injections == 0 and all(
+        parameter.requires_grad for parameter in network.theta.parameters()
+    )
 
 
 def test_shrink_and_perturb_mixes_the_encoder_with_a_new_one_and_resets_the_head():
@@ -133,7 +144,9 @@ def test_shrinking_by_nothing_leaves_the_encoder_as_it_is():
     learner = trained(intervention="shrink-perturb", shrink_factor=1.0)
     before = parameters(learner)
     learner.intervene(step=10)
-    assert all(torch.equal(parameters(learner)[name], before[name]) for name in names(learner.q_network, "encoder"))
+    assert all(
+        torch.equal(parameters(learner)[name], before[name]) for name in names(learner.q_network, "encoder")
+    )
 
 
 @pytest.mark.parametrize("intervention", ["injection", "reset-head", "shrink-perturb"])
@@ -204,7 +217,9 @@ def test_a_run_does_at_its_step_what_was_asked_for_and_says_so(arms, interventio
     assert curves["injection/step"] == [(142, 142)]
     ((step, delta),) = curves["injection/max_abs_delta_q"]
     assert step == 142 and (delta == 0) == (intervention == "injection")
-    (line,) = re.findall(f"^step 142: {INTERVENTIONS[intervention]}, largest change of Q .* observations: (.*)$", out, re.M)
+    (line,) = re.findall(
+        f"^step 142: {INTERVENTIONS[intervention]}, largest change of Q .* observations: (.*)$", out, re.M
+    )
     assert float(line) == pytest.approx(delta, rel=1e-3) and "baseline arm" not in out
 
 
@@ -219,7 +234,9 @@ def test_arms_with_one_seed_are_bitwise_equal_up_to_the_intervention_and_differ_
     first, *others = (arms[name][2][0][1] for name in INTERVENTIONS)
     shared = {name: value for name, value in first.items() if not name.startswith("theta_prime_")}
     assert all(same(shared, other) for other in others)
-    assert not any(value.any() for name, value in first.items() if name not in shared), "its new heads are not in use"
+    assert not any(value.any() for name, value in first.items() if name not in shared), (
+        "its new heads are not in use"
+    )
     losses = [dict(curves["losses/td_loss"]) for curves, *_ in arms.values()]
     assert len({of_one[120] for of_one in losses}) == 1 and len({of_one[200] for of_one in losses}) == 4
 
@@ -228,7 +245,9 @@ def test_arms_with_one_seed_are_bitwise_equal_up_to_the_intervention_and_differ_
 
 
 @pytest.mark.parametrize("intervention", ["injection", "reset-head", "shrink-perturb"])
-def test_norms_of_what_was_drawn_anew_count_from_then_on_and_those_of_the_encoder_from_its_first_draw(intervention):
+def test_norms_of_what_was_drawn_anew_count_from_then_on_and_those_of_the_encoder_from_its_first_draw(
+    intervention,
+):
     learner = trained(intervention=intervention)
     encoder = learner.norms.initial["encoder"]
     learner.intervene(step=10)
@@ -273,7 +292,9 @@ def test_an_injection_is_made_at_the_first_check_at_which_the_norm_has_grown_eno
     curves = scalars(folder)
     growth = dict(curves["injection/norm_growth"])
     ends = [-(-step // num_envs) * num_envs for step in range(15, 241, 15)]
-    assert list(growth) == ends and growth[ends[3]] == 1, "checked in every vector step that holds a multiple; learning begins"
+    assert list(growth) == ends and growth[ends[3]] == 1, (
+        "checked in every vector step that holds a multiple; learning begins"
+    )
     due = [step for step, value in growth.items() if value > 1.0001][:2]
     assert [step for step, _ in curves["injection/step"]] == due and len(due) == 2
     assert {value for _, value in curves["injection/max_abs_delta_q"]} == {0}
@@ -287,7 +308,9 @@ def test_an_injection_is_made_at_the_first_check_at_which_the_norm_has_grown_eno
 )
 def test_no_injection_is_made_below_the_ratio_or_in_a_baseline(changes):
     curves = scalars(train(replace(NORM, total_timesteps=150, **changes)))
-    assert "injection/step" not in curves and max(value for _, value in curves["injection/norm_growth"]) > 1.0001
+    assert (
+        "injection/step" not in curves and max(value for _, value in curves["injection/norm_growth"]) > 1.0001
+    )
 
 
 @pytest.mark.slow
@@ -302,7 +325,9 @@ def test_the_norm_triggers_any_intervention_no_more_than_max_injections_times():
 def test_the_norm_triggers_nothing_at_the_end_of_a_run():
     args = replace(NORM, injection_check_frequency=240, intervention="reset-head")
     curves = scalars(train(args))
-    assert curves["injection/norm_growth"][-1][1] > args.injection_norm_ratio and "injection/step" not in curves
+    assert (
+        curves["injection/norm_growth"][-1][1] > args.injection_norm_ratio and "injection/step" not in curves
+    )
 
 
 # the paper's settings
@@ -358,7 +383,11 @@ def test_a_run_that_grows_says_from_how_many_trainable_parameters_to_how_many(ca
 def test_an_agent_grows_and_goes_on_learning_in_every_setting(changes):
     curves = scalars(train(replace(SMALL, **changes | {"head_width": 16, "injected_head_width": 32})))
     ((step, change),) = curves["injection/max_abs_delta_q"]
-    assert change == 0.0 and curves["losses/td_loss"][-1][0] > step and math.isfinite(curves["losses/td_loss"][-1][1])
+    assert (
+        change == 0.0
+        and curves["losses/td_loss"][-1][0] > step
+        and math.isfinite(curves["losses/td_loss"][-1][1])
+    )
 
 
 def test_moments_are_not_copied_to_a_head_of_another_width():

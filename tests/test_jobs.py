@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from support import jobs
-from support.jobs import Job, find_folder, run
+from orchestration import jobs
+from orchestration.jobs import Job, find_folder, run
 
 # writes what it was asked into a new folder, or into the one that it goes on in
 BEGIN = "mkdir runs/x__7; echo began $SETTING"
@@ -50,7 +50,9 @@ def test_a_job_begins_where_it_has_no_folder_and_goes_on_where_it_has_with_one_l
     assert run(job("sh", "-c", BEGIN)) == 0
     first, second, third, fourth = Path("x.log").read_text(encoding="utf-8").splitlines()
     assert (second, fourth) == ("began 3", "goes on in runs/x__7")
-    assert all(line.startswith(jobs.STARTED) for line in (first, third)) and third.endswith("echo 'goes on in' runs/x__7")
+    assert all(line.startswith(jobs.STARTED) for line in (first, third)) and third.endswith(
+        "echo 'goes on in' runs/x__7"
+    )
 
 
 def test_a_job_is_none_of_several_equal_ones_whatever_started_its_parent(monkeypatch):
@@ -69,12 +71,16 @@ def test_a_folder_belongs_to_the_job_of_that_name_alone():
     ]
 
 
-@pytest.mark.parametrize(("command", "status"), [("exit 3", 3), ("exit 143", 143), ("kill -9 $$", -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("command", "status"), [("exit 3", 3), ("exit 143", 143), ("kill -9 $$", -signal.SIGKILL)]
+)
 def test_a_job_returns_how_its_process_ended(command, status):
     assert run(job("sh", "-c", command)) == status
 
 
-@pytest.mark.parametrize(("number", "ignored"), [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, True)])
+@pytest.mark.parametrize(
+    ("number", "ignored"), [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, True)]
+)
 def test_what_ends_the_wait_ends_the_process_and_waits_for_it(number, ignored):
     def wait():
         signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
@@ -90,7 +96,13 @@ def test_what_ends_the_wait_ends_the_process_and_waits_for_it(number, ignored):
 
 @pytest.mark.parametrize(
     ("command", "good"),
-    [*((command, True) for command in ("exit 143", "exit 130", "exit 0", "kill -TERM $$", "kill -KILL $$")), ("exit 1", False)],
+    [
+        *(
+            (command, True)
+            for command in ("exit 143", "exit 130", "exit 0", "kill -TERM $$", "kill -KILL $$")
+        ),
+        ("exit 1", False),
+    ],
 )
 def test_one_that_fails_when_it_is_stopped_is_an_error(command, good, monkeypatch):
     def interrupt(_):
@@ -115,7 +127,9 @@ def test_a_process_whose_parent_is_killed_gets_sigterm_and_the_next_one_waits_un
 def test_signals_that_the_parent_holds_back_reach_the_process():
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        interrupted = "import os, time; os.kill(os.getpid(), 2); time.sleep(1)"  # a shell would lift the mask itself
+        interrupted = (
+            "import os, time; os.kill(os.getpid(), 2); time.sleep(1)"  # a shell would lift the mask itself
+        )
         assert run(job(sys.executable, "-c", interrupted)) == -signal.SIGINT
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

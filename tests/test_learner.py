@@ -22,7 +22,11 @@ def snapshot(learner):
 
 
 def changed(learner, before):
-    return {name for name, parameter in learner.q_network.named_parameters() if not torch.equal(parameter, before[name])}
+    return {
+        name
+        for name, parameter in learner.q_network.named_parameters()
+        if not torch.equal(parameter, before[name])
+    }
 
 
 def names(learner, *prefixes):
@@ -31,7 +35,8 @@ def names(learner, *prefixes):
 
 def moments(learner, module):
     return [
-        {key: value.clone() for key, value in learner.optimizer.state[parameter].items()} for parameter in module.parameters()
+        {key: value.clone() for key, value in learner.optimizer.state[parameter].items()}
+        for parameter in module.parameters()
     ]
 
 
@@ -109,7 +114,9 @@ def test_without_freezing_all_live_heads_move():
     learner.inject()
     before = snapshot(learner)
     updates(learner, 5)
-    assert changed(learner, before) == names(learner, "encoder", "theta.", "theta_prime_1.0", "theta_prime_2.0")
+    assert changed(learner, before) == names(
+        learner, "encoder", "theta.", "theta_prime_1.0", "theta_prime_2.0"
+    )
     learner.inject()
     before = snapshot(learner)
     updates(learner, 5)
@@ -123,7 +130,9 @@ def test_injection_leaves_every_optimizer_moment_alone_and_starts_the_new_head_w
     learner.inject()
     for kept, module in ((encoder, learner.q_network.encoder), (theta, learner.q_network.theta)):
         for before, after in zip(kept, moments(learner, module), strict=True):
-            assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+            assert before.keys() == after.keys() and all(
+                torch.equal(before[key], after[key]) for key in before
+            )
             assert after["step"].item() == 5 and after["exp_avg"].abs().max() > 0
     new_head = list(learner.q_network.theta_prime_1[0].parameters())
     assert all(not learner.optimizer.state.get(parameter) for parameter in new_head)
@@ -179,7 +188,9 @@ def test_a_sync_moves_the_target_by_tau(tau, injections):
     for before, now, p in zip(old, learner.target_network.parameters(), online, strict=True):
         assert torch.allclose(now, tau * p + (1 - tau) * before, atol=1e-7)
     if tau == 1:
-        assert all(torch.equal(a, b) for a, b in zip(online, learner.target_network.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(online, learner.target_network.parameters(), strict=True)
+        )
 
 
 def test_acting_is_greedy_at_epsilon_0_uniform_at_1_and_mixed_between():
@@ -325,6 +336,10 @@ def test_several_updates_in_one_call_are_as_many_updates(bf16):
     losses = [one_by_one.update(batch) for batch in batches]
     last = at_once.update(joined(batches), 3)
     assert differences(flat(one_by_one.state_dict()), flat(at_once.state_dict())) == []
-    assert {name: value.item() for name, value in last.items()} == {name: value.item() for name, value in losses[-1].items()}
+    assert {name: value.item() for name, value in last.items()} == {
+        name: value.item() for name, value in losses[-1].items()
+    }
     expected = [sum(float(loss[name]) for loss in losses) for name in ("td_loss", "q_values")]
-    assert at_once.losses.totals.tolist() == pytest.approx([*expected, 3.0]) and at_once.losses.num_updates == 3
+    assert (
+        at_once.losses.totals.tolist() == pytest.approx([*expected, 3.0]) and at_once.losses.num_updates == 3
+    )

@@ -66,7 +66,9 @@ def test_the_trial_works_on_a_device_that_works():
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nMore"),
-        RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might"),
+        RuntimeError(
+            "CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors might"
+        ),
         RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"),
         AssertionError("Torch not compiled with CUDA enabled"),
     ],
@@ -81,14 +83,18 @@ def test_a_gpu_that_can_run_nothing_is_refused_in_one_line_with_nothing_written(
     with pytest.raises(UsageError) as refusal:
         script.train(BRIEF)
     message = str(refusal.value)
-    assert message.startswith(f"a GPU is listed, but cannot be used ({type(error).__name__}: {str(error)[:18]}")
+    assert message.startswith(
+        f"a GPU is listed, but cannot be used ({type(error).__name__}: {str(error)[:18]}"
+    )
     assert "CUDA_VISIBLE_DEVICES" in message and "\n" not in message and os.listdir() == []
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
+        RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
+        ),
         RuntimeError("CUDA error: an illegal memory access was encountered"),
         AttributeError("no such name"),
         AssertionError("of our own"),
@@ -117,7 +123,9 @@ def no_nvidia_smi(monkeypatch, tmp_path, output=None, status=0):
     (tmp_path / "bin").mkdir(exist_ok=True)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     if output is not None:
-        (tmp_path / "bin/nvidia-smi").write_text(f"#!/bin/sh\necho '{output}'\nexit {status}\n", encoding="utf-8")
+        (tmp_path / "bin/nvidia-smi").write_text(
+            f"#!/bin/sh\necho '{output}'\nexit {status}\n", encoding="utf-8"
+        )
         (tmp_path / "bin/nvidia-smi").chmod(0o755)
 
 
@@ -144,7 +152,11 @@ def test_a_card_without_a_driver_is_seen_on_its_bus(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     card = tmp_path / "sys/bus/pci/devices/0000:01:00.0"
     card.mkdir(parents=True)
-    for vendor, kind, seen in (("0x10de", "0x030200", True), ("0x10de", "0x040300", False), ("0x1af4", "0x030000", False)):
+    for vendor, kind, seen in (
+        ("0x10de", "0x030200", True),
+        ("0x10de", "0x040300", False),
+        ("0x1af4", "0x030000", False),
+    ):
         (card / "vendor").write_text(f"{vendor}\n", encoding="utf-8")
         (card / "class").write_text(f"{kind}\n", encoding="utf-8")
         assert (idle_gpu(tmp_path) is not None) == seen
@@ -155,7 +167,12 @@ def test_nvidia_smi_is_asked_too(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     no_nvidia_smi(monkeypatch, tmp_path, "GPU 0: NVIDIA A100 (UUID: GPU-1)")
     assert idle_gpu(tmp_path) == "GPU 0: NVIDIA A100"
-    no_nvidia_smi(monkeypatch, tmp_path, "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver", 9)
+    no_nvidia_smi(
+        monkeypatch,
+        tmp_path,
+        "NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver",
+        9,
+    )
     assert idle_gpu(tmp_path) is None
     no_nvidia_smi(monkeypatch, tmp_path, "No devices found.")
     assert idle_gpu(tmp_path) is None
@@ -168,7 +185,9 @@ def test_the_first_lines_of_a_run_warn_of_a_gpu_that_is_not_used(monkeypatch, ca
     monkeypatch.setattr("support.runs.idle_gpu", lambda: "/dev/nvidia0")
     script.train(replace(BRIEF, total_timesteps=4, checkpoint_frequency=0, cuda=cuda))
     lines = capsys.readouterr().out.splitlines()[:3]
-    assert any(line.startswith("warning: there is a GPU (/dev/nvidia0), but PyTorch") for line in lines) == cuda
+    assert (
+        any(line.startswith("warning: there is a GPU (/dev/nvidia0), but PyTorch") for line in lines) == cuda
+    )
 
 
 @pytest.mark.parametrize("deterministic", [False, True])  # True, the default, last
@@ -179,7 +198,9 @@ def test_determinism_is_a_choice(monkeypatch, deterministic):
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert torch.backends.cudnn.benchmark != deterministic
     assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
-    assert not torch.utils.deterministic.fill_uninitialized_memory, "it would fill what is written over anyway"
+    assert not torch.utils.deterministic.fill_uninitialized_memory, (
+        "it would fill what is written over anyway"
+    )
 
 
 def test_a_workspace_that_the_user_set_stays(monkeypatch):
@@ -202,12 +223,20 @@ def test_tf32_is_a_choice(tf32):
     [
         (True, True, True, True, True),
         (True, False, True, False, False),  # as with AVX2 alone
-        (True, True, True, False, False),  # AVX-512 without instructions for bfloat16: 2.3 times slower than float32
+        (
+            True,
+            True,
+            True,
+            False,
+            False,
+        ),  # AVX-512 without instructions for bfloat16: 2.3 times slower than float32
         (True, True, False, False, True),  # others that oneDNN knows, as on ARM
         (False, True, True, True, False),
     ],
 )
-def test_bfloat16_is_slow_where_a_processor_has_no_instructions_for_it(monkeypatch, onednn, supported, avx512, its_bf16, fast):
+def test_bfloat16_is_slow_where_a_processor_has_no_instructions_for_it(
+    monkeypatch, onednn, supported, avx512, its_bf16, fast
+):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
@@ -217,7 +246,9 @@ def test_bfloat16_is_slow_where_a_processor_has_no_instructions_for_it(monkeypat
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_gpu_is_asked_for_its_own_instructions(monkeypatch, fast):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast and not including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: fast and not including_emulation
+    )
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert (slow_bfloat16(GPU) is None) == fast and (fast or "on this GPU" in slow_bfloat16(GPU))
 
@@ -227,18 +258,29 @@ def no_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
 
 
-SHORTEST = replace(BRIEF, total_timesteps=4, log_frequency=2, checkpoint_frequency=2, exploration_fraction=0.0, save_model=True)
+SHORTEST = replace(
+    BRIEF,
+    total_timesteps=4,
+    log_frequency=2,
+    checkpoint_frequency=2,
+    exploration_fraction=0.0,
+    save_model=True,
+)
 
 
 def test_slow_bfloat16_is_refused_in_a_new_run_with_the_fix_and_nothing_is_written(no_bfloat16):
-    with pytest.raises(UsageError, match=r"^--bf16 is much slower than float32 here: .*: leave out --bf16$") as refusal:
+    with pytest.raises(
+        UsageError, match=r"^--bf16 is much slower than float32 here: .*: leave out --bf16$"
+    ) as refusal:
         script.train(replace(SHORTEST, bf16=True))
     assert "\n" not in str(refusal.value) and os.listdir() == []
     script.train(SHORTEST)
 
 
 @pytest.mark.slow
-def test_slow_bfloat16_is_one_warning_in_what_goes_on_in_it_and_none_where_its_agent_plays(monkeypatch, capsys):
+def test_slow_bfloat16_is_one_warning_in_what_goes_on_in_it_and_none_where_its_agent_plays(
+    monkeypatch, capsys
+):
     folder = script.train(replace(SHORTEST, bf16=True))
     assert "bf16" not in capsys.readouterr().out
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
@@ -299,7 +341,11 @@ def test_of_nested_control_groups_the_tightest_counts(tmp_path):
     for folder, limit in (("job", 90_000_000), ("job/step", 100_000_000)):
         group = tmp_path / "sys/fs/cgroup" / folder
         group.mkdir(parents=True)
-        for name, content in {"memory.max": limit, "memory.current": 20_000_000, "memory.stat": "file 0"}.items():
+        for name, content in {
+            "memory.max": limit,
+            "memory.current": 20_000_000,
+            "memory.stat": "file 0",
+        }.items():
             (group / name).write_text(f"{content}\n", encoding="utf-8")
     assert free_memory(tmp_path) == 70_000_000
 
@@ -326,10 +372,22 @@ def control_group(root, line, files):
         ("0::/job", {"job/cpu.max": "900000 100000"}, 6),
         ("0::/job/step", {"job/cpu.max": "200000 100000", "job/step/cpu.max": "max 100000"}, 2),
         ("0::/../outside", {"cpu.max": "200000 100000"}, 2),
-        ("3:cpu,cpuacct:/job", {"cpu,cpuacct/job/cpu.cfs_quota_us": 400_000, "cpu,cpuacct/job/cpu.cfs_period_us": 100_000}, 4),
-        ("3:cpuacct,cpu:/job", {"cpu/job/cpu.cfs_quota_us": 400_000, "cpu/job/cpu.cfs_period_us": 100_000}, 4),
+        (
+            "3:cpu,cpuacct:/job",
+            {"cpu,cpuacct/job/cpu.cfs_quota_us": 400_000, "cpu,cpuacct/job/cpu.cfs_period_us": 100_000},
+            4,
+        ),
+        (
+            "3:cpuacct,cpu:/job",
+            {"cpu/job/cpu.cfs_quota_us": 400_000, "cpu/job/cpu.cfs_period_us": 100_000},
+            4,
+        ),
         ("3:cpu:/job", {"cpu/job/cpu.cfs_quota_us": -1, "cpu/job/cpu.cfs_period_us": 100_000}, 6),
-        ("3:memory:/job", {"memory/job/cpu.cfs_quota_us": 100_000, "memory/job/cpu.cfs_period_us": 100_000}, 6),
+        (
+            "3:memory:/job",
+            {"memory/job/cpu.cfs_quota_us": 100_000, "memory/job/cpu.cfs_period_us": 100_000},
+            6,
+        ),
     ],
 )
 def test_usable_processors_are_the_quotas_where_that_is_less(monkeypatch, tmp_path, line, files, processors):
@@ -347,7 +405,9 @@ def test_usable_processors_are_those_of_the_affinity(monkeypatch, tmp_path):
     assert usable_processors(tmp_path) == 7
 
 
-@pytest.mark.parametrize(("usable", "chosen", "expected"), [(3, None, 3), (3, "", 3), (99, None, 5), (3, "4", None)])
+@pytest.mark.parametrize(
+    ("usable", "chosen", "expected"), [(3, None, 3), (3, "", 3), (99, None, 5), (3, "4", None)]
+)
 def test_pytorchs_threads_follow_what_is_usable_unless_the_user_chose(monkeypatch, usable, chosen, expected):
     monkeypatch.setattr(machine, "usable_processors", lambda: usable)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
@@ -379,11 +439,13 @@ def test_the_vectorisers_threads_follow_what_is_usable(monkeypatch):
     given = []
     original = environments.EagerAtariVectorEnv
     monkeypatch.setattr(
-        environments, "EagerAtariVectorEnv", lambda **kwargs: (given.append(kwargs["num_threads"]), original(**kwargs))[1]
+        environments,
+        "EagerAtariVectorEnv",
+        lambda **kwargs: (given.append(kwargs["num_threads"]), original(**kwargs))[1],
     )
     monkeypatch.setattr(environments, "usable_processors", lambda: 2)
     for num_envs in (1, 2, 3):
-        environments.make_envs("PhoenixNoFrameskip-v4", "ale", num_envs).close()
+        environments.make_atari_envs("PhoenixNoFrameskip-v4", "ale", num_envs).close()
     assert given == [1, 2, 2]
 
 
@@ -399,7 +461,9 @@ def test_a_replay_that_does_not_fit_names_needed_free_and_what_would_fit(monkeyp
     monkeypatch.setattr(machine, "free_memory", lambda: 2 * GB)
     space = script.make_envs(BRIEF, 1).single_observation_space
     needed = FrameReplayBuffer.bytes_needed(1_000_000, space, 1)
-    with pytest.raises(UsageError, match=r"^a replay of 1,000,000 steps needs 7\.3 GB and 2\.0 GB of memory are free") as error:
+    with pytest.raises(
+        UsageError, match=r"^a replay of 1,000,000 steps needs 7\.3 GB and 2\.0 GB of memory are free"
+    ) as error:
         place_for(needed, 1_000_000, CPU)
     fits = int(re.search(r"lower --buffer-size to (\d+)$", str(error.value)).group(1))
     assert 1.7e9 < FrameReplayBuffer.bytes_needed(fits, space, 1) <= 2e9
@@ -417,7 +481,9 @@ def test_where_hardly_anything_is_free_no_size_is_named_that_would_be_no_use(mon
 
 def test_the_code_version_changes_with_every_file_of_the_code(tmp_path, monkeypatch):
     shutil.copy(script.__file__, tmp_path / "script.py")
-    shutil.copytree(Path(machine.__file__).parent, tmp_path / "support", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(machine.__file__).parent, tmp_path / "support", ignore=shutil.ignore_patterns("__pycache__")
+    )
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "support/machine.py"))
     files = [tmp_path / "script.py", *(tmp_path / "support").glob("*.py")]
     version = code_version(files[0])
@@ -432,12 +498,21 @@ def test_the_code_version_changes_with_every_file_of_the_code(tmp_path, monkeypa
 
 def test_circumstances_name_packages_processor_and_threads(monkeypatch):
     now = circumstances(CPU, "abc")
-    assert now["script"] == "abc" and now["python"] == sys.version.split()[0] and now["torch"] == torch.__version__
+    assert (
+        now["script"] == "abc"
+        and now["python"] == sys.version.split()[0]
+        and now["torch"] == torch.__version__
+    )
     assert {"numpy", "gymnasium", "ale-py", "opencv", "stable-baselines3"} < set(now)
-    assert now["device"].endswith(f", {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    assert now["device"].endswith(
+        f", {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
-    assert circumstances(CPU, "abc")["device"].endswith(", 99 threads") and circumstances(GPU, "abc")["device"] == "H100"
+    assert (
+        circumstances(CPU, "abc")["device"].endswith(", 99 threads")
+        and circumstances(GPU, "abc")["device"] == "H100"
+    )
 
 
 # disk
@@ -452,7 +527,10 @@ def test_flushing_to_disk_reaches_the_disk_and_fails_where_that_fails(monkeypatc
     flush_to_disk(Path(path))
     assert flushed == [Path(path).stat().st_ino]
     open_before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
-    cannot, failed = ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EBADF"), ("ENOSPC", "EIO", "EDQUOT", "ESTALE")
+    cannot, failed = (
+        ("EINVAL", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EBADF"),
+        ("ENOSPC", "EIO", "EDQUOT", "ESTALE"),
+    )
     for number, allowed in [(getattr(errno, name), name in cannot) for name in cannot + failed]:
 
         def fsync(_, number=number):
@@ -500,11 +578,18 @@ def test_two_processes_never_run_in_one_folder_at_once():
     other = threading.Thread(target=lambda: dies(elsewhere))
     other.start()
     os.read(ready[0], 1)
-    with pytest.raises(UsageError, match=r"^another process is running run: wait for it, or stop it first$"), alone_in(folder):
+    with (
+        pytest.raises(UsageError, match=r"^another process is running run: wait for it, or stop it first$"),
+        alone_in(folder),
+    ):
         pytest.fail("it came in")
     os.write(go[1], b".")
     other.join()
-    with alone_in(folder), pytest.raises(UsageError, match="another process is running run"), alone_in(folder):
+    with (
+        alone_in(folder),
+        pytest.raises(UsageError, match="another process is running run"),
+        alone_in(folder),
+    ):
         pytest.fail("it came in")
     with pytest.raises(ZeroDivisionError), alone_in(folder):
         raise ZeroDivisionError
@@ -556,7 +641,8 @@ def test_a_lock_that_another_holds_is_refused_however_the_file_system_says_so(mo
 def test_a_folder_that_is_not_there_is_refused_by_name():
     with (
         pytest.raises(
-            UsageError, match=r"^nowhere cannot be read as a run's folder \(FileNotFoundError.*: give one to --resume$"
+            UsageError,
+            match=r"^nowhere cannot be read as a run's folder \(FileNotFoundError.*: give one to --resume$",
         ),
         alone_in(Path("nowhere")),
     ):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.manifest import (
+from orchestration.manifest import (
     Change,
     Manifest,
     Progress,
@@ -27,7 +27,15 @@ from analysis.manifest import (
 from support.usage import UsageError
 
 HERE = Path()
-ASKED: dict = {"env_ids": ("A",), "seeds": (1,), "arms": {}, "grid": [], "flags": [], "from_checkpoint": None, "steps": None}
+ASKED: dict = {
+    "env_ids": ("A",),
+    "seeds": (1,),
+    "arms": {},
+    "grid": [],
+    "flags": [],
+    "from_checkpoint": None,
+    "steps": None,
+}
 ASKED |= {"threads": 2}
 SAID = {
     **{"step": 25_000, "total_timesteps": 30_000, "steps_per_second": 98.4, "return": -3.2, "device": "cpu"},
@@ -44,11 +52,17 @@ def test_changes_are_read_back_in_their_order():
     for each in changes:
         Manifest(HERE).add(each)
     assert read_manifest(HERE) == changes and newest(changes) == {"x": changes[2], "y": changes[1]}
-    names = "time run arm seed game state step attempt host device steps_per_second hours commit folder".split()
-    assert [list(json.loads(line)) for line in Path("manifest.jsonl").read_text(encoding="utf-8").splitlines()] == [names] * 3
+    names = (
+        "time run arm seed game state step attempt host device steps_per_second hours commit folder".split()
+    )
+    assert [
+        list(json.loads(line)) for line in Path("manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    ] == [names] * 3
 
 
-@pytest.mark.parametrize("tail", [b'{"time": 1.5, "ru', bytes(4_096), b'{"time": 1.5' + bytes(7), b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "tail", [b'{"time": 1.5, "ru', bytes(4_096), b'{"time": 1.5' + bytes(7), b"\xff\xfe"]
+)
 def test_a_line_that_a_kill_or_a_power_cut_has_torn_is_passed_over_and_the_next_one_is_whole(tail):
     Manifest(HERE).add(change())
     with open("manifest.jsonl", "ab") as file:
@@ -91,7 +105,9 @@ def test_a_folder_keeps_what_was_asked_and_refuses_what_is_not_that():
     refuse_another(folder, ASKED)
     begin(folder, ASKED)
     assert read_asked(folder).env_ids == ["A"] and {"runs", "logs"} < {path.name for path in folder.iterdir()}
-    with pytest.raises(UsageError, match=r"\(steps is 5, there None; seeds is \[1, 2\], there \[1\]\)|seeds is .*steps is 5"):
+    with pytest.raises(
+        UsageError, match=r"\(steps is 5, there None; seeds is \[1, 2\], there \[1\]\)|seeds is .*steps is 5"
+    ):
         refuse_another(folder, ASKED | {"seeds": (1, 2), "steps": 5})
     (folder / "sweep.json").write_text("{", encoding="utf-8")
     for attempt in (lambda: refuse_another(folder, ASKED), lambda: read_asked(folder)):
@@ -145,7 +161,11 @@ def test_the_last_lines_of_a_log_are_those_of_the_newest_attempt():
     assert last_lines(log, offset, 20_000) == ["one", "two"] and last_lines(log, offset, 1) == ["two"]
 
 
-CONTINUED = ASKED | {"from_checkpoint": "/a/runs/X__1/checkpoint-5", "steps": 9, "origin": {"run": "abc", "step": 5}}
+CONTINUED = ASKED | {
+    "from_checkpoint": "/a/runs/X__1/checkpoint-5",
+    "steps": 9,
+    "origin": {"run": "abc", "step": 5},
+}
 MOVED = CONTINUED | {"from_checkpoint": "/b/c/Y/checkpoint-five"}
 
 
@@ -167,14 +187,18 @@ def test_a_sweep_that_noted_only_the_path_of_its_checkpoint_goes_on_also_where_t
     begin(HERE / "x", {name: value for name, value in CONTINUED.items() if name != "origin"})
     refuse_another(HERE / "x", CONTINUED)
     refuse_another(HERE / "x", CONTINUED | {"from_checkpoint": "/b/runs/X__1/checkpoint-5"})
-    with pytest.raises(UsageError, match="from_checkpoint is /a/runs/X__2/checkpoint-5, there /a/runs/X__1/checkpoint-5"):
+    with pytest.raises(
+        UsageError, match="from_checkpoint is /a/runs/X__2/checkpoint-5, there /a/runs/X__1/checkpoint-5"
+    ):
         refuse_another(HERE / "x", CONTINUED | {"from_checkpoint": "/a/runs/X__2/checkpoint-5"})
 
 
 def git(place, *words):
     own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-c", "user.name=a", "-c", "user.email=b", "-c", "commit.gpgsign=false", *words]
-    return subprocess.run(command, cwd=place, env=own, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+    return subprocess.run(
+        command, cwd=place, env=own, capture_output=True, encoding="utf-8", check=True
+    ).stdout.strip()
 
 
 @pytest.fixture
@@ -190,7 +214,11 @@ def around():
 
 def test_the_commit_is_the_projects_own_and_never_that_of_a_repository_around_it(around, monkeypatch):
     whole = git(around, "rev-parse", "HEAD")
-    assert whole.startswith(commit(around)) and commit(around / "project") is None and commit(HERE.absolute()) is None
+    assert (
+        whole.startswith(commit(around))
+        and commit(around / "project") is None
+        and commit(HERE.absolute()) is None
+    )
     (around / "project" / "code.py").write_text("2\n", encoding="utf-8")
     assert commit(around).endswith("-dirty")
     git(around / "project", "init", "-q")

@@ -22,17 +22,23 @@ from support.measures import (
     srank,
 )
 
-SMALL = replace(BRIEF, num_envs=3, total_timesteps=240, learning_starts=60, log_frequency=120, injection_step=(150,))
+SMALL = replace(
+    BRIEF, num_envs=3, total_timesteps=240, learning_starts=60, log_frequency=120, injection_step=(150,)
+)
 
 
 # the measures
 
 
 def test_a_unit_is_dormant_when_its_mean_activation_is_at_most_tau_of_the_layers():
-    layer = torch.tensor([[2.0, 0.5, 0.0, 0.0], [2.0, 0.0, 4.0, 0.0]])  # means 2, 0.25, 2, 0 and 1.0625 over all
+    layer = torch.tensor(
+        [[2.0, 0.5, 0.0, 0.0], [2.0, 0.0, 4.0, 0.0]]
+    )  # means 2, 0.25, 2, 0 and 1.0625 over all
     assert dormant_units(layer).tolist() == [0, 0, 0, 1]
     assert dormant_units(layer, tau=0.25).tolist() == [0, 1, 0, 1], "0.25 / 1.0625 is 0.235"
-    assert dormant_units(torch.tensor([[0.25, 1.75]]), tau=0.25).tolist() == [1, 0], "at most: the bound belongs to it"
+    assert dormant_units(torch.tensor([[0.25, 1.75]]), tau=0.25).tolist() == [1, 0], (
+        "at most: the bound belongs to it"
+    )
     assert dormant_units(torch.tensor([[0.25, 1.75]]), tau=0.24).tolist() == [0, 0]
     assert dormant_units(torch.tensor([[3.0, 1.0], [-3.0, 1.0]])).tolist() == [0, 0], "sizes count, not signs"
 
@@ -67,13 +73,17 @@ def test_the_active_fraction_counts_what_is_not_zero():
 
 
 def test_singular_values_are_those_of_a_matrix_made_of_them():
-    left, right = (torch.linalg.qr(torch.randn(n, 3, generator=torch.Generator().manual_seed(n)))[0] for n in (8, 5))
+    left, right = (
+        torch.linalg.qr(torch.randn(n, 3, generator=torch.Generator().manual_seed(n)))[0] for n in (8, 5)
+    )
     sigma = singular_values(left @ torch.diag(torch.tensor([7.0, 2.0, 0.5])) @ right.T)
     assert sigma.dtype == torch.float64 and sigma.shape == (5,)
     assert torch.allclose(sigma, torch.tensor([7.0, 2.0, 0.5, 0, 0], dtype=torch.float64), atol=1e-5)
 
 
-@pytest.mark.parametrize("features", [torch.zeros(4, 3), torch.full((4, 3), math.nan), torch.full((4, 3), math.inf)])
+@pytest.mark.parametrize(
+    "features", [torch.zeros(4, 3), torch.full((4, 3), math.nan), torch.full((4, 3), math.inf)]
+)
 def test_ranks_of_nothing_are_not_numbers(features):
     sigma = singular_values(features)
     assert sigma.shape == (3,) and sigma.isnan().all()
@@ -115,7 +125,9 @@ def test_the_norm_tracker_counts_from_when_a_module_was_drawn_and_growth_from_wh
     norms.begin({"body": body, "head": old}, [body, old])
     torch.nn.init.constant_(body.weight, 5.0)
     assert norms.initial == {"body": 3, "head": 4}
-    assert norms.norm([body, old]) == pytest.approx(41**0.5) and norms.growth([body, old]) == pytest.approx(41**0.5 / 5)
+    assert norms.norm([body, old]) == pytest.approx(41**0.5) and norms.growth([body, old]) == pytest.approx(
+        41**0.5 / 5
+    )
     norms.begin({"body": body, "head": old, "new": new}, [body, new])
     assert norms.initial == {"body": 3, "head": 4, "new": 12} and norms.growth([body, new]) == 1
     norms.forget("head")
@@ -149,7 +161,9 @@ def test_the_loss_meter_names_the_step_from_which_no_loss_is_finite(bad, first, 
         meter.add(torch.tensor(loss if update >= bad else 1.0), torch.tensor(0.0))
         meter.num_updates += 1
     for ask in (meter.check_finite, meter.means):
-        with pytest.raises(FloatingPointError, match=f"^td_loss is not finite from step {first}: lower --learning-rate$"):
+        with pytest.raises(
+            FloatingPointError, match=f"^td_loss is not finite from step {first}: lower --learning-rate$"
+        ):
             ask(118, 4)
 
 
@@ -169,7 +183,12 @@ def test_measures_of_a_network_made_to_have_them(injections):
         learner.inject()
     network = learner.q_network
     newest = network.theta_prime_1[injections - 1] if injections else network.theta
-    for layer, active in ((network.encoder[0], 24), (network.encoder[2], 64), (network.encoder[4], 32), (newest[0], 384)):
+    for layer, active in (
+        (network.encoder[0], 24),
+        (network.encoder[2], 64),
+        (network.encoder[4], 32),
+        (newest[0], 384),
+    ):
         only_biases(layer, active)
     measures = plasticity_measures(learner, random_batch())
     dormant = {name: measures[f"dormant_fraction/{name}"] for name in ("conv1", "conv2", "conv3", "head")}
@@ -180,7 +199,9 @@ def test_measures_of_a_network_made_to_have_them(injections):
     counts = np.array([32 * 400, 64 * 81, 64 * 49, 512])
     assert measures["active_fraction"] == pytest.approx(counts @ [0.75, 1, 0.5, 0.75] / counts.sum())
     for name in ("encoder", "head"):
-        assert measures[f"srank/{name}"] == 1 and measures[f"effective_rank/{name}"] == pytest.approx(1), "all rows equal"
+        assert measures[f"srank/{name}"] == 1 and measures[f"effective_rank/{name}"] == pytest.approx(1), (
+            "all rows equal"
+        )
     assert measures["weight_norm/encoder"] == pytest.approx((24 + 64 + 32) ** 0.5)
 
 
@@ -190,7 +211,9 @@ def test_a_silent_layer_is_wholly_dormant_and_what_is_undefined_is_left_out():
     measures = plasticity_measures(learner, random_batch())
     assert measures["dormant_fraction/head"] == 1 and measures["active_fraction/head"] == 0
     layers = {"conv1": 32, "conv2": 64, "conv3": 64, "head": 512}
-    share = sum(measures[f"dormant_fraction/{name}"] * units for name, units in layers.items()) / sum(layers.values())
+    share = sum(measures[f"dormant_fraction/{name}"] * units for name, units in layers.items()) / sum(
+        layers.values()
+    )
     assert measures["dormant_fraction"] == pytest.approx(share) and 0.7 < share < 1
     assert not {"srank/head", "effective_rank/head"} & measures.keys() and "srank/encoder" in measures
 
@@ -246,7 +269,9 @@ def test_the_new_heads_share_of_q_begins_at_zero_and_grows():
     old = network.theta(features)
     new = network.theta_prime_1[0](features) - network.theta_prime_2[0](features)
     expected = (new.abs().mean() / (old.abs().mean() + new.abs().mean())).item()
-    assert 0 < plasticity_measures(learner, batch)["new_heads_share_of_q"] == pytest.approx(expected, rel=1e-3)
+    assert (
+        0 < plasticity_measures(learner, batch)["new_heads_share_of_q"] == pytest.approx(expected, rel=1e-3)
+    )
 
 
 def test_the_ratio_to_initialisation_outlives_a_state_dict():
@@ -270,7 +295,9 @@ def test_measuring_changes_nothing_in_the_learner(bf16):
     first = plasticity_measures(learner, random_batch())
     assert differences(before, flat(learner.state_dict())) == []
     for gradient, parameter in zip(gradients, learner.q_network.parameters(), strict=True):
-        assert (gradient is None) == (parameter.grad is None) and (gradient is None or torch.equal(gradient, parameter.grad))
+        assert (gradient is None) == (parameter.grad is None) and (
+            gradient is None or torch.equal(gradient, parameter.grad)
+        )
     assert not any(module._forward_hooks for module in learner.q_network.modules())
     assert plasticity_measures(learner, random_batch()) == first
     in_float32 = make_learner(bf16=False)
@@ -302,7 +329,9 @@ def test_training_is_bitwise_the_same_with_measures_on_or_off(measured):
 
 
 @pytest.mark.slow
-def test_measures_are_logged_at_the_end_of_every_vector_step_that_holds_a_multiple_of_their_frequency(measured):
+def test_measures_are_logged_at_the_end_of_every_vector_step_that_holds_a_multiple_of_their_frequency(
+    measured,
+):
     curves = scalars(measured)
     assert [step for step, _ in curves["plasticity/dormant_fraction"]] == [102, 201]
     assert [step for step, _ in curves["plasticity/new_heads_share_of_q"]] == [201]
@@ -312,11 +341,15 @@ def test_measures_are_logged_at_the_end_of_every_vector_step_that_holds_a_multip
     assert second["plasticity/weight_norm_ratio/head"] != 1, "learning has begun"
     assert 1 < second["plasticity/srank/encoder"] <= 48 and second["plasticity/gradient_norm/encoder"] > 0
     # θ was frozen at 150 and is named as itself from then on, θ′₂ is as it was drawn
-    (after, theta), (_, ratio) = (curves[f"plasticity/{name}"][0] for name in ("weight_norm/theta", "weight_norm/head"))
+    (after, theta), (_, ratio) = (
+        curves[f"plasticity/{name}"][0] for name in ("weight_norm/theta", "weight_norm/head")
+    )
     assert after == 201 and theta > 0 and ratio > 0
     assert [value for _, value in curves["plasticity/weight_norm_ratio/theta_prime_2_0"]] == [1.0]
 
 
 def test_without_a_frequency_nothing_is_measured():
-    folder = train(replace(SMALL, total_timesteps=60, injection_step=(), checkpoint_frequency=0, plasticity_frequency=0))
+    folder = train(
+        replace(SMALL, total_timesteps=60, injection_step=(), checkpoint_frequency=0, plasticity_frequency=0)
+    )
     assert not any(tag.startswith("plasticity/") for tag in scalars(folder))

@@ -22,7 +22,9 @@ def heads(q_network):
 
 def trained(q_network, steps=2):
     """A few steps of plain SGD on everything trainable, so that no head is at its initial value."""
-    optimizer = torch.optim.SGD(q_network.parameters(), lr=0.01)  # at 0.1, seven trainable heads diverge now and then
+    optimizer = torch.optim.SGD(
+        q_network.parameters(), lr=0.01
+    )  # at 0.1, seven trainable heads diverge now and then
     device = next(q_network.parameters()).device
     for step in range(steps):
         optimizer.zero_grad()
@@ -51,7 +53,9 @@ def test_q_is_bitwise_equal_across_every_injection(device, freeze_heads):
         batches = [observations(size, seed=k).to(device) for size in (1, 7, 33)]
         before = [q_network(obs) for obs in batches]
         q_network.inject(seeded(k))
-        assert all(torch.equal(q_network(obs), q_values) for obs, q_values in zip(batches, before, strict=True))
+        assert all(
+            torch.equal(q_network(obs), q_values) for obs, q_values in zip(batches, before, strict=True)
+        )
         trained(q_network)
         assert not torch.equal(q_network(batches[1]), before[1])
 
@@ -66,10 +70,25 @@ def test_forward_maps_uint8_stacks_to_float32_q_values_and_leaves_them_alone():
 
 def test_the_network_is_the_nature_cnn():
     q_network = QNetwork(6)
-    shapes = [tuple(p.shape) for p in q_network.encoder.parameters()] + [tuple(p.shape) for p in q_network.theta.parameters()]
-    assert shapes == [(32, 4, 8, 8), (32,), (64, 32, 4, 4), (64,), (64, 64, 3, 3), (64,), (512, 3136), (512,), (6, 512), (6,)]
+    shapes = [tuple(p.shape) for p in q_network.encoder.parameters()] + [
+        tuple(p.shape) for p in q_network.theta.parameters()
+    ]
+    assert shapes == [
+        (32, 4, 8, 8),
+        (32,),
+        (64, 32, 4, 4),
+        (64,),
+        (64, 64, 3, 3),
+        (64,),
+        (512, 3136),
+        (512,),
+        (6, 512),
+        (6,),
+    ]
     assert q_network.features(observations(2)).shape == (2, 3136)
-    assert torch.allclose(q_network.features(observations(2)), q_network.encoder(observations(2) / 255), atol=1e-6)
+    assert torch.allclose(
+        q_network.features(observations(2)), q_network.encoder(observations(2) / 255), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -84,10 +103,13 @@ def test_q_is_the_written_out_sum_and_so_is_the_encoders_gradient(k):
     features = q_network.encoder(obs.float() / 255)
     written_out = q_network.theta(features)
     for i in range(k):
-        written_out = written_out + q_network.theta_prime_1[i](features) - q_network.theta_prime_2[i](features)
+        written_out = (
+            written_out + q_network.theta_prime_1[i](features) - q_network.theta_prime_2[i](features)
+        )
     expected = torch.autograd.grad((weights * written_out).sum(), list(q_network.encoder.parameters()))
     theta_alone = torch.autograd.grad(
-        (weights * q_network.theta(q_network.encoder(obs.float() / 255))).sum(), list(q_network.encoder.parameters())
+        (weights * q_network.theta(q_network.encoder(obs.float() / 255))).sum(),
+        list(q_network.encoder.parameters()),
     )
     assert torch.allclose(q_network(obs), written_out, atol=1e-6)
     for mine, reference, old_head_only in zip(got, expected, theta_alone, strict=True):
@@ -154,7 +176,11 @@ def test_without_a_generator_heads_come_from_the_global_one():
 def test_freezing_trains_the_encoder_and_the_newest_head_and_keeps_the_parameter_count():
     q_network = QNetwork(6, max_injections=2)
     count = num_trainable(q_network)
-    expected = [[True, False, False, False, False], [False, True, False, False, False], [False, False, True, False, False]]
+    expected = [
+        [True, False, False, False, False],
+        [False, True, False, False, False],
+        [False, False, True, False, False],
+    ]
     for injections, trainable in enumerate(expected):
         for head, flag in zip(heads(q_network), trainable, strict=True):
             assert all(parameter.requires_grad == flag for parameter in head.parameters())
@@ -175,7 +201,9 @@ def test_frozen_parameters_have_no_gradient_not_a_zero_one():
     q_network = trained(QNetwork(6))
     assert all(p.grad is not None for p in q_network.theta.parameters())
     q_network.inject(seeded())
-    assert all(p.grad is None for head in (q_network.theta, q_network.theta_prime_2[0]) for p in head.parameters())
+    assert all(
+        p.grad is None for head in (q_network.theta, q_network.theta_prime_2[0]) for p in head.parameters()
+    )
 
 
 def test_a_state_dict_carries_the_injections_and_what_they_froze(tmp_path):
@@ -234,8 +262,12 @@ def test_one_injection_too_many_is_refused():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("width", "injected"), [(64, 512), (512, 64), (32, None), (512, 512)])
-def test_heads_may_have_other_widths_and_q_stays_bitwise_equal_across_every_injection(device, width, injected):
-    q_network = trained(QNetwork(6, max_injections=2, head_width=width, injected_head_width=injected).to(device))
+def test_heads_may_have_other_widths_and_q_stays_bitwise_equal_across_every_injection(
+    device, width, injected
+):
+    q_network = trained(
+        QNetwork(6, max_injections=2, head_width=width, injected_head_width=injected).to(device)
+    )
     obs = observations(7).to(device)
     new = injected or width
     for k in range(2):

@@ -32,7 +32,10 @@ def test_centered_rmsprop_is_the_formula_written_out_in_numpy():
 
 def test_at_small_gradients_torchs_own_rmsprop_would_step_much_further():
     own, torchs = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
-    optimizers = CenteredRMSProp([own], lr=1.0), torch.optim.RMSprop([torchs], 1.0, 0.95, 0.01 / 32**2, centered=True)
+    optimizers = (
+        CenteredRMSProp([own], lr=1.0),
+        torch.optim.RMSprop([torchs], 1.0, 0.95, 0.01 / 32**2, centered=True),
+    )
     for parameter, optimizer in zip((own, torchs), optimizers, strict=True):
         parameter.grad = torch.full((1,), 1e-5)
         optimizer.step()
@@ -48,7 +51,10 @@ def test_the_rmsprop_optimizer_has_the_papers_constants_and_leaves_gradients_alo
     assert parameter.grad.tolist() == [3, -4] and set(optimizer.state[parameter]) == {"mean", "square"}
 
 
-MAKERS = {"adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1), "rmsprop": lambda p: CenteredRMSProp(p, lr=0.1)}
+MAKERS = {
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+    "rmsprop": lambda p: CenteredRMSProp(p, lr=0.1),
+}
 
 
 class Parts(torch.nn.Module):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis import plan as planning
-from analysis.plan import Asked, all_arms, plan
+from orchestration import plan as planning
 from dqn_injection_atari import Args, parse_args
+from orchestration.plan import Asked, all_arms, plan
 from support.checkpoints import Checkpoint
 from support.usage import UsageError, changed_fields
 
@@ -20,7 +20,16 @@ STEP = 1004  # at the end of the vector step
 
 def asked(*interventions, own=None, grid=(), flags=FLAGS, seeds=(1, 2), **changes):
     arms = all_arms(interventions or ("injection", "none"), own or {})
-    return Asked(**{"env_ids": (PHOENIX,), "seeds": seeds, "arms": arms, "grid": list(grid), "flags": list(flags), **changes})
+    return Asked(
+        **{
+            "env_ids": (PHOENIX,),
+            "seeds": seeds,
+            "arms": arms,
+            "grid": list(grid),
+            "flags": list(flags),
+            **changes,
+        }
+    )
 
 
 def begun(run, monkeypatch, trunk=None):
@@ -43,12 +52,22 @@ def test_one_arm_per_game_and_seed_runs_whole_and_the_others_fork_from_it_at_the
         assert (game, arm, int(seed)) == (run.args.env_id.replace("/", "-"), run.arm, run.args.seed)
         assert run.trunk == (None if arm == "none" else f"{game}__none__{seed}")
         assert (run.begins, run.steps) == ((0, 9_000) if arm == "none" else (STEP, 9_000 - STEP))
-    assert [run.args.seed for run in runs[:4]] == [1, 1, 1, 2] and runs[0].arm == "none", "a trunk comes before its forks"
+    assert [run.args.seed for run in runs[:4]] == [1, 1, 1, 2] and runs[0].arm == "none", (
+        "a trunk comes before its forks"
+    )
     assert plan(asked("injection", "reset-head"))[0].arm == "injection", "without a baseline, the first"
 
 
-OWN = {"all heads": "--no-freeze-heads", "once": "--injection-step 1001", "not at all": "--no-apply-injection"}
-EACH = {**OWN, "none": "--intervention none", **{arm: f"--intervention {arm}" for arm in ("injection", "shrink-perturb")}}
+OWN = {
+    "all heads": "--no-freeze-heads",
+    "once": "--injection-step 1001",
+    "not at all": "--no-apply-injection",
+}
+EACH = {
+    **OWN,
+    "none": "--intervention none",
+    **{arm: f"--intervention {arm}" for arm in ("injection", "shrink-perturb")},
+}
 
 
 @pytest.mark.parametrize("first", EACH)
@@ -110,13 +129,17 @@ def test_the_disk_of_a_plan_counts_the_checkpoints_that_stay_and_the_heads_in_th
     norm = {"injection_step": (), "injection_trigger": "norm"}
     assert disk(**norm) == disk(injection_step=()) and disk(**norm, intervention="reset-head") == three
     twice = disk(intervention="injection") - three
-    assert twice == 3 * 2 * (disk(intervention="injection", injection_step=(1000,)) - three) / 3 >= 3 * 2 * 38e6
+    assert (
+        twice == 3 * 2 * (disk(intervention="injection", injection_step=(1000,)) - three) / 3 >= 3 * 2 * 38e6
+    )
 
 
 @pytest.fixture
 def checkpoint(monkeypatch):
     """One at step 2,000 of a run of 4,000, of which ε falls over 400; loading it is another module's affair."""
-    args = Args(total_timesteps=4_000, injection_step=(3_000,), intervention="none", learning_rate=1e-3, seed=7)
+    args = Args(
+        total_timesteps=4_000, injection_step=(3_000,), intervention="none", learning_rate=1e-3, seed=7
+    )
     path = Path("runs/X/checkpoint-2000").absolute()
     path.mkdir(parents=True)
     (path / "manifest.json").write_text(json.dumps({"args": asdict(args)}), encoding="utf-8")
@@ -131,8 +154,13 @@ def continued(checkpoint, *interventions, **changes):
 
 
 def test_arms_and_seeds_continue_one_checkpoint(checkpoint, monkeypatch):
-    runs = plan(continued(checkpoint, "none", "injection", own={"all heads": "--no-freeze-heads"}, seeds=(1, 2)))
-    assert [(run.arm, run.args.seed, run.trunk) for run in runs[::3]] == [("none", 1, None), ("none", 2, None)]
+    runs = plan(
+        continued(checkpoint, "none", "injection", own={"all heads": "--no-freeze-heads"}, seeds=(1, 2))
+    )
+    assert [(run.arm, run.args.seed, run.trunk) for run in runs[::3]] == [
+        ("none", 1, None),
+        ("none", 2, None),
+    ]
     assert len(runs) == 6 and {run.begins for run in runs} == {2_000}
     for run in runs:
         args = begun(run, monkeypatch)
@@ -143,7 +171,9 @@ def test_arms_and_seeds_continue_one_checkpoint(checkpoint, monkeypatch):
 
 def test_arms_continue_one_checkpoint_with_its_own_seed(checkpoint, monkeypatch):
     own = {"all heads": "--no-freeze-heads", "not at all": "--no-apply-injection"}
-    runs = plan(continued(checkpoint, "none", "injection", own=own, flags=("--eval-frequency", "500"), seeds=(7,)))
+    runs = plan(
+        continued(checkpoint, "none", "injection", own=own, flags=("--eval-frequency", "500"), seeds=(7,))
+    )
     assert [begun(run, monkeypatch) for run in runs] == [run.args for run in runs]
     assert [run.args.applied_intervention for run in runs] == ["none", "injection", "injection", "none"]
     assert [run.args.freeze_heads for run in runs] == [True, True, False, True]
@@ -169,11 +199,14 @@ def test_what_cannot_continue_a_checkpoint_is_refused(checkpoint, changes, words
 
 def test_an_agent_that_was_injected_goes_on_with_another_injection_and_has_no_baseline(checkpoint):
     checkpoint.meta["args"] |= {"intervention": "injection", "injection_step": (1_000,)}
-    (checkpoint.path / "manifest.json").write_text(json.dumps({"args": checkpoint.meta["args"]}), encoding="utf-8")
+    (checkpoint.path / "manifest.json").write_text(
+        json.dumps({"args": checkpoint.meta["args"]}), encoding="utf-8"
+    )
     checkpoint.state["learner"]["interventions"] = (1_000,)
     assert plan(continued(checkpoint, "injection"))[0].args.injection_step == (1_000, 2_000)
     with pytest.raises(
-        UsageError, match="lies after an injection, so arm none cannot go on from it: give an earlier checkpoint"
+        UsageError,
+        match="lies after an injection, so arm none cannot go on from it: give an earlier checkpoint",
     ):
         plan(continued(checkpoint, "none", "injection"))
 
@@ -196,12 +229,18 @@ def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(
         ({"flags": ("--foo", "1")}, "Unrecognized options: --foo"),
         ({"flags": ("--learning-rate", "fast")}, "Error parsing --learning-rate"),
         ({"flags": ("--learning-rate", "-1")}, "learning_rate is -1.0, but must be positive"),
-        ({"flags": ("--seed", "3")}, "--seed after -- is what the sweep itself gives: leave it out, and give --seeds"),
+        (
+            {"flags": ("--seed", "3")},
+            "--seed after -- is what the sweep itself gives: leave it out, and give --seeds",
+        ),
         ({"flags": ("--no-apply-injection",)}, "give --arms"),
         ({"flags": ("--resume", "runs/X")}, "--resume after --"),
         ({"flags": ()}, "arm injection would have no injection.*give --injection-step after --"),
         ({"flags": (*FLAGS, "--checkpoint-frequency", "0")}, "leaves nothing to fork arms from"),
-        ({"own": {"x": "--learning-rate 1e-3"}}, "another learning_rate than none.*give --grid learning-rate"),
+        (
+            {"own": {"x": "--learning-rate 1e-3"}},
+            "another learning_rate than none.*give --grid learning-rate",
+        ),
         ({"own": {"x": "--total-timesteps 12000"}}, "give --exploration-fraction"),
         ({"own": {"x": "--seed 3"}}, "--seed in arm x"),
         ({"own": {"x y": "", "x-y": "--no-freeze-heads"}}, "two runs would have the name"),
@@ -211,8 +250,14 @@ def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(
         ({"grid": [["seed", "1", "2"]]}, "--seed in --grid"),
         ({"grid": [["learning-rate", "1e-4"], ["--learning-rate", "1e-3"]]}, "grid has a flag twice"),
         ({"grid": [[]]}, "grid has a flag twice, or none"),
-        ({"grid": [["env-backend", "a'"]]}, "a' is no part of a command line .No closing quotation.: change --arm or --grid"),
-        ({"flags": ("--checkpoint-frequency", "0"), "arms": all_arms(("none",), {})}, "nothing to go on from"),
+        (
+            {"grid": [["env-backend", "a'"]]},
+            "a' is no part of a command line .No closing quotation.: change --arm or --grid",
+        ),
+        (
+            {"flags": ("--checkpoint-frequency", "0"), "arms": all_arms(("none",), {})},
+            "nothing to go on from",
+        ),
     ],
     ids=str,
 )
@@ -227,7 +272,10 @@ def test_what_cannot_work_is_refused_in_one_line(changes, words):
     [
         ({"own": {"x" * 300: ""}}, r"of \d+ bytes, but 255 are possible: give a shorter name to --arm"),
         ({"own": {"ä" * 110: ""}}, r"of 26\d bytes, but 255"),
-        ({"grid": [["injection-step", " ".join(map(str, range(1_001, 2_000, 16)))]]}, "fewer flags and values to --grid"),
+        (
+            {"grid": [["injection-step", " ".join(map(str, range(1_001, 2_000, 16)))]]},
+            "fewer flags and values to --grid",
+        ),
         ({"own": {"Wide": "", "wide": "--no-freeze-heads"}}, "two runs would have the name"),
     ],
     ids=lambda value: str(value)[:40],
@@ -256,7 +304,9 @@ def test_a_checkpoint_is_what_its_manifest_says_wherever_it_lies():
     assert planning.identity_of(None) is None
     for path in ("a/checkpoint-5", "b c/moved"):
         Path(path).mkdir(parents=True)
-        Path(path, "manifest.json").write_text(json.dumps({"run": "abc", "step": 5, "args": {}}), encoding="utf-8")
+        Path(path, "manifest.json").write_text(
+            json.dumps({"run": "abc", "step": 5, "args": {}}), encoding="utf-8"
+        )
         assert planning.identity_of(path) == {"run": "abc", "step": 5}
     with pytest.raises(UsageError, match="gone cannot be read as a checkpoint"):
         planning.identity_of("gone")

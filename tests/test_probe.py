@@ -70,7 +70,9 @@ def fits(monkeypatch):
     calls, original = [], probing.fit
 
     def fit(learner, *arguments):
-        before = {name: parameter.detach().clone() for name, parameter in learner.q_network.named_parameters()}
+        before = {
+            name: parameter.detach().clone() for name, parameter in learner.q_network.named_parameters()
+        }
         errors = original(learner, *arguments)
         calls.append((before, learner, *arguments, errors))
         return errors
@@ -90,7 +92,9 @@ def test_contenders_share_observations_targets_and_batches_and_seeds_differ(chec
     assert not np.array_equal(first[3], second[3]) and not np.array_equal(first[4], second[4])
     before, learner, obs, targets, *_ = others[-1]
     learner.q_network.load_state_dict(before, strict=False)
-    assert not torch.allclose(random_targets(learner.q_network, obs), targets, atol=0.1), "its own would be easier"
+    assert not torch.allclose(random_targets(learner.q_network, obs), targets, atol=0.1), (
+        "its own would be easier"
+    )
 
 
 def test_seeds_differ_in_fresh_weights_and_injection(checkpoint, fits):
@@ -110,23 +114,33 @@ def test_an_injection_does_not_change_the_first_error(checkpoint, injected_check
 
 def test_only_what_the_agent_would_train_moves(injected_checkpoint, fits):
     probe_checkpoint(injected_checkpoint, **ONCE)
-    learning = ("theta_prime_1.0.", "theta_prime_1.1.", "theta.")  # the heads of agent, injected agent, fresh network
+    learning = (
+        "theta_prime_1.0.",
+        "theta_prime_1.1.",
+        "theta.",
+    )  # the heads of agent, injected agent, fresh network
     for (before, learner, *_), head in zip(fits, learning, strict=True):
         moved = {name for name, p in learner.q_network.named_parameters() if not torch.equal(p, before[name])}
         assert moved == {name for name in before if name.startswith(("encoder.", head))}
 
 
 @pytest.mark.parametrize(("rate", "used"), [(None, 1e-4), (5e-5, 5e-5), (1e-3, 1e-3)])
-def test_the_learning_rate_is_the_probes_own_and_a_high_one_is_remarked_on(checkpoint, capsys, monkeypatch, rate, used):
+def test_the_learning_rate_is_the_probes_own_and_a_high_one_is_remarked_on(
+    checkpoint, capsys, monkeypatch, rate, used
+):
     assert SMALL.learning_rate == 1e-3, "the run's does not matter"
     rates = []
-    monkeypatch.setattr(probing, "fit", lambda learner, *_: rates.append(learner.args.learning_rate) or (1.0, 0.5))
+    monkeypatch.setattr(
+        probing, "fit", lambda learner, *_: rates.append(learner.args.learning_rate) or (1.0, 0.5)
+    )
     (result,) = probe([str(checkpoint)], **ONCE, rate=rate)
     assert result["learning_rate"] == used and rates == 3 * [used]
     printed = capsys.readouterr().out
     if rate == 1e-3:
         assert printed.splitlines()[-1] == f"remark: {result['remark']}"
-        assert result["remark"].startswith("at learning rate 0.001 ") and result["remark"].endswith("-rate for 0.0001")
+        assert result["remark"].startswith("at learning rate 0.001 ") and result["remark"].endswith(
+            "-rate for 0.0001"
+        )
     else:
         assert result["remark"] is None and "remark" not in printed
 
@@ -144,7 +158,9 @@ def test_runs_that_the_norm_injects_are_probed(checkpoint, fits):
 
 
 def test_interventions_that_are_no_injections_are_not_counted_as_such(checkpoint, fits):
-    learner = Learner(replace(SMALL, intervention="reset-head"), num_actions(load_checkpoint(checkpoint)), CPU)
+    learner = Learner(
+        replace(SMALL, intervention="reset-head"), num_actions(load_checkpoint(checkpoint)), CPU
+    )
     learner.reset_head(180)
     change(checkpoint, learner=learner, intervention="reset-head")
     assert probe_checkpoint(checkpoint, **ONCE)["injections"] == 0
@@ -187,7 +203,9 @@ def test_damaged_and_missing_checkpoints_are_named_and_left_out(checkpoint, tmp_
 
 
 def test_too_few_observations_are_refused(checkpoint):
-    with pytest.raises(UsageError, match="holds 180 observations and not 181: lower --probe-observations to 180"):
+    with pytest.raises(
+        UsageError, match="holds 180 observations and not 181: lower --probe-observations to 180"
+    ):
         probe_checkpoint(checkpoint, **QUICK | {"observations": 181})
 
 
@@ -198,7 +216,9 @@ def test_without_checkpoints_there_is_nothing_to_probe():
 
 def test_a_checkpoint_of_another_scripts_run_is_refused(checkpoint):
     change(checkpoint, colour="red")
-    with pytest.raises(UsageError, match=r"checkpoint-180 cannot be read as a checkpoint \(TypeError: .*colour.*take another"):
+    with pytest.raises(
+        UsageError, match=r"checkpoint-180 cannot be read as a checkpoint \(TypeError: .*colour.*take another"
+    ):
         probe_checkpoint(checkpoint, **QUICK)
 
 
@@ -219,7 +239,9 @@ def words(agent, injected=(1.0, [0.9, 1.1]), start=0.5, end: float | None = 0.1)
         name: relative and {"per_seed": [relative[0]], "ratio": relative[0], "interval": relative[1]}
         for name, relative in ((AGENT, agent), (INJECTED, injected))
     }
-    errors = {name: {"start": [start], "end": [end if compared.get(name, True) else None]} for name in CONTENDERS}
+    errors = {
+        name: {"start": [start], "end": [end if compared.get(name, True) else None]} for name in CONTENDERS
+    }
     return probing.probe_in_words({"errors": errors, "relative_to_fresh": compared, "probe_updates": 1000})
 
 
@@ -233,6 +255,11 @@ def test_the_sentence_claims_what_the_interval_supports():
     assert "own error fell by 80%" in words((2.0, None))
     assert "no answer: a fresh network loses only 4% of its error" in words((2.0, [1.5, 2.6]), end=0.48)
     grown = words((2.0, [1.5, 2.6]), end=0.9)
-    assert grown == "no answer: a fresh network's error grew by 80% in 1,000 updates, lower --probe-learning-rate"
-    assert "loses only 0% of its error in 1,000 updates, raise --probe-updates" in words((2.0, None), end=0.5001)
+    assert (
+        grown
+        == "no answer: a fresh network's error grew by 80% in 1,000 updates, lower --probe-learning-rate"
+    )
+    assert "loses only 0% of its error in 1,000 updates, raise --probe-updates" in words(
+        (2.0, None), end=0.5001
+    )
     assert words(None, end=None) == "no answer: a fresh network diverges, lower --probe-learning-rate"

@@ -211,7 +211,10 @@ def test_nobody_has_to_listen(monkeypatch, stream):
     [
         ({}, None),
         ({"SLURM_STEP_NUM_TASKS": "4"}, ("SLURM_STEP_NUM_TASKS", 4)),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, None),  # an allocation of four tasks, a step of one
+        (
+            {"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"},
+            None,
+        ),  # an allocation of four tasks, a step of one
         ({"SLURM_NTASKS": "4", "SLURM_NPROCS": "4"}, None),
         ({"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "2"}, ("OMPI_COMM_WORLD_SIZE", 2)),
         *(({name: "3"}, (name, 3)) for name in process.GROUP_SIZES),
@@ -231,7 +234,15 @@ def test_a_process_of_a_step_or_group_of_several_knows_by_which_variable(monkeyp
 
 
 @pytest.mark.parametrize(
-    "error", [UsageError("no"), FloatingPointError("no"), OSError("no"), KeyboardInterrupt(), SystemExit(143), ValueError("no")]
+    "error",
+    [
+        UsageError("no"),
+        FloatingPointError("no"),
+        OSError("no"),
+        KeyboardInterrupt(),
+        SystemExit(143),
+        ValueError("no"),
+    ],
 )
 def test_what_a_command_cannot_do_ends_it_in_one_line_and_what_is_a_bug_does_not(error):
     with pytest.raises(BaseException) as end, ends_in_one_line():
@@ -246,7 +257,10 @@ def test_what_a_command_cannot_do_ends_it_in_one_line_and_what_is_a_bug_does_not
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"), "error: the GPU's memory has run out"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"),
+            "error: the GPU's memory has run out",
+        ),
         (MemoryError(), "error: memory has run out"),
         (RuntimeError("std::bad_alloc"), "error: memory has run out (std::bad_alloc)"),
         (
@@ -271,7 +285,9 @@ def test_memory_that_pytorch_cannot_have_ends_a_command_in_one_line():
     "error",
     [
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
-        RuntimeError("Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"),
+        RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
+        ),
         RuntimeError("CUDA error: device-side assert triggered"),
         AssertionError("Torch not compiled with CUDA enabled"),
     ],
@@ -292,7 +308,9 @@ def test_letters_that_a_terminal_has_not_are_question_marks(monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "iso8859-1"])
-def test_a_program_begins_once_more_in_utf8_where_names_of_files_are_in_another_encoding(monkeypatch, encoding):
+def test_a_program_begins_once_more_in_utf8_where_names_of_files_are_in_another_encoding(
+    monkeypatch, encoding
+):
     begun = []
     monkeypatch.setattr(os, "execv", lambda *command: begun.append(command))
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: encoding)
@@ -308,7 +326,9 @@ def test_a_program_begins_once_more_in_utf8_where_names_of_files_are_in_another_
 
 
 ROOT = Path(process.__file__).parent.parent
-NO_TORCH = "class OutOfMemoryError(RuntimeError):\n    pass\n"  # what is needed of it, without a second to import it
+NO_TORCH = (
+    "class OutOfMemoryError(RuntimeError):\n    pass\n"  # what is needed of it, without a second to import it
+)
 COMMAND = f"""import contextlib, sys; sys.path.insert(1, {str(ROOT)!r})
 from support.process import ends_in_one_line, say
 with ends_in_one_line():
@@ -323,7 +343,9 @@ with ends_in_one_line():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("redirected", ["| true", ">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", "2>&1 | true"])
+@pytest.mark.parametrize(
+    "redirected", ["| true", ">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full", "2>&1 | true"]
+)
 def test_a_command_ends_well_and_writes_to_no_foreign_file_whatever_its_output_is(redirected):
     Path("command.py").write_text(COMMAND, encoding="utf-8")
     Path("torch.py").write_text(NO_TORCH, encoding="utf-8")

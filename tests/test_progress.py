@@ -29,8 +29,20 @@ def test_a_process_says_who_it_is_where_it_began_and_how_far_it_is():
     file = ProgressFile(HeldFolder(HERE), 20, 100)
     file.note(**{"step": 60, "steps_per_second": 12.5, "return": -3.0, "device": "cpu"})
     assert said() == {
-        **{"step": 60, "total_timesteps": 100, "steps_per_second": 12.5, "return": -3.0, "device": "cpu", "first": 20},
-        **{"host": socket.gethostname(), "pid": os.getpid(), "began": file.state["began"], "time": file.state["time"]},
+        **{
+            "step": 60,
+            "total_timesteps": 100,
+            "steps_per_second": 12.5,
+            "return": -3.0,
+            "device": "cpu",
+            "first": 20,
+        },
+        **{
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "began": file.state["began"],
+            "time": file.state["time"],
+        },
     }
     assert time.time() - 60 < file.state["began"] <= file.state["time"] <= time.time()
 
@@ -66,7 +78,9 @@ def test_where_it_cannot_be_written_what_was_there_stays_and_the_run_goes_on(mon
     monkeypatch.setattr(progress.os, "replace", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ProgressFile(HeldFolder(HERE), 60, 100).write()
-    assert said()["step"] == 0 and not Path("gone").exists(), "a file that is whole takes its place, or none does"
+    assert said()["step"] == 0 and not Path("gone").exists(), (
+        "a file that is whole takes its place, or none does"
+    )
 
 
 def test_a_log_notes_steps_speed_and_return_as_it_says_them():
@@ -86,11 +100,23 @@ def test_a_log_notes_steps_speed_and_return_as_it_says_them():
 def test_a_run_says_how_far_it_is_from_its_first_moment_to_its_end(monkeypatch):
     written = []
     original = ProgressFile.write
-    monkeypatch.setattr(ProgressFile, "write", lambda file: (original(file), written.append(said(file.place.here()))))
-    short = {"total_timesteps": 120, "learning_starts": 120, "checkpoint_frequency": 60, "plasticity_frequency": 0}
+    monkeypatch.setattr(
+        ProgressFile, "write", lambda file: (original(file), written.append(said(file.place.here())))
+    )
+    short = {
+        "total_timesteps": 120,
+        "learning_starts": 120,
+        "checkpoint_frequency": 60,
+        "plasticity_frequency": 0,
+    }
     folder = train(replace(BRIEF, **short))
     first, last = written[0], said(folder)
-    assert (first["step"], first["total_timesteps"], first["device"], first["steps_per_second"]) == (0, 120, "cpu", None)
+    assert (first["step"], first["total_timesteps"], first["device"], first["steps_per_second"]) == (
+        0,
+        120,
+        "cpu",
+        None,
+    )
     assert {0, 60, 120} <= {each["step"] for each in written}, "at each checkpoint"
     assert last["step"] == 120 and last["steps_per_second"] > 0 and last["return"] is not None
     assert not list(folder.glob(".*"))

@@ -15,7 +15,11 @@ def test_random_streams_of_a_run_and_of_neighbouring_seeds_are_unrelated():
     assert len(set(used)) == len(used), "no environment seed is shared"
     seeds = {stream_seed(seed, stream, key) for seed in range(20) for stream in Stream for key in range(20)}
     assert len(seeds) == 20 * len(Stream) * 20 and all(0 <= seed < 2**30 for seed in seeds)
-    assert list(Stream)[:4] == [Stream.NETWORK, Stream.EXPLORATION, Stream.REPLAY, Stream.ENVIRONMENTS] == [0, 1, 2, 3]
+    assert (
+        list(Stream)[:4]
+        == [Stream.NETWORK, Stream.EXPLORATION, Stream.REPLAY, Stream.ENVIRONMENTS]
+        == [0, 1, 2, 3]
+    )
 
 
 def drawn(seed, module, keep=0.0):

@@ -34,7 +34,14 @@ def random_stream(rng, n_envs, length, reset_padding):
     for _ in range(length):
         next_obs = np.stack([np.concatenate([o[1:], frame()[None]]) for o in obs])
         event = rng.choice(
-            ["none", "life lost, stack kept", "life lost, stack restarted", "game over", "truncated", "reset unannounced"],
+            [
+                "none",
+                "life lost, stack kept",
+                "life lost, stack restarted",
+                "game over",
+                "truncated",
+                "reset unannounced",
+            ],
             size=n_envs,
             p=[0.5, 0.1, 0.1, 0.1, 0.1, 0.1],
         )
@@ -65,10 +72,14 @@ def assert_same_transitions(ours, theirs):
 @pytest.mark.parametrize("n_envs", [1, 3])
 @pytest.mark.parametrize("buffer_size", [3, 24, 51])
 @pytest.mark.parametrize("reset_padding", ["zero", "repeat"])
-def test_equals_sb3_after_every_add_with_ends_of_all_kinds_and_wrap_around(n_envs, buffer_size, reset_padding):
+def test_equals_sb3_after_every_add_with_ends_of_all_kinds_and_wrap_around(
+    n_envs, buffer_size, reset_padding
+):
     for seed in range(2):
         ours, theirs = both_buffers(buffer_size, n_envs)
-        for transition in random_stream(np.random.default_rng(seed), n_envs, 4 * buffer_size // n_envs + 5, reset_padding):
+        for transition in random_stream(
+            np.random.default_rng(seed), n_envs, 4 * buffer_size // n_envs + 5, reset_padding
+        ):
             ours.add(*transition)
             theirs.add(*transition)
             assert_same_transitions(ours, theirs)
@@ -103,7 +114,9 @@ def test_samples_are_sb3_transitions_drawn_uniformly(n_envs):
     assert np.array_equal(batch.next_observations.numpy(), theirs.next_observations.reshape(flat)[which])
     counts = np.bincount(which, minlength=rewards.size)
     expected = 20_000 / rewards.size
-    assert ((counts - expected) ** 2 / expected).sum() < rewards.size + 6 * np.sqrt(2 * rewards.size)  # χ², six sigma
+    assert ((counts - expected) ** 2 / expected).sum() < rewards.size + 6 * np.sqrt(
+        2 * rewards.size
+    )  # χ², six sigma
 
 
 def test_several_batches_in_one_call_are_the_batches_of_several_calls():
@@ -182,7 +195,9 @@ def test_a_million_atari_transitions_fit_in_7_6_gb():
     for n_envs in (1, 16):
         assert FrameReplayBuffer.bytes_needed(1_000_000, space, n_envs) <= 7.6e9
     buffer = FrameReplayBuffer(50_000, space, ACTIONS, "cpu", n_envs=8)
-    held = sum(array.nbytes for array in vars(buffer).values() if isinstance(array, np.ndarray | torch.Tensor))
+    held = sum(
+        array.nbytes for array in vars(buffer).values() if isinstance(array, np.ndarray | torch.Tensor)
+    )
     assert held <= 7.6e9 * 0.05
     assert held == FrameReplayBuffer.bytes_needed(50_000, space, 8)
 
@@ -248,7 +263,12 @@ def test_it_comes_back_from_its_state_and_goes_on_the_same(length):
         first.add(*transition)
         second.add(*transition)
         assert all(torch.equal(a, b) for a, b in zip(first.sample(6)[:5], second.sample(6)[:5], strict=True))
-    assert (first._free, first._used, first.pos, first.full) == (second._free, second._used, second.pos, second.full)
+    assert (first._free, first._used, first.pos, first.full) == (
+        second._free,
+        second._used,
+        second.pos,
+        second.full,
+    )
     assert all(torch.equal(a, b) for a, b in zip(first.tensors(), second.tensors(), strict=True))
     assert torch.equal(first.frames, second.frames) and (length < 400 or len(first.frames) > 60 + 30)
 
@@ -257,7 +277,10 @@ def test_it_comes_back_from_its_state_and_goes_on_the_same(length):
 @pytest.mark.parametrize("buffer_size", [24, 51])
 def test_frames_on_a_gpu_are_the_frames_on_the_cpu(buffer_size):
     """Over wrap-around and growth of the pool, and after coming back from a state."""
-    there, here = (FrameReplayBuffer(buffer_size, OBS_SPACE, ACTIONS, "cpu", 3, storage=where) for where in ("cuda", "cpu"))
+    there, here = (
+        FrameReplayBuffer(buffer_size, OBS_SPACE, ACTIONS, "cpu", 3, storage=where)
+        for where in ("cuda", "cpu")
+    )
     for transition in random_stream(np.random.default_rng(0), 3, 4 * buffer_size, "repeat"):
         for buffer in (there, here):
             buffer.add(*transition)
@@ -265,5 +288,7 @@ def test_frames_on_a_gpu_are_the_frames_on_the_cpu(buffer_size):
     rows, columns = (index.ravel() for index in np.indices((here.size(), 3)))
     assert all(
         torch.equal(a, b)
-        for a, b in zip(there.transitions(rows, columns)[:5], here.transitions(rows, columns)[:5], strict=True)
+        for a, b in zip(
+            there.transitions(rows, columns)[:5], here.transitions(rows, columns)[:5], strict=True
+        )
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from simulated_runs import RETURN
 
-from analysis.runs import read_arms
+from analysis.arms import read_arms
 from analysis.verdict import comparisons
 
 ROOT = Path(__file__).parent.parent
@@ -28,18 +28,29 @@ def test_documents_print_what_the_curves_give(files, seeds, verdicts):
     assert [pair.judgement.verdict for pair in pairs] == verdicts and not any(remarks.values())
     for pair in pairs:
         judged = pair.judgement
-        assert list(pair.means[0]) == list(pair.means[1]) == seeds and (pair.after, pair.upto) == (160_000, 320_000)
+        assert list(pair.means[0]) == list(pair.means[1]) == seeds and (pair.after, pair.upto) == (
+            160_000,
+            320_000,
+        )
         printed = f"{judged.difference:,.0f} [{judged.low:,.0f}, {judged.high:,.0f}]".replace("-", "−")
         for name in DOCUMENTS:
-            assert printed in (ROOT / name).read_text(encoding="utf-8"), f"{name} lacks {pair.arms[1].name}: {printed}"
+            assert printed in (ROOT / name).read_text(encoding="utf-8"), (
+                f"{name} lacks {pair.arms[1].name}: {printed}"
+            )
 
 
 def test_documents_print_what_stays_after_correction_for_all_five_verdicts():
-    paths = [str(path) for folder in ("dose", "alternatives") for path in sorted((ROOT / "results" / folder).glob("*.csv"))]
+    paths = [
+        str(path)
+        for folder in ("dose", "alternatives")
+        for path in sorted((ROOT / "results" / folder).glob("*.csv"))
+    ]
     pairs = comparisons(read_arms(paths, RETURN)[0], RETURN, None)
     assert [pair.verdicts for pair in pairs] == [5] * 5
     (stays,) = [pair for pair in pairs if pair.p_holm < 0.05]
-    assert stays.arms[1].name == "injection at 160k, learning rate 0.001" and stays.judgement.verdict == "raised"
+    assert (
+        stays.arms[1].name == "injection at 160k, learning rate 0.001" and stays.judgement.verdict == "raised"
+    )
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     for pair in pairs:
         assert f"| {pair.judgement.p:.2g} | {pair.p_holm:.2g} |" in text, pair.arms[1].name
@@ -52,7 +63,11 @@ def test_documents_print_what_the_probes_give(name):
     own, injected = ("one network", "injected") if name == "tasks" else ("agent", "agent, injected")
     ranges = []
     for rate in ("1e-4", "5e-4", "1e-3"):
-        ratios = [result["relative_to_fresh"] for result in found if f"learning-rate-{rate}__" in result["checkpoint"]]
+        ratios = [
+            result["relative_to_fresh"]
+            for result in found
+            if f"learning-rate-{rate}__" in result["checkpoint"]
+        ]
         left = [ratio[injected]["ratio"] / ratio[own]["ratio"] for ratio in ratios]
         assert len(left) == 5
         ranges.append(f"{min(left):.3g} to {max(left):.3g}")

@@ -31,7 +31,13 @@ from support.usage import UsageError
 
 FOLDER = Path("run")
 NUM_ENVS, TOTAL, CHECKPOINTS, INJECTION = 3, 120, 30, 63
-ARGS = {"name": "first", "learning_rate": 0.5, "injection_step": (63,), "wandb_entity": None, "eval_frequency": 60}
+ARGS = {
+    "name": "first",
+    "learning_rate": 0.5,
+    "injection_step": (63,),
+    "wandb_entity": None,
+    "eval_frequency": 60,
+}
 WALL_CLOCK = ("charts/SPS", "charts/SPS_recent")
 
 
@@ -109,7 +115,10 @@ def hparams(folder):
     """What TensorBoard's HPARAMS shows of a run."""
     metadata = EventAccumulator(str(folder)).Reload().summary_metadata["_hparams_/session_start_info"]
     content = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
-    return {name: getattr(value, value.WhichOneof("kind")) for name, value in content.session_start_info.hparams.items()}
+    return {
+        name: getattr(value, value.WhichOneof("kind"))
+        for name, value in content.session_start_info.hparams.items()
+    }
 
 
 def hyperparameter_tables(folder):
@@ -121,7 +130,10 @@ def hyperparameter_tables(folder):
 def in_the_browser(view):
     """As `scalars`, from what TensorBoard itself reads event files with, once more."""
     tags = view.Reload().PluginTagToContent("scalars")
-    return {tag: [(p.step, tensor_util.make_ndarray(p.tensor_proto).item()) for p in view.Tensors(tag)] for tag in tags}
+    return {
+        tag: [(p.step, tensor_util.make_ndarray(p.tensor_proto).item()) for p in view.Tensors(tag)]
+        for tag in tags
+    }
 
 
 @pytest.fixture
@@ -161,16 +173,26 @@ NEVER = 10**9
 def test_the_run_that_nobody_touched_shows_all_that_was_logged(whole):
     curves = shown(whole)
     assert set(curves) == {
-        *("charts/episodic_return", "charts/episodic_length", "charts/epsilon", *WALL_CLOCK, "losses/td_loss"),
+        *(
+            "charts/episodic_return",
+            "charts/episodic_length",
+            "charts/epsilon",
+            *WALL_CLOCK,
+            "losses/td_loss",
+        ),
         *("losses/q_values", "plasticity/dormant_fraction", "injection/step", "eval/episodic_return"),
     }
     assert [step for step, _ in curves["charts/SPS"]] == [*range(12, 121, 12)]
-    assert curves["eval/episodic_return"] == [(60, 30.5), (120, 60.5)] and curves["injection/step"] == [(63, 63)]
+    assert curves["eval/episodic_return"] == [(60, 30.5), (120, 60.5)] and curves["injection/step"] == [
+        (63, 63)
+    ]
     assert [step for step, _ in curves["plasticity/dormant_fraction"]] == [30, 60, 90, 120]
     assert len(list(whole.glob("events*"))) == 1
 
 
-@pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.slow if seed > 2 else ()) for seed in range(12)])
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.slow if seed > 2 else ()) for seed in range(12)]
+)
 def test_killed_at_any_line_and_resumed_every_point_is_shown_once(whole, clock, seed):
     """Also in a TensorBoard that was open all the time, and with a disk that is full for a while."""
     rng = random.Random(seed)
@@ -206,7 +228,9 @@ def test_a_fork_shows_every_point_once_however_often_it_is_killed(whole, clock, 
     assert [at for at, _ in hyperparameter_tables(FOLDER)] == [step], "the origin's are in the origin"
 
 
-def test_a_fork_of_an_unfinished_run_begins_with_what_that_run_had_logged_when_the_checkpoint_was_made(whole, clock):
+def test_a_fork_of_an_unfinished_run_begins_with_what_that_run_had_logged_when_the_checkpoint_was_made(
+    whole, clock
+):
     rng = random.Random(0)
     assert life(clock, rng, 900, Path("origin"))
     begin = newest(Path("origin/states"))
@@ -252,7 +276,11 @@ def test_points_keep_their_wall_clock_times_through_checkpoint_and_fork(clock):
     state = log.state_dict()
     log.close()
     times = read_scalars(FOLDER)["a"]
-    assert times.dtype == np.float64 and times.tolist() == [[1, 2, 3], [1, 2, 3], [1_700_000_000 + s for s in (10, 20, 30)]]
+    assert times.dtype == np.float64 and times.tolist() == [
+        [1, 2, 3],
+        [1, 2, 3],
+        [1_700_000_000 + s for s in (10, 20, 30)],
+    ]
     Path("fork").mkdir()
     clock.now += 500
     fork = RunLog(Path("fork"), 3, 100)
@@ -295,7 +323,9 @@ def test_what_a_full_disk_kept_out_is_written_when_there_is_room_again(clock, si
     curves.close()
     assert scalars(FOLDER) == {"a": expected}
     assert failures >= (80 if size < 200 else 2)
-    assert len(list(FOLDER.glob("events*"))) <= failures + 1 and (size or len(list(FOLDER.glob("events*"))) == 3)
+    assert len(list(FOLDER.glob("events*"))) <= failures + 1 and (
+        size or len(list(FOLDER.glob("events*"))) == 3
+    )
 
 
 def log_a_life(first, last, value):
@@ -331,7 +361,9 @@ def test_whatever_the_clock_says_a_process_that_goes_on_is_shown_after_those_bef
     files = []
     for life, ahead in enumerate(clocks):
         clock.now = 1_700_000_000.5 + ahead
-        monkeypatch.setattr(os, "getpid", lambda life=life: 9_000 - life)  # a later process may have a lower number
+        monkeypatch.setattr(
+            os, "getpid", lambda life=life: 9_000 - life
+        )  # a later process may have a lower number
         log_a_life(5 * life, 5 * life + 9, life)  # the process before had come beyond its checkpoint
         (new,) = set(FOLDER.glob("events*")) - set(files)
         files.append(new)
@@ -370,7 +402,9 @@ def test_a_folder_that_moves_takes_its_curves_along(clock, monkeypatch, during):
             FOLDER.rename("moved")
         if step == 12 and during:
             monkeypatch.setattr(
-                curves.writer.file_writer, "add_summary", functools.partial(move, curves.writer.file_writer.add_summary)
+                curves.writer.file_writer,
+                "add_summary",
+                functools.partial(move, curves.writer.file_writer.add_summary),
             )
         if step == 16:
             FOLDER.mkdir()
@@ -391,7 +425,9 @@ def test_curves_whose_folder_is_gone_say_so_once_and_make_none(clock, capsys):
             shutil.rmtree(FOLDER)
     log.close()
     fix = "if it was moved to another disk, stop this run and --resume it there"
-    said = f"warning: the curves cannot be written for now (run is no longer there): {fix}, training goes on\n"
+    said = (
+        f"warning: the curves cannot be written for now (run is no longer there): {fix}, training goes on\n"
+    )
     assert capsys.readouterr().out == said and not FOLDER.exists() and log.disk_full
 
 
@@ -400,7 +436,10 @@ def test_games_that_end_in_one_vector_step_are_each_shown_at_the_step_of_their_o
     FOLDER.mkdir()
     log = RunLog(FOLDER, 0, 100)
     mask = np.isin(np.arange(3), ended)
-    log.games({"_episode": mask, "episode": {"r": np.array([5.0, 6, 7]) * mask, "l": np.array([50, 60, 70])}}, previous=30)
+    log.games(
+        {"_episode": mask, "episode": {"r": np.array([5.0, 6, 7]) * mask, "l": np.array([50, 60, 70])}},
+        previous=30,
+    )
     log.scalar("charts/epsilon", 0.5, 33)
     log.close()
     curves = scalars(FOLDER)
@@ -411,13 +450,21 @@ def test_games_that_end_in_one_vector_step_are_each_shown_at_the_step_of_their_o
 def test_no_game_is_logged_beyond_the_end_of_the_run():
     FOLDER.mkdir()
     log = RunLog(FOLDER, 0, 32)
-    log.games({"_episode": np.ones(4, bool), "episode": {"r": np.arange(4.0), "l": np.arange(4)}}, previous=30)
+    log.games(
+        {"_episode": np.ones(4, bool), "episode": {"r": np.arange(4.0), "l": np.arange(4)}}, previous=30
+    )
     log.close()
     assert scalars(FOLDER)["charts/episodic_return"] == [(31, 0), (32, 1)] and list(log.returns) == [0, 1]
 
 
 def test_hparams_hold_numbers_as_numbers_and_all_else_as_text(whole):
-    expected = {"name": "first", "learning_rate": 0.5, "injection_step": "(63,)", "wandb_entity": "None", "eval_frequency": 60}
+    expected = {
+        "name": "first",
+        "learning_rate": 0.5,
+        "injection_step": "(63,)",
+        "wandb_entity": "None",
+        "eval_frequency": 60,
+    }
     assert hparams(whole) == expected
     ((_, table),) = hyperparameter_tables(whole)
     assert table.splitlines()[2:] == [f"|{name}|{value}|" for name, value in ARGS.items()]
@@ -429,10 +476,17 @@ def test_tensorboard_shows_returns_and_plasticity_side_by_side(eval_frequency):
     log = RunLog(FOLDER, 0, 100)
     log.hyperparameters(ARGS | {"eval_frequency": eval_frequency}, 0)
     log.close()
-    tensor = EventAccumulator(str(FOLDER)).Reload().Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    tensor = (
+        EventAccumulator(str(FOLDER))
+        .Reload()
+        .Tensors("custom_scalars__config__")[0]
+        .tensor_proto.string_val[0]
+    )
     (category,) = layout_pb2.Layout.FromString(tensor).category
     charts = {chart.title: tag.strip("^$") for chart in category.chart for tag in chart.multiline.tag}
-    assert charts == {title: tag for title, tag in SIDE_BY_SIDE.items() if eval_frequency or "eval" not in tag}
+    assert charts == {
+        title: tag for title, tag in SIDE_BY_SIDE.items() if eval_frequency or "eval" not in tag
+    }
 
 
 # reading
@@ -452,9 +506,9 @@ def test_a_last_point_that_is_not_whole_is_left_out_and_all_before_it_read(whole
     curves, expected = scalars(FOLDER), scalars(whole)
     assert curves.pop("eval/episodic_return") == expected.pop("eval/episodic_return")[:-1]
     assert curves == expected
-    assert {tag: list(zip(*points[:2].tolist(), strict=True)) for tag, points in read_scalars(FOLDER).items()} == scalars(
-        FOLDER
-    )
+    assert {
+        tag: list(zip(*points[:2].tolist(), strict=True)) for tag, points in read_scalars(FOLDER).items()
+    } == scalars(FOLDER)
 
 
 TAILS = {
@@ -469,7 +523,9 @@ TAILS = {
 }
 
 
-@pytest.mark.parametrize(("cut", "whole"), [(0, 10), (3, 9), (50, 8)], ids=["after a point", "in the last", "in one before it"])
+@pytest.mark.parametrize(
+    ("cut", "whole"), [(0, 10), (3, 9), (50, 8)], ids=["after a point", "in the last", "in one before it"]
+)
 @pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
 def test_what_is_whole_before_a_torn_tail_is_read_and_what_is_not_is_said(clock, capsys, tail, cut, whole):
     FOLDER.mkdir()
@@ -484,7 +540,9 @@ def test_what_is_whole_before_a_torn_tail_is_read_and_what_is_not_is_said(clock,
     clock.now += 10
     log_a_life(5, 12, 2)  # from a checkpoint on
     assert read_scalars(FOLDER)["a"].tolist()[:2] == [[*range(13)], [1] * 5 + [2] * 8]
-    assert scalars(FOLDER)["a"][5:] == [(step, 2) for step in range(5, 13)], "TensorBoard goes on with the next file, too"
+    assert scalars(FOLDER)["a"][5:] == [(step, 2) for step in range(5, 13)], (
+        "TensorBoard goes on with the next file, too"
+    )
 
 
 def test_an_event_file_that_is_all_zeros_hides_no_other(clock, capsys):
@@ -509,7 +567,9 @@ NOT_OURS = (  # copies, archives, what editors and file managers leave, and name
 ).split("|")
 
 
-@pytest.mark.parametrize("content", ["a copy", b"\0" * 4_096, b"not an event file"], ids=["copies", "zeros", "something else"])
+@pytest.mark.parametrize(
+    "content", ["a copy", b"\0" * 4_096, b"not an event file"], ids=["copies", "zeros", "something else"]
+)
 def test_files_of_other_programs_beside_event_files_are_neither_read_nor_counted_nor_touched(
     clock, monkeypatch, capsys, content
 ):
@@ -559,7 +619,9 @@ def test_a_damaged_event_file_is_refused_by_name_instead_of_leaving_out_what_fol
         damaged = bytearray(content)
         damaged[offset] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(UsageError, match=r"^run cannot be read as a run's curves \(.+\): make room$") as error:
+        with pytest.raises(
+            UsageError, match=r"^run cannot be read as a run's curves \(.+\): make room$"
+        ) as error:
             read_scalars(FOLDER, "make room")
         assert path.name in str(error.value) and "\n" not in str(error.value)
 
@@ -576,7 +638,10 @@ def test_a_full_disk_is_reported_once_until_there_was_room_again(clock, capsys):
             log.flush(to_disk=True)
             assert log.disk_full == (step in (2, 3, 4, 8, 12))
     out = capsys.readouterr()
-    assert out.out.count("warning: the curves cannot be written for now ([Errno 27] File too large") == 3 and out.err == ""
+    assert (
+        out.out.count("warning: the curves cannot be written for now ([Errno 27] File too large") == 3
+        and out.err == ""
+    )
     with full_disk(10):
         log.close()
     assert [step for step, _ in scalars(FOLDER)["a"]] == [*range(1, 12)]
@@ -598,7 +663,10 @@ def test_curves_that_do_not_reach_the_disk_itself_are_reported(monkeypatch, caps
 
     monkeypatch.setattr(run_log, "flush_to_disk", fail)
     log.flush(to_disk=True)
-    assert "warning: the curves cannot be written for now (the disk is broken)" in capsys.readouterr().out and log.disk_full
+    assert (
+        "warning: the curves cannot be written for now (the disk is broken)" in capsys.readouterr().out
+        and log.disk_full
+    )
     log.close()
 
 
@@ -675,7 +743,12 @@ def test_on_a_terminal_progress_is_a_bar_that_lines_do_not_tear(monkeypatch, cap
         log.interval(step, 0.25, {})
     log.close()
     text = terminal.getvalue()
-    assert "30/60" in text and "60/60" in text and "SPS, ε 0.25, return -" in text and "step 60 of 60" not in text
+    assert (
+        "30/60" in text
+        and "60/60" in text
+        and "SPS, ε 0.25, return -" in text
+        and "step 60 of 60" not in text
+    )
     assert "\ra line\n" in re.sub(r" +", "", text).replace("aline", "a line"), "the bar is wiped before it"
 
 

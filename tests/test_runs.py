@@ -48,7 +48,14 @@ import support.runs as runs
 from benchmarks import kill_test
 from benchmarks.kill_test import WALL_CLOCK, content, differences
 from dqn_injection_atari import FORKABLE, Args, Learner, check_fork, train
-from support.checkpoints import CHECKSUMS, Checkpoint, checksums, create_run_folder, load_checkpoint, save_checkpoint
+from support.checkpoints import (
+    CHECKSUMS,
+    Checkpoint,
+    checksums,
+    create_run_folder,
+    load_checkpoint,
+    save_checkpoint,
+)
 from support.machine import alone_in, flush_to_disk
 from support.process import Signals
 from support.run_log import SIDE_BY_SIDE, Curves, RunLog
@@ -59,7 +66,9 @@ slow = pytest.mark.slow
 STOP = send(signal.SIGTERM)
 
 OFTEN = replace(SMALL, checkpoint_frequency=80)  # which the end is a multiple of
-BASELINE = replace(SMALL, apply_injection=False)  # keeps the checkpoint at step 142, where the injection would be
+BASELINE = replace(
+    SMALL, apply_injection=False
+)  # keeps the checkpoint at step 142, where the injection would be
 TWICE = replace(SMALL, injection_step=(142, 190))
 # nothing is learned, in one game: for what does not depend on it
 PLAYING = replace(SMALL, num_envs=1, learning_starts=240, injection_step=())
@@ -120,19 +129,35 @@ def flags_of(args):
 COURSES = {  # what differs from SMALL, and where the run is killed or stopped
     "again and again": ({}, ((4, kill), (100, kill), (142, kill), (145, kill), (235, kill))),
     "one game of sb3's, three injections, all heads train": (
-        {"env_backend": "sb3", "num_envs": 1, "tau": 0.5, "injection_step": (90, 120, 170), "freeze_heads": False},
+        {
+            "env_backend": "sb3",
+            "num_envs": 1,
+            "tau": 0.5,
+            "injection_step": (90, 120, 170),
+            "freeze_heads": False,
+        },
         ((100, kill), (121, STOP), (170, STOP), (200, kill)),
     ),
-    "bf16 and copied moments": ({"bf16": True, "tau": 0.5, "injection_optimizer_state": "copy"}, ((190, kill),)),
+    "bf16 and copied moments": (
+        {"bf16": True, "tau": 0.5, "injection_optimizer_state": "copy"},
+        ((190, kill),),
+    ),
     "shrink-perturb and rmsprop": (
-        {"intervention": "shrink-perturb", "optimizer": "rmsprop", "shared_bias": True, "exploration_start": 90},
+        {
+            "intervention": "shrink-perturb",
+            "optimizer": "rmsprop",
+            "shared_bias": True,
+            "exploration_start": 90,
+        },
         ((143, kill), (170, STOP)),
     ),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [pytest.param(case, marks=slow if k else ()) for k, case in enumerate(COURSES)])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=slow if k else ()) for k, case in enumerate(COURSES)]
+)
 def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, case):
     changes, interruptions = COURSES[case]
     args, resumed = replace(SMALL, **changes), {}
@@ -143,20 +168,24 @@ def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, case):
     assert_same_end(folder, uninterrupted(args))
 
 
-OVERLAP = replace(SMALL, num_envs=4, overlap=True, total_timesteps=239)  # step 142 lies within a vector step, the last is cut
+OVERLAP = replace(
+    SMALL, num_envs=4, overlap=True, total_timesteps=239
+)  # step 142 lies within a vector step, the last is cut
 
 
 @slow
-@pytest.mark.parametrize("args", [OVERLAP, replace(SMALL, env_backend="sb3", num_envs=3)], ids=["ale-4-True", "sb3-3-False"])
+@pytest.mark.parametrize(
+    "args", [OVERLAP, replace(SMALL, env_backend="sb3", num_envs=3)], ids=["ale-4-True", "sb3-3-False"]
+)
 def test_a_vector_step_is_one_whole_to_a_checkpoint(uninterrupted, args):
     """Step 142 lies within one: the injection and its checkpoint come at that one's end."""
     step, num_envs = 144, args.num_envs
     folder = train_until(step + 1, args)
     assert names(folder)[-1] == f"checkpoint-{step}" and made(folder / f"checkpoint-{step}") == []
     until_signal(step + 3 * num_envs, replace(args, resume=str(folder)))
-    assert names(folder)[-1] == f"checkpoint-{step + 3 * num_envs}" and made(folder / f"checkpoint-{step + 3 * num_envs}") == [
-        step
-    ]
+    assert names(folder)[-1] == f"checkpoint-{step + 3 * num_envs}" and made(
+        folder / f"checkpoint-{step + 3 * num_envs}"
+    ) == [step]
     train(Args(resume=str(folder)))
     assert_same_end(folder, uninterrupted(args), f"checkpoint-{args.total_timesteps}")
 
@@ -172,16 +201,25 @@ def test_resume_is_exact_where_the_norm_decides(uninterrupted):
 
 
 MEASURED = replace(  # everything is logged, much of it at the very step of a checkpoint, before and after it
-    OFTEN, injection_step=(142, 160), plasticity_frequency=160, eval_frequency=80, eval_episodes=1, log_frequency=20
+    OFTEN,
+    injection_step=(142, 160),
+    plasticity_frequency=160,
+    eval_frequency=80,
+    eval_episodes=1,
+    log_frequency=20,
 )
 
 
 @slow
 def test_every_scalar_is_there_once_after_a_resume(uninterrupted):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunLog, "FLUSH_SECONDS", 0)  # or a run of seconds would write curves with its checkpoints only
+        patch.setattr(
+            RunLog, "FLUSH_SECONDS", 0
+        )  # or a run of seconds would write curves with its checkpoints only
         folder = train_until(185, MEASURED)
-        view = EventAccumulator(str(folder)).Reload()  # as in a browser, with points that the resumed run writes again
+        view = EventAccumulator(
+            str(folder)
+        ).Reload()  # as in a browser, with points that the resumed run writes again
         assert [point.step for point in view.Scalars("injection/step")] == [142, 160]
         assert [point.step for point in view.Scalars("eval/episodic_return")] == [80, 160]
         train_until(230, replace(MEASURED, resume=str(folder)))
@@ -190,10 +228,16 @@ def test_every_scalar_is_there_once_after_a_resume(uninterrupted):
     for tag in WALL_CLOCK:
         resumed[tag], whole[tag] = ([step for step, _ in curves[tag]] for curves in (resumed, whole))
     assert resumed == whole and set(SIDE_BY_SIDE.values()) <= set(whole)
-    assert [step for step, _ in whole["plasticity/dormant_fraction"]] == [160] and whole["charts/SPS"] == [*range(20, 241, 20)]
-    assert [step for step, _ in whole["charts/episodic_return"]] == [59, 60, 139, 140, 219, 220], "two games end at a time"
+    assert [step for step, _ in whole["plasticity/dormant_fraction"]] == [160] and whole["charts/SPS"] == [
+        *range(20, 241, 20)
+    ]
+    assert [step for step, _ in whole["charts/episodic_return"]] == [59, 60, 139, 140, 219, 220], (
+        "two games end at a time"
+    )
     view.Reload()
-    assert all([(p.step, p.value) for p in view.Scalars(tag)] == points for tag, points in scalars(folder).items())
+    assert all(
+        [(p.step, p.value) for p in view.Scalars(tag)] == points for tag, points in scalars(folder).items()
+    )
     assert_same_end(folder, uninterrupted(MEASURED))
 
 
@@ -213,8 +257,16 @@ def test_the_comparison_sees_one_changed_bit(uninterrupted):
     """Guards the tests above: a single differing scalar, weight or moment is found."""
     a, b = (content(uninterrupted(SMALL), END) for _ in range(2))
     assert differences(a, b) == []
-    assert {"replay", "/learner/rng/state/state", "/replay/generator/state/state", "curves in the run folder"} <= set(a)
-    for name in ("/learner/q_network/encoder.0.weight", "/learner/optimizer/theta_prime_1.0.0.weight/exp_avg_sq"):
+    assert {
+        "replay",
+        "/learner/rng/state/state",
+        "/replay/generator/state/state",
+        "curves in the run folder",
+    } <= set(a)
+    for name in (
+        "/learner/q_network/encoder.0.weight",
+        "/learner/optimizer/theta_prime_1.0.0.weight/exp_avg_sq",
+    ):
         b[name] = a[name].clone()
         b[name][0] = torch.nextafter(a[name][0], torch.tensor(9.0))
     b["curves in the run folder"] = a["curves in the run folder"][:-1]
@@ -222,7 +274,9 @@ def test_the_comparison_sees_one_changed_bit(uninterrupted):
 
 
 @pytest.mark.slow
-def test_a_finished_run_resumed_stays_as_it_is_and_other_software_is_named(uninterrupted, capsys, monkeypatch):
+def test_a_finished_run_resumed_stays_as_it_is_and_other_software_is_named(
+    uninterrupted, capsys, monkeypatch
+):
     folder = copy_of(uninterrupted(SMALL), "done")
     before = content(folder, END)
     train(replace(SMALL, resume=str(folder)))
@@ -231,7 +285,9 @@ def test_a_finished_run_resumed_stays_as_it_is_and_other_software_is_named(unint
     version = torch.__version__
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     train(Args(resume=str(folder)))
-    expected = f"warning: bits may differ from an uninterrupted run, because torch was {version} and is 9.9.9\n"
+    expected = (
+        f"warning: bits may differ from an uninterrupted run, because torch was {version} and is 9.9.9\n"
+    )
     assert expected in capsys.readouterr().out
     assert differences(before, content(folder, END)) == []
 
@@ -312,7 +368,11 @@ def test_the_newest_checkpoint_and_the_one_before_the_first_injection_are_kept(m
         ["checkpoint-80", "checkpoint-160"],
         ["checkpoint-80", "checkpoint-240"],
     ]
-    assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == ["events", "progre", "run.js"]
+    assert sorted(path.name[:6] for path in folder.iterdir() if "checkpoint" not in path.name) == [
+        "events",
+        "progre",
+        "run.js",
+    ]
     assert json.loads((folder / END / "manifest.json").read_text(encoding="utf-8")).keys() == {
         "format",
         "step",
@@ -360,7 +420,9 @@ def test_of_interventions_that_the_norm_triggers_the_first_keeps_its_checkpoint(
 def test_games_begin_anew_at_every_boundary_with_a_seed_from_seed_and_step(monkeypatch, num_envs, boundaries):
     seeds = []
     original = script.LearnerView.reset
-    monkeypatch.setattr(script.LearnerView, "reset", lambda view, seed: (seeds.append(seed), original(view, seed=seed))[1])
+    monkeypatch.setattr(
+        script.LearnerView, "reset", lambda view, seed: (seeds.append(seed), original(view, seed=seed))[1]
+    )
     write_no_checkpoints(monkeypatch)
     args = replace(PLAYING, num_envs=num_envs, checkpoint_frequency=80)
     expected = [script.stream_seed(args.seed, script.Stream.ENVIRONMENTS, step) for step in boundaries]
@@ -378,13 +440,17 @@ def test_games_begin_anew_at_every_boundary_with_a_seed_from_seed_and_step(monke
 def test_games_cut_at_a_boundary_bootstrap_and_are_no_returns(monkeypatch):
     trainings = []
     original = script.Training.loop
-    monkeypatch.setattr(script.Training, "loop", lambda training: (trainings.append(training), original(training))[1])
+    monkeypatch.setattr(
+        script.Training, "loop", lambda training: (trainings.append(training), original(training))[1]
+    )
     write_no_checkpoints(monkeypatch)
     train(replace(PLAYING, checkpoint_frequency=50, total_timesteps=56, num_envs=1))
     replay, log = trainings[0].replay, trainings[0].run.log
     batch = replay.transitions(np.arange(45, 55), np.zeros(10, int))
     cut = 49 - 45
-    assert not batch.dones[cut] and batch.next_observations[cut, :3].any(), "the successor is the cut game's own frame"
+    assert not batch.dones[cut] and batch.next_observations[cut, :3].any(), (
+        "the successor is the cut game's own frame"
+    )
     assert not batch.observations[cut + 1, :3].any(), "the next game begins on an empty stack"
     assert len(log.returns) == 1, "of the game that ended at step 30"
 
@@ -403,7 +469,9 @@ ARMS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", [pytest.param(arm, marks=slow if k else ()) for k, arm in enumerate(ARMS)])
-def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_from_the_start(uninterrupted, arm):
+def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_from_the_start(
+    uninterrupted, arm
+):
     folder = fork(uninterrupted(BASELINE) / "checkpoint-142", BASELINE, **ARMS[arm])
     same = BASELINE if arm == "none" else replace(BASELINE, **ARMS[arm])
     assert_same_end(folder, uninterrupted(same))
@@ -472,7 +540,9 @@ def test_a_fork_is_a_run_of_its_own_that_can_be_killed_at_once(uninterrupted, ca
 def test_a_fork_knows_what_it_was_before_it_had_a_folder_of_its_own():
     def origin(folder, step, seed, run_id=None, **more):
         meta = {"run": f"id of {folder}", "step": step, "args": {"seed": seed, "fork": None}, **more}
-        return Origin(run_id=run_id, checkpoint=Checkpoint(Path(f"runs/{folder}/checkpoint-{step}"), meta, {}))
+        return Origin(
+            run_id=run_id, checkpoint=Checkpoint(Path(f"runs/{folder}/checkpoint-{step}"), meta, {})
+        )
 
     trunk = {"run": "id of trunk", "folder": "trunk", "step": 80, "seed": 1}
     branch = {"run": "id of branch", "folder": "branch", "step": 142, "seed": 2}
@@ -510,13 +580,17 @@ def test_a_fork_from_a_checkpoint_whose_run_is_gone_works_and_its_curves_begin_t
     folder = fork("alone/checkpoint-142", BASELINE, apply_injection=True)
     ours, theirs = (content(run, END) for run in (folder, uninterrupted(SMALL)))
     assert differences(ours, theirs) == ["curves in the run folder"]
-    expected = [point for point in theirs["curves in the run folder"] if point[1] >= 130]  # those that the checkpoint holds
+    expected = [
+        point for point in theirs["curves in the run folder"] if point[1] >= 130
+    ]  # those that the checkpoint holds
     assert ours["curves in the run folder"] == expected and "injection/step" in {tag for tag, *_ in expected}
 
 
 def checkpoint_of(args, step, interventions=()):
     meta = {"args": json.loads(json.dumps(asdict(args))), "step": step}
-    return Checkpoint(Path(f"runs/x/checkpoint-{step}"), meta, {"learner": {"interventions": list(interventions)}})
+    return Checkpoint(
+        Path(f"runs/x/checkpoint-{step}"), meta, {"learner": {"interventions": list(interventions)}}
+    )
 
 
 FORKED = checkpoint_of(SMALL, 160, (142,))
@@ -554,9 +628,21 @@ REFUSED_FORKS = {
         {"apply_injection": True},
         "after injections at no step, but",
     ),
-    "freezing after the fact": (FORKED, {"freeze_heads": False}, "after an injection: for another --freeze-heads give an"),
-    "another kind": (FORKED, {"intervention": "reset-head"}, "for another --intervention give an earlier checkpoint"),
-    "other moments": (FORKED, {"injection_optimizer_state": "copy"}, "for another --injection-optimizer-state give an"),
+    "freezing after the fact": (
+        FORKED,
+        {"freeze_heads": False},
+        "after an injection: for another --freeze-heads give an",
+    ),
+    "another kind": (
+        FORKED,
+        {"intervention": "reset-head"},
+        "for another --intervention give an earlier checkpoint",
+    ),
+    "other moments": (
+        FORKED,
+        {"injection_optimizer_state": "copy"},
+        "for another --injection-optimizer-state give an",
+    ),
     "as many as the norm may trigger": (
         FORKED,
         BY_NORM,
@@ -569,8 +655,16 @@ REFUSED_FORKS = {
         {"exploration_fraction": 0.2},
         "over 48 steps, but before checkpoint runs/x/checkpoint-160 over",
     ),
-    "a longer run": (FORKED, {"total_timesteps": 480}, "give --exploration-fraction 0.05 with this --total-timesteps"),
-    "the end of a cut vector step": (checkpoint_of(replace(SMALL, num_envs=7), 240, (147,)), LATER, "no multiple of num_envs"),
+    "a longer run": (
+        FORKED,
+        {"total_timesteps": 480},
+        "give --exploration-fraction 0.05 with this --total-timesteps",
+    ),
+    "the end of a cut vector step": (
+        checkpoint_of(replace(SMALL, num_envs=7), 240, (147,)),
+        LATER,
+        "no multiple of num_envs",
+    ),
     "the end within a log interval": (
         checkpoint_of(replace(SMALL, log_frequency=100), 240, (142,)),
         LATER,
@@ -593,8 +687,18 @@ ENDS_LATE = checkpoint_of(replace(SMALL, exploration_fraction=1.0), 160, (142,))
 @pytest.mark.parametrize(
     ("checkpoint", "changes", "fix", "done"),
     [
-        (FORKED, {"injection_step": (200,)}, "give an --injection-step of 142 200, or", {"injection_step": (142, 200)}),
-        (FORKED, {"injection_step": (130, 142)}, "give an --injection-step of 142, or", {"injection_step": (142,)}),
+        (
+            FORKED,
+            {"injection_step": (200,)},
+            "give an --injection-step of 142 200, or",
+            {"injection_step": (142, 200)},
+        ),
+        (
+            FORKED,
+            {"injection_step": (130, 142)},
+            "give an --injection-step of 142, or",
+            {"injection_step": (142,)},
+        ),
         (FORKED, {"injection_step": ()}, "give an --injection-step of 142, or", {"injection_step": (142,)}),
         (
             checkpoint_of(SMALL, 142),
@@ -657,7 +761,14 @@ def test_a_fork_that_a_single_run_could_have_come_to_is_not_refused(checkpoint, 
 
 NOT_FORKABLE = {
     **{"env_id": "x", "num_envs": 1, "env_backend": "sb3", "optimizer": "rmsprop", "learning_rate": 1.0},
-    **{"shared_bias": True, "gamma": 0.5, "tau": 0.5, "target_network_frequency": 51, "train_frequency": 5, "batch_size": 5},
+    **{
+        "shared_bias": True,
+        "gamma": 0.5,
+        "tau": 0.5,
+        "target_network_frequency": 51,
+        "train_frequency": 5,
+        "batch_size": 5,
+    },
     **{
         "head_width": 65,
         "buffer_size": 151,
@@ -667,7 +778,13 @@ NOT_FORKABLE = {
         "exploration_start": 5,
         "bf16": True,
     },
-    **{"tf32": False, "overlap": True, "checkpoint_frequency": 90, "torch_deterministic": False, "log_frequency": 50},
+    **{
+        "tf32": False,
+        "overlap": True,
+        "checkpoint_frequency": 90,
+        "torch_deterministic": False,
+        "log_frequency": 50,
+    },
 }
 
 
@@ -675,7 +792,9 @@ def test_every_flag_is_one_that_a_fork_may_change_or_is_refused_by_name():
     assert {*FORKABLE} & {*NOT_FORKABLE} == set()
     assert {*FORKABLE} | {*NOT_FORKABLE} | {"resume", "fork", "evaluate"} == set(asdict(SMALL))
     for name, value in NOT_FORKABLE.items():
-        with pytest.raises(UsageError, match=rf"not as in checkpoint .*: {name} is .*; a fork may differ in .* only"):
+        with pytest.raises(
+            UsageError, match=rf"not as in checkpoint .*: {name} is .*; a fork may differ in .* only"
+        ):
             check_fork(replace(SMALL, **{name: value}), FORKED)
 
 
@@ -703,7 +822,9 @@ def test_keep_checkpoints_has_more_of_them_written_and_stay_and_changes_nothing_
 
 
 def test_a_fork_is_not_asked_for_checkpoints_of_steps_that_have_passed():
-    with pytest.raises(UsageError, match=r"checkpoint-160 lies beyond 20, 82, of .*: leave it out of --keep-checkpoints"):
+    with pytest.raises(
+        UsageError, match=r"checkpoint-160 lies beyond 20, 82, of .*: leave it out of --keep-checkpoints"
+    ):
         check_fork(replace(SMALL, keep_checkpoints=(20, 82, 200)), FORKED)
     kept = checkpoint_of(replace(SMALL, keep_checkpoints=(20,)), 160, (142,))
     check_fork(replace(SMALL, keep_checkpoints=(20, 160, 200)), kept)
@@ -728,7 +849,9 @@ def test_the_norm_decides_also_in_a_network_without_room_for_heads(uninterrupted
 
 
 @slow
-def test_a_run_that_grows_is_exact_when_interrupted_and_from_a_small_baseline_a_wide_head_may_be_forked(uninterrupted):
+def test_a_run_that_grows_is_exact_when_interrupted_and_from_a_small_baseline_a_wide_head_may_be_forked(
+    uninterrupted,
+):
     args = replace(SMALL, head_width=16, injected_head_width=24)
     whole = uninterrupted(args)
     folder = until_signal(190, args)
@@ -746,19 +869,28 @@ def test_a_run_that_grows_is_exact_when_interrupted_and_from_a_small_baseline_a_
 
 
 @slow
-def test_a_fork_with_another_seed_is_the_same_agent_with_random_streams_of_its_own(uninterrupted, monkeypatch):
+def test_a_fork_with_another_seed_is_the_same_agent_with_random_streams_of_its_own(
+    uninterrupted, monkeypatch
+):
     origin = uninterrupted(BASELINE) / "checkpoint-142"
     begun, games = {}, []
     reset = script.LearnerView.reset
-    monkeypatch.setattr(script.LearnerView, "reset", lambda view, seed: (games.append(seed), reset(view, seed=seed))[1])
+    monkeypatch.setattr(
+        script.LearnerView, "reset", lambda view, seed: (games.append(seed), reset(view, seed=seed))[1]
+    )
 
     def first_state(args):
         training = {}
 
         def loop(self):
-            training.update(learner=copy.deepcopy(self.learner.state_dict()), replay=copy.deepcopy(self.replay.state_dict()))
             training.update(
-                frames=[tensor.clone() for tensor in self.replay.tensors()], games=games[-1], played=len(self.envs.played)
+                learner=copy.deepcopy(self.learner.state_dict()),
+                replay=copy.deepcopy(self.replay.state_dict()),
+            )
+            training.update(
+                frames=[tensor.clone() for tensor in self.replay.tensors()],
+                games=games[-1],
+                played=len(self.envs.played),
             )
             return True
 
@@ -771,7 +903,9 @@ def test_a_fork_with_another_seed_is_the_same_agent_with_random_streams_of_its_o
     for seed in (1, 2, 3):
         begun[seed] = first_state(replace(BASELINE, fork=str(origin), seed=seed))
     saved = load_checkpoint(origin).state
-    assert begun[1]["learner"]["rng"] == saved["learner"]["rng"] and begun[1]["played"] > 0, "with its own seed it goes on"
+    assert begun[1]["learner"]["rng"] == saved["learner"]["rng"] and begun[1]["played"] > 0, (
+        "with its own seed it goes on"
+    )
     for seed in (2, 3):
         for network in ("q_network", "target_network"):
             for name, value in saved["learner"][network].items():
@@ -780,7 +914,10 @@ def test_a_fork_with_another_seed_is_the_same_agent_with_random_streams_of_its_o
         for stream, state in ((script.Stream.EXPLORATION, "learner"), (script.Stream.REPLAY, "replay")):
             fresh = np.random.default_rng(script.stream_seed(seed, stream)).bit_generator.state
             assert begun[seed][state]["rng" if state == "learner" else "generator"] == fresh
-        assert begun[seed]["games"] == script.stream_seed(seed, script.Stream.ENVIRONMENTS, 142) and begun[seed]["played"] == 0
+        assert (
+            begun[seed]["games"] == script.stream_seed(seed, script.Stream.ENVIRONMENTS, 142)
+            and begun[seed]["played"] == 0
+        )
 
 
 @slow
@@ -790,7 +927,9 @@ def test_continuations_of_one_agent_differ_and_each_is_exact_however_it_is_inter
     second, third = fork(origin, arm), fork(origin, arm, seed=3)
     assert made(second / END) == [142]
     curves = scalars(second)["losses/td_loss"], scalars(third)["losses/td_loss"]
-    assert [point for point in curves[0] if point[0] <= 120] == [point for point in curves[1] if point[0] <= 120]
+    assert [point for point in curves[0] if point[0] <= 120] == [
+        point for point in curves[1] if point[0] <= 120
+    ]
     assert curves[0][-1] != curves[1][-1]
     assert (142, 2) in scalars(second)["charts/games_cut"], "the games of the agent's own run end here"
     killed = train_until(150, replace(arm, fork=str(origin)))
@@ -820,7 +959,8 @@ FIRST_KILLS = {  # where a fork is killed in its first process
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case == "before its streams begin" else slow) for case in FIRST_KILLS]
+    "case",
+    [pytest.param(case, marks=() if case == "before its streams begin" else slow) for case in FIRST_KILLS],
 )
 def test_a_fork_with_another_seed_ends_the_same_wherever_its_first_process_was_killed(uninterrupted, case):
     origin = uninterrupted(replace(CONTINUED, apply_injection=False)) / "checkpoint-50"
@@ -838,7 +978,9 @@ def beginning(args):
     found = {}
 
     def loop(training):
-        state = {name: part.state_dict() for name, part in (training.run.parts | {"log": training.run.log}).items()}
+        state = {
+            name: part.state_dict() for name, part in (training.run.parts | {"log": training.run.log}).items()
+        }
         del state["log"]["seconds"], state["log"]["interval_seconds"]
         state["log"]["points"] = kill_test.waiting(state["log"]["points"])
         found.update(kill_test.flat(copy.deepcopy(state)))
@@ -860,7 +1002,10 @@ def test_what_a_fork_takes_from_its_origin_and_says_of_it_is_the_same_each_time_
     """Also of a fork of a fork, which with seed 1 has that of its origin's origin."""
     origin = uninterrupted(replace(CONTINUED, apply_injection=False)) / "checkpoint-50"
     if of_a_fork:
-        origin = uninterrupted(replace(CONTINUED, seed=2, fork=str(origin), eval_frequency=50, eval_episodes=1)) / origin.name
+        origin = (
+            uninterrupted(replace(CONTINUED, seed=2, fork=str(origin), eval_frequency=50, eval_episodes=1))
+            / origin.name
+        )
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     capsys.readouterr()
     first = beginning(replace(CONTINUED, seed=seed, fork=str(origin)))
@@ -913,25 +1058,39 @@ def test_the_command_to_go_on_means_this_script_and_this_run_when_it_is_pasted(m
     project, folder = Path(place).absolute(), Path(place, "runs", place).absolute()
     folder.mkdir(parents=True)
     (project / "script.py").touch()
-    for here, run in ((project.parent, folder.relative_to(project.parent)), (folder.parent, Path(place)), (project, folder)):
+    for here, run in (
+        (project.parent, folder.relative_to(project.parent)),
+        (folder.parent, Path(place)),
+        (project, folder),
+    ):
         monkeypatch.chdir(here)
         command = runs.Run.command(types.SimpleNamespace(folder=run), str(project / "script.py"), "resume")
-        shown = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], stdout=subprocess.PIPE, encoding="utf-8", check=True)
+        shown = subprocess.run(
+            ["sh", "-c", f"printf '%s\\n' {command}"], stdout=subprocess.PIPE, encoding="utf-8", check=True
+        )
         python, script_path, flag, found = shown.stdout.splitlines()
-        assert (python, flag) == ("python", "--resume") and script_path[0] not in "-~" and found[0] not in "-~"
+        assert (
+            (python, flag) == ("python", "--resume") and script_path[0] not in "-~" and found[0] not in "-~"
+        )
         assert Path(script_path).samefile(project / "script.py") and Path(found).samefile(folder)
 
 
 @pytest.mark.slow
 def test_a_stop_ends_the_run_with_a_checkpoint_from_which_it_goes_on_exactly(uninterrupted, capsys):
     args, resumed = replace(SMALL, save_model=True), {}
-    for step, number in ((4, signal.SIGTERM), (152, signal.SIGINT), (160, signal.SIGTERM), (236, signal.SIGINT)):
+    for step, number in (
+        (4, signal.SIGTERM),
+        (152, signal.SIGINT),
+        (160, signal.SIGTERM),
+        (236, signal.SIGINT),
+    ):
         folder = until_signal(step, replace(args, **resumed), number)
         resumed = {"resume": str(folder)}
         out = capsys.readouterr().out
         assert f"step {step}: {number.name}, writing a checkpoint; once more ends the run without it\n" in out
         assert (
-            f"stopped at step {step} of 240, go on with: python {os.path.relpath(script.__file__)} --resume {folder}\n" in out
+            f"stopped at step {step} of 240, go on with: python {os.path.relpath(script.__file__)} --resume {folder}\n"
+            in out
         )
         assert names(folder)[-1] == f"checkpoint-{step}" and not (folder / "agent.pt").exists()
     train(Args(resume=str(folder)))
@@ -942,7 +1101,11 @@ def test_a_stop_ends_the_run_with_a_checkpoint_from_which_it_goes_on_exactly(uni
 @pytest.mark.slow
 def test_the_exit_status_says_what_ended_a_run_and_0_that_it_is_complete(monkeypatch, capsys):
     args = replace(PLAYING, num_envs=2, total_timesteps=100, save_model=True)
-    for step, number, status in ((20, signal.SIGTERM, 143), (40, signal.SIGINT, 130), (99, signal.SIGTERM, 143)):
+    for step, number, status in (
+        (20, signal.SIGTERM, 143),
+        (40, signal.SIGINT, 130),
+        (99, signal.SIGTERM, 143),
+    ):
         with monkeypatch.context() as patch:
             at_step(patch, step, send(number))
             flags = ["--resume", str(new_folder(set()))] if Path("runs").exists() else flags_of(args)
@@ -983,7 +1146,11 @@ def saved_steps(patch):
     """A list to which the step of every checkpoint that is written is added."""
     steps = []
     original = runs.save_checkpoint
-    patch.setattr(runs, "save_checkpoint", lambda folder, step, *given: (steps.append(step), original(folder, step, *given))[1])
+    patch.setattr(
+        runs,
+        "save_checkpoint",
+        lambda folder, step, *given: (steps.append(step), original(folder, step, *given))[1],
+    )
     return steps
 
 
@@ -1002,7 +1169,9 @@ def test_a_signal_while_the_games_are_played_again_ends_the_process_at_once(monk
     before = all_files(folder)
     original = script.LearnerView.load_state_dict
     monkeypatch.setattr(
-        script.LearnerView, "load_state_dict", lambda view, state: (send(signal.SIGTERM)(), original(view, state))
+        script.LearnerView,
+        "load_state_dict",
+        lambda view, state: (send(signal.SIGTERM)(), original(view, state)),
     )
     with pytest.raises(SystemExit) as stop:
         train(Args(resume=str(folder)))
@@ -1069,7 +1238,9 @@ def test_who_calls_train_learns_which_signal_ended_it():
 
 
 @slow
-def test_on_a_full_disk_the_run_goes_on_and_tries_again_and_in_the_end_nothing_is_missing(uninterrupted, capsys):
+def test_on_a_full_disk_the_run_goes_on_and_tries_again_and_in_the_end_nothing_is_missing(
+    uninterrupted, capsys
+):
     """First there is room for curves, but for no checkpoint, and later for neither."""
     with contextlib.ExitStack() as disk, pytest.MonkeyPatch.context() as patch:
         at_step(patch, 79, lambda: disk.enter_context(full_disk(1_000_000)))
@@ -1080,8 +1251,14 @@ def test_on_a_full_disk_the_run_goes_on_and_tries_again_and_in_the_end_nothing_i
         present = []
         folder = train(OFTEN)
     out = capsys.readouterr().out
-    assert "warning: no checkpoint at step 80 ([Errno 27] File too large" in out and "checkpoint-0 is still good" in out
-    assert "warning: no checkpoint at step 160 ([Errno 27] File too large" in out and "checkpoint-142 is still good" in out
+    assert (
+        "warning: no checkpoint at step 80 ([Errno 27] File too large" in out
+        and "checkpoint-0 is still good" in out
+    )
+    assert (
+        "warning: no checkpoint at step 160 ([Errno 27] File too large" in out
+        and "checkpoint-142 is still good" in out
+    )
     assert out.count("the curves cannot be written for now") == 1 and present == ["checkpoint-142"]
     assert_same_end(folder, uninterrupted(OFTEN))
     assert not list(folder.glob(".*"))
@@ -1089,7 +1266,9 @@ def test_on_a_full_disk_the_run_goes_on_and_tries_again_and_in_the_end_nothing_i
 
 @pytest.mark.slow
 def test_whatever_keeps_a_checkpoint_from_being_written_does_not_end_the_run(monkeypatch, capsys):
-    errors = iter([OSError(errno.EIO, "Input/output error"), MemoryError(), zstandard.ZstdError("zstd cannot")])
+    errors = iter(
+        [OSError(errno.EIO, "Input/output error"), MemoryError(), zstandard.ZstdError("zstd cannot")]
+    )
     original, saved = runs.save_checkpoint, []
 
     def save(folder, step, *given):
@@ -1106,12 +1285,17 @@ def test_whatever_keeps_a_checkpoint_from_being_written_does_not_end_the_run(mon
         "warning: no checkpoint at step 0 ([Errno 5] Input/output error): see to that, the run will try again; "
         "there is none yet" in out
     )
-    assert "warning: no checkpoint at step 10 ()" in out and "warning: no checkpoint at step 20 (zstd cannot)" in out
+    assert (
+        "warning: no checkpoint at step 10 ()" in out
+        and "warning: no checkpoint at step 20 (zstd cannot)" in out
+    )
 
 
 @pytest.mark.parametrize("start", [True, False])
 def test_a_disk_that_is_full_at_the_start_or_the_end_is_one_line(monkeypatch, start):
-    args = replace(PLAYING, total_timesteps=60, learning_starts=60, save_model=True, checkpoint_frequency=1000)
+    args = replace(
+        PLAYING, total_timesteps=60, learning_starts=60, save_model=True, checkpoint_frequency=1000
+    )
     with contextlib.ExitStack() as disk:
         if start:
             disk.enter_context(full_disk(100))
@@ -1125,19 +1309,28 @@ def test_a_disk_that_is_full_at_the_start_or_the_end_is_one_line(monkeypatch, st
         assert os.listdir("runs") == []
     else:
         folder = new_folder(set())
-        assert message == f"error: {folder} is complete but for its last checkpoint: make room, and --resume it if you can"
+        assert (
+            message
+            == f"error: {folder} is complete but for its last checkpoint: make room, and --resume it if you can"
+        )
         assert names(folder) == ["checkpoint-0"] and (folder / "agent.pt").exists()
         train(Args(resume=str(folder)))
         assert names(folder) == ["checkpoint-60"]
 
 
-def test_a_last_step_that_fails_once_the_checkpoint_is_in_place_does_not_report_that_there_is_none(monkeypatch, capsys):
+def test_a_last_step_that_fails_once_the_checkpoint_is_in_place_does_not_report_that_there_is_none(
+    monkeypatch, capsys
+):
     def flush(path):
         if (path / "checkpoint-20").exists():
             raise OSError(errno.EIO, "Input/output error")
         flush_to_disk(path)
 
-    at_step(monkeypatch, 20, lambda: (monkeypatch.setattr(checkpoints, "flush_to_disk", flush), send(signal.SIGTERM)()))
+    at_step(
+        monkeypatch,
+        20,
+        lambda: (monkeypatch.setattr(checkpoints, "flush_to_disk", flush), send(signal.SIGTERM)()),
+    )
     folder = train(PLAYING)
     out = capsys.readouterr().out
     assert "step 20: checkpoint-20" in out and "go on with:" in out and "no checkpoint" not in out
@@ -1148,7 +1341,10 @@ def test_a_last_step_that_fails_once_the_checkpoint_is_in_place_does_not_report_
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"), "the GPU's memory has run out"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"),
+            "the GPU's memory has run out",
+        ),
         (
             RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
             "the GPU's memory has run out",
@@ -1156,13 +1352,17 @@ def test_a_last_step_that_fails_once_the_checkpoint_is_in_place_does_not_report_
         (RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors"), "the GPU has failed"),
         (MemoryError(), "memory has run out"),
         (
-            RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you"),
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you"
+            ),
             "memory has run out",
         ),
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_memory_or_a_gpu_that_gives_out_in_mid_run_is_one_line_that_names_the_last_checkpoint(monkeypatch, error, reason):
+def test_memory_or_a_gpu_that_gives_out_in_mid_run_is_one_line_that_names_the_last_checkpoint(
+    monkeypatch, error, reason
+):
     def fail():
         raise error
 
@@ -1180,7 +1380,9 @@ def test_memory_that_runs_out_at_the_start_is_one_line_and_nothing_is_written(mo
 
     monkeypatch.setattr(script, "Learner", fail)
     message = main(monkeypatch, *flags_of(PLAYING))
-    assert message.startswith("error: the GPU's memory has run out (CUDA out of memory): free it of other jobs, or lower")
+    assert message.startswith(
+        "error: the GPU's memory has run out (CUDA out of memory): free it of other jobs, or lower"
+    )
     assert os.listdir() == []
 
 
@@ -1203,7 +1405,9 @@ def test_a_signal_that_comes_while_a_checkpoint_fails_is_no_clean_stop(monkeypat
         return save_checkpoint(folder, step, *given)
 
     monkeypatch.setattr(runs, "save_checkpoint", save)
-    with pytest.raises(OSError, match=r"^stopped at step 40 without a checkpoint .*: checkpoint-20 is still good$"):
+    with pytest.raises(
+        OSError, match=r"^stopped at step 40 without a checkpoint .*: checkpoint-20 is still good$"
+    ):
         train(replace(PLAYING, checkpoint_frequency=20))
 
 
@@ -1222,7 +1426,9 @@ def test_a_checkpoint_whose_size_cannot_be_told_is_still_one(monkeypatch, capsys
 
 @slow
 def test_a_signal_delivered_several_times_ends_the_run_with_a_checkpoint_and_the_firsts_status(request):
-    slowly = "save = runs.save_checkpoint\nruns.save_checkpoint = lambda *given: (time.sleep(1), save(*given))[1]"
+    slowly = (
+        "save = runs.save_checkpoint\nruns.save_checkpoint = lambda *given: (time.sleep(1), save(*given))[1]"
+    )
     code = f"import time, support.runs as runs, dqn_injection_atari as s\n{slowly}\ns.main()"
     flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --learning-starts 500 --head-width 16".split()
     process = subprocess.Popen(
@@ -1263,8 +1469,17 @@ def test_curves_that_never_reached_the_disk_are_an_error(monkeypatch):
 
 
 def test_a_video_that_cannot_be_written_does_not_end_the_run(monkeypatch, capsys):
-    args = replace(PLAYING, eval_frequency=40, eval_episodes=1, capture_video=True, total_timesteps=50, checkpoint_frequency=0)
-    at_step(monkeypatch, 20, lambda: (new_folder(set()) / "videos").write_text("in the way", encoding="utf-8"))
+    args = replace(
+        PLAYING,
+        eval_frequency=40,
+        eval_episodes=1,
+        capture_video=True,
+        total_timesteps=50,
+        checkpoint_frequency=0,
+    )
+    at_step(
+        monkeypatch, 20, lambda: (new_folder(set()) / "videos").write_text("in the way", encoding="utf-8")
+    )
     folder = train(args)
     assert "warning: no video at step 40" in capsys.readouterr().out
     assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [40]
@@ -1297,7 +1512,10 @@ def test_resume_falls_back_to_the_older_good_checkpoint_says_so_and_ends_the_sam
     (newest / "state.pt").write_bytes(damaged)
     until_signal(150, Args(resume=str(folder)))
     out = capsys.readouterr().out
-    assert f"warning: {newest} cannot be read as a checkpoint (" in out and f"resumed at step 142 from {older}" in out
+    assert (
+        f"warning: {newest} cannot be read as a checkpoint (" in out
+        and f"resumed at step 142 from {older}" in out
+    )
     assert names(folder) == ["checkpoint-142", "checkpoint-150", END]
     train(Args(resume=str(folder)))
     assert "resumed at step 150" in capsys.readouterr().out
@@ -1336,7 +1554,11 @@ def test_a_damaged_run_json_never_leads_to_a_different_run():
                 assert "\n" not in str(error)
                 refused += 1
             else:
-                assert (origin.args, origin.run_id, origin.checkpoint.step) == (identity["args"], "1f2e3d", 240)
+                assert (origin.args, origin.run_id, origin.checkpoint.step) == (
+                    identity["args"],
+                    "1f2e3d",
+                    240,
+                )
                 found += 1
     assert refused > 50 and found > 50
 
@@ -1350,7 +1572,10 @@ def test_a_run_with_curves_but_without_checkpoints_cannot_be_resumed():
     log.close()
     with (
         contextlib.ExitStack() as stack,
-        pytest.raises(UsageError, match="runs/bare holds no checkpoint to go on from: start the run again without --resume"),
+        pytest.raises(
+            UsageError,
+            match="runs/bare holds no checkpoint to go on from: start the run again without --resume",
+        ),
     ):
         find_origin(str(folder), None, stack)
 
@@ -1358,7 +1583,10 @@ def test_a_run_with_curves_but_without_checkpoints_cannot_be_resumed():
 def test_another_runs_checkpoint_is_not_gone_on_from(uninterrupted, capsys):
     folder, _ = bare_run(checkpoint=False)
     shutil.copytree(uninterrupted(SMALL) / END, folder / END)
-    with contextlib.ExitStack() as stack, pytest.raises(UsageError, match="runs/bare holds no good checkpoint"):
+    with (
+        contextlib.ExitStack() as stack,
+        pytest.raises(UsageError, match="runs/bare holds no good checkpoint"),
+    ):
         find_origin(str(folder), None, stack)
     assert f"{folder / END} belongs to another run" in capsys.readouterr().out
 
@@ -1402,7 +1630,9 @@ FOREIGN_STATES = {
 
 
 @slow
-def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_before_anything_changes(uninterrupted):
+def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_before_anything_changes(
+    uninterrupted,
+):
     folder = copy_of(uninterrupted(SMALL), "foreign")
     path = folder / END
     for name, change in FOREIGN_STATES.items():
@@ -1437,7 +1667,9 @@ def killed_in(owner, name, call, args):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(RunLog, "close", lambda log: log.bar.close())
-        patch.setattr(shutil, "rmtree", lambda *given, **options: len(calls) < call and tidy_up(*given, **options))
+        patch.setattr(
+            shutil, "rmtree", lambda *given, **options: len(calls) < call and tidy_up(*given, **options)
+        )
         patch.setattr(owner, name, killed)
         train(args)
 
@@ -1445,12 +1677,16 @@ def killed_in(owner, name, call, args):
 @slow
 def test_killed_while_files_are_exchanged(uninterrupted):
     """Before and after a checkpoint appears, while it is flushed, and as a resumed run begins to write its curves."""
-    killed_in(Path, "rename", 4, SMALL)  # run.json, checkpoint-0, checkpoint-130 and then the removal of checkpoint-0
+    killed_in(
+        Path, "rename", 4, SMALL
+    )  # run.json, checkpoint-0, checkpoint-130 and then the removal of checkpoint-0
     folder = new_folder(set())
     assert names(folder) == ["checkpoint-0", "checkpoint-130"]
     resumed = Args(resume=str(folder))
     killed_in(Path, "rename", 1, resumed)
-    assert names(folder) == ["checkpoint-0", "checkpoint-130"] and list(folder.glob(".checkpoint-142.partial"))
+    assert names(folder) == ["checkpoint-0", "checkpoint-130"] and list(
+        folder.glob(".checkpoint-142.partial")
+    )
     killed_in(os, "fsync", 5, resumed)
     killed_in(Curves, "_new_file", 1, resumed)
     killed_in(runs, "save_checkpoint", 2, resumed)
@@ -1487,7 +1723,9 @@ def moved_at(patch, step, to):
 
 
 @pytest.mark.slow
-def test_a_run_whose_folder_is_renamed_goes_on_in_it_and_names_it_as_it_is_now(uninterrupted, monkeypatch, capsys):
+def test_a_run_whose_folder_is_renamed_goes_on_in_it_and_names_it_as_it_is_now(
+    uninterrupted, monkeypatch, capsys
+):
     """Also where another folder gets its old name."""
     to = "else where"
     before = moved_at(monkeypatch, 30, to)
@@ -1519,10 +1757,14 @@ def test_a_folder_that_is_moved_while_a_checkpoint_is_written_has_it_all_the_sam
 
 
 @pytest.mark.slow
-def test_a_folder_that_is_deleted_is_not_made_anew_and_the_run_says_so_and_ends_with_an_error(monkeypatch, capsys):
+def test_a_folder_that_is_deleted_is_not_made_anew_and_the_run_says_so_and_ends_with_an_error(
+    monkeypatch, capsys
+):
     at_step(monkeypatch, 30, lambda: shutil.rmtree(new_folder(set())))
     at_step(monkeypatch, 74, send(signal.SIGTERM))
-    message = main(monkeypatch, *flags_of(replace(MOVED, eval_frequency=50, eval_episodes=1, capture_video=True)))
+    message = main(
+        monkeypatch, *flags_of(replace(MOVED, eval_frequency=50, eval_episodes=1, capture_video=True))
+    )
     out = capsys.readouterr().out
     folder = out.partition("curves in ")[2].partition("\n")[0]
     assert os.listdir("runs") == []
@@ -1533,14 +1775,19 @@ def test_a_folder_that_is_deleted_is_not_made_anew_and_the_run_says_so_and_ends_
         lost = f"the last one, checkpoint-{20}, was in it"
         assert f"warning: no checkpoint at step {step} {gone}: {fix}, the run will try again; {lost}\n" in out
     assert f"warning: no video at step 50 {gone}\n" in out
-    assert message == f"error: stopped at step 74 without a checkpoint {gone}: the last one, checkpoint-20, was in it"
+    assert (
+        message
+        == f"error: stopped at step 74 without a checkpoint {gone}: the last one, checkpoint-20, was in it"
+    )
 
 
 @pytest.mark.parametrize("frequency", [0, 20])
 def test_a_complete_run_whose_folder_was_deleted_is_no_success(monkeypatch, frequency):
     at_step(monkeypatch, 30, lambda: shutil.rmtree(new_folder(set())))
     message = main(monkeypatch, *flags_of(replace(MOVED, total_timesteps=40, checkpoint_frequency=frequency)))
-    assert message.startswith("error: runs/") and "is no longer there: the run is complete, and all" in message
+    assert (
+        message.startswith("error: runs/") and "is no longer there: the run is complete, and all" in message
+    )
     assert os.listdir("runs") == []
 
 
@@ -1558,7 +1805,9 @@ def test_a_real_run_is_renamed_stopped_and_gone_on_with_as_its_last_line_says(re
     command = out.partition("go on with: ")[2].strip()
     assert process.returncode == 143 and command.endswith("--resume 'runs/a new name'")
     assert os.listdir("runs") == ["a new name"]
-    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    process = subprocess.Popen(
+        command, shell=True, stdout=subprocess.PIPE, encoding="utf-8", start_new_session=True
+    )
     request.addfinalizer(lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))
     assert "curves in runs/a new name" in process.stdout.readline()
     os.killpg(process.pid, signal.SIGTERM)
@@ -1572,8 +1821,17 @@ def test_weights_and_biases_starts_before_tensorboard_does(monkeypatch):
     """Or it would miss the beginning."""
     given = []
     monkeypatch.setattr(script, "check_machine", lambda *_: None)
-    monkeypatch.setattr(runs, "start_wandb", lambda *args: given.append((*args, list(Path("runs").glob("*/events*")))))
-    args = replace(PLAYING, total_timesteps=20, checkpoint_frequency=0, track=True, wandb_project_name="p", wandb_entity="e")
+    monkeypatch.setattr(
+        runs, "start_wandb", lambda *args: given.append((*args, list(Path("runs").glob("*/events*"))))
+    )
+    args = replace(
+        PLAYING,
+        total_timesteps=20,
+        checkpoint_frequency=0,
+        track=True,
+        wandb_project_name="p",
+        wandb_entity="e",
+    )
     folder = train(args)
     train(replace(args, track=False))
     run_id = json.loads((folder / "run.json").read_text(encoding="utf-8"))["run"]

@@ -10,9 +10,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # what may be imported from what: each from those before it, and from itself
-ORDER = {"support": 0, "dqn_injection_atari": 1, "analysis": 2, "compare": 3, "sweep": 3}
-FOLDERS = ("support", "analysis", "benchmarks", "tests", "img")
-SOURCES = [*sorted(ROOT.glob("*.py")), *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py")))]
+ORDER = {
+    "support": 0,
+    "alternatives": 1,
+    "dqn_injection_atari": 2,
+    "analysis": 3,
+    "compare": 4,
+    "orchestration": 4,
+    "sweep": 5,
+}
+FOLDERS = ("support", "alternatives", "analysis", "orchestration", "benchmarks", "tests", "img")
+SOURCES = [
+    *sorted(ROOT.glob("*.py")),
+    *(path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))),
+]
 OPTIONAL = {"wandb"}  # imported where it is asked for, and refused by name where it is missing
 
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -66,7 +77,9 @@ def test_text_is_read_and_written_in_utf_8_whatever_the_locale(path):
             continue
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
         given = {keyword.arg for keyword in node.keywords}
-        assert "text" not in given, f"line {node.lineno}: the locale decides on a process's text, give encoding instead"
+        assert "text" not in given, (
+            f"line {node.lineno}: the locale decides on a process's text, give encoding instead"
+        )
         if name in ("read_text", "write_text"):
             assert "encoding" in given, f"line {node.lineno}: give encoding"
         if isinstance(node.func, ast.Name) and name == "open":
@@ -76,7 +89,11 @@ def test_text_is_read_and_written_in_utf_8_whatever_the_locale(path):
 
 def test_every_module_has_a_test_file_of_its_name():
     there = {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    modules = {path.stem: {f"test_{path.name}"} for path in (ROOT / "support").glob("*.py") if path.stem != "__init__"}
+    modules = {
+        path.stem: {f"test_{path.name}"}
+        for path in (ROOT / "support").glob("*.py")
+        if path.stem != "__init__"
+    }
     analysis = {
         f"analysis.{path.stem}": {f"test_{path.name}", f"test_analysis_{path.name}"}
         for path in (ROOT / "analysis").glob("*.py")
@@ -86,7 +103,9 @@ def test_every_module_has_a_test_file_of_its_name():
 
 
 def test_training_imports_only_what_requirements_name():
-    required = {line.partition("==")[0] for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").split()}
+    required = {
+        line.partition("==")[0] for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    }
     owners = importlib.metadata.packages_distributions()
     known = sys.stdlib_module_names | OPTIONAL | {"support"}
     for path in (ROOT / "dqn_injection_atari.py", *(ROOT / "support").glob("*.py")):
@@ -96,5 +115,9 @@ def test_training_imports_only_what_requirements_name():
 
 
 def test_every_required_version_is_pinned():
-    lines = [line for path in ROOT.glob("requirements*.txt") for line in path.read_text(encoding="utf-8").split("\n")]
+    lines = [
+        line
+        for path in ROOT.glob("requirements*.txt")
+        for line in path.read_text(encoding="utf-8").split("\n")
+    ]
     assert all(re.fullmatch(r"[\w-]+==[\w.+]+|-r requirements(-sweep)?\.txt|", line) for line in lines)

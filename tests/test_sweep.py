@@ -25,9 +25,9 @@ pytest.importorskip("ray")
 
 import dqn_injection_atari
 import sweep
-from analysis.manifest import begin, read_asked, read_manifest
 from benchmarks.kill_test import content, differences
 from benchmarks.sweep_kill_test import trainings
+from orchestration.manifest import begin, read_asked, read_manifest
 from support.machine import alone_in
 
 SCRIPT = Path(sweep.__file__)
@@ -55,9 +55,9 @@ def finish(*arguments):
 def wait_for(condition, process=None, seconds=300):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline and (process is None or process.poll() is None), Path("said").read_text(
-            encoding="utf-8"
-        )
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), Path(
+            "said"
+        ).read_text(encoding="utf-8")
         time.sleep(0.05)
     return found
 
@@ -122,7 +122,14 @@ def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_h
     assert re.search(rf"{NAMES[0]}: finished, step 600 of 600, \d+ SPS, 00:00 left, return ", said)
     assert_as_by_hand(by_hand)
     last = read_manifest(FOLDER)[-1]
-    assert (last.arm, last.seed, last.game, last.step, last.attempt, last.device) == ("injection", 1, GAME, 600, 1, "cpu")
+    assert (last.arm, last.seed, last.game, last.step, last.attempt, last.device) == (
+        "injection",
+        1,
+        GAME,
+        600,
+        1,
+        "cpu",
+    )
     assert last.steps_per_second > 0 and last.hours > 0 and last.host == os.uname().nodename
     assert (FOLDER / last.folder).samefile(run_folder(NAMES[1])) and read_asked(FOLDER).seeds == [1]
     assert "with 1 thread" in (FOLDER / "logs" / f"{NAMES[0]}.log").read_text(encoding="utf-8")
@@ -130,8 +137,12 @@ def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_h
     assert list(begun.values()) == [["queued", "running", "finished"]] * 2
     assert {path.suffix for path in FOLDER.glob("comparison*")} >= {".png", ".md", ".json"}
     before, logs = states(), [path.read_bytes() for path in (FOLDER / "logs").iterdir()]
-    monkeypatch.setattr(sweep, "cluster", lambda _: contextlib.nullcontext())  # there is nothing to do for Ray
-    monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2, "memory": 10**10}}])
+    monkeypatch.setattr(
+        sweep, "cluster", lambda _: contextlib.nullcontext()
+    )  # there is nothing to do for Ray
+    monkeypatch.setattr(
+        sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2, "memory": 10**10}}]
+    )
     assert command()[0] == 0 and states() == before, "what is finished is not run again"
     assert logs == [path.read_bytes() for path in (FOLDER / "logs").iterdir()]
 
@@ -151,14 +162,19 @@ def test_arms_and_seeds_continue_one_agent():
     for name in names:
         log = (FOLDER / "logs" / f"{name}.log").read_text(encoding="utf-8")
         assert (
-            "forked at step 301" in log and "step 501 of 501" in log and ("plasticity injected" in log) == ("none" not in name)
+            "forked at step 301" in log
+            and "step 501 of 501" in log
+            and ("plasticity injected" in log) == ("none" not in name)
         )
     heads = [
-        torch.load(run_folder(name) / "checkpoint-501" / "state.pt")["learner"]["q_network"]["theta.0.weight"] for name in names
+        torch.load(run_folder(name) / "checkpoint-501" / "state.pt")["learner"]["q_network"]["theta.0.weight"]
+        for name in names
     ]
     assert not torch.equal(heads[0], heads[3]), "each seed goes its own way"
     before = torch.load(origin / "state.pt")["learner"]["q_network"]["theta.0.weight"]
-    assert torch.equal(heads[1], before) and not torch.equal(heads[2], before), "an arm of one's own lets this head learn on"
+    assert torch.equal(heads[1], before) and not torch.equal(heads[2], before), (
+        "an arm of one's own lets this head learn on"
+    )
 
 
 @pytest.mark.cluster
@@ -233,7 +249,9 @@ def test_a_sweep_that_is_killed_or_stopped_and_started_again_ends_with_the_same_
     assert process.wait(120) == status
     assert trainings(FOLDER) == []
     last = {change.run: change for change in read_manifest(FOLDER)}
-    assert {change.state for change in last.values()} <= {"stopped", "finished"} and last[NAMES[1]].state == "stopped"
+    assert {change.state for change in last.values()} <= {"stopped", "finished"} and last[
+        NAMES[1]
+    ].state == "stopped"
     log = (FOLDER / "logs" / f"{NAMES[1]}.log").read_text(encoding="utf-8")
     assert "SIGTERM, writing a checkpoint" in log and "stopped at step" in log
     status, said = finish()
@@ -252,8 +270,14 @@ def test_a_run_that_fails_for_its_own_reason_is_reported_once_and_the_others_go_
         (bad.format("injection"), "not started"),
     ]
     log = FOLDER / "logs" / f"{bad.format('none')}.log"
-    assert said.count(f"last lines of {log}") == 1 and said.count(log.read_text(encoding="utf-8").splitlines()[-1]) == 1
-    assert said.splitlines()[-1].startswith("error: 2 of 4 runs are not finished") and (FOLDER / "comparison.png").exists()
+    assert (
+        said.count(f"last lines of {log}") == 1
+        and said.count(log.read_text(encoding="utf-8").splitlines()[-1]) == 1
+    )
+    assert (
+        said.splitlines()[-1].startswith("error: 2 of 4 runs are not finished")
+        and (FOLDER / "comparison.png").exists()
+    )
 
 
 @pytest.mark.cluster
@@ -297,7 +321,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command, no_ray):
     )
     assert "give --speed" in command("--dry-run")[1].splitlines()[-1]
     status, _, errors = command("--speed", "10")
-    assert status == 1 and errors == "error: speed is for the hours in a plan: give --dry-run as well, or leave it out\n"
+    assert (
+        status == 1
+        and errors == "error: speed is for the hours in a plan: give --dry-run as well, or leave it out\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -313,7 +340,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command, no_ray):
         (("--name", ""), "must be a folder's under sweeps/"),
         (("--name", ".."), "must be a folder's under sweeps/"),
         (("--name", "ö" * 128), "256 bytes, but 255 are possible: give a shorter --name"),
-        (("--arm", "x" * 300, "--no-freeze-heads"), "bytes, but 255 are possible: give a shorter name to --arm"),
+        (
+            ("--arm", "x" * 300, "--no-freeze-heads"),
+            "bytes, but 255 are possible: give a shorter name to --arm",
+        ),
         (("--arm", "//", "--no-freeze-heads"), "give another name to --arm"),
         (("--gpus-per-run", "-1"), "gpus_per_run is -1.0, but must be 0 or more"),
         (("--gpus-per-run", "1.5"), "gpus_per_run is 1.5"),
@@ -337,18 +367,28 @@ def test_an_address_where_nothing_answers_gets_one_line(command, no_ray, address
     begun = time.monotonic()
     status, printed, errors = command("--address", address)
     assert (status, printed, list(Path().iterdir())) == (1, "", []) and time.monotonic() - begun < 35
-    assert errors.count("\n") == 1 and f"no Ray cluster answers at {address} (" in errors and "ray start --head" in errors
+    assert (
+        errors.count("\n") == 1
+        and f"no Ray cluster answers at {address} (" in errors
+        and "ray start --head" in errors
+    )
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.parametrize("automatic", [False, True])
-def test_an_address_where_something_else_answers_gets_one_line_after_a_minute(command, no_ray, monkeypatch, automatic):
+def test_an_address_where_something_else_answers_gets_one_line_after_a_minute(
+    command, no_ray, monkeypatch, automatic
+):
     begun = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setenv("RAY_ADDRESS", address := f"127.0.0.1:{server.getsockname()[1]}")  # that auto takes
+        monkeypatch.setenv(
+            "RAY_ADDRESS", address := f"127.0.0.1:{server.getsockname()[1]}"
+        )  # that auto takes
         status, _, errors = command("--address", "auto" if automatic else address)
-    assert status == 1 and time.monotonic() - begun < 90 and errors.count("\n") == 1 and "(timed out)" in errors
+    assert (
+        status == 1 and time.monotonic() - begun < 90 and errors.count("\n") == 1 and "(timed out)" in errors
+    )
 
 
 @pytest.mark.cluster
@@ -384,7 +424,11 @@ def test_the_folder_of_another_sweep_is_refused_and_the_difference_named(command
     begin(FOLDER, asked() | {"seeds": (1, 2)})
     before = sorted(Path().rglob("*"))
     status, _, errors = command()
-    assert status == 1 and errors.count("\n") == 1 and "(seeds is [1], there [1, 2]): give another --name" in errors
+    assert (
+        status == 1
+        and errors.count("\n") == 1
+        and "(seeds is [1], there [1, 2]): give another --name" in errors
+    )
     assert sorted(Path().rglob("*")) == before
     (FOLDER / "sweep.json").unlink()
     (FOLDER / "thesis.tex").touch()
@@ -416,7 +460,9 @@ def test_runs_stay_on_the_kind_of_device_that_they_began_on(command, monkeypatch
     monkeypatch.setattr(sweep.ray, "remote", lambda **_: lambda run: run)
     monkeypatch.setattr(sweep, "conclude", lambda *_: None)
     monkeypatch.setattr(
-        sweep.Sweep, "go", lambda self, _: given.append({task.resources["num_gpus"] for task in self.book.tasks.values()})
+        sweep.Sweep,
+        "go",
+        lambda self, _: given.append({task.resources["num_gpus"] for task in self.book.tasks.values()}),
     )
 
     def on(gpus, *arguments, flags=with_gpu):
@@ -440,17 +486,23 @@ def test_runs_stay_on_the_kind_of_device_that_they_began_on(command, monkeypatch
         assert on(1, "--gpus-per-run", gpus, flags=FLAGS)[0] == 0, "other resources for runs with --no-cuda"
 
 
-def test_a_sweep_that_was_moved_with_its_checkpoint_goes_on_and_another_checkpoint_in_its_place_is_refused(monkeypatch, capsys):
+def test_a_sweep_that_was_moved_with_its_checkpoint_goes_on_and_another_checkpoint_in_its_place_is_refused(
+    monkeypatch, capsys
+):
     planned = sweep.plan(sweep.command_line([*SMALL, "--arms", "none", "--", *FLAGS])[1])
     monkeypatch.setattr(sweep, "plan", lambda asked: planned)  # which reads all of the checkpoint
     monkeypatch.setattr(sweep, "cluster", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(sweep.ray, "remote", lambda **_: lambda run: run)
-    monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2, "memory": 1e12}}])
+    monkeypatch.setattr(
+        sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2, "memory": 1e12}}]
+    )
     monkeypatch.setattr(sweep, "conclude", lambda *_: None)
     monkeypatch.setattr(sweep.Sweep, "go", lambda *_: None)
 
     def go_on_from(checkpoint):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--name", "x", "--from-checkpoint", checkpoint, "--steps", "9"])
+        monkeypatch.setattr(
+            sys, "argv", [str(SCRIPT), "--name", "x", "--from-checkpoint", checkpoint, "--steps", "9"]
+        )
         return status_of(sweep.main), capsys.readouterr().err
 
     before = Path("before/runs/X__1/checkpoint-5")
@@ -466,12 +518,16 @@ def test_a_sweep_that_was_moved_with_its_checkpoint_goes_on_and_another_checkpoi
     monkeypatch.setenv("HOME", os.getcwd())
     assert go_on_from("~/kept/checkpoint-5") == (0, "")
     assert read_asked(FOLDER).from_checkpoint == str(Path("kept/checkpoint-5").absolute())
-    Path("kept/checkpoint-5/manifest.json").write_text(json.dumps({"run": "other", "step": 5}), encoding="utf-8")
+    Path("kept/checkpoint-5/manifest.json").write_text(
+        json.dumps({"run": "other", "step": 5}), encoding="utf-8"
+    )
     status, errors = go_on_from("kept/checkpoint-5")
     assert status == 1 and "is the folder of another sweep (" in errors and errors.count("\n") == 1
 
 
-def test_slow_bfloat16_is_refused_before_a_sweep_begins_unless_other_machines_or_gpus_do_it(command, monkeypatch):
+def test_slow_bfloat16_is_refused_before_a_sweep_begins_unless_other_machines_or_gpus_do_it(
+    command, monkeypatch
+):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     monkeypatch.setattr(sweep, "cluster", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(sweep.ray, "remote", lambda **_: lambda run: run)
@@ -484,7 +540,11 @@ def test_slow_bfloat16_is_refused_before_a_sweep_begins_unless_other_machines_or
         return command(*arguments, flags=flags)
 
     status, _, errors = on(0, flags=[*FLAGS, "--bf16"])
-    assert status == 1 and errors.startswith("error: --bf16 is much slower") and errors.endswith("leave out --bf16\n")
+    assert (
+        status == 1
+        and errors.startswith("error: --bf16 is much slower")
+        and errors.endswith("leave out --bf16\n")
+    )
     assert not FOLDER.exists()
     assert on(1, flags=[*FLAGS[: FLAGS.index("--no-cuda")], "--bf16"])[0] == 0
     shutil.rmtree(FOLDER)
@@ -518,7 +578,9 @@ def test_a_folder_that_cannot_be_a_sweeps_names_the_flag_for_another(command, no
 @pytest.mark.slow
 def test_a_run_that_needs_more_than_the_machine_has_is_refused(command):
     status, _, errors = command("--cpus-per-run", "1000")
-    assert status == 1 and errors.count("\n") == 1 and "needs 1000 processors" in errors and not FOLDER.exists()
+    assert (
+        status == 1 and errors.count("\n") == 1 and "needs 1000 processors" in errors and not FOLDER.exists()
+    )
 
 
 @pytest.mark.parametrize("missing", ["ray", "rich", "matplotlib"])
@@ -527,7 +589,9 @@ def test_without_ray_it_says_in_one_line_how_to_get_it(monkeypatch, missing):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--help"])
-    with pytest.raises(SystemExit, match=f"error: {missing} is not installed: pip install -r requirements-sweep.txt"):
+    with pytest.raises(
+        SystemExit, match=f"error: {missing} is not installed: pip install -r requirements-sweep.txt"
+    ):
         runpy.run_path(str(SCRIPT))
 
 
@@ -562,7 +626,9 @@ def test_a_run_that_was_killed_waits_for_its_pause(one_run, monkeypatch):
     assert [job.name for job in submitted] == [NAMES[0]] and states() == [(NAMES[0], "queued")]
 
 
-def test_away_from_a_terminal_there_is_a_line_each_minute_on_those_that_are_going(one_run, monkeypatch, capsys):
+def test_away_from_a_terminal_there_is_a_line_each_minute_on_those_that_are_going(
+    one_run, monkeypatch, capsys
+):
     going, task, _ = one_run
     now = [0]
 
@@ -576,9 +642,15 @@ def test_away_from_a_terminal_there_is_a_line_each_minute_on_those_that_are_goin
     assert capsys.readouterr().out == f"1 running\n  {NAMES[0]}: step 0\n" * 2  # after 75 and 150 seconds
 
 
-def test_where_the_manifest_cannot_be_written_every_run_is_stopped_and_waited_for(one_run, monkeypatch, capsys):
+def test_where_the_manifest_cannot_be_written_every_run_is_stopped_and_waited_for(
+    one_run, monkeypatch, capsys
+):
     going, task, _ = one_run
-    other, cancelled, waited = sweep.Task(replace(task.run, arm="other"), FOLDER, "abc", task.resources), [], []
+    other, cancelled, waited = (
+        sweep.Task(replace(task.run, arm="other"), FOLDER, "abc", task.resources),
+        [],
+        [],
+    )
     going.book.tasks["other"] = other
     task.ref, other.ref = object(), object()
 
@@ -592,12 +664,21 @@ def test_where_the_manifest_cannot_be_written_every_run_is_stopped_and_waited_fo
     monkeypatch.setattr(sweep, "outcome", lambda ref: waited.append(ref) or ("stopped", ""))
     with pytest.raises(OSError, match="disk full"):
         going.go(SimpleNamespace(stop=None))
-    assert len(cancelled) == len(set(waited)) == 2 and "every run writes a checkpoint" in capsys.readouterr().out
+    assert (
+        len(cancelled) == len(set(waited)) == 2 and "every run writes a checkpoint" in capsys.readouterr().out
+    )
 
 
-def test_a_run_that_cannot_stop_with_a_checkpoint_has_failed_and_one_that_was_killed_has_stopped(one_run, monkeypatch):
+def test_a_run_that_cannot_stop_with_a_checkpoint_has_failed_and_one_that_was_killed_has_stopped(
+    one_run, monkeypatch
+):
     going, task, _ = one_run
-    for of_ray, state in (("killed", "stopped"), ("stopped", "stopped"), ("finished", "finished"), ("failed", "failed")):
+    for of_ray, state in (
+        ("killed", "stopped"),
+        ("stopped", "stopped"),
+        ("finished", "finished"),
+        ("failed", "failed"),
+    ):
         monkeypatch.setattr(sweep, "outcome", lambda ref, of_ray=of_ray: (of_ray, "disk full"))
         going.settle(task, stopping=True)
         assert task.state == state
@@ -625,7 +706,12 @@ def test_of_two_sweeps_that_begin_at_once_the_later_one_is_refused(command, monk
         yield
 
     monkeypatch.setattr(sweep, "cluster", meanwhile)
-    monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2, "memory": 1e11}}])
+    monkeypatch.setattr(
+        sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2, "memory": 1e11}}]
+    )
     status, _, errors = command()
-    assert status == 1 and "(seeds is [1], there [7]; threads is 1, there None; gpu is False, there None)" in errors
+    assert (
+        status == 1
+        and "(seeds is [1], there [7]; threads is 1, there None; gpu is False, there None)" in errors
+    )
     assert read_asked(FOLDER).seeds == [7] and read_manifest(FOLDER) == []

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.manifest import read_manifest
-from analysis.plan import Asked, all_arms, plan
-from analysis.sweeps import Book, Task, default_name, plan_in_words, resources
+from orchestration.manifest import read_manifest
+from orchestration.plan import Asked, all_arms, plan
+from orchestration.sweeps import Book, Task, default_name, plan_in_words, resources
 from support.usage import UsageError
 
 PHOENIX = "PhoenixNoFrameskip-v4"
@@ -37,7 +37,14 @@ def say(name, process=1, **changes):
     """What a process of a run notes beside its checkpoints."""
     folder = Path("runs", f"{name}__7")
     folder.mkdir(exist_ok=True)
-    said = {"step": 0, "total_timesteps": 9_000, "steps_per_second": None, "return": None, "device": "cpu", "host": "node3"}
+    said = {
+        "step": 0,
+        "total_timesteps": 9_000,
+        "steps_per_second": None,
+        "return": None,
+        "device": "cpu",
+        "host": "node3",
+    }
     said |= {"pid": process, "began": 1.5, "first": 0, "time": 2.5, **changes}
     (folder / "progress.json").write_text(json.dumps(said), encoding="utf-8")
 
@@ -66,9 +73,13 @@ def test_a_fork_waits_for_its_checkpoint_and_begins_with_it(book):
     checkpoint.mkdir()
     assert book.fork_point(fork) == (checkpoint, "ready")
     trunk.state = "queued"
-    assert book.fork_point(fork) == (None, "wait"), "no folder is looked for, hundreds of times a second, before it has begun"
+    assert book.fork_point(fork) == (None, "wait"), (
+        "no folder is looked for, hundreds of times a second, before it has begun"
+    )
     job = fork.job(checkpoint, 3)
-    assert job.begin[2:5] == ("--fork", str(checkpoint), "--intervention") and job.environment == {"OMP_NUM_THREADS": "3"}
+    assert job.begin[2:5] == ("--fork", str(checkpoint), "--intervention") and job.environment == {
+        "OMP_NUM_THREADS": "3"
+    }
     assert job.name == FORK and job.begin[-1] == "--no-cuda" and job.go_on == (*job.begin[:2], "--resume")
     fork.resources["num_gpus"] = 0.5
     assert "--no-cuda" not in fork.job(checkpoint, 3).begin
@@ -85,7 +96,7 @@ def test_a_fork_of_a_trunk_that_fails_before_it_never_begins(book):
 
 def test_a_killed_run_goes_on_after_a_growing_pause_until_its_retries_are_used_up(book, capsys, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("analysis.sweeps.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("orchestration.sweeps.time.monotonic", lambda: clock[0])
     pauses = []
     for _ in range(3):
         task = begin(book, TRUNK, "what is wrong")
@@ -94,17 +105,27 @@ def test_a_killed_run_goes_on_after_a_growing_pause_until_its_retries_are_used_u
         book.look()
         book.settle(task, "killed", "exit status 137", 2, 10.0)
         pauses.append(task.after - clock[0])
-    assert pauses[:2] == [10.0, 20.0] and [state for _, state in states()] == ["running", "killed"] * 2 + ["running", "failed"]
-    printed = capsys.readouterr().out
-    assert printed.count("what is wrong") == 1 and "killed 3 times, with --retries 2; exit status 137" in printed
-    assert [change.attempt for change in read_manifest(Path())] == [1, 1, 2, 2, 3, 3] and book.open_tasks() == [
-        book.tasks[FORK]
+    assert pauses[:2] == [10.0, 20.0] and [state for _, state in states()] == ["running", "killed"] * 2 + [
+        "running",
+        "failed",
     ]
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("what is wrong") == 1 and "killed 3 times, with --retries 2; exit status 137" in printed
+    )
+    assert [change.attempt for change in read_manifest(Path())] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ] and book.open_tasks() == [book.tasks[FORK]]
 
 
 def test_the_manifest_holds_steps_speed_and_hours_over_attempts_and_sweeps(book, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("analysis.sweeps.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("orchestration.sweeps.time.monotonic", lambda: clock[0])
 
     def attempt(book, first, last, seconds, state):
         task = begin(book, TRUNK, first=first, step=last, steps_per_second=98.0)
@@ -155,7 +176,7 @@ def test_a_runs_folder_is_not_searched_for_among_many_before_its_process_has_beg
     task = book.tasks[TRUNK]
     task.begin()
     task.ref = object()
-    monkeypatch.setattr("analysis.sweeps.find_folder", lambda *_: 1 / 0)
+    monkeypatch.setattr("orchestration.sweeps.find_folder", lambda *_: 1 / 0)
     book.look()
     task.log.write_text("a line of the job's\n", encoding="utf-8")
     with pytest.raises(ZeroDivisionError):
@@ -167,7 +188,10 @@ def test_what_is_going_on_is_said_in_words_and_as_a_table(book):
     begin(book, FORK, "what it says to people, in any words", **said).ref = object()
     book.look()
     words = book.in_words()
-    assert words.splitlines() == ["1 queued, 1 running", f"  {FORK}: step 6,000 of 9,000, 98 SPS, 00:30 left, return 2"]
+    assert words.splitlines() == [
+        "1 queued, 1 running",
+        f"  {FORK}: step 6,000 of 9,000, 98 SPS, 00:30 left, return 2",
+    ]
     table = book.table(1)
     assert [list(column.cells) for column in table.columns] == [
         [FORK],

@@ -12,7 +12,16 @@ from saved_agents import CPU, SMALL, change, kill_encoder, kill_head
 
 from analysis import fitting, task_sequence
 from analysis.fitting import read_subject, relative_error, replayed_observations
-from analysis.task_sequence import EACH_FRESH, INJECTED, NAMES, RESET, SAME, probe_sequence, run_sequence, twin
+from analysis.task_sequence import (
+    EACH_FRESH,
+    INJECTED,
+    NAMES,
+    RESET,
+    SAME,
+    probe_sequence,
+    run_sequence,
+    twin,
+)
 from dqn_injection_atari import Args, Learner
 from support.usage import UsageError
 
@@ -32,7 +41,9 @@ def fits(monkeypatch):
     calls, original = [], task_sequence.fit
 
     def fit(learner, *arguments):
-        before = {name: parameter.detach().clone() for name, parameter in learner.q_network.named_parameters()}
+        before = {
+            name: parameter.detach().clone() for name, parameter in learner.q_network.named_parameters()
+        }
         calls.append((before, learner, *arguments, errors := original(learner, *arguments)))
         return errors
 
@@ -45,11 +56,14 @@ def test_the_copies_branch_off_where_the_injection_is_and_all_get_the_same_tasks
     first, second, third = fits[:2], fits[2:6], fits[6:]
     same, injected, reset, fresh = (learner for _, learner, *_ in second)
     assert [learner for _, learner, *_ in third[:3]] == [same, injected, reset] and first[0][1] is same
-    assert len({id(fits[i][1]) for i in (1, 5, 9)}) == 3 and fresh is fits[5][1], "a fresh network for each task"
+    assert len({id(fits[i][1]) for i in (1, 5, 9)}) == 3 and fresh is fits[5][1], (
+        "a fresh network for each task"
+    )
     for task in (first, second, third):
         for call in task[1:]:
             assert all(
-                torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(call[2:5], task[0][2:5], strict=True)
+                torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+                for a, b in zip(call[2:5], task[0][2:5], strict=True)
             )
     assert not torch.equal(first[0][3], second[0][3]) and not np.array_equal(first[0][4], second[0][4])
     assert [learner.q_network.num_injections for _, learner, *_ in second] == [0, 1, 0, 0]
@@ -58,14 +72,19 @@ def test_the_copies_branch_off_where_the_injection_is_and_all_get_the_same_tasks
     head, encoder = "theta.0.weight", "encoder.0.weight"
     before = [weights for weights, *_ in second]
     assert torch.equal(before[0][head], before[1][head]) and not torch.equal(before[0][head], before[2][head])
-    assert torch.equal(before[0][encoder], before[1][encoder]) and torch.equal(before[0][encoder], before[2][encoder])
+    assert torch.equal(before[0][encoder], before[1][encoder]) and torch.equal(
+        before[0][encoder], before[2][encoder]
+    )
     assert [result["error"][name][0].count(None) for name in NAMES] == [0, 1, 1, 0]
     assert result["error"][SAME] == [[errors[1] for *_, errors in (first[0], second[0], third[0])]]
 
 
 def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_the_encoder(checkpoint):
     subject = read_subject(checkpoint, 1e-3)
-    obs, learner = replayed_observations(subject, 16, CPU), task_sequence.make_contender("agent", subject, 0, CPU)
+    obs, learner = (
+        replayed_observations(subject, 16, CPU),
+        task_sequence.make_contender("agent", subject, 0, CPU),
+    )
     learner.inject()
     with torch.no_grad():
         learner.q_network.theta[0].bias.fill_(-1e3)
@@ -78,7 +97,10 @@ def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_th
 @pytest.mark.slow
 def test_the_one_network_goes_its_way_whatever_is_done_to_its_copies(checkpoint):
     early, late = (run_sequence(checkpoint, **HOW | {"inject_at": at}) for at in (2, 3))
-    assert early["error"][SAME] == late["error"][SAME] and early["error"][EACH_FRESH] == late["error"][EACH_FRESH]
+    assert (
+        early["error"][SAME] == late["error"][SAME]
+        and early["error"][EACH_FRESH] == late["error"][EACH_FRESH]
+    )
     assert early["error"][INJECTED] != late["error"][INJECTED]
 
 
@@ -107,19 +129,31 @@ def test_seeds_differ_and_twice_gives_the_same_numbers(checkpoint):
         expected = {"at": relative_error(at, own), "since": relative_error(since[name].tolist(), own)}
         assert once["relative"][name] == expected, "to the tasks before the injection"
     fresh = since[EACH_FRESH].tolist()
-    assert once["relative_to_fresh"] == {name: relative_error(since[name].tolist(), fresh) for name in NAMES[:-1]}
+    assert once["relative_to_fresh"] == {
+        name: relative_error(since[name].tolist(), fresh) for name in NAMES[:-1]
+    }
 
 
 @pytest.mark.slow
 def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits, narrow_heads):
     result = run_sequence(Path("fresh"), **HOW | {"env_id": TINY_GAMES, "rate": 1e-3, "tasks": 2})
-    agents = [call for call in fits if call[1] is fits[0][1]], [call for call in fits if call[1] is fits[6][1]]
+    agents = (
+        [call for call in fits if call[1] is fits[0][1]],
+        [call for call in fits if call[1] is fits[6][1]],
+    )
     assert [len(calls) for calls in agents] == [2, 2]
-    assert not torch.equal(agents[0][0][0]["theta.0.weight"], agents[1][0][0]["theta.0.weight"]), "one for each seed"
+    assert not torch.equal(agents[0][0][0]["theta.0.weight"], agents[1][0][0]["theta.0.weight"]), (
+        "one for each seed"
+    )
     assert not torch.equal(fits[0][0]["theta.0.weight"], fits[1][0]["theta.0.weight"]), (
         "and another than the fresh one beside it"
     )
-    assert (result["checkpoint"], result["run_seed"], result["step"], result["learning_rate"]) == ("fresh", None, 0, 1e-3)
+    assert (result["checkpoint"], result["run_seed"], result["step"], result["learning_rate"]) == (
+        "fresh",
+        None,
+        0,
+        1e-3,
+    )
 
 
 def test_agents_and_fresh_networks_learn_at_one_rate_whatever_the_runs_was(checkpoint, monkeypatch):
@@ -134,7 +168,9 @@ def test_agents_and_fresh_networks_learn_at_one_rate_whatever_the_runs_was(check
 
 
 @pytest.mark.slow
-def test_a_dead_head_has_lost_plasticity_and_an_injection_restores_it_but_not_where_the_encoder_is_dead(checkpoint):
+def test_a_dead_head_has_lost_plasticity_and_an_injection_restores_it_but_not_where_the_encoder_is_dead(
+    checkpoint,
+):
     how = HOW | {"observations": 8, "updates": 60, "seeds": 1, "tasks": 2, "rate": 1e-3}
     for kill, restored in ((kill_head, True), (kill_encoder, False)):
         change(checkpoint, kill)
@@ -152,7 +188,10 @@ def test_an_agent_that_has_grown_goes_on_with_its_wider_head(checkpoint, fits):
     change(checkpoint, learner=learner, head_width=32, injected_head_width=96)
     run_sequence(checkpoint, **HOW | {"seeds": 1})
     injected = fits[3][1].q_network
-    assert [head[0].out_features for head in injected.theta_prime_1] == [96, 96] and injected.num_injections == 2
+    assert [head[0].out_features for head in injected.theta_prime_1] == [
+        96,
+        96,
+    ] and injected.num_injections == 2
     assert injected.theta[0].out_features == 32
 
 
@@ -171,7 +210,10 @@ def words(lost, injected=(0.5, [0.4, 0.6]), reset=(1.0, [0.9, 1.1]), end=0.1):
     relative = {}
     for name, (ratio, bounds) in ((SAME, lost), (INJECTED, injected), (RESET, reset)):
         since = {"per_seed": [ratio], "ratio": ratio, "interval": bounds}
-        relative[name] = {"since": since, "at": since | {"ratio": 10 * ratio, "interval": bounds and [10 * b for b in bounds]}}
+        relative[name] = {
+            "since": since,
+            "at": since | {"ratio": 10 * ratio, "interval": bounds and [10 * b for b in bounds]},
+        }
     numbers = {"probe_tasks": 9, "probe_inject_at": 5, "probe_updates": 1_000}
     curves = {"error": {SAME: [[0.5, end, end, end, 0.4]]}, "start": {EACH_FRESH: [[0.5] * 5]}}
     return task_sequence.sequence_in_words({"relative": relative, **numbers, **curves})
@@ -179,12 +221,19 @@ def words(lost, injected=(0.5, [0.4, 0.6]), reset=(1.0, [0.9, 1.1]), end=0.1):
 
 def test_the_sentence_claims_what_the_intervals_support():
     said = words((4.0, [2, 8.0]))
-    assert said.startswith("relative to the one network's own error in tasks 2 to 4: in tasks 5 to 9 it is 4× [2, 8] (plas")
-    assert "with an injection before task 5 it is 5× [4, 6] (worse) in that task and 0.5× [0.4, 0.6] (better) in tasks" in said
+    assert said.startswith(
+        "relative to the one network's own error in tasks 2 to 4: in tasks 5 to 9 it is 4× [2, 8] (plas"
+    )
+    assert (
+        "with an injection before task 5 it is 5× [4, 6] (worse) in that task and 0.5× [0.4, 0.6] (better) in tasks"
+        in said
+    )
     assert "with the head reset there 10× [9, 11] (worse) and 1× [0.9, 1.1] (no clear difference)" in said
     assert "4× [0.9, 9] (no clear loss of plasticity)" in words((4.0, [0.9, 9]))
     assert "4× (one seed, no interval)" in words((4.0, None))
-    assert words((4.0, [2, 8.0]), end=0.46).startswith("no answer: 1,000 updates hardly fit a target, raise --probe-updates")
+    assert words((4.0, [2, 8.0]), end=0.46).startswith(
+        "no answer: 1,000 updates hardly fit a target, raise --probe-updates"
+    )
 
 
 @pytest.mark.parametrize(("at", "tasks"), [(2, [1]), (3, [2]), (5, [2, 3, 4]), (20, [2, 3, 4, 5, 6])])
@@ -195,7 +244,9 @@ def test_it_is_compared_with_its_own_first_tasks(at, tasks):
 @pytest.mark.slow
 def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn, narrow_heads):
     results = probe_sequence(
-        [str(checkpoint), f"{checkpoint}/", "nowhere", "fresh"], **HOW | {"env_id": TINY_GAMES}, out=Path("a", "b.png")
+        [str(checkpoint), f"{checkpoint}/", "nowhere", "fresh"],
+        **HOW | {"env_id": TINY_GAMES},
+        out=Path("a", "b.png"),
     )
     printed, table = capsys.readouterr().out, Path("a", "b.md").read_text(encoding="utf-8")
     assert len(results) == 2 and json.loads(Path("a", "b.json").read_text(encoding="utf-8")) == results
@@ -203,16 +254,22 @@ def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn, narrow_hea
         assert result["sentence"] in printed and result["sentence"] in table
     warnings = [str(found.message) for found in recwarn if "layout" in str(found.message)]
     assert not warnings, "nothing is drawn outside of the figure"
-    assert printed.endswith("wrote a/b.png, a/b.md, a/b.json\n") and Path("a", "b.png").stat().st_size > 20_000
+    assert (
+        printed.endswith("wrote a/b.png, a/b.md, a/b.json\n") and Path("a", "b.png").stat().st_size > 20_000
+    )
     header, rule, *rows = (line for line in printed.splitlines() if line.startswith("|"))
     titles = ["mean squared error at the end of", "task 1", "task 2", "tasks 2–3", "head dormant in the end"]
     assert header.strip("| ").split(" | ") == [*titles, "encoder active in the end"]
     assert "left out: nowhere" in printed
-    shares = [np.mean([of_seed[-1] for of_seed in results[0][what][SAME]]) for what in ("dormant", "encoder_active")]
-    assert [cell.strip() for cell in rows[0].split("|")[5:7]] == [f"{share:.0%}" for share in shares] and shares[0] != shares[1]
-    assert {row.count("|") for row in (header, rule, *rows)} == {7} and [row.split("|")[1].strip() for row in rows[:4]] == [
-        *NAMES
+    shares = [
+        np.mean([of_seed[-1] for of_seed in results[0][what][SAME]]) for what in ("dormant", "encoder_active")
     ]
+    assert [cell.strip() for cell in rows[0].split("|")[5:7]] == [
+        f"{share:.0%}" for share in shares
+    ] and shares[0] != shares[1]
+    assert {row.count("|") for row in (header, rule, *rows)} == {7} and [
+        row.split("|")[1].strip() for row in rows[:4]
+    ] == [*NAMES]
 
 
 @pytest.mark.parametrize("at", [1, 4, 0, -1])

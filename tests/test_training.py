@@ -35,7 +35,9 @@ from support.environments import LearnerView
 from support.runs import Run
 
 SCRIPT = Path(script.__file__)
-SMALL = replace(BRIEF, env_id="PhoenixNoFrameskip-v4", num_envs=1, total_timesteps=200, checkpoint_frequency=0)
+SMALL = replace(
+    BRIEF, env_id="PhoenixNoFrameskip-v4", num_envs=1, total_timesteps=200, checkpoint_frequency=0
+)
 SMALL_FLAGS = """--env-backend ale --total-timesteps 200 --buffer-size 250 --learning-starts 100 --batch-size 4
 --head-width 16 --log-frequency 60 --checkpoint-frequency 0""".split()
 PLAYS_ONLY = {"learning_starts": 10_000}
@@ -70,7 +72,10 @@ def record():
             spy(
                 script,
                 "td_loss",
-                lambda network, loss, given: ("update", (loss[0].item(), checksum(network), len(given[1].rewards))),
+                lambda network, loss, given: (
+                    "update",
+                    (loss[0].item(), checksum(network), len(given[1].rewards)),
+                ),
             )
             spy(Learner, "sync_target", lambda learner, *_: ("sync",))
             spy(Learner, "inject", lambda learner, *_: ("inject", learner))
@@ -111,7 +116,9 @@ def test_due_counts_the_multiples_in_a_vector_step_of_any_length(num_envs, total
             assert run.due(period) == sum(step % period == 0 for step in steps)
             assert run.due(period, after) == sum(step % period == 0 and step > after for step in steps)
             counted += run.due(period, after)
-        assert counted == max(0, total // period - after // period), "and all of them together do not depend on num_envs"
+        assert counted == max(0, total // period - after // period), (
+            "and all of them together do not depend on num_envs"
+        )
     assert runs_at(16, num_envs).due(0) == 0, "0 = never"
 
 
@@ -131,14 +138,27 @@ def test_nothing_is_due_before_the_first_step():
 )
 def test_the_course_of_a_run_is_the_one_written_out(record, num_envs, overlap, train_frequency):
     """Acts, transitions, updates and syncs in order. How many updates and syncs there are does not depend on num_envs."""
-    args = replace(SMALL, env_id=TINY_GAMES, num_envs=num_envs, overlap=overlap, train_frequency=train_frequency)
-    args = replace(args, total_timesteps=150, learning_starts=58, target_network_frequency=20, log_frequency=50, batch_size=1)
+    args = replace(
+        SMALL, env_id=TINY_GAMES, num_envs=num_envs, overlap=overlap, train_frequency=train_frequency
+    )
+    args = replace(
+        args,
+        total_timesteps=150,
+        learning_starts=58,
+        target_network_frequency=20,
+        log_frequency=50,
+        batch_size=1,
+    )
     calls, _ = record(args)
     expected = []
     for begin in range(0, 150, num_envs):
         steps = range(begin + 1, min(begin + num_envs, 150) + 1)
-        updates, syncs = (sum(step > 58 and step % period == 0 for step in steps) for period in (train_frequency, 20))
-        expected += ["act", *["update"] * updates, "add"] if overlap else ["act", "add", *["update"] * updates]
+        updates, syncs = (
+            sum(step > 58 and step % period == 0 for step in steps) for period in (train_frequency, 20)
+        )
+        expected += (
+            ["act", *["update"] * updates, "add"] if overlap else ["act", "add", *["update"] * updates]
+        )
         expected += ["sync"] * syncs
     assert kinds(calls) == expected
     assert kinds(calls).count("update") == 150 // train_frequency - 58 // train_frequency
@@ -162,7 +182,18 @@ def test_without_learning_overlap_changes_nothing(record):
 def test_nothing_but_acting_waits_for_the_device_between_two_points_of_the_curves(monkeypatch):
     """Every way to turn a tensor into a Python number or a NumPy array makes a GPU's host wait."""
     reads, per_step, advance = [], {}, Training.advance
-    for name in ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__", "nonzero"):
+    for name in (
+        "item",
+        "tolist",
+        "numpy",
+        "cpu",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__array__",
+        "nonzero",
+    ):
         original = getattr(torch.Tensor, name)
 
         def spy(tensor, *given, name=name, original=original, **named):
@@ -214,7 +245,9 @@ def test_each_injection_happens_once_at_the_end_of_its_vector_step(record, num_e
 @pytest.mark.slow
 def test_what_falls_due_within_a_vector_step_happens_at_its_end(monkeypatch):
     resets, reset, synced, sync = [], LearnerView.reset, [], Training.advance
-    monkeypatch.setattr(LearnerView, "reset", lambda envs, **given: resets.append(given["seed"]) or reset(envs, **given))
+    monkeypatch.setattr(
+        LearnerView, "reset", lambda envs, **given: resets.append(given["seed"]) or reset(envs, **given)
+    )
 
     def advance(run):
         with pytest.MonkeyPatch.context() as patch:
@@ -222,7 +255,14 @@ def test_what_falls_due_within_a_vector_step_happens_at_its_end(monkeypatch):
             sync(run)
 
     monkeypatch.setattr(Training, "advance", advance)
-    args = replace(SMALL, env_id=TINY_GAMES, num_envs=4, total_timesteps=205, checkpoint_frequency=81, injection_step=(150,))
+    args = replace(
+        SMALL,
+        env_id=TINY_GAMES,
+        num_envs=4,
+        total_timesteps=205,
+        checkpoint_frequency=81,
+        injection_step=(150,),
+    )
     folder = train(replace(args, learning_starts=30, train_frequency=20, log_frequency=62))
     curves = scalars(folder)
     assert [step for step, _ in curves["charts/epsilon"]] == [64, 124, 188, 205], "and at the end of the run"
@@ -238,7 +278,15 @@ def test_what_falls_due_within_a_vector_step_happens_at_its_end(monkeypatch):
 @pytest.mark.parametrize("backend", [pytest.param("sb3", marks=pytest.mark.slow), "ale"])
 def test_replay_is_given_what_happened(record, backend):
     """Lost lives are terminal, truncations bootstrap, and a game's last frame is its own, not the next game's first."""
-    args = replace(SMALL, env_backend=backend, env_id=SHORT_GAMES, num_envs=2, end_e=1.0, total_timesteps=440, **PLAYS_ONLY)
+    args = replace(
+        SMALL,
+        env_backend=backend,
+        env_id=SHORT_GAMES,
+        num_envs=2,
+        end_e=1.0,
+        total_timesteps=440,
+        **PLAYS_ONLY,
+    )
     transitions = [call[2] for call in record(args)[0] if call[0] == "add"]
     ends = 0
     for (obs, next_obs, _, rewards, done, infos), (later_obs, *_) in itertools.pairwise(transitions):
@@ -252,17 +300,24 @@ def test_replay_is_given_what_happened(record, backend):
             else:
                 assert restarted <= done[i] and (restarted or np.array_equal(later_obs[i], next_obs[i]))
     assert ends >= 2
-    dones = np.array([[done[i] and not infos[i]["TimeLimit.truncated"] for i in range(2)] for *_, done, infos in transitions])
+    dones = np.array(
+        [
+            [done[i] and not infos[i]["TimeLimit.truncated"] for i in range(2)]
+            for *_, done, infos in transitions
+        ]
+    )
     assert dones.any(), "lives were lost"
 
 
 def test_transitions_measured_are_drawn_by_seed_stream_and_key_and_training_does_not_notice(monkeypatch):
     monkeypatch.setattr(Training, "MEASURED", MEASURED)
-    space = environments.make_envs(TINY_GAMES, "ale", 1).single_observation_space
+    space = environments.make_atari_envs(TINY_GAMES, "ale", 1).single_observation_space
     replay = FrameReplayBuffer(40, space, script.environments.gym.spaces.Discrete(6), "cpu", 2)
     zeros = np.zeros((2, 4, 84, 84), np.uint8)
     for i in range(13):
-        replay.add(zeros, zeros, np.zeros(2, int), np.array([2.0 * i + 1, 2.0 * i + 2]), np.zeros(2, bool), [{}, {}])
+        replay.add(
+            zeros, zeros, np.zeros(2, int), np.array([2.0 * i + 1, 2.0 * i + 2]), np.zeros(2, bool), [{}, {}]
+        )
     before = replay.generator.bit_generator.state
 
     def rewards(seed, *which):
@@ -303,7 +358,10 @@ def test_a_seed_fixes_a_whole_run_and_only_an_injection_changes_it(record):
     assert course(injected) == course(again)
     at = kinds(injected).index("inject")
     assert "inject" not in kinds(baseline)
-    assert course(injected[:at]) == course(baseline[:at]) and kinds(injected[:at]).count("update") == 150 // 4 - 100 // 4
+    assert (
+        course(injected[:at]) == course(baseline[:at])
+        and kinds(injected[:at]).count("update") == 150 // 4 - 100 // 4
+    )
     assert course(injected[at:]) != course(baseline[at:])
     assert course(other[:at]) != course(injected[:at])
     # and the arms go on sharing their random numbers
@@ -316,7 +374,9 @@ def test_evaluating_filming_and_saving_change_nothing_in_training(record):
     args = replace(SMALL, injection_step=(120,), total_timesteps=160, env_backend="sb3", env_id=TINY_GAMES)
     plain, _ = record(args)
     evaluated, folder = record(
-        replace(args, eval_frequency=70, eval_episodes=2, eval_epsilon=0.5, capture_video=True, save_model=True)
+        replace(
+            args, eval_frequency=70, eval_episodes=2, eval_epsilon=0.5, capture_video=True, save_model=True
+        )
     )
     assert course(plain) == course(evaluated)
     curve = scalars(folder)["eval/episodic_return"]
@@ -343,7 +403,9 @@ def test_what_is_evaluated_and_saved_at_an_intervention_is_the_network_before_it
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("settings", "games"), [({"eval_episodes": 5}, 5), ({"eval_episodes": 0, "eval_steps": 160}, 5)], ids=["games", "steps"]
+    ("settings", "games"),
+    [({"eval_episodes": 5}, 5), ({"eval_episodes": 0, "eval_steps": 160}, 5)],
+    ids=["games", "steps"],
 )
 def test_an_evaluation_logs_the_mean_of_whole_games(monkeypatch, settings, games):
     """Also of more games than the replay holds steps."""
@@ -352,7 +414,9 @@ def test_an_evaluation_logs_the_mean_of_whole_games(monkeypatch, settings, games
     args = replace(SMALL, env_id=TINY_GAMES, buffer_size=4, total_timesteps=60)
     folder = train(replace(args, eval_frequency=40, eval_epsilon=1.0, **settings))
     (of_one,) = scores
-    assert len(of_one) == games and len(set(of_one)) > 1 and not (of_one % 20).any()  # Phoenix counts in twenties
+    assert (
+        len(of_one) == games and len(set(of_one)) > 1 and not (of_one % 20).any()
+    )  # Phoenix counts in twenties
     assert scalars(folder)["eval/episodic_return"] == [(40, pytest.approx(of_one.mean()))]
 
 
@@ -363,7 +427,11 @@ def test_the_recent_speed_leaves_evaluations_out_and_that_over_all_does_not(monk
     def tick(seconds):
         clock[0] += seconds
 
-    monkeypatch.setattr(run_log, "time", types.SimpleNamespace(perf_counter=lambda: clock[0], time=time.time, sleep=time.sleep))
+    monkeypatch.setattr(
+        run_log,
+        "time",
+        types.SimpleNamespace(perf_counter=lambda: clock[0], time=time.time, sleep=time.sleep),
+    )
     monkeypatch.setattr(Training, "advance", lambda run: (tick(1), advance(run)))
     monkeypatch.setattr(script, "evaluate", lambda *_: tick(1000) or np.zeros(2))
     curves = scalars(train(replace(SMALL, num_envs=4, log_frequency=100, eval_frequency=120, **PLAYS_ONLY)))
@@ -375,13 +443,27 @@ def test_the_recent_speed_leaves_evaluations_out_and_that_over_all_does_not(monk
 
 
 def test_tensorboard_holds_every_promised_curve_and_the_hyperparameters():
-    args = replace(SMALL, env_id=TINY_GAMES, num_envs=2, learning_starts=120, log_frequency=20, injection_step=(170,))
+    args = replace(
+        SMALL, env_id=TINY_GAMES, num_envs=2, learning_starts=120, log_frequency=20, injection_step=(170,)
+    )
     folder = train(replace(args, exploration_fraction=0.5))
     assert folder.parent == Path("runs") and folder.is_dir()
     curves = scalars(folder)
     assert set(curves) == {
-        *("charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/SPS", "charts/SPS_recent"),
-        *("losses/td_loss", "losses/q_values", "injection/step", "injection/max_abs_delta_q", "charts/games_cut"),
+        *(
+            "charts/episodic_return",
+            "charts/episodic_length",
+            "charts/epsilon",
+            "charts/SPS",
+            "charts/SPS_recent",
+        ),
+        *(
+            "losses/td_loss",
+            "losses/q_values",
+            "injection/step",
+            "injection/max_abs_delta_q",
+            "charts/games_cut",
+        ),
     }
     for tag in ("charts/epsilon", "charts/SPS", "charts/SPS_recent"):
         assert [step for step, _ in curves[tag]] == list(range(20, 201, 20))
@@ -450,7 +532,9 @@ def test_games_cut_are_counted_once_whatever_interrupts_the_run(stop):
     train(Args(resume=str(folder)))
     train(Args(resume=str(folder)))  # also a run that is complete
     assert scalars(folder)["charts/games_cut"] == [(100, 2), (200, 2), (240, 2)]
-    forked = train(replace(args, fork=str(folder / "checkpoint-240"), total_timesteps=320, exploration_fraction=0.075))
+    forked = train(
+        replace(args, fork=str(folder / "checkpoint-240"), total_timesteps=320, exploration_fraction=0.075)
+    )
     assert scalars(forked)["charts/games_cut"] == [(100, 2), (200, 2), (300, 2), (320, 2)]
 
 
@@ -468,7 +552,8 @@ class Odd(io.TextIOBase):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "stream", [lambda: None, lambda: Odd(BrokenPipeError()), lambda: Odd(ValueError("I/O operation on closed file"))]
+    "stream",
+    [lambda: None, lambda: Odd(BrokenPipeError()), lambda: Odd(ValueError("I/O operation on closed file"))],
 )
 def test_a_run_does_not_depend_on_its_output(uninterrupted, monkeypatch, stream):
     args = replace(BRIEF, total_timesteps=130, eval_frequency=60, eval_episodes=1)
@@ -492,7 +577,15 @@ def test_logged_losses_are_means_over_the_interval(record):
 
 @pytest.mark.parametrize("backend", [pytest.param("sb3", marks=pytest.mark.slow), "ale"])
 def test_logged_returns_are_raw_scores_of_whole_games_each_at_its_own_decision(record, backend):
-    args = replace(SMALL, env_id=SHORT_GAMES, env_backend=backend, total_timesteps=420, num_envs=2, end_e=1.0, **PLAYS_ONLY)
+    args = replace(
+        SMALL,
+        env_id=SHORT_GAMES,
+        env_backend=backend,
+        total_timesteps=420,
+        num_envs=2,
+        end_e=1.0,
+        **PLAYS_ONLY,
+    )
     calls, folder = record(args)
     envs = make_envs(args)
     envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS))
@@ -527,7 +620,10 @@ def test_no_point_lies_beyond_the_end():
     ("changes", "said"),
     [
         ({}, "no plasticity injection in this run\n"),
-        ({"injection_step": (9,), "apply_injection": False}, "no plasticity injection in this run: baseline arm\n"),
+        (
+            {"injection_step": (9,), "apply_injection": False},
+            "no plasticity injection in this run: baseline arm\n",
+        ),
         ({"injection_trigger": "norm"}, None),
     ],
     ids=["none", "baseline", "norm"],
@@ -551,7 +647,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_loss_named(monkeyp
     closed, close = [], run_log.RunLog.close
     monkeypatch.setattr(run_log.RunLog, "close", lambda log: closed.append(close(log)))
     monkeypatch.setattr(script, "td_loss", td_loss)
-    with pytest.raises(FloatingPointError, match=r"^td_loss is not finite from step 132: lower --learning-rate$"):
+    with pytest.raises(
+        FloatingPointError, match=r"^td_loss is not finite from step 132: lower --learning-rate$"
+    ):
         train(SMALL)  # updates at 104, 108, ... 128 are the seven good ones
     (folder,) = Path("runs").iterdir()
     assert "charts/epsilon" in scalars(folder) and len(closed) == 1, "the curves so far are on disk"
@@ -559,7 +657,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_loss_named(monkeyp
 
 def test_a_diverging_run_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", *SMALL_FLAGS, "--learning-rate", "1e30"])
-    with pytest.raises(SystemExit, match=r"^error: td_loss is not finite from step 1[0-9]{2}: lower --learning-rate$"):
+    with pytest.raises(
+        SystemExit, match=r"^error: td_loss is not finite from step 1[0-9]{2}: lower --learning-rate$"
+    ):
         script.main()
 
 
@@ -568,7 +668,9 @@ def test_a_run_in_a_shell_prints_plain_lines_and_ends_with_status_0():
     command = [sys.executable, str(SCRIPT), *SMALL_FLAGS, "--injection-step", "120"]
     plain = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     assert plain.stderr == ""
-    assert "step 200 of 200" in plain.stdout and "SPS" in plain.stdout and "left, ε 0.01, return" in plain.stdout
+    assert (
+        "step 200 of 200" in plain.stdout and "SPS" in plain.stdout and "left, ε 0.01, return" in plain.stdout
+    )
     assert "step 120: plasticity injected" in plain.stdout and "\r" not in plain.stdout
 
 

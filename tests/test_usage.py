@@ -69,12 +69,17 @@ def test_a_value_keeps_to_the_bounds_at_its_field(name):
     for value in kept:
         check_bounds(Settings(**{name: value}))
     for value in broken:
-        assert refusal(Settings(**{name: value})) == f"{name} is {value}, but must be {asked}: change --{name}"
+        assert (
+            refusal(Settings(**{name: value})) == f"{name} is {value}, but must be {asked}: change --{name}"
+        )
 
 
 def test_the_bounds_of_a_field_are_held_whatever_else_stands_at_it():
     assert "plume is 2" in refusal(Settings(kind="fancy", plume=2.0))
-    assert refusal(Settings(kind="fancy", hat="green")) == "hat is green, but must be one of red, blue: change --hat"
+    assert (
+        refusal(Settings(kind="fancy", hat="green"))
+        == "hat is green, but must be one of red, blue: change --hat"
+    )
 
 
 @pytest.mark.parametrize("name", ["period", "least"])
@@ -129,14 +134,17 @@ def test_unused_fields_are_those_that_nothing_looks_at():
 
 def test_changed_fields_leave_out_where_a_run_comes_from():
     before = Args()
-    assert usage.changed_fields(Args(resume="a"), before) == usage.changed_fields(Args(fork="a"), before) == []
+    assert (
+        usage.changed_fields(Args(resume="a"), before) == usage.changed_fields(Args(fork="a"), before) == []
+    )
     assert usage.changed_fields(Args(gamma=0.5, seed=2, fork="a"), before) == ["seed", "gamma"]
 
 
 def test_a_run_is_resumed_with_its_own_settings_only():
     usage.refuse_changes(Args(seed=2, resume="a"), Args(seed=2))
     with pytest.raises(
-        UsageError, match=r"^--resume goes on as the run was, seed, gamma cannot change: leave out, or use --fork$"
+        UsageError,
+        match=r"^--resume goes on as the run was, seed, gamma cannot change: leave out, or use --fork$",
     ):
         usage.refuse_changes(Args(gamma=0.5, resume="a"), Args(seed=2))
 
@@ -149,7 +157,9 @@ def test_settings_of_another_version_are_refused_by_the_file_they_are_in(values)
             check_bounds(self)
 
     assert usage.settings_of(Checked, {"count": 5, "least": 7}, Path("run.json")) == Checked(count=5, least=7)
-    with pytest.raises(UsageError, match=r"^run.json cannot be read as a run's arguments \(.*\): take another$"):
+    with pytest.raises(
+        UsageError, match=r"^run.json cannot be read as a run's arguments \(.*\): take another$"
+    ):
         usage.settings_of(Checked, values, Path("run.json"))
 
 
@@ -167,7 +177,10 @@ def test_a_period_below_a_vector_step_is_refused_with_the_fix(name):
     with pytest.raises(UsageError) as error:
         Args(**norm, num_envs=8, **{name: 7})
     flag = f"--{name.replace('_', '-')}"
-    assert str(error.value) == f"{name} is 7, but must be at least num_envs (8): raise {flag} or lower --num-envs"
+    assert (
+        str(error.value)
+        == f"{name} is 7, but must be at least num_envs (8): raise {flag} or lower --num-envs"
+    )
 
 
 @pytest.mark.parametrize("name", PERIODS)
@@ -182,11 +195,15 @@ def test_only_what_may_be_left_out_may_be_zero(name):
 
 
 def test_every_period_of_a_run_has_its_bound():
-    of_periods = {f.name for f in fields(Args) if {*getattr(f.type, "__metadata__", ())} & {NotBelow("num_envs")}}
+    of_periods = {
+        f.name for f in fields(Args) if {*getattr(f.type, "__metadata__", ())} & {NotBelow("num_envs")}
+    }
     assert of_periods == {*PERIODS}
     assert NotBelow("num_envs") in Period.__metadata__ and Ge(1) in PositivePeriod.__metadata__
     not_periods = {"train_frequency"}  # one vector step may hold several updates
-    assert {f.name for f in fields(Args) if f.name.endswith("_frequency")} == of_periods - {"buffer_size"} | not_periods
+    assert {f.name for f in fields(Args) if f.name.endswith("_frequency")} == of_periods - {
+        "buffer_size"
+    } | not_periods
 
 
 NUMBERS = [f.name for f in fields(Args) if type(f.default) in (int, float)]
@@ -282,7 +299,10 @@ def test_what_they_report_of_the_program_is_not_nor_what_only_names_a_gpu(messag
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "the GPU's memory has run out ("),
         (MemoryError(), "memory has run out (MemoryError): free some, or lower --buffer-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory has run out ("),
-        (RuntimeError("can't start new thread"), "the system starts no more threads (can't start new thread): end other"),
+        (
+            RuntimeError("can't start new thread"),
+            "the system starts no more threads (can't start new thread): end other",
+        ),
         (KeyError("alloc_failed"), None),
         (ValueError("not enough memory"), None),
         (RuntimeError("Tried to run out of memory words"), None),
@@ -300,7 +320,13 @@ def through_torch():
 
 @pytest.mark.parametrize(
     "error",
-    [AttributeError("x"), NameError("x"), AssertionError("x"), NotImplementedError("x"), *map(RuntimeError, OURS[:-1])],
+    [
+        AttributeError("x"),
+        NameError("x"),
+        AssertionError("x"),
+        NotImplementedError("x"),
+        *map(RuntimeError, OURS[:-1]),
+    ],
     ids=str,
 )
 def test_a_mistake_in_the_code_is_no_fault_of_the_file_that_is_read(error):
@@ -321,12 +347,16 @@ def test_a_mistake_in_the_code_is_no_fault_of_the_file_that_is_read(error):
     ],
 )
 def test_what_a_reader_stumbles_over_is_the_files_fault_wherever_a_library_says_so(read):
-    with pytest.raises(UsageError, match=r"^a cannot be read as a list \("), usage.reading(Path("a"), "a list", "give another"):
+    with (
+        pytest.raises(UsageError, match=r"^a cannot be read as a list \("),
+        usage.reading(Path("a"), "a list", "give another"),
+    ):
         read()
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "5", "null", '"x"', "{}", '{"args": 5}', '{"args": null}', "[1, 2", '{"args": {"seed": []}}']
+    "content",
+    ["[]", "5", "null", '"x"', "{}", '{"args": 5}', '{"args": null}', "[1, 2", '{"args": {"seed": []}}'],
 )
 def test_no_content_of_a_file_of_arguments_ends_in_a_trace(content):
     Path("run.json").write_text(content, encoding="utf-8")
@@ -368,7 +398,14 @@ def test_the_users_home_is_put_in_where_a_shell_leaves_it_out(monkeypatch):
         "-o=~",
     ]
     monkeypatch.setattr(sys, "argv", given)
-    expected = ["/home/me/runs/a", "--out=/home/me/x.png", "--export", "/home/me", *given[5:-1], "-o=/home/me"]
+    expected = [
+        "/home/me/runs/a",
+        "--out=/home/me/x.png",
+        "--export",
+        "/home/me",
+        *given[5:-1],
+        "-o=/home/me",
+    ]
     assert usage.words_given() == expected
     monkeypatch.setattr(sys, "argv", ["dqn_injection_atari.py", "--evaluate=~/runs/a"])
     assert parse_args().evaluate == "/home/me/runs/a"

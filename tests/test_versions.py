@@ -33,20 +33,30 @@ def test_this_environment_is_supported():
     "package", [line.partition("==")[0] for line in versions.REQUIREMENTS.read_text(encoding="utf-8").split()]
 )
 def test_every_required_packages_version_can_be_told(package):
-    pinned = dict(line.split("==") for line in versions.REQUIREMENTS.read_text(encoding="utf-8").split())[package]
+    pinned = dict(line.split("==") for line in versions.REQUIREMENTS.read_text(encoding="utf-8").split())[
+        package
+    ]
     assert release(installed(package)) == release(pinned)
 
 
 @pytest.mark.parametrize(
     ("version", "expected"),
-    [("2.13.0+cpu", (2, 13)), ("1.4", (1, 4)), ("5", (5, 0)), ("1.0rc1", (1, 0)), ("0.12.1", (0, 12)), ("main", (0, 0))],
+    [
+        ("2.13.0+cpu", (2, 13)),
+        ("1.4", (1, 4)),
+        ("5", (5, 0)),
+        ("1.0rc1", (1, 0)),
+        ("0.12.1", (0, 12)),
+        ("main", (0, 0)),
+    ],
 )
 def test_a_release_is_its_first_two_numbers(version, expected):
     assert release(version) == expected
 
 
 @pytest.mark.parametrize(
-    ("tested", "supported"), [("2.4.6", True), ("2.3.9", True), ("2.5.0", False), ("1.9.0", False), ("3.0.0", False)]
+    ("tested", "supported"),
+    [("2.4.6", True), ("2.3.9", True), ("2.5.0", False), ("1.9.0", False), ("3.0.0", False)],
 )
 def test_older_ones_and_other_major_ones_are_named(monkeypatch, tmp_path, tested, supported):
     monkeypatch.setattr(numpy, "__version__", "2.4.1")
@@ -54,11 +64,20 @@ def test_older_ones_and_other_major_ones_are_named(monkeypatch, tmp_path, tested
     remarks = unsupported_versions()
     assert len(remarks) == (not supported)
     if not supported:
-        assert remarks[0].startswith(f"numpy is 2.4.1, supported is {tested[:3]} up to {int(tested[0]) + 1}: pip install")
+        assert remarks[0].startswith(
+            f"numpy is 2.4.1, supported is {tested[:3]} up to {int(tested[0]) + 1}: pip install"
+        )
 
 
 def test_lines_that_pin_nothing_and_versions_without_numbers_are_no_error(monkeypatch, tmp_path):
-    pin(monkeypatch, tmp_path, "--extra-index-url https://example.org", "# numpy==9.0", "-r other.txt", "numpy>=9")
+    pin(
+        monkeypatch,
+        tmp_path,
+        "--extra-index-url https://example.org",
+        "# numpy==9.0",
+        "-r other.txt",
+        "numpy>=9",
+    )
     assert unsupported_versions() == []
     monkeypatch.setattr(numpy, "__version__", "unknown")
     pin(monkeypatch, tmp_path, "numpy==2.0")
@@ -77,7 +96,8 @@ def test_the_first_lines_of_a_run_name_what_is_not_supported(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("version", "right"), [("0.29.1", False), ("1.2.0", False), ("1.3.9", False), ("1.4.0", True), ("2.0", True)]
+    ("version", "right"),
+    [("0.29.1", False), ("1.2.0", False), ("1.3.9", False), ("1.4.0", True), ("2.0", True)],
 )
 def test_a_version_that_gives_wrong_returns_is_refused_with_nothing_written(monkeypatch, version, right):
     monkeypatch.setattr(gymnasium, "__version__", version)
@@ -99,13 +119,21 @@ def test_a_wrong_version_that_lacks_what_the_code_imports_is_refused_in_one_line
     code += f"sys.argv = ['x', '--help']; sys.path.insert(0, {str(versions.REQUIREMENTS.parent)!r}); "
     code += f"runpy.run_path({script.__file__!r}, run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
-    assert ended.returncode == 1 and ended.stderr.startswith("error: gymnasium 0.29.1") and ended.stderr.count("\n") == 1
+    assert (
+        ended.returncode == 1
+        and ended.stderr.startswith("error: gymnasium 0.29.1")
+        and ended.stderr.count("\n") == 1
+    )
 
 
 def test_the_projects_version_is_one_wherever_it_stands():
     root = Path(script.__file__).parent
-    (cited,) = re.findall(r"^version: (\S+)$", (root / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
-    (released,) = re.findall(r"^date-released: (\S+)$", (root / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    (cited,) = re.findall(
+        r"^version: (\S+)$", (root / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    (released,) = re.findall(
+        r"^date-released: (\S+)$", (root / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE
+    )
     headings = re.findall(r"^## (.*)$", (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert headings[:2] == ["Unreleased", f"{script.__version__} - {released}"]
     assert cited == script.__version__
@@ -118,7 +146,9 @@ def test_the_citation_is_of_the_paper_that_the_readme_names():
     root = Path(script.__file__).parent
     cited, readme = ((root / name).read_text(encoding="utf-8") for name in ("CITATION.cff", "README.md"))
     assert cited.startswith("cff-version: 1.2.0\n")
-    assert {"message", "title", "authors", "references"} <= set(re.findall(r"^([\w-]+):", cited, re.MULTILINE))
+    assert {"message", "title", "authors", "references"} <= set(
+        re.findall(r"^([\w-]+):", cited, re.MULTILINE)
+    )
     (title,) = re.findall(r'^    title: "(.*)"$', cited, re.MULTILINE)
     (year,) = re.findall(r"^    year: (\d+)$", cited, re.MULTILINE)
     assert f"title     = {{{title}}}" in readme and f"year      = {{{year}}}" in readme

@@ -26,7 +26,9 @@ from support.usage import UsageError
 from support.weights_and_biases import require_wandb, start_wandb
 
 TRACKED = replace(BRIEF, total_timesteps=240, plasticity_frequency=0, track=True)
-OFFLINE = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {"WANDB_MODE": "offline"}
+OFFLINE = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
+    "WANDB_MODE": "offline"
+}
 
 
 def all_there_is():
@@ -69,7 +71,14 @@ def test_it_is_asked_to_mirror_tensorboard_in_a_run_that_can_be_gone_on_with(mon
     require_wandb()
     start_wandb("p", "e", "name", "abc", {"seed": 1})
     assert given.pop("sync_tensorboard") is True and given.pop("save_code") is True
-    assert given == {"project": "p", "entity": "e", "name": "name", "id": "abc", "resume": "allow", "config": {"seed": 1}}
+    assert given == {
+        "project": "p",
+        "entity": "e",
+        "name": "name",
+        "id": "abc",
+        "resume": "allow",
+        "config": {"seed": 1},
+    }
 
 
 @pytest.mark.slow
@@ -119,8 +128,14 @@ def test_where_a_service_cannot_be_used_nothing_is_removed_that_this_process_did
 @pytest.mark.parametrize(
     ("error", "fix"),
     [
-        (ImportError("no protobuf"), "): leave out --track, in a run that has begun by --fork with --no-track"),
-        (RuntimeError("no network"), "): give a login by `wandb login`, keep its curves here by WANDB_MODE=offline, or leave"),
+        (
+            ImportError("no protobuf"),
+            "): leave out --track, in a run that has begun by --fork with --no-track",
+        ),
+        (
+            RuntimeError("no network"),
+            "): give a login by `wandb login`, keep its curves here by WANDB_MODE=offline, or leave",
+        ),
     ],
 )
 def test_what_to_do_without_the_service_is_what_can_help(monkeypatch, error, fix):
@@ -135,7 +150,9 @@ def test_what_sends_a_run_there_can_be_pasted(monkeypatch, capsys):
     def fail(**_):
         raise OSError("it is gone")
 
-    wandb_run = types.SimpleNamespace(offline=True, settings=types.SimpleNamespace(sync_dir="my runs/wandb/x"), finish=fail)
+    wandb_run = types.SimpleNamespace(
+        offline=True, settings=types.SimpleNamespace(sync_dir="my runs/wandb/x"), finish=fail
+    )
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **_: wandb_run
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -144,7 +161,9 @@ def test_what_sends_a_run_there_can_be_pasted(monkeypatch, capsys):
     assert len(lines) == 2 and all(line.endswith("by: wandb sync 'my runs/wandb/x'") for line in lines)
 
 
-@pytest.mark.parametrize("error", [ImportError("cannot import name 'x' from 'google.protobuf'"), SystemExit(143)])
+@pytest.mark.parametrize(
+    "error", [ImportError("cannot import name 'x' from 'google.protobuf'"), SystemExit(143)]
+)
 def test_a_package_that_is_broken_is_one_line_and_a_signal_leaves_nothing_behind(monkeypatch, error):
     class Finder:
         def find_spec(self, name, *_):
@@ -167,7 +186,10 @@ def test_on_a_terminal_it_asks_nothing(monkeypatch):
     environment |= {"HOME": os.environ["HOME"], "WANDB_CONFIG_DIR": os.environ["HOME"]}
     run = subprocess.run(command, stdin=inside, stdout=inside, stderr=inside, env=environment, timeout=60)
     said = os.read(terminal, 100_000).decode()
-    assert run.returncode == 1 and "error: --track: Weights & Biases cannot be used (No API key configured" in said
+    assert (
+        run.returncode == 1
+        and "error: --track: Weights & Biases cannot be used (No API key configured" in said
+    )
     assert all(path.startswith("wandb") for path in all_there_is())
 
 
@@ -193,7 +215,10 @@ def rows(folder):
             parsed, record = Record.FromString(record), b""
             if parsed.WhichOneof("record_type") == "exit":
                 status = parsed.exit.exit_code
-            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in parsed.history.item}
+            row = {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in parsed.history.item
+            }
             for tag, value in row.items():
                 curves.setdefault(tag, []).append((row.get("global_step"), value))
     return curves, status
@@ -219,7 +244,9 @@ def test_offline_curves_are_whole_after_a_stop_and_a_resume(monkeypatch):
     time.sleep(1.1)  # the folders there are named by the second
     script.train(script.Args(resume=str(folder)))
     curves, status = rows(second := newest_run())
-    assert status == 0 and first != second and first.name[-16:] == second.name[-16:], "one run there, of two processes"
+    assert status == 0 and first != second and first.name[-16:] == second.name[-16:], (
+        "one run there, of two processes"
+    )
     assert_whole(curves, folder)
     untouched = script.train(replace(TRACKED, track=False))
     expected, found = scalars(untouched), scalars(folder)
@@ -268,7 +295,9 @@ def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request
     curves, status = rows(newest_run())
     assert status == 128 + number
     folder = new_folder(set())
-    assert set(curves) >= set(scalars(folder)) and re.fullmatch(r"checkpoint-\d+", next(folder.glob("checkpoint-*")).name)
+    assert set(curves) >= set(scalars(folder)) and re.fullmatch(
+        r"checkpoint-\d+", next(folder.glob("checkpoint-*")).name
+    )
 
 
 @pytest.mark.slow
@@ -276,10 +305,18 @@ def test_where_it_dies_in_mid_run_the_run_goes_on_and_ends_as_it_should(request)
     flags = "--env-backend ale --buffer-size 500 --total-timesteps 500 --log-frequency 50 --learning-starts 100 --track"
     flags += " --head-width 16"
     process = begun(flags, request)
-    (core,) = (child for child in psutil.Process(process.pid).children(recursive=True) if child.name() == "wandb-core")
+    (core,) = (
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.name() == "wandb-core"
+    )
     core.kill()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0
-    assert "warning: Weights & Biases has failed" in out and "cannot be written" not in out and "script" not in err
+    assert (
+        "warning: Weights & Biases has failed" in out
+        and "cannot be written" not in out
+        and "script" not in err
+    )
     curves = scalars(new_folder(set()))
     assert [step for step, _ in curves["losses/td_loss"]] == list(range(150, 501, 50))

@@ -4,7 +4,6 @@ import contextlib
 import io
 import itertools
 import os
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -73,10 +72,9 @@ def as_flags(name: str, value: Any) -> tuple[str, ...]:
         if given not in ("true", "false"):
             raise UsageError(f"{name} is {value}, but must be true or false: change it in --grid")
         return (flag(name) if given == "true" else f"--no-{name.replace('_', '-')}",)
-    words = words_of(value) if isinstance(value, str) else map(str, value if isinstance(value, tuple) else (value,))
+    words = (
+        words_of(value)
+        if isinstance(value, str)
+        else map(str, value if isinstance(value, tuple) else (value,))
+    )
     return (flag(name), *words)
-
-
-def readable(text: str) -> str:
-    """A part of a folder's name."""
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-")

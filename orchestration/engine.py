@@ -31,7 +31,7 @@ if os.path.exists(os.path.expanduser("~/.ray/auth_token")):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 import ray
 
-from support.jobs import failed
+from orchestration.jobs import failed
 from support.machine import usable_processors
 from support.usage import UsageError
 

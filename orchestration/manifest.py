@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from analysis.plan import Asked
+from orchestration.plan import Asked
 from support.machine import flush_to_disk
 from support.progress import PROGRESS
 from support.usage import UsageError, reading
@@ -36,7 +36,9 @@ def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
             names = [name for name in names if name not in ("from_checkpoint", "origin")]
         if names:
             changes = "; ".join(f"{name} is {plain.get(name)}, there {before.get(name)}" for name in names)
-            raise UsageError(f"{folder} is the folder of another sweep ({changes}): give another --name, or what it was asked")
+            raise UsageError(
+                f"{folder} is the folder of another sweep ({changes}): give another --name, or what it was asked"
+            )
         return
     own = {MANIFEST, "runs", "logs", PARTIAL}
     others = {

@@ -10,8 +10,9 @@ from typing import Any, get_args
 import gymnasium as gym
 import numpy as np
 
-from analysis.flags import as_flags, names_in, parsed, readable, words_of
+from analysis.arms import readable
 from dqn_injection_atari import FORKABLE, Args, check_fork
+from orchestration.training_flags import as_flags, names_in, parsed, words_of
 from support import usage
 from support.checkpoints import Checkpoint, load_checkpoint
 from support.environments import FRAME_SIZE, STACK, atari_spec
@@ -25,7 +26,11 @@ INSTEAD = {  # flags of the training script that a sweep gives, and what to give
     **{"evaluate": "nothing, it plays one agent"},
 }
 OF_CONTINUATIONS = {  # those that it gives as well where runs continue one agent
-    **{"total_timesteps": "--steps", "injection_step": "--from-checkpoint", "exploration_fraction": "--from-checkpoint"},
+    **{
+        "total_timesteps": "--steps",
+        "injection_step": "--from-checkpoint",
+        "exploration_fraction": "--from-checkpoint",
+    },
     **{"injection_trigger": "--from-checkpoint", "preset": "--from-checkpoint"},
 }
 LONGEST_NAME = 255  # bytes that file systems allow
@@ -120,7 +125,9 @@ def plan(asked: Asked) -> list[PlannedRun]:
             trunk = own[0].name
             runs += [replace(run, trunk=None if run.trunk is None else trunk) for run in own]
     if any(not run.args.checkpoint_frequency for run in runs):
-        raise UsageError("checkpoint_frequency 0 leaves nothing to fork arms from, and nothing to go on from: leave it out")
+        raise UsageError(
+            "checkpoint_frequency 0 leaves nothing to fork arms from, and nothing to go on from: leave it out"
+        )
     check_names([run.name for run in runs])
     return runs
 
@@ -168,21 +175,34 @@ def check(asked: Asked, origin: Checkpoint | None) -> None:
     if len(set(asked.env_ids)) < len(asked.env_ids) or len(set(asked.seeds)) < len(asked.seeds):
         raise UsageError("a game or a seed is given twice: give each once, in --env-ids and --seeds")
     if not asked.seeds or not asked.arms or not (asked.env_ids or origin):
-        raise UsageError("there is no run in this sweep: give --env-ids, --seeds and --arms, one of each at least")
+        raise UsageError(
+            "there is no run in this sweep: give --env-ids, --seeds and --arms, one of each at least"
+        )
     if (origin is None) != (asked.steps is None):
-        raise UsageError("from_checkpoint and steps belong together: give both --from-checkpoint and --steps, or neither")
+        raise UsageError(
+            "from_checkpoint and steps belong together: give both --from-checkpoint and --steps, or neither"
+        )
     if origin is not None and asked.env_ids:
         raise UsageError(f"{origin.path} plays {origin.meta['args']['env_id']}: leave out --env-ids")
     own = INSTEAD | (OF_CONTINUATIONS if origin is not None else {})
     axes = [values[0].lstrip("-").replace("-", "_") for values in asked.grid if values]
     if len(set(axes)) < len(asked.grid):
-        raise UsageError("grid has a flag twice, or none: give --grid learning-rate 1e-4 5e-4, once for each flag")
+        raise UsageError(
+            "grid has a flag twice, or none: give --grid learning-rate 1e-4 5e-4, once for each flag"
+        )
     named = [(name, "after --") for name in names_in(asked.flags)] + [(name, "in --grid") for name in axes]
     arm_flags = own.keys() - {"intervention", "apply_injection"}
-    named += [(name, f"in arm {arm}") for arm, flags in asked.arms.items() for name in names_in(flags) if name in arm_flags]
+    named += [
+        (name, f"in arm {arm}")
+        for arm, flags in asked.arms.items()
+        for name in names_in(flags)
+        if name in arm_flags
+    ]
     for name, where in named:
         if name in own:
-            raise UsageError(f"{flag(name)} {where} is what the sweep itself gives: leave it out, and give {own[name]}")
+            raise UsageError(
+                f"{flag(name)} {where} is what the sweep itself gives: leave it out, and give {own[name]}"
+            )
 
 
 def all_arms(interventions: Sequence[str], own: dict[str, str]) -> dict[str, list[str]]:
@@ -217,10 +237,17 @@ def settings(grid: list[list[str]]) -> list[tuple[str, tuple[str, ...]]]:
     for name, *values in grid:
         field = name.lstrip("-").replace("-", "_")
         if not values or len(set(values)) < len(values) or field not in Args.__dataclass_fields__:
-            raise UsageError(f"grid {' '.join([name, *values])} is no flag and its values: give --grid learning-rate 1e-4 5e-4")
-        axes.append([(f"{field.replace('_', '-')}-{readable(value)}", as_flags(field, value)) for value in values])
+            raise UsageError(
+                f"grid {' '.join([name, *values])} is no flag and its values: give --grid learning-rate 1e-4 5e-4"
+            )
+        axes.append(
+            [(f"{field.replace('_', '-')}-{readable(value)}", as_flags(field, value)) for value in values]
+        )
     combined = itertools.product(*axes)
-    return [("_".join(name for name, _ in axis), tuple(word for _, words in axis for word in words)) for axis in combined]
+    return [
+        ("_".join(name for name, _ in axis), tuple(word for _, words in axis for word in words))
+        for axis in combined
+    ]
 
 
 def of_game_and_seed(run: PlannedRun, game: str, seed: int) -> PlannedRun:
@@ -229,7 +256,9 @@ def of_game_and_seed(run: PlannedRun, game: str, seed: int) -> PlannedRun:
     return replace(run, args=args, flags=(*run.flags, *(("--env-id", game) if run.begins == 0 else ()), *own))
 
 
-def arms_of(asked: Asked, setting: tuple[str, tuple[str, ...]], origin: Checkpoint | None) -> list[PlannedRun]:
+def arms_of(
+    asked: Asked, setting: tuple[str, tuple[str, ...]], origin: Checkpoint | None
+) -> list[PlannedRun]:
     """A setting's run of each arm with the first seed, in the first game; that from which others are forked comes first."""
     names = sorted(asked.arms, key=lambda name: name != "none")
     family: list[PlannedRun] = []
@@ -243,9 +272,15 @@ def arms_of(asked: Asked, setting: tuple[str, tuple[str, ...]], origin: Checkpoi
         run = PlannedRun(name, parsed((*flags, *first)), flags)
         family.append(run if not family else forked(run, family[0]))
     for arm, args in ((run.arm, run.args) for run in family[1:]):
-        if args.applied_intervention != "none" and args.injection_trigger == "step" and not args.planned_interventions:
+        if (
+            args.applied_intervention != "none"
+            and args.injection_trigger == "step"
+            and not args.planned_interventions
+        ):
             fix = "give --injection-step after --, or --injection-trigger norm"
-            raise UsageError(f"arm {arm} would have no {args.intervention}, since no step is planned for it: {fix}")
+            raise UsageError(
+                f"arm {arm} would have no {args.intervention}, since no step is planned for it: {fix}"
+            )
     return family
 
 
@@ -261,18 +296,27 @@ def forked(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
         return run
     if refused := [name for name in changed if name not in FORKABLE]:
         fix = f"give --grid {refused[0].replace('_', '-')} with the values"
-        raise UsageError(f"arm {run.arm} has another {', '.join(refused)} than {trunk.arm}, which arms share: {fix}")
+        raise UsageError(
+            f"arm {run.arm} has another {', '.join(refused)} than {trunk.arm}, which arms share: {fix}"
+        )
     path = Path("runs", trunk.name, f"checkpoint-{step}")
-    check_fork(run.args, Checkpoint(path, {"step": step, "args": vars(trunk.args)}, {"learner": {"interventions": ()}}))
+    check_fork(
+        run.args,
+        Checkpoint(path, {"step": step, "args": vars(trunk.args)}, {"learner": {"interventions": ()}}),
+    )
     baseline = run.args.intervention == "none"
     said, unsaid = ("intervention", "apply_injection") if baseline else ("apply_injection", "intervention")
-    if run.args.apply_injection == baseline and {said, unsaid} & {*changed}:  # the script takes one of the two
+    if run.args.apply_injection == baseline and {said, unsaid} & {
+        *changed
+    }:  # the script takes one of the two
         changed = [said, *(name for name in changed if name not in (said, unsaid))]
     flags = tuple(word for name in changed for word in as_flags(name, getattr(run.args, name)))
     return replace(run, flags=flags, begins=step, trunk=trunk.name)
 
 
-def continuation(asked: Asked, arm: str, flags: tuple[str, ...], exp_name: str, origin: Checkpoint) -> PlannedRun:
+def continuation(
+    asked: Asked, arm: str, flags: tuple[str, ...], exp_name: str, origin: Checkpoint
+) -> PlannedRun:
     """The run that goes on from a checkpoint in an arm, with the first seed.
 
     Raises:
@@ -282,8 +326,12 @@ def continuation(asked: Asked, arm: str, flags: tuple[str, ...], exp_name: str, 
     saved, step, total = origin.meta["args"], origin.step, origin.step + asked.steps
     falls = saved["exploration_fraction"] * saved["total_timesteps"]  # steps over which ε does
     if step == 0 or falls > total:
-        least = f"from step 1 on, and --steps of {int(falls) - step + 1} or more, over which ε falls as it did"
-        raise UsageError(f"{origin.path} at step {step} cannot be continued for {asked.steps} steps: give a checkpoint {least}")
+        least = (
+            f"from step 1 on, and --steps of {int(falls) - step + 1} or more, over which ε falls as it did"
+        )
+        raise UsageError(
+            f"{origin.path} at step {step} cannot be continued for {asked.steps} steps: give a checkpoint {least}"
+        )
     made = origin.state["learner"]["interventions"]
     own = ["--total-timesteps", str(total), "--injection-step", *map(str, (*made, step))]
     own += ["--exploration-fraction", repr(falls / total), "--injection-trigger", "step"]

@@ -65,7 +65,9 @@ def run(job: Job) -> int:
     Raises:
         OSError: the log cannot be written, the process cannot be started, or it failed when the wait was ended.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a script's shell had begun it all with &
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where a script's shell had begun it all with &
     with _own_log(Path(job.log)) as log:
         folder = find_folder(Path(job.place), job.name)
         command = job.begin if folder is None else (*job.go_on, os.path.relpath(folder, job.place))

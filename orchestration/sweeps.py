@@ -12,10 +12,20 @@ from typing import Any
 from rich.table import Column, Table
 
 import dqn_injection_atari as script
-from analysis.manifest import Change, Manifest, Progress, last_lines, newest, now, read_manifest, read_progress
-from analysis.plan import Asked, PlannedRun, readable
+from analysis.arms import readable
 from analysis.report import report
-from support.jobs import Job, find_folder
+from orchestration.jobs import Job, find_folder
+from orchestration.manifest import (
+    Change,
+    Manifest,
+    Progress,
+    last_lines,
+    newest,
+    now,
+    read_manifest,
+    read_progress,
+)
+from orchestration.plan import Asked, PlannedRun
 from support.process import Unfailing, say
 from support.usage import UsageError
 
@@ -133,10 +143,19 @@ class Task:
     def job(self, fork: Path | None, threads: int) -> Job:
         """What is to be done: begin, with a checkpoint to fork if there is one, or go on where it has begun."""
         origin = () if fork is None else ("--fork", os.path.relpath(fork, self.folder))
-        no_gpu = () if self.resources["num_gpus"] else ("--no-cuda",)  # one that is kept for nobody is visible all the same
+        no_gpu = (
+            () if self.resources["num_gpus"] else ("--no-cuda",)
+        )  # one that is kept for nobody is visible all the same
         begin, place = (*TRAIN, *origin, *self.run.flags, *no_gpu), self.folder.resolve()
         variables = {"OMP_NUM_THREADS": str(threads)}
-        return Job(self.run.name, begin, (*TRAIN, "--resume"), str(place), str(place / "logs" / self.log.name), variables)
+        return Job(
+            self.run.name,
+            begin,
+            (*TRAIN, "--resume"),
+            str(place),
+            str(place / "logs" / self.log.name),
+            variables,
+        )
 
 
 class Book:
@@ -157,7 +176,9 @@ class Book:
         if task.run.trunk is None or task.run_folder is not None:
             return None, "ready"
         trunk = self.tasks[task.run.trunk]
-        folder = None if trunk.state == "queued" else trunk.run_folder  # a search, in a folder that may be large
+        folder = (
+            None if trunk.state == "queued" else trunk.run_folder
+        )  # a search, in a folder that may be large
         if folder is not None and (path := folder / f"checkpoint-{task.run.begins}").exists():
             return path, "ready"
         return None, "never" if trunk.state in ENDED else "wait"
@@ -193,16 +214,28 @@ class Book:
 
     def in_words(self) -> str:
         """How many runs are in which state, and how far those have come that are running."""
-        running = (f"{task.run.name}: {task.progress}" for task in self.tasks.values() if task.state == "running")
+        running = (
+            f"{task.run.name}: {task.progress}" for task in self.tasks.values() if task.state == "running"
+        )
         return "\n  ".join((self.counts(), *running))
 
     def counts(self) -> str:
-        return ", ".join(f"{count} {state}" for state, count in Counter(task.state for task in self.tasks.values()).items())
+        return ", ".join(
+            f"{count} {state}" for state, count in Counter(task.state for task in self.tasks.values()).items()
+        )
 
     def table(self, most: int) -> Table:
         """At most so many runs, those that matter most at the moment first."""
         order = ("running", "killed", "failed", "not started", "queued", "stopped", "finished")
-        table = Table(Column("run", overflow="fold"), "state", "step", "steps/s", "left", "return", caption=self.counts())
+        table = Table(
+            Column("run", overflow="fold"),
+            "state",
+            "step",
+            "steps/s",
+            "left",
+            "return",
+            caption=self.counts(),
+        )
         for task in sorted(self.tasks.values(), key=lambda task: order.index(task.state))[: max(1, most)]:
             at, total = task.progress, task.run.args.total_timesteps
             table.add_row(task.run.name, task.state, f"{at.step:,} of {total:,}", at.speed, at.left, at.score)
@@ -210,7 +243,11 @@ class Book:
 
 
 def resources(
-    run: PlannedRun, cpus: float | None, gpus: float | None, memory: float | None, nodes: list[dict[str, float]]
+    run: PlannedRun,
+    cpus: float | None,
+    gpus: float | None,
+    memory: float | None,
+    nodes: list[dict[str, float]],
 ) -> dict[str, float]:
     """What is to be kept free for a run on one of these machines: num_cpus, num_gpus, and memory in bytes.
 
@@ -230,7 +267,9 @@ def resources(
     memory = run.memory + FOR_LEARNING if memory is None else memory * 1e9
     needs = {"CPU": cpus, "GPU": gpus, "memory": memory}
     if not any(all(node.get(name, 0) >= amount for name, amount in needs.items()) for node in nodes):
-        most = ", ".join(f"{n.get('CPU', 0):g}, {n.get('GPU', 0):g} and {n.get('memory', 0) / 1e9:.1f} GB" for n in nodes)
+        most = ", ".join(
+            f"{n.get('CPU', 0):g}, {n.get('GPU', 0):g} and {n.get('memory', 0) / 1e9:.1f} GB" for n in nodes
+        )
         needed = f"{run.name} needs {cpus:g} processors, {gpus:g} GPUs and {memory / 1e9:.1f} GB of memory"
         fix = "lower --cpus-per-run, --gpus-per-run, --memory-per-run, or --buffer-size after --"
         raise UsageError(f"{needed}, and no machine has that, but {most}: {fix}")
@@ -249,17 +288,33 @@ def plan_in_words(runs: list[PlannedRun], speed: float | None) -> list[str]:
     """Lines on a plan; hours are estimated where a speed in steps per second is known."""
     lines = []
     for run in runs:
-        origin = f"forks from {run.trunk} at" if run.trunk else "forks from the checkpoint at" if run.begins else "whole, from"
-        lines.append(f"{run.name}: {origin} step {run.begins:,}, {run.steps:,} steps to {run.args.total_timesteps:,}")
-    forks, steps, saved = sum(run.begins > 0 for run in runs), sum(run.steps for run in runs), sum(run.begins for run in runs)
-    lines.append(f"{len(runs)} runs, {forks} of them forks: {steps:,} steps, {saved:,} fewer than if each ran whole")
+        origin = (
+            f"forks from {run.trunk} at"
+            if run.trunk
+            else "forks from the checkpoint at"
+            if run.begins
+            else "whole, from"
+        )
+        lines.append(
+            f"{run.name}: {origin} step {run.begins:,}, {run.steps:,} steps to {run.args.total_timesteps:,}"
+        )
+    forks, steps, saved = (
+        sum(run.begins > 0 for run in runs),
+        sum(run.steps for run in runs),
+        sum(run.begins for run in runs),
+    )
+    lines.append(
+        f"{len(runs)} runs, {forks} of them forks: {steps:,} steps, {saved:,} fewer than if each ran whole"
+    )
     lines.append(f"disk: about {sum(run.disk for run in runs) / 1e9:,.1f} GB, an estimate")
     if speed is None:
         lines.append("hours: give --speed, in steps per second of one run")
     else:
         longest = max(run.args.total_timesteps if run.trunk else run.steps for run in runs)
         hours, least = steps / speed / 3600, longest / speed / 3600
-        lines.append(f"hours: {hours:,.1f} of one run at a time at {speed:,.0f} steps per second, {least:,.1f} at least")
+        lines.append(
+            f"hours: {hours:,.1f} of one run at a time at {speed:,.0f} steps per second, {least:,.1f} at least"
+        )
     return lines
 
 
@@ -271,7 +326,9 @@ def conclude(book: Book, metric: str) -> None:
         OSError: the comparison cannot be written.
     """
     tasks = book.tasks.values()
-    folders = [str(folder) for task in tasks if task.state == "finished" and (folder := task.run_folder) is not None]
+    folders = [
+        str(folder) for task in tasks if task.state == "finished" and (folder := task.run_folder) is not None
+    ]
     if folders:
         try:
             with contextlib.redirect_stdout(Unfailing(sys.stdout)):  # type: ignore[type-var]
@@ -280,4 +337,6 @@ def conclude(book: Book, metric: str) -> None:
             say(f"no comparison: {error}")
     if missing := [task.run.name for task in tasks if task.state != "finished"]:
         fix = "mend what the last lines above say, and give the same command once more"
-        raise SystemExit(f"error: {len(missing)} of {len(tasks)} runs are not finished ({', '.join(missing)}): {fix}")
+        raise SystemExit(
+            f"error: {len(missing)} of {len(tasks)} runs are not finished ({', '.join(missing)}): {fix}"
+        )

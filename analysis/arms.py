@@ -2,14 +2,14 @@
 
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from analysis.curves import Run, read_curves, read_run
-from analysis.flags import readable
+from analysis.curves import RecordedRun, read_curves, read_run
 from dqn_injection_atari import Args
 from support.flags import RunFlags
 from support.usage import UsageError, conditions, unused_fields
@@ -22,7 +22,14 @@ BOOKKEEPING = {"seed", "exp_name", *(field.name for field in fields(RunFlags))}
 CONDITIONS = conditions(Args)
 OF_INTERVENTION = ("intervention", "injection", "injection_trigger", *CONDITIONS)
 REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", "apply_injection", *OF_INTERVENTION)
-IN_WORDS = {"env_id", "intervention", "injection", "injection_trigger", "injection_norm_ratio", "freeze_heads"}
+IN_WORDS = {
+    "env_id",
+    "intervention",
+    "injection",
+    "injection_trigger",
+    "injection_norm_ratio",
+    "freeze_heads",
+}
 IN_WORDS |= {"injection_optimizer_state"}  # what an arm's name says in words of its own
 ARM_NAMES = {  # one and several
     "injection": ("injection", "injections"),
@@ -39,7 +46,7 @@ class Arm:
 
     name: str
     setting: dict[str, Any]
-    runs: list[Run]
+    runs: list[RecordedRun]
 
     @property
     def game(self) -> str:
@@ -49,7 +56,7 @@ class Arm:
     def injection(self) -> tuple[int, ...]:
         return self.setting["injection"]
 
-    def injections(self, run: Run) -> tuple[int, ...]:
+    def injections(self, run: RecordedRun) -> tuple[int, ...]:
         """Steps of a run's injections: those planned or, where the norm decides, those logged so far."""
         return self.injection or tuple(map(int, run.between("injection/step", -1, math.inf)[0]))
 
@@ -58,7 +65,10 @@ def runs_in(folders: Iterable[str]) -> tuple[tuple[str, ...], Path]:
     """The folders of runs, in the place of a sweep's folder those in it; and where what is made of them goes by default."""
     given = list(folders)
     sweeps = {folder: Path(folder, "runs") for folder in given if Path(folder, "sweep.json").is_file()}
-    of_sweeps = {folder: sorted(map(str, runs.glob("[!.]*"))) if runs.is_dir() else [] for folder, runs in sweeps.items()}
+    of_sweeps = {
+        folder: sorted(map(str, runs.glob("[!.]*"))) if runs.is_dir() else []
+        for folder, runs in sweeps.items()
+    }
     runs = tuple(run for folder in given for run in of_sweeps.get(folder, [folder]))
     return runs, Path(given[0]) if len(given) == len(sweeps) == 1 else Path()
 
@@ -79,8 +89,14 @@ def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     by_norm, planned = args.injection_trigger == "norm", args.planned_interventions
     what = args.applied_intervention if by_norm or planned else "none"
     unused = CONDITIONS if what == "none" else unused_fields(args)
-    shared = {name: value for name, value in asdict(args).items() if name not in BOOKKEEPING and name not in REWRITTEN}
-    shared["exploration_steps"] = round(args.exploration_fraction * args.total_timesteps)  # a longer run only goes on
+    shared = {
+        name: value
+        for name, value in asdict(args).items()
+        if name not in BOOKKEEPING and name not in REWRITTEN
+    }
+    shared["exploration_steps"] = round(
+        args.exploration_fraction * args.total_timesteps
+    )  # a longer run only goes on
     shared |= {"intervention": what, "injection": () if what == "none" else planned}
     shared |= {"injection_trigger": "norm" if by_norm and what != "none" else None}
     shared |= evaluation(args, metric)
@@ -148,12 +164,12 @@ def file_names(arms: Iterable[Arm]) -> list[str]:
     return names
 
 
-def group(runs: list[Run], metric: str = TRAINING_RETURN) -> tuple[list[Arm], dict[str, str]]:
+def group(runs: list[RecordedRun], metric: str = TRAINING_RETURN) -> tuple[list[Arm], dict[str, str]]:
     """Arms, those of a game together, the one without injection first; and {folder: reason} of runs left out.
 
     Runs whose `metric` was measured in different ways are different arms.
     """
-    members: dict[tuple, dict[int, Run]] = defaultdict(dict)
+    members: dict[tuple, dict[int, RecordedRun]] = defaultdict(dict)
     left_out = {}
     for run in runs:
         arm = members[tuple(setting(run.args, metric).items())]
@@ -161,13 +177,18 @@ def group(runs: list[Run], metric: str = TRAINING_RETURN) -> tuple[list[Arm], di
         arm[run.args.seed] = longer
         if shorter is not longer:
             twin = f"{longer.folder}, which has got to step {longer.last_step:,}"
-            left_out[shorter.folder] = f"{shorter.folder} has the arm and the seed of {twin}: the run is left out"
+            left_out[shorter.folder] = (
+                f"{shorter.folder} has the arm and the seed of {twin}: the run is left out"
+            )
     settings = [dict(key) for key in members]
     names = [name for name in settings[0] if name not in IN_WORDS]
     differing = [name for name in names if len({shared[name] for shared in settings} - {None}) > 1]
     only_injections = {shared["intervention"] for shared in settings} <= {"injection", "none"}
     baseline = "no injection" if only_injections else "no intervention"
-    arms = [Arm(describe(dict(key), differing, baseline), dict(key), list(arm.values())) for key, arm in members.items()]
+    arms = [
+        Arm(describe(dict(key), differing, baseline), dict(key), list(arm.values()))
+        for key, arm in members.items()
+    ]
     games = list(dict.fromkeys(arm.game for arm in arms))
 
     def order(arm: Arm) -> tuple:
@@ -193,8 +214,18 @@ def read_arms(folders: Iterable[str], metric: str) -> tuple[list[Arm], dict[str,
             left_out[folder] = str(error)
     if not runs:
         first = next(iter(left_out.values()))
-        raise UsageError(f"none of {len(left_out)} runs can be compared, give folders of runs, those under runs/; {first}")
+        raise UsageError(
+            f"none of {len(left_out)} runs can be compared, give folders of runs, those under runs/; {first}"
+        )
     arms, duplicates = group(runs, metric)
     going = [run for arm in arms for run in arm.runs if run.last_step < run.args.total_timesteps]
-    unfinished = {run.folder: f"{run.folder} is at step {run.last_step:,} of {run.args.total_timesteps:,}" for run in going}
+    unfinished = {
+        run.folder: f"{run.folder} is at step {run.last_step:,} of {run.args.total_timesteps:,}"
+        for run in going
+    }
     return arms, {"left_out": left_out | duplicates, "unfinished": unfinished}
+
+
+def readable(text: str) -> str:
+    """A part of a file's name."""
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")

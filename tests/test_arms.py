@@ -12,7 +12,17 @@ import pytest
 from simulated_runs import INJECTION, NORM, RETURN, games, make_arms, make_run, write, write_run
 from torch.utils.tensorboard import summary
 
-from analysis.runs import BOOKKEEPING, EVALUATION, Run, file_names, group, read_arms, read_run, setting, short
+from analysis.arms import (
+    BOOKKEEPING,
+    EVALUATION,
+    RecordedRun,
+    file_names,
+    group,
+    read_arms,
+    read_run,
+    setting,
+    short,
+)
 from dqn_injection_atari import Args, Experiment
 from support.flags import RunFlags
 from support.run_log import Curves
@@ -23,7 +33,9 @@ AT = {"injection_step": (5_000_000,)}
 
 def arms_of(*args):
     """Arms of runs in memory, one for each of these arguments."""
-    return group([Run(str(i), Args(**one), {RETURN: np.array([[1.0], [0.0]])}) for i, one in enumerate(args)])[0]
+    return group(
+        [RecordedRun(str(i), Args(**one), {RETURN: np.array([[1.0], [0.0]])}) for i, one in enumerate(args)]
+    )[0]
 
 
 def names(*args):
@@ -88,13 +100,20 @@ def test_names_hardware_logging_evaluation_and_length_make_no_other_arm():
             {"fork": "runs/x/checkpoint-5"}, {"eval_episodes": 0, "eval_steps": 100}, {"cuda_graphs": True},
             {"total_timesteps": 30_000_000, "exploration_fraction": 0.05}]  # fmt: skip
     assert all(setting(Args(**args)) == setting(Args()) for args in same)
-    assert not BOOKKEEPING & OTHER.keys() and BOOKKEEPING | OTHER.keys() == {field.name for field in fields(Args)}
+    assert not BOOKKEEPING & OTHER.keys() and BOOKKEEPING | OTHER.keys() == {
+        field.name for field in fields(Args)
+    }
 
 
 def test_how_a_run_is_evaluated_makes_another_arm_where_evaluations_are_compared():
     names = {field.name for field in fields(RunFlags) if field.name.startswith("eval_")}
     assert set(EVALUATION) == names, "whatever changes an evaluation"
-    others = ({"eval_frequency": 500}, {"eval_episodes": 3}, {"eval_steps": 500, "eval_episodes": 0}, {"eval_epsilon": 0.1})
+    others = (
+        {"eval_frequency": 500},
+        {"eval_episodes": 3},
+        {"eval_steps": 500, "eval_episodes": 0},
+        {"eval_epsilon": 0.1},
+    )
     for other in others:
         assert setting(Args(**other), "eval/episodic_return") != setting(Args(), "eval/episodic_return")
         assert setting(Args(**other), RETURN) == setting(Args())
@@ -103,9 +122,20 @@ def test_how_a_run_is_evaluated_makes_another_arm_where_evaluations_are_compared
 @pytest.mark.parametrize(
     "args",
     [
-        {"intervention": "none", "injection_step": (5,), "injection_optimizer_state": "copy", "shrink_factor": 0.5},
+        {
+            "intervention": "none",
+            "injection_step": (5,),
+            "injection_optimizer_state": "copy",
+            "shrink_factor": 0.5,
+        },
         {"apply_injection": False, "injection_step": (5,), "freeze_heads": False},
-        {"apply_injection": False, **NORM, "injection_norm_ratio": 2.0, "max_injections": 3, "injection_check_frequency": 7},
+        {
+            "apply_injection": False,
+            **NORM,
+            "injection_norm_ratio": 2.0,
+            "max_injections": 3,
+            "injection_check_frequency": 7,
+        },
         {"intervention": "none", **NORM},
         {"freeze_heads": False},
     ],
@@ -119,7 +149,11 @@ def test_everything_about_an_intervention_that_never_comes_is_no_difference(args
 def test_interventions_in_one_vector_step_come_to_the_same_and_stand_at_its_end():
     one, other = ({"injection_step": (step,), "num_envs": 8} for step in (1_001, 1_007))
     (arm,) = arms_of(one, other | {"seed": 2})
-    assert arm.injection == (1_008,) and arm.injections(arm.runs[0]) == (1_008,) and arm.name == "injection at 1.008k"
+    assert (
+        arm.injection == (1_008,)
+        and arm.injections(arm.runs[0]) == (1_008,)
+        and arm.name == "injection at 1.008k"
+    )
 
 
 def test_what_the_norm_decided_stands_where_it_was_logged():
@@ -133,10 +167,21 @@ def test_what_the_norm_decided_stands_where_it_was_logged():
 
 def test_arms_are_named_by_their_injections_and_by_what_else_sets_them_apart():
     several, one = {"injection_step": (5_000_000, 12_500_000)}, {"injection_step": (400_000,)}
-    found = ["no injection", "injection at 5M", "injection at 5M, all heads trained", "injections at 5M and 12.5M"]
+    found = [
+        "no injection",
+        "injection at 5M",
+        "injection at 5M, all heads trained",
+        "injections at 5M and 12.5M",
+    ]
     assert names(several, AT, AT | {"freeze_heads": False}, {}) == found
-    assert names(one | {"freeze_heads": False}, {}) == ["no injection", "injection at 400k, all heads trained"]
-    assert names({}, {"num_envs": 8, "bf16": True}) == ["no injection, num envs 1, no bf16", "no injection, num envs 8, bf16"]
+    assert names(one | {"freeze_heads": False}, {}) == [
+        "no injection",
+        "injection at 400k, all heads trained",
+    ]
+    assert names({}, {"num_envs": 8, "bf16": True}) == [
+        "no injection, num envs 1, no bf16",
+        "no injection, num envs 8, bf16",
+    ]
     copied = AT | {"injection_optimizer_state": "copy"}
     assert names(AT, copied)[1] == "injection at 5M, optimizer state copied"
     assert names(NORM, NORM | {"max_injections": 2})[1].endswith("3×, max injections 2")
@@ -175,7 +220,10 @@ def test_interventions_are_named_and_in_their_company_a_baseline_is_one_without_
         "injection at 5M",
         "shrink and perturb at 5M",
     ]
-    assert names(NORM | {"injection_norm_ratio": 2.5}, {}) == ["no injection", "injection where the norm has grown 2.5×"]
+    assert names(NORM | {"injection_norm_ratio": 2.5}, {}) == [
+        "no injection",
+        "injection where the norm has grown 2.5×",
+    ]
     assert names(shrink | {"shrink_factor": 0.5}, shrink)[0] == "shrink and perturb at 5M, shrink factor 0.5"
     assert names({"injection_step": (5, 7), "intervention": "reset-head"}) == ["head resets at 5 and 7"]
 
@@ -183,7 +231,12 @@ def test_interventions_are_named_and_in_their_company_a_baseline_is_one_without_
 def test_arms_of_a_game_stand_together_the_one_without_intervention_first():
     arms = arms_of(AT, AT | {"env_id": "PongNoFrameskip-v4"}, {}, {"env_id": "PongNoFrameskip-v4"})
     assert [(arm.game[:4], arm.name) for arm in arms] == [
-        *[("Phoe", "no injection"), ("Phoe", "injection at 5M"), ("Pong", "no injection"), ("Pong", "injection at 5M")]
+        *[
+            ("Phoe", "no injection"),
+            ("Phoe", "injection at 5M"),
+            ("Pong", "no injection"),
+            ("Pong", "injection at 5M"),
+        ]
     ]
 
 
@@ -227,11 +280,16 @@ def event_file(folder):
 
 
 def test_every_scalar_is_read_several_at_one_step_included():
-    points = {RETURN: [(100, 1.5), (100, -2.5), (100, 1.5), (2**40, 3.0)], "losses/td_loss": [(7, float("nan"))]}
+    points = {
+        RETURN: [(100, 1.5), (100, -2.5), (100, 1.5), (2**40, 3.0)],
+        "losses/td_loss": [(7, float("nan"))],
+    }
     run = read_run(write_run("a", points), RETURN)
     assert run.scalars[RETURN].tolist() == [[100, 100, 100, 2**40], [1.5, -2.5, 1.5, 3.0]]
     assert run.last_step == 2**40 and np.isnan(run.scalars["losses/td_loss"][1]).all()
-    assert run.between(RETURN, 100, 2**40).tolist() == [[2**40], [3.0]] and run.between("no/tag", 0, 1).shape == (2, 0)
+    assert run.between(RETURN, 100, 2**40).tolist() == [[2**40], [3.0]] and run.between(
+        "no/tag", 0, 1
+    ).shape == (2, 0)
 
 
 def test_a_resumed_run_shows_every_point_once_as_it_went_on_without_a_warning(caplog):
@@ -276,7 +334,9 @@ def test_a_log_cut_anywhere_is_read_up_to_its_last_whole_point():
 
 def test_a_killed_runs_last_half_point_does_not_hide_what_the_resumed_run_logged():
     folder = write_run("a", {RETURN: [(100, 1.0), (200, 1.0)]}, last=200)
-    event_file(folder).write_bytes(event_file(folder).read_bytes()[:-70])  # of the game at 200, and all of the speed
+    event_file(folder).write_bytes(
+        event_file(folder).read_bytes()[:-70]
+    )  # of the game at 200, and all of the speed
     curves = Curves(Path(folder), 200)
     curves.add(summary.scalar(RETURN, 2.0), 200)
     curves.flush()
@@ -322,11 +382,26 @@ def broken(kind):
         event_file(folder).write_bytes(bytes(range(256)))
     elif kind == "NaN":
         return write_run("nan", {RETURN: [(2_000, float("nan"))]}), "not finite"
-    reason = {"no run.json": "no run.json", "cut run.json": "JSONDecodeError", "foreign run.json": "TypeError"}
-    return str(folder), reason.get(kind, "is damaged" if kind == "garbage" else "no charts/episodic_return yet")
+    reason = {
+        "no run.json": "no run.json",
+        "cut run.json": "JSONDecodeError",
+        "foreign run.json": "TypeError",
+    }
+    return str(folder), reason.get(
+        kind, "is damaged" if kind == "garbage" else "no charts/episodic_return yet"
+    )
 
 
-KINDS = ("no folder", "no run.json", "cut run.json", "foreign run.json", "empty log", "no log", "garbage", "NaN")
+KINDS = (
+    "no folder",
+    "no run.json",
+    "cut run.json",
+    "foreign run.json",
+    "empty log",
+    "no log",
+    "garbage",
+    "NaN",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -349,11 +424,18 @@ def test_six_runs_of_a_twentieth_of_full_length_are_read_in_a_twentieth_of_the_t
     scalars |= {f"plasticity/{i}": np.stack((steps, np.ones(len(steps))))[:, 49::50] for i in range(30)}
     arms = [(seed, injected) for seed in (1, 2, 3) for injected in (False, True)]
     runs = [
-        Run(f"runs/{seed}{i}", Args(seed=seed, apply_injection=i, total_timesteps=total, injection_step=(INJECTION,)), scalars)
+        RecordedRun(
+            f"runs/{seed}{i}",
+            Args(seed=seed, apply_injection=i, total_timesteps=total, injection_step=(INJECTION,)),
+            scalars,
+        )
         for seed, i in arms
     ]
     folders = [write(run) for run in runs]
-    assert json.loads(Path(folders[0], "run.json").read_text(encoding="utf-8"))["args"]["total_timesteps"] == total
+    assert (
+        json.loads(Path(folders[0], "run.json").read_text(encoding="utf-8"))["args"]["total_timesteps"]
+        == total
+    )
     memory, start = psutil.Process().memory_info().rss, time.process_time()
     read = [read_run(folder, RETURN) for folder in folders]
     seconds, memory = time.process_time() - start, psutil.Process().memory_info().rss - memory
