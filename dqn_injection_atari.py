@@ -7,7 +7,7 @@ draws one fresh head, installs it twice (θ′₁ = θ′₂), and freezes θ an
 width also the number of trainable parameters, and θ′₁ learns with the plasticity of a new head.
 
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000     # train, inject, log
-    python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000 --no-apply-injection  # baseline
+    python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000 --intervention none  # baseline
     python dqn_injection_atari.py --resume runs/FOLDER                                         # go on, bit for bit
     tensorboard --logdir runs --samples_per_plugin scalars=100000000                           # read the curves, every point
 
@@ -60,6 +60,7 @@ CODE_VERSION = code_version(Path(__file__))  # of the code that runs, edits come
 OF_INJECTION = OnlyWith(
     "intervention", ("injection", "none")
 )  # a baseline may have the flags of the arm it belongs to
+OF_REDRAWN = OnlyWith("intervention", ("injection", "reset-head", "shrink-perturb", "none"))
 OF_NORM = OnlyWith("injection_trigger", ("norm",))
 
 
@@ -82,14 +83,12 @@ class Experiment:
 
     injection_step: tuple[int, ...] = ()
     """steps at which plasticity is injected (paper: 12_500_000 = 50M frames)"""
-    apply_injection: bool = True
-    """--no-apply-injection leaves it out and nothing else: the baseline (paper)"""
     intervention: Literal["injection", "reset-head", "shrink-perturb", "none"] = "injection"
-    """what is done then: reset-head redraws the head; shrink-perturb mixes the encoder with a new one, too"""
+    """what is done then; none leaves it out and nothing else: the baseline (paper)"""
     freeze_heads: Annotated[bool, OF_INJECTION] = True
     """freeze θ and θ′₂ at injection, or train all three heads (paper, appendix)"""
-    injection_optimizer_state: Annotated[Literal["fresh", "copy"], OF_INJECTION] = "fresh"
-    """the new head's moments: none, or those of the head before (paper, Fig. 9)"""
+    moments: Annotated[Literal["fresh", "keep"], OF_REDRAWN] = "fresh"
+    """optimizer state of layers drawn anew: none, or that of those before (paper, Fig. 9)"""
     injection_trigger: Literal["step", "norm"] = "step"
     """inject at --injection-step, or when the weights have grown (paper, appendix)"""
     injection_norm_ratio: Annotated[Positive, OF_NORM] = 3.0
@@ -163,17 +162,11 @@ class Args(RunFlags, Experiment):
                 over = "the run is over after its first step"
                 raise UsageError(f"injection_step is {self.injection_step}, but {over}: {fix}")
             raise UsageError(f"injection_step is {self.injection_step}, but must be {rule}, {end}")
-        if self.injection_optimizer_state == "copy" and self.injected_head_width not in (
+        if self.moments == "keep" and self.injected_head_width not in (
             None,
             self.head_width,
         ):
-            raise UsageError(
-                "a head of another width has no moments to copy: give --injection-optimizer-state fresh"
-            )
-        if not self.apply_injection and what not in ("injection", "none"):
-            raise UsageError(
-                f"intervention {what} contradicts --no-apply-injection: for a baseline give --intervention none"
-            )
+            raise UsageError("a head of another width has no moments to copy: give --moments fresh")
         if when == "norm" and planned:
             raise UsageError(
                 "injection_trigger norm decides when to inject: give --injection-step without a number"
@@ -194,11 +187,6 @@ class Args(RunFlags, Experiment):
             )
 
     @property
-    def applied_intervention(self) -> str:
-        """What this run does when the time has come: `intervention`, or "none" in a baseline."""
-        return self.intervention if self.apply_injection else "none"
-
-    @property
     def planned_interventions(self) -> tuple[int, ...]:
         """`injection_step`, each at the end of the vector step of num_envs steps in which it lies."""
         return tuple(-(-step // self.num_envs) * self.num_envs for step in self.injection_step)
@@ -215,7 +203,7 @@ class Args(RunFlags, Experiment):
     @property
     def planned_pairs(self) -> int:
         """How many pairs of heads the run's injections will add, those before a fork included."""
-        if self.applied_intervention != "injection":
+        if self.intervention != "injection":
             return 0
         return self.max_injections if self.injection_trigger == "norm" else len(self.injection_step)
 
@@ -241,12 +229,11 @@ FORKABLE = (  # what a fork may change: nothing of this changes what lies before
         "total_timesteps",
         "exploration_fraction",
         "injection_step",
-        "apply_injection",
         "intervention",
         "freeze_heads",
     ),
     *(
-        "injection_optimizer_state",
+        "moments",
         "injected_head_width",
         "injection_trigger",
         "injection_norm_ratio",
@@ -258,7 +245,7 @@ FORKABLE = (  # what a fork may change: nothing of this changes what lies before
 OF_KIND = {
     "intervention",
     "freeze_heads",
-    "injection_optimizer_state",
+    "moments",
     "injected_head_width",
     "shrink_factor",
 }  # not after one
@@ -269,7 +256,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{
             "total_timesteps": 50_000_000,
             "injection_step": (12_500_000,),
-            "injection_optimizer_state": "copy",
+            "moments": "keep",
         },
         **{
             "optimizer": "rmsprop",
@@ -554,7 +541,7 @@ class Learner:
         """
         _, before = self.learning()
         self.q_network.inject(self._generator(Stream.INJECTION))
-        if self.args.injection_optimizer_state == "copy":
+        if self.args.moments == "keep":
             copy_moments(self.optimizer, before, self.learning()[1])
         self._intervened(step)
 
@@ -718,11 +705,9 @@ class Training:
         """Whether one of --injection-step has passed, or the norm has grown beyond --injection-norm-ratio."""
         args, step, made = self.args, self.run.step, len(self.learner.interventions)
         if args.injection_trigger == "step":
-            return step in args.planned_interventions and args.applied_intervention != "none"
+            return step in args.planned_interventions and args.intervention != "none"
         possible = (
-            0 < step < args.total_timesteps
-            and made < args.max_injections
-            and args.applied_intervention != "none"
+            0 < step < args.total_timesteps and made < args.max_injections and args.intervention != "none"
         )
         due = possible and self.run.due(args.injection_check_frequency)
         return bool(due) and self.learner.norms.growth(self.learner.learning()) > args.injection_norm_ratio
@@ -802,7 +787,7 @@ def injections_fix(args: Args, made: tuple[int, ...], step: int) -> str:
     earlier = "an earlier checkpoint"
     if not made:
         return f"give an --injection-step of {step} or later, or {earlier}"
-    if args.applied_intervention == "none":
+    if args.intervention == "none":
         return f"give {earlier}"
     later = [planned for planned in args.planned_interventions if planned >= step]
     return f"give an --injection-step of {' '.join(map(str, (*made, *later)))}, or {earlier}"
@@ -817,7 +802,7 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     changed = set(usage.changed_fields(args, saved))
     refuse_unforkable(asdict(args), saved, where)
     planned = made if by_norm else tuple(planned for planned in args.planned_interventions if planned < step)
-    said = planned if args.applied_intervention != "none" else ()
+    said = planned if args.intervention != "none" else ()
     kinds = " and ".join(map(flag, sorted(changed & OF_KIND)))
     room = len(made) + bool(changed & {"injection_trigger", "max_injections"})
     ragged = step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency)
@@ -872,7 +857,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
         run.introduce(f"{args.env_id} × {args.num_envs} ({args.env_backend})", device, origin)
         if slow:  # without --bf16 the numbers would be others
             run.log.say(f"warning: {slow}; it goes on as it began")
-        baseline = args.applied_intervention == "none"
+        baseline = args.intervention == "none"
         if baseline or (args.injection_trigger == "step" and not args.injection_step):
             run.log.say("no plasticity injection in this run" + ": baseline arm" * baseline)
         if args.learning_starts >= args.total_timesteps:
@@ -970,7 +955,7 @@ def refuse_idle(given: dict[str, Any], args: Args) -> None:
     """
     of_evaluations = ("eval_episodes", "eval_steps", "eval_epsilon")
     of_wandb = ("wandb_project_name", "wandb_entity")
-    of_injections = ("freeze_heads", "injection_optimizer_state", "injected_head_width", "shrink_factor")
+    of_injections = ("freeze_heads", "moments", "injected_head_width", "shrink_factor")
     idle: dict[str, list[str]] = {}  # by what to give
     for name in given:
         fix = None
@@ -994,15 +979,10 @@ def refuse_idle(given: dict[str, Any], args: Args) -> None:
 
 def parse_args() -> Args:
     """The command line as `Args`. Flags that are not given are as in the preset, or as in the run to resume or fork."""
-    line, named = (
-        asdict(tyro.cli(CommandLine, description=__doc__, args=usage.words_given())),
-        usage.flags_given(),
-    )
-    given = {name: value for name, value in line.items() if name in named}
-    preset, what, apply = PRESETS[line["preset"]], given.get("intervention"), given.get("apply_injection")
-    if what is not None and apply is not None and apply == (what == "none"):
-        choice = "--apply-injection" if apply else "--no-apply-injection"
-        raise UsageError(f"--intervention {what} and {choice} contradict each other: give one of them")
+    line = asdict(tyro.cli(CommandLine, description=__doc__, args=usage.words_given()))
+    names_given = usage.flags_given()
+    given = {name: value for name, value in line.items() if name in names_given}
+    preset = PRESETS[line["preset"]]
     base = asdict(Args()) | preset
     sources = {name: line[name] for name in ("resume", "fork", "evaluate")}
     if any(source is not None for source in sources.values()):
@@ -1013,30 +993,26 @@ def parse_args() -> Args:
             )
     if line["evaluate"] is not None:
         return parse_evaluation(given)
-    if line["resume"] is not None or line["fork"] is not None:
-        path = (
-            Path(line["resume"], "run.json") if line["fork"] is None else Path(line["fork"], "manifest.json")
-        )
+    if line["resume"] is not None:
+        path = Path(line["resume"], "run.json")
         base = asdict(usage.settings_of(Args, read_identity(path)["args"], path))
-        if line["resume"] is not None:
-            usage.refuse_changes(CommandLine(**base | given), CommandLine(**base), FORKABLE)
-            return Args(resume=line["resume"])
+        usage.refuse_changes(CommandLine(**base | given), CommandLine(**base), FORKABLE)
+        return Args(resume=line["resume"])
+    if line["fork"] is not None:
+        path = Path(line["fork"], "manifest.json")
+        base = asdict(usage.settings_of(Args, read_identity(path)["args"], path))
         refuse_unforkable(given, CommandLine(**base), f"checkpoint {line['fork']}")
-    # the other way to say what is given is not taken over, nor what nothing looks at then
-    said = {
-        "apply_injection": what,
-        "intervention": apply,
-        "injection_step": given.get("injection_trigger") == "norm" or None,
-    }
-    base |= {name: getattr(Args, name) for name, instead in said.items() if instead is not None}
+    # what decides when to inject is given in one way, and what nothing looks at then is not taken over
+    if given.get("injection_trigger") == "norm":
+        base["injection_step"] = Args.injection_step
     base |= {name: getattr(Args, name) for name in usage.unused_fields(CommandLine(**base | given))}
     args = base | given
-    if (
-        "exploration_fraction" in preset.keys() - given.keys()
-    ):  # ε falls over so many steps, however long the run is
+    args.pop("preset", None)
+    if "exploration_fraction" in preset and "exploration_fraction" not in given:
+        # ε falls over so many steps, however long the run is
         steps = preset["exploration_fraction"] * preset["total_timesteps"]
         args["exploration_fraction"] = min(1.0, steps / max(1, args["total_timesteps"]))
-    parsed = Args(**{name: value for name, value in args.items() if name != "preset"})
+    parsed = Args(**args)
     refuse_idle(given, parsed)
     return parsed
 

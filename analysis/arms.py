@@ -21,7 +21,7 @@ EVALUATION = ("eval_frequency", "eval_episodes", "eval_steps", "eval_epsilon")
 BOOKKEEPING = {"seed", "exp_name", *(field.name for field in fields(RunFlags))}
 CONDITIONS = conditions(Args)
 OF_INTERVENTION = ("intervention", "injection", "injection_trigger", *CONDITIONS)
-REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", "apply_injection", *OF_INTERVENTION)
+REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", *OF_INTERVENTION)
 IN_WORDS = {
     "env_id",
     "intervention",
@@ -30,7 +30,7 @@ IN_WORDS = {
     "injection_norm_ratio",
     "freeze_heads",
 }
-IN_WORDS |= {"injection_optimizer_state"}  # what an arm's name says in words of its own
+IN_WORDS |= {"moments"}  # what an arm's name says in words of its own
 ARM_NAMES = {  # one and several
     "injection": ("injection", "injections"),
     "reset-head": ("head reset", "head resets"),
@@ -87,7 +87,7 @@ def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     the run does not look at is None.
     """
     by_norm, planned = args.injection_trigger == "norm", args.planned_interventions
-    what = args.applied_intervention if by_norm or planned else "none"
+    what = args.intervention if by_norm or planned else "none"
     unused = CONDITIONS if what == "none" else unused_fields(args)
     shared = {
         name: value
@@ -146,7 +146,7 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
             words.append(plain if value else f"no {plain}")
         elif value is not None:
             words.append(f"{plain} {value:,}" if isinstance(value, int) else f"{plain} {value}")
-    words += ["optimizer state copied"] if setting["injection_optimizer_state"] == "copy" else []
+    words += ["optimizer state copied"] if setting["moments"] == "keep" else []
     words += ["all heads trained"] if setting["freeze_heads"] is False else []
     return ", ".join(words)
 

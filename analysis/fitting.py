@@ -53,7 +53,7 @@ def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:
     made = num_injections(checkpoint)
     changes: dict[str, Any] = {"seed": seed, "bf16": False, "cuda_graphs": False}
     changes |= {"injection_step": tuple(range(1, made + 2)), "total_timesteps": made + 2, "num_envs": 1}
-    changes |= {"intervention": "injection", "apply_injection": True, "injection_trigger": "step"}
+    changes |= {"intervention": "injection", "injection_trigger": "step"}
     changes |= {"keep_checkpoints": ()}
     for name, condition in CONDITIONS.items():
         if changes[condition.field] not in condition.values:

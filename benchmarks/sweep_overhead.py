@@ -41,7 +41,7 @@ class Settings:
 
 def by_hand(place: Path, flags: list[str]) -> None:
     script = (sys.executable, str(ROOT / "dqn_injection_atari.py"))
-    own = [("--env-id", GAME, "--seed", seed, "--no-apply-injection", "--no-cuda") for seed in SEEDS]
+    own = [("--env-id", GAME, "--seed", seed, "--intervention none", "--no-cuda") for seed in SEEDS]
     runs = [subprocess.Popen([*script, *flags, *more], cwd=place, stdout=subprocess.DEVNULL) for more in own]
     if any([run.wait() for run in runs]):  # a list: wait for both
         raise RuntimeError("a run by hand has failed")

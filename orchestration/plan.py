@@ -21,7 +21,7 @@ from support.usage import UsageError, flag, reading
 
 INTERVENTIONS: tuple[str, ...] = get_args(Args.__dataclass_fields__["intervention"].type)
 INSTEAD = {  # flags of the training script that a sweep gives, and what to give to the sweep
-    **{"env_id": "--env-ids", "seed": "--seeds", "intervention": "--arms", "apply_injection": "--arms"},
+    **{"env_id": "--env-ids", "seed": "--seeds", "intervention": "--arms"},
     **{"exp_name": "--name", "resume": "the same command once more", "fork": "--from-checkpoint"},
     **{"evaluate": "nothing, it plays one agent"},
 }
@@ -101,7 +101,7 @@ class PlannedRun:
         """Bytes of its checkpoints, one in the making included, and curves: an estimate."""
         args = self.args
         stay = sum(step >= self.begins for step in args.kept_checkpoints)
-        if args.injection_trigger == "norm" and args.applied_intervention != "none":
+        if args.injection_trigger == "norm" and args.intervention != "none":
             stay += 1  # before the first one
         checkpoint = NETWORK_BYTES + BYTES_PER_PAIR * args.planned_pairs
         checkpoint += BYTES_PER_FRAME * min(args.buffer_size, args.total_timesteps)
@@ -191,7 +191,7 @@ def check(asked: Asked, origin: Checkpoint | None) -> None:
             "grid has a flag twice, or none: give --grid learning-rate 1e-4 5e-4, once for each flag"
         )
     named = [(name, "after --") for name in names_in(asked.flags)] + [(name, "in --grid") for name in axes]
-    arm_flags = own.keys() - {"intervention", "apply_injection"}
+    arm_flags = own.keys() - {"intervention"}
     named += [
         (name, f"in arm {arm}")
         for arm, flags in asked.arms.items()
@@ -222,8 +222,10 @@ def all_arms(interventions: Sequence[str], own: dict[str, str]) -> dict[str, lis
             raise UsageError(f"{nothing}: give another name to --arm")
         if arm in INTERVENTIONS:
             raise UsageError(f"arm {arm} has flags already, --intervention {arm}: give another name to --arm")
-        says = names_in(words := words_of(flags)) & {"intervention", "apply_injection"}
-        arms[arm] = words if says else ["--intervention", "injection", *words]
+        words = words_of(flags)
+        if "intervention" not in names_in(words):
+            words = ["--intervention", "injection", *words]
+        arms[arm] = words
     return arms
 
 
@@ -273,7 +275,7 @@ def arms_of(
         family.append(run if not family else forked(run, family[0]))
     for arm, args in ((run.arm, run.args) for run in family[1:]):
         if (
-            args.applied_intervention != "none"
+            args.intervention != "none"
             and args.injection_trigger == "step"
             and not args.planned_interventions
         ):
@@ -304,12 +306,6 @@ def forked(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
         run.args,
         Checkpoint(path, {"step": step, "args": vars(trunk.args)}, {"learner": {"interventions": ()}}),
     )
-    baseline = run.args.intervention == "none"
-    said, unsaid = ("intervention", "apply_injection") if baseline else ("apply_injection", "intervention")
-    if run.args.apply_injection == baseline and {said, unsaid} & {
-        *changed
-    }:  # the script takes one of the two
-        changed = [said, *(name for name in changed if name not in (said, unsaid))]
     flags = tuple(word for name in changed for word in as_flags(name, getattr(run.args, name)))
     return replace(run, flags=flags, begins=step, trunk=trunk.name)
 
@@ -337,7 +333,7 @@ def continuation(
     own += ["--exploration-fraction", repr(falls / total), "--injection-trigger", "step"]
     begin = ("--fork", str(origin.path), *flags, *own)
     args = parsed((*begin, "--seed", str(asked.seeds[0]), "--exp-name", exp_name))
-    if made and args.applied_intervention == "none":
+    if made and args.intervention == "none":
         raise UsageError(
             f"{origin.path} lies after an injection, so arm {arm} cannot go on from it: give an earlier checkpoint"
         )

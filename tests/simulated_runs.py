@@ -70,7 +70,7 @@ def make_arms(seeds=(1, 2, 3), effect=50.0, prefix="", **args):
     """Runs with and without injection, of one history per seed."""
     return [
         make_run(f"{prefix}{'injected' if injected else 'baseline'}-{seed}", {RETURN: games(seed, injected, effect * injected)},
-                 seed=seed, apply_injection=injected, **args)
+                 seed=seed, intervention="injection" if injected else "none", **args)
         for seed in seeds for injected in (False, True)
     ]  # fmt: skip
 
@@ -98,5 +98,5 @@ def make_norm_arms(firsts, upto=TOTAL):
             "injection/step": [(step, step) for step in steps],
         }
         runs.append(make_run(f"n{seed}", points, upto, seed=seed, **NORM))
-        runs.append(make_run(f"b{seed}", {RETURN: baseline}, upto, seed=seed, apply_injection=False))
+        runs.append(make_run(f"b{seed}", {RETURN: baseline}, upto, seed=seed, intervention="none"))
     return runs

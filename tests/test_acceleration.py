@@ -282,7 +282,7 @@ def check_equality(eager, captured, count):
 CASES = {  # updates in each call, and settings
     "plain": (1, {}),
     "all heads learn, soft target": (2, {"freeze_heads": False, "tau": 0.5}),
-    "bf16": (2, {"bf16": True, "injection_optimizer_state": "copy"}),
+    "bf16": (2, {"bf16": True, "moments": "keep"}),
     "the paper's optimizer": (2, {"optimizer": "rmsprop", "learning_rate": 2.5e-4, "shared_bias": True}),
 }
 each_case = pytest.mark.parametrize(

@@ -51,7 +51,10 @@ def test_the_mean_of_a_side_is_normalised_where_it_has_one():
         score = (np.mean(list(phoenix.means[side].values())) - 761.4) / (7242.6 - 761.4)
         assert normalised_mean(phoenix, side) == pytest.approx(score)
     (early,) = compared(
-        *(make_run(str(i), {RETURN: [(1, 1.0)]}, last=1, apply_injection=i) for i in (False, True))
+        *(
+            make_run(str(i), {RETURN: [(1, 1.0)]}, last=1, intervention="injection" if i else "none")
+            for i in (False, True)
+        )
     )
     (tetris,) = compared(*make_games(TETRIS))
     assert normalised_mean(early, 0) is None and normalised_mean(tetris, 1) is None
@@ -125,7 +128,11 @@ def test_comparisons_of_several_games_are_aggregated_with_the_runs_of_a_seed_dra
 def test_of_games_with_few_runs_on_a_side_there_is_no_interval_however_many_the_others_have(seeds, others):
     runs = [*make_games(ALIEN), *make_games(PHOENIX, seeds=(1, 2, 3))]
     keep = {False: seeds, True: others}
-    few = [run for run in runs if run.args.env_id == ALIEN or run.args.seed in keep[run.args.apply_injection]]
+    few = [
+        run
+        for run in runs
+        if run.args.env_id == ALIEN or run.args.seed in keep[(run.args.intervention == "injection")]
+    ]
     (total,) = aggregates(compared(*few))
     assert np.isnan(total.scores[:, 1:]).all() and np.isfinite(total.scores[:, 0]).all()
     (total,) = aggregates(compared(*runs))
@@ -136,14 +143,14 @@ def test_seeds_that_all_gain_the_same_tell_nothing_of_how_sure_that_is():
     runs = make_games(PHOENIX)
     for run in runs:
         run.scalars[RETURN] = make_run("", {RETURN: games(run.args.seed, 0)}).scalars[RETURN]
-        run.scalars[RETURN][1, 10:] += 7.0 * run.args.apply_injection
+        run.scalars[RETURN][1, 10:] += 7.0 * (run.args.intervention == "injection")
     (total,) = aggregates(compared(*runs))
     assert np.isfinite(total.scores[:2]).all() and np.isnan(total.scores[2, 1:]).all()
 
 
 def test_runs_without_a_shared_history_are_drawn_apart():
     runs = [
-        make_run(f"b{seed}", {RETURN: games(seed, 0)}, seed=seed, apply_injection=False) for seed in (1, 2, 3)
+        make_run(f"b{seed}", {RETURN: games(seed, 0)}, seed=seed, intervention="none") for seed in (1, 2, 3)
     ]
     runs += [make_run(f"i{seed}", {RETURN: games(seed + 3, 1)}, seed=seed) for seed in (1, 2, 3)]
     (pair,) = compared(*runs)
@@ -153,7 +160,7 @@ def test_runs_without_a_shared_history_are_drawn_apart():
 
 
 def test_games_without_a_human_score_or_a_run_on_one_side_are_left_out_of_the_aggregate_and_named():
-    pong = make_run("pong", {RETURN: games(1, 0)}, env_id="PongNoFrameskip-v4", apply_injection=False)
+    pong = make_run("pong", {RETURN: games(1, 0)}, env_id="PongNoFrameskip-v4", intervention="none")
     early = make_run("early", {RETURN: games(1, 1, upto=900)}, last=900, env_id="PongNoFrameskip-v4")
     (total,) = aggregates(compared(*make_games(PHOENIX, ALIEN, TETRIS), pong, early))
     reasons = {"PongNoFrameskip-v4": "no run in the window on one side", TETRIS: "no human score is known"}

@@ -73,7 +73,7 @@ def test_words_warn_where_games_without_a_return_could_carry_the_verdict(effect,
     """Each arm has 3 runs of 20 games in the window."""
     runs = make_arms(effect=effect)
     for run in runs:
-        run.scalars["charts/games_cut"] = np.array([[2_000.0], [cut[run.args.apply_injection]]])
+        run.scalars["charts/games_cut"] = np.array([[2_000.0], [cut[(run.args.intervention == "injection")]]])
     lines = [line for line in words(*runs) if line.startswith("caution")]
     counts = f"{3 * cut[0]} of {3 * cut[0] + 60} games without and {3 * cut[1]} of {3 * cut[1] + 60} games with injection were cut"
     assert len(lines) == said
@@ -137,7 +137,7 @@ def test_without_a_verdict_words_warn_where_the_difference_could_be_owed_to_miss
 
 def test_words_say_how_many_runs_share_a_history_where_they_are_too_few_to_pair():
     alone = [
-        make_run("b9", {RETURN: games(9, 0)}, seed=9, apply_injection=False),
+        make_run("b9", {RETURN: games(9, 0)}, seed=9, intervention="none"),
         make_run("i8", {RETURN: games(8, 1)}, seed=8),
     ]
     seeds = "95% Welch interval, 3 seeds (1, 2, 9) without and 3 seeds (1, 2, 8) with injection"
@@ -205,7 +205,7 @@ def test_words_say_that_an_interval_is_over_continuations_of_one_agent():
     history = games(7, 0)[: INJECTION // 100]
     runs = [
         make_run(f"c{seed}-{injected}", {RETURN: history + games(seed, injected, 50.0 * injected)[INJECTION // 100 :]},
-                 seed=seed, apply_injection=bool(injected), fork=f"runs/agent/checkpoint-{INJECTION}")
+                 seed=seed, intervention="injection" if injected else "none", fork=f"runs/agent/checkpoint-{INJECTION}")
         for seed in (1, 2, 3) for injected in (0, 1)
     ]  # fmt: skip
     _, sentence, _, method = words(*runs)
@@ -220,7 +220,9 @@ def test_words_say_that_an_interval_is_over_continuations_of_one_agent():
 
 def test_without_a_verdict_words_give_no_method():
     early = [
-        make_run(str(i), {RETURN: games(1, 0, upto=900)}, last=INJECTION, apply_injection=i)
+        make_run(
+            str(i), {RETURN: games(1, 0, upto=900)}, last=INJECTION, intervention="injection" if i else "none"
+        )
         for i in (False, True)
     ]
     _, verdict, window, method, *left_out = words(*early)
@@ -262,7 +264,7 @@ def test_an_aggregate_of_few_runs_has_no_interval_and_says_why(seeds, effect, wh
 def test_an_aggregate_of_runs_that_do_not_differ_has_no_interval_and_says_why():
     runs = make_games(PHOENIX, ALIEN)
     for run in runs:
-        run.scalars[RETURN][1] = 100.0 + run.args.apply_injection
+        run.scalars[RETURN][1] = 100.0 + (run.args.intervention == "injection")
     (total,) = aggregates(compared(*runs)[1])
     assert aggregate_in_words(total)[3].endswith("; no interval: runs of a game do not differ")
     (found,) = numbers(*runs)["aggregates"]

@@ -158,7 +158,7 @@ def test_where_other_parameters_learn_than_before_a_verdict_claims_nothing_about
 
 @pytest.mark.parametrize(
     "how",
-    [{"injected_head_width": 512}, {"injection_optimizer_state": "copy"}, {"injection_step": (1_000, 2_000)}],
+    [{"injected_head_width": 512}, {"moments": "keep"}, {"injection_step": (1_000, 2_000)}],
 )
 def test_where_as_many_parameters_learn_as_before_it_does(how):
     assert verdict(*make_arms(**how)).judgement.sentence.endswith(": evidence of lost plasticity")
@@ -222,7 +222,7 @@ def continuations(seeds=(1, 2, 3), fork=f"runs/agent/checkpoint-{INJECTION}"):
             f"c{seed}-{injected}",
             {RETURN: history + points},
             seed=seed,
-            apply_injection=bool(injected),
+            intervention="injection" if injected else "none",
             fork=fork,
         )
         for (seed, injected), points in later.items()
@@ -339,7 +339,11 @@ def test_the_metric_may_be_the_return_of_evaluations():
                 (2_500, seed + injected * 5.0),
             ]
             points = {RETURN: games(seed, injected), "eval/episodic_return": evaluations}
-            runs.append(make_run(f"{seed}{injected}", points, seed=seed, apply_injection=injected))
+            runs.append(
+                make_run(
+                    f"{seed}{injected}", points, seed=seed, intervention="injection" if injected else "none"
+                )
+            )
     found = verdict(*runs, metric="eval/episodic_return")
     assert found.means[1] == {1: 6.5, 2: 8.0, 3: 9.5} and found.paired
 
@@ -352,7 +356,11 @@ def evaluated(name, injected, **args):
             RETURN: games(seed, injected),
             EVALUATED: [(1_500, seed + injected * (5.0 + seed)), (2_500, seed)],
         }
-        runs.append(make_run(f"{name}{seed}", points, seed=seed, apply_injection=injected, **args))
+        runs.append(
+            make_run(
+                f"{name}{seed}", points, seed=seed, intervention="injection" if injected else "none", **args
+            )
+        )
     return runs
 
 
@@ -422,7 +430,7 @@ def test_runs_whose_logs_differ_before_the_injection_are_not_paired(change):
         baseline = games(seed, 0)[
             10 if change == "all" else 0 :
         ]  # nothing before the injection is no history
-        runs.append(make_run(f"b{seed}", {RETURN: baseline}, seed=seed, apply_injection=False))
+        runs.append(make_run(f"b{seed}", {RETURN: baseline}, seed=seed, intervention="none"))
         runs.append(make_run(f"i{seed}", {RETURN: altered}, seed=seed))
     found = verdict(*runs)
     assert not found.paired and found.shared == 0 and found.judgement.verdict == "no evidence"
@@ -440,7 +448,7 @@ def test_where_no_game_ended_before_the_injection_lineage_decides(origin, paired
         source = {"common": f"runs/c{seed}/checkpoint-500", "..": "../checkpoint-500"}.get(origin)
         forked = source or (origin and f"runs/{origin.format(seed)}/checkpoint-{INJECTION}")
         runs.append(
-            make_run(f"b{seed}", {RETURN: games(seed, 0)[10:]}, seed=seed, apply_injection=False, fork=source)
+            make_run(f"b{seed}", {RETURN: games(seed, 0)[10:]}, seed=seed, intervention="none", fork=source)
         )
         runs.append(make_run(f"i{seed}", {RETURN: games(seed, 1)[10:]}, seed=seed, fork=forked))
     runs = [replace(run, folder=place + run.folder) for run in runs]
@@ -535,7 +543,7 @@ def test_three_paired_seeds_are_preferred_to_more_that_are_not_and_those_are_nam
 
 
 def test_two_paired_seeds_are_not_preferred_to_more_that_are_not():
-    runs = [*make_arms((1, 2)), make_run("b9", {RETURN: games(9, 0)}, seed=9, apply_injection=False)]
+    runs = [*make_arms((1, 2)), make_run("b9", {RETURN: games(9, 0)}, seed=9, intervention="none")]
     found = verdict(*runs, make_run("i8", {RETURN: games(8, 1)}, seed=8))
     assert not found.paired and found.shared == 2 and not found.left_out
     assert (set(found.means[0]), set(found.means[1])) == ({1, 2, 9}, {1, 2, 8})
@@ -556,7 +564,11 @@ def test_the_window_begins_after_the_injection_and_ends_with_its_last_step(windo
     ]
     arms = [(seed, injected) for seed in (1, 2, 3) for injected in (False, True)]
     found = verdict(
-        *(make_run(f"{s}{i}", {RETURN: points}, seed=s, apply_injection=i) for s, i in arms), window=window
+        *(
+            make_run(f"{s}{i}", {RETURN: points}, seed=s, intervention="injection" if i else "none")
+            for s, i in arms
+        ),
+        window=window,
     )
     assert (found.after, found.upto, found.ended_by) == (INJECTION, end, None)
     assert found.means[0] == found.means[1] == {1: 15.0, 2: 15.0, 3: 15.0} and found.counts == (6, 6)
@@ -575,14 +587,14 @@ def test_the_window_begins_at_the_end_of_the_vector_step_in_which_the_injection_
 
 def test_an_unfinished_run_ends_the_window_of_all_and_is_named():
     going = make_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
-    whole = make_run("whole", {RETURN: games(4, 0)}, seed=4, apply_injection=False)
+    whole = make_run("whole", {RETURN: games(4, 0)}, seed=4, intervention="none")
     found = verdict(*make_arms(), going, whole)
     assert (found.upto, found.ended_by) == (2_050, going.folder) and set(found.means[1]) == {1, 2, 3, 4}
 
 
 def test_a_run_that_stopped_just_after_the_injection_is_left_out_and_named():
     stopped = make_run("stopped", {RETURN: games(4, 1, upto=1_100)}, last=1_110, seed=4)
-    whole = make_run("whole", {RETURN: games(4, 0)}, seed=4, apply_injection=False)
+    whole = make_run("whole", {RETURN: games(4, 0)}, seed=4, intervention="none")
     found = verdict(*make_arms(), stopped, whole)
     assert (found.upto, found.ended_by) == (TOTAL, None) and set(found.means[1]) == {1, 2, 3}
     where = "is at step 1,110, 110 steps beyond the injection at 1,000, where the median run of an arm has 2,000 or more"
@@ -630,9 +642,7 @@ def test_runs_that_are_under_way_count_unless_they_would_take_most_of_the_window
 ):
     runs = []
     for seed, (b, i) in enumerate(zip(without, injected, strict=True), 1):
-        runs.append(
-            make_run(f"b{seed}", {RETURN: games(seed, 0, upto=b)}, b, seed=seed, apply_injection=False)
-        )
+        runs.append(make_run(f"b{seed}", {RETURN: games(seed, 0, upto=b)}, b, seed=seed, intervention="none"))
         runs.append(make_run(f"i{seed}", {RETURN: games(seed, 1, 50.0, upto=i)}, i, seed=seed))
     found = verdict(*runs)
     late = [folder for folder, reason in found.left_out.items() if "the median run" in reason]
@@ -664,7 +674,9 @@ def test_a_run_before_its_injection_neither_counts_nor_shortens_the_window():
 
 def test_before_any_injection_there_are_too_few_seeds_and_every_run_is_named():
     runs = [
-        make_run(str(i), {RETURN: games(1, 0, upto=900)}, last=INJECTION, apply_injection=i)
+        make_run(
+            str(i), {RETURN: games(1, 0, upto=900)}, last=INJECTION, intervention="injection" if i else "none"
+        )
         for i in (False, True)
     ]
     found = verdict(*runs)
@@ -720,7 +732,7 @@ def test_where_the_norm_decides_the_window_begins_at_the_latest_first_injection_
 def test_each_seed_shares_its_history_up_to_its_own_first_injection():
     runs = make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]})
     assert verdict(*runs).paired  # though the runs of seeds 1 and 3 differ before the window
-    runs[5] = make_run("other", {RETURN: [(100, 0.0), *games(3, 0)[1:]]}, seed=3, apply_injection=False)
+    runs[5] = make_run("other", {RETURN: [(100, 0.0), *games(3, 0)[1:]]}, seed=3, intervention="none")
     assert not verdict(*runs).paired
 
 

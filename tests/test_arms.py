@@ -51,10 +51,9 @@ OTHER = {  # another value of every field that may make another arm, and what it
     "num_envs": (2, {}),
     "env_backend": ("ale", {}),
     "injection_step": ((6,), {}),
-    "apply_injection": (False, {}),
     "intervention": ("reset-head", {}),
     "freeze_heads": (False, {}),
-    "injection_optimizer_state": ("copy", {}),
+    "moments": ("keep", {}),
     "injection_trigger": ("norm", {"injection_step": ()}),
     "injection_norm_ratio": (2.0, NORM),
     "injection_check_frequency": (7, NORM),
@@ -125,12 +124,12 @@ def test_how_a_run_is_evaluated_makes_another_arm_where_evaluations_are_compared
         {
             "intervention": "none",
             "injection_step": (5,),
-            "injection_optimizer_state": "copy",
+            "moments": "keep",
             "shrink_factor": 0.5,
         },
-        {"apply_injection": False, "injection_step": (5,), "freeze_heads": False},
+        {"intervention": "none", "injection_step": (5,), "freeze_heads": False},
         {
-            "apply_injection": False,
+            "intervention": "none",
             **NORM,
             "injection_norm_ratio": 2.0,
             "max_injections": 3,
@@ -182,7 +181,7 @@ def test_arms_are_named_by_their_injections_and_by_what_else_sets_them_apart():
         "no injection, num envs 1, no bf16",
         "no injection, num envs 8, bf16",
     ]
-    copied = AT | {"injection_optimizer_state": "copy"}
+    copied = AT | {"moments": "keep"}
     assert names(AT, copied)[1] == "injection at 5M, optimizer state copied"
     assert names(NORM, NORM | {"max_injections": 2})[1].endswith("3×, max injections 2")
     assert names({}, AT | {"injected_head_width": 1024})[1] == "injection at 5M, injected head width 1,024"
@@ -426,7 +425,12 @@ def test_six_runs_of_a_twentieth_of_full_length_are_read_in_a_twentieth_of_the_t
     runs = [
         RecordedRun(
             f"runs/{seed}{i}",
-            Args(seed=seed, apply_injection=i, total_timesteps=total, injection_step=(INJECTION,)),
+            Args(
+                seed=seed,
+                intervention="injection" if i else "none",
+                total_timesteps=total,
+                injection_step=(INJECTION,),
+            ),
             scalars,
         )
         for seed, i in arms

@@ -42,9 +42,9 @@ def parse(monkeypatch, *flags):
 
 def test_flags_reach_args(monkeypatch):
     args = parse(
-        monkeypatch, *"--env-id ALE/Pong-v5 --injection-step 5000000 10000000 --no-apply-injection".split()
+        monkeypatch, *"--env-id ALE/Pong-v5 --injection-step 5000000 10000000 --intervention none".split()
     )
-    assert args == Args(env_id="ALE/Pong-v5", injection_step=(5_000_000, 10_000_000), apply_injection=False)
+    assert args == Args(env_id="ALE/Pong-v5", injection_step=(5_000_000, 10_000_000), intervention="none")
     args = parse(
         monkeypatch, *"--injection-step 7 --no-freeze-heads --env-backend ale --no-cuda --tau 0.5".split()
     )
@@ -82,7 +82,7 @@ PAPER = {
     "eval_frequency": 250_000,
     "eval_episodes": 0,
     "eval_steps": 125_000,
-    "injection_optimizer_state": "copy",
+    "moments": "keep",
 }
 
 
@@ -122,11 +122,11 @@ def test_single_flags_override_a_preset_also_with_values_that_are_defaults(monke
         ),
         (
             "--injection-trigger norm",
-            {"injection_trigger": "norm", "injection_step": (), "injection_optimizer_state": "copy"},
+            {"injection_trigger": "norm", "injection_step": (), "moments": "keep"},
         ),
         ("--injection-trigger norm --max-injections 3", {"max_injections": 3, "injection_step": ()}),
-        ("--intervention none", {"intervention": "none", "injection_optimizer_state": "copy"}),
-        ("--no-apply-injection", {"apply_injection": False, "injection_optimizer_state": "copy"}),
+        ("--intervention none", {"intervention": "none", "moments": "keep"}),
+        ("--intervention none", {"intervention": "none", "moments": "keep"}),
         ("--eval-frequency 0 --num-envs 8", {"num_envs": 8, "eval_steps": 125_000}),
     ],
 )
@@ -136,8 +136,8 @@ def test_a_preset_takes_another_intervention_or_trigger_and_leaves_out_what_noth
     args = parse(monkeypatch, "--preset", "paper", *flags.split())
     assert {name: getattr(args, name) for name in kept} == kept
     assert args.optimizer == "rmsprop" and args.shared_bias
-    if args.applied_intervention in ("reset-head", "shrink-perturb"):
-        assert args.injection_optimizer_state == "fresh"
+    if args.intervention in ("reset-head", "shrink-perturb"):
+        assert args.moments == "fresh"
 
 
 def test_every_preset_is_one_of_arguments_that_work_and_names_no_default():
@@ -156,7 +156,7 @@ def test_a_run_that_goes_on_takes_no_preset(monkeypatch, flag):
     ("args", "fix"),
     [
         (
-            {"intervention": "reset-head", "injection_step": (5,), "apply_injection": False},
+            {"intervention": "reset-head", "injection_step": (5,), "intervention": "none"},
             "give --intervention none",
         ),
         ({"intervention": "shrink-perturb"}, "give --injection-step, or --injection-trigger norm"),
@@ -169,12 +169,12 @@ def test_a_run_that_goes_on_takes_no_preset(monkeypatch, flag):
             "only --intervention injection",
         ),
         (
-            {"intervention": "reset-head", "injection_step": (5,), "injection_optimizer_state": "copy"},
+            {"intervention": "reset-head", "injection_step": (5,), "moments": "keep"},
             "only --intervention injection",
         ),
         ({"shrink_factor": 0.5, "injection_step": (5,)}, "only --intervention shrink-perturb"),
         ({"intervention": "reset"}, "one of injection, reset-head, shrink-perturb, none"),
-        ({"injection_optimizer_state": "keep", "injection_step": (5,)}, "one of fresh, copy"),
+        ({"moments": "copy", "injection_step": (5,)}, "one of fresh, keep"),
         ({"optimizer": "sgd"}, "one of adam, rmsprop"),
         ({"eval_steps": 100}, "give --eval-episodes 0 with --eval-steps"),
     ],
@@ -196,15 +196,12 @@ def fork_of(monkeypatch, origin, *flags):
 @pytest.mark.parametrize(
     ("origin", "flags", "applied"),
     [
-        ({"apply_injection": False}, "--intervention injection", "injection"),
-        ({"apply_injection": False}, "--intervention reset-head", "reset-head"),
-        ({"apply_injection": False}, "--apply-injection", "injection"),
-        ({"apply_injection": False}, "--exp-name other", "none"),
-        ({"intervention": "none"}, "--apply-injection", "injection"),
+        ({"intervention": "none"}, "--intervention injection", "injection"),
+        ({"intervention": "none"}, "--intervention reset-head", "reset-head"),
+        ({"intervention": "none"}, "--exp-name other", "none"),
         ({"intervention": "none"}, "--intervention shrink-perturb", "shrink-perturb"),
-        ({"intervention": "reset-head"}, "--no-apply-injection", "none"),
+        ({"intervention": "reset-head"}, "--intervention none", "none"),
         ({"intervention": "reset-head"}, "--exp-name other", "reset-head"),
-        ({}, "--no-apply-injection", "none"),
         ({}, "--intervention none", "none"),
     ],
 )
@@ -212,13 +209,13 @@ def test_what_a_fork_says_of_its_intervention_goes_before_what_it_takes_over(
     monkeypatch, origin, flags, applied
 ):
     origin = Args(**{"injection_step": (5,)} | origin)
-    assert fork_of(monkeypatch, origin, *flags.split()).applied_intervention == applied
+    assert fork_of(monkeypatch, origin, *flags.split()).intervention == applied
 
 
 @pytest.mark.parametrize(
     ("origin", "flags"),
     [
-        ({"freeze_heads": False, "injection_optimizer_state": "copy"}, "--intervention reset-head"),
+        ({"freeze_heads": False, "moments": "keep"}, "--intervention reset-head"),
         ({"intervention": "shrink-perturb", "shrink_factor": 0.5}, "--intervention injection"),
         (
             {
@@ -239,14 +236,6 @@ def test_a_fork_does_not_take_over_what_its_intervention_or_trigger_would_pass_o
 
 
 @pytest.mark.parametrize(
-    "flags", ["--intervention none --apply-injection", "--intervention injection --no-apply-injection"]
-)
-def test_an_intervention_that_is_asked_for_and_denied_is_refused(monkeypatch, flags):
-    with pytest.raises(UsageError, match="contradict each other: give one of them"):
-        parse(monkeypatch, "--injection-step", "5", *flags.split())
-
-
-@pytest.mark.parametrize(
     ("flags", "steps"), [("", 1e6), ("--total-timesteps 20000000", 1e6), ("--exploration-fraction 0.5", 25e6)]
 )
 def test_epsilon_falls_over_as_many_steps_in_the_paper_however_long_the_run(monkeypatch, flags, steps):
@@ -256,12 +245,12 @@ def test_epsilon_falls_over_as_many_steps_in_the_paper_however_long_the_run(monk
 
 def test_a_baseline_may_have_the_flags_of_the_arm_it_belongs_to():
     baselines = [
-        Args(apply_injection=False, injection_step=(5,), freeze_heads=False),
-        Args(intervention="none", injection_step=(5,), shrink_factor=0.5, injection_optimizer_state="copy"),
-        Args(intervention="none", apply_injection=False),
+        Args(intervention="none", injection_step=(5,), freeze_heads=False),
+        Args(intervention="none", injection_step=(5,), shrink_factor=0.5, moments="keep"),
+        Args(intervention="none"),
     ]
-    assert {args.applied_intervention for args in baselines} == {"none"}
-    assert Args(intervention="reset-head", injection_step=(5,)).applied_intervention == "reset-head"
+    assert {args.intervention for args in baselines} == {"none"}
+    assert Args(intervention="reset-head", injection_step=(5,)).intervention == "reset-head"
 
 
 def field_docstrings(source, name):
@@ -311,8 +300,8 @@ def test_help_explains_every_flag_in_the_order_in_which_a_user_meets_them(monkey
         ("--wandb-entity me --no-track", "--track"),
         ("--no-freeze-heads", "--injection-step"),
         ("--injected-head-width 1024", "--injection-step"),
-        ("--injection-optimizer-state copy", "--injection-step"),
-        ("--preset paper --injection-step --injection-optimizer-state copy", "--injection-step"),
+        ("--moments keep", "--injection-step"),
+        ("--preset paper --injection-step --moments keep", "--injection-step"),
         ("--intervention none --shrink-factor 0.5", "--injection-step"),
     ],
 )
@@ -467,7 +456,7 @@ def test_interventions_are_planned_for_the_ends_of_their_vector_steps(num_envs, 
         ({"injection_step": (5, 10, 20)}, 3),
         ({"injection_trigger": "norm"}, 1),
         ({"injection_trigger": "norm", "max_injections": 4}, 4),
-        ({"injection_step": (5, 10), "apply_injection": False}, 0),
+        ({"injection_step": (5, 10), "intervention": "none"}, 0),
         ({"injection_step": (5, 10), "intervention": "none"}, 0),
         ({"injection_step": tuple(range(1, 51)), "intervention": "reset-head"}, 0),
         ({"injection_step": (5,), "intervention": "shrink-perturb"}, 0),

@@ -137,11 +137,14 @@ def test_arms_that_were_evaluated_differently_get_figures_and_the_reason_why_the
     runs = make_arms()
     for run in runs:
         evaluations = [
-            (step, float(run.args.seed + run.args.apply_injection)) for step in (500, 1_500, 2_500)
+            (step, float(run.args.seed + (run.args.intervention == "injection")))
+            for step in (500, 1_500, 2_500)
         ]
         run.scalars["eval/episodic_return"] = np.array(evaluations).T
     runs = [
-        replace(run, args=replace(run.args, eval_epsilon=0.1)) if run.args.apply_injection else run
+        replace(run, args=replace(run.args, eval_epsilon=0.1))
+        if (run.args.intervention == "injection")
+        else run
         for run in runs
     ]
     folders = write_all(runs)

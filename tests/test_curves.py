@@ -107,9 +107,7 @@ def forks(seeds, at, history, **args):
         points = [games(seed, injected, 50.0 * injected)[10 - history :] for injected in (0, 1)]
         whole, forked = known(f"b{seed}"), known(f"i{seed}", (f"b{seed}", at, seed))
         runs.append(
-            make_run(
-                f"b{seed}", {RETURN: points[0]}, identity=whole, seed=seed, apply_injection=False, **args
-            )
+            make_run(f"b{seed}", {RETURN: points[0]}, identity=whole, seed=seed, intervention="none", **args)
         )
         runs.append(
             make_run(
@@ -133,7 +131,7 @@ def continuations(history, named):
             identity = known(name, ("agent", INJECTION, 1)) if named else None
             how = {
                 "seed": seed,
-                "apply_injection": bool(injected),
+                "intervention": "injection" if injected else "none",
                 "fork": f"runs/agent/checkpoint-{INJECTION}",
             }
             runs.append(make_run(name, {RETURN: points}, identity=identity, **how))
@@ -158,7 +156,7 @@ def under_way():
         *make_arms(),
         going,
         late,
-        make_run("whole", {RETURN: games(5, 0)}, seed=5, apply_injection=False),
+        make_run("whole", {RETURN: games(5, 0)}, seed=5, intervention="none"),
     ]
 
 
@@ -167,7 +165,7 @@ def large_returns(change):
     runs = make_arms()
     for run in runs:
         run.scalars[RETURN][1] = np.round(1e6 + 1_000 * run.scalars[RETURN][1])
-        run.scalars[RETURN][1, 2] += change * run.args.apply_injection
+        run.scalars[RETURN][1, 2] += change * (run.args.intervention == "injection")
     return runs
 
 
@@ -176,13 +174,13 @@ CASES = {
     "pairs": lambda: make_arms(effect=5.0),
     "pairs without a game before": lambda: forks((1, 2, 3), INJECTION, 0),
     "pairs forked earlier": lambda: forks((1, 2, 3), 500, 0),
-    "no pairs": lambda: [run for run in forks((1, 2, 3), INJECTION, 0) if run.args.apply_injection] + make_arms((4, 5, 6))[::2],
+    "no pairs": lambda: [run for run in forks((1, 2, 3), INJECTION, 0) if (run.args.intervention == "injection")] + make_arms((4, 5, 6))[::2],
     "one agent": lambda: continuations(10, True),
     "one agent without a game before": lambda: continuations(0, True),
     "one agent, noted by an earlier version": lambda: continuations(0, False),
     "agents counted once": lambda: make_arms((1, 2, 3)) + continuations(10, True),
     "other agents with equal games": lambda: [
-        make_run(f"{seed}{i}", {RETURN: [(100, 5.0), *games(seed, i)[10:]]}, seed=seed, apply_injection=i)
+        make_run(f"{seed}{i}", {RETURN: [(100, 5.0), *games(seed, i)[10:]]}, seed=seed, intervention="injection" if i else "none")
         for seed in (1, 2, 3)
         for i in (False, True)
     ],
@@ -194,7 +192,7 @@ CASES = {
     "games": lambda: make_games(PHOENIX, ALIEN),
     "several points at a step": lambda: [
         make_run(run.folder[5:], {RETURN: [*run.scalars[RETURN].T, (3_000, 7.0), (3_000, 8.0)]}, seed=run.args.seed,
-                 apply_injection=run.args.apply_injection)
+                 intervention=run.args.intervention)
         for run in make_arms()
     ],
 }  # fmt: skip

@@ -209,10 +209,10 @@ def test_the_presets_numbers_are_those_of_the_page_on_deviations():
         30_000,
         50_000,
     )
-    assert (paper["eval_frequency"], paper["eval_steps"], paper["injection_optimizer_state"]) == (
+    assert (paper["eval_frequency"], paper["eval_steps"], paper["moments"]) == (
         250_000,
         125_000,
-        "copy",
+        "keep",
     )
     assert paper["exploration_fraction"] * paper["total_timesteps"] == 1_000_000
 
@@ -227,7 +227,13 @@ def test_the_first_run_of_the_readme_takes_as_long_as_it_says_and_has_every_part
     args = parse_args()
     (injection,) = args.injection_step
     learning, injected = injection - args.learning_starts, args.total_timesteps - injection
-    assert learning > 0 and injected > 0 and args.save_model and args.apply_injection and args.num_envs == 8
+    assert (
+        learning > 0
+        and injected > 0
+        and args.save_model
+        and args.intervention == "injection"
+        and args.num_envs == 8
+    )
     assert learning / 91 + injected / 71 < 90, (
         "and half a minute to start, and to play before learning starts"
     )

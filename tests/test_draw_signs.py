@@ -30,7 +30,7 @@ def write_dose():
                 }
                 how = {
                     "learning_rate": rate,
-                    "apply_injection": injected,
+                    "intervention": "injection" if injected else "none",
                     "exp_name": f"{'in' * injected}none_{rate}",
                 }
                 runs.append(

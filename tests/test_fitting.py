@@ -109,7 +109,7 @@ def test_random_play_shows_many_observations_and_always_the_same():
     [
         {"intervention": "reset-head", "keep_checkpoints": (4, 60)},
         {"intervention": "shrink-perturb", "shrink_factor": 0.5},
-        {"intervention": "none", "injection_optimizer_state": "copy", "shrink_factor": 0.5},
+        {"intervention": "none", "moments": "keep", "shrink_factor": 0.5},
         {"intervention": "none", "injection_step": ()},
         {
             "intervention": "reset-head",
@@ -117,7 +117,7 @@ def test_random_play_shows_many_observations_and_always_the_same():
             "injection_trigger": "norm",
             "injection_norm_ratio": 2.0,
         },
-        {"apply_injection": False, "freeze_heads": False},
+        {"intervention": "none", "freeze_heads": False},
     ],
     ids=str,
 )

@@ -57,33 +57,33 @@ def names(network, module):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
-@pytest.mark.parametrize("choice", ["fresh", "copy"])
+@pytest.mark.parametrize("choice", ["fresh", "keep"])
 @pytest.mark.parametrize("freeze_heads", [True, False])
 def test_an_injection_leaves_all_moments_and_gives_the_new_head_those_that_the_flag_says(
     choice, optimizer, freeze_heads
 ):
-    learner = trained(injection_optimizer_state=choice, optimizer=optimizer, freeze_heads=freeze_heads)
+    learner = trained(moments=choice, optimizer=optimizer, freeze_heads=freeze_heads)
     before = moments(learner)
     learner.inject()
     after, network = moments(learner), learner.q_network
     encoder, theta, new = (names(network, module) for module in ("encoder", "theta", "theta_prime_1.0"))
     assert set(before) == encoder | theta
-    assert set(after) == encoder | theta | (new if choice == "copy" else set())
+    assert set(after) == encoder | theta | (new if choice == "keep" else set())
     assert all(same(after[name], before[name]) for name in before)
-    if choice == "copy":
+    if choice == "keep":
         for name in new:
             assert same(after[name], before[name.replace("theta_prime_1.0", "theta")])
     learner.update(random_batch(9))
     steps = {name: of_one.get("step") for name, of_one in moments(learner).items()}
     if optimizer == "adam":
         assert all(steps[name] == 4 for name in encoder | (theta if not freeze_heads else set()))
-        assert all(steps[name] == (4 if choice == "copy" else 1) for name in new)
+        assert all(steps[name] == (4 if choice == "keep" else 1) for name in new)
     kept = same(moments(learner)["theta.0.weight"], before["theta.0.weight"])
     assert kept == freeze_heads, "the new head's copy is its own, and frozen heads rest"
 
 
 def test_at_a_second_injection_the_moments_copied_are_those_of_the_head_that_learned():
-    learner = trained(injection_optimizer_state="copy")
+    learner = trained(moments="keep")
     learner.inject()
     learner.update(random_batch(9))
     learner.inject()
@@ -94,13 +94,13 @@ def test_at_a_second_injection_the_moments_copied_are_those_of_the_head_that_lea
 
 def test_copied_moments_move_the_new_head_where_none_would_not():
     steps = {}
-    for choice in ("fresh", "copy"):
-        learner = trained(injection_optimizer_state=choice)
+    for choice in ("fresh", "keep"):
+        learner = trained(moments=choice)
         learner.inject()
         before = parameters(learner)["theta_prime_1.0.0.weight"]
         learner.update(random_batch(9))
         steps[choice] = parameters(learner)["theta_prime_1.0.0.weight"] - before
-    assert not torch.allclose(steps["fresh"], steps["copy"], atol=1e-5)
+    assert not torch.allclose(steps["fresh"], steps["keep"], atol=1e-5)
 
 
 # resets
@@ -304,7 +304,7 @@ def test_an_injection_is_made_at_the_first_check_at_which_the_norm_has_grown_eno
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "changes", [{"injection_norm_ratio": 3.0}, {"apply_injection": False}, {"intervention": "none"}], ids=str
+    "changes", [{"injection_norm_ratio": 3.0}, {"intervention": "none"}, {"intervention": "none"}], ids=str
 )
 def test_no_injection_is_made_below_the_ratio_or_in_a_baseline(changes):
     curves = scalars(train(replace(NORM, total_timesteps=150, **changes)))
@@ -375,7 +375,7 @@ def test_a_run_that_grows_says_from_how_many_trainable_parameters_to_how_many(ca
     [
         {"bf16": True},
         {"freeze_heads": False},
-        PAPER | {"injection_optimizer_state": "fresh"},
+        PAPER | {"moments": "fresh"},
         asdict(NORM) | {"max_injections": 1},
     ],
     ids=("bf16", "all heads", "paper", "norm"),
@@ -391,13 +391,13 @@ def test_an_agent_grows_and_goes_on_learning_in_every_setting(changes):
 
 
 def test_moments_are_not_copied_to_a_head_of_another_width():
-    with pytest.raises(ValueError, match="give --injection-optimizer-state fresh"):
-        Args(injected_head_width=1024, injection_optimizer_state="copy")
-    Args(injected_head_width=512, injection_optimizer_state="copy")
+    with pytest.raises(ValueError, match="give --moments fresh"):
+        Args(injected_head_width=1024, moments="keep")
+    Args(injected_head_width=512, moments="keep")
     paper = PRESETS["paper"]
     with pytest.raises(ValueError, match="fresh"):
         Args(**paper, injected_head_width=1024)
-    Args(**paper | {"injection_optimizer_state": "fresh"}, head_width=128, injected_head_width=1024)
+    Args(**paper | {"moments": "fresh"}, head_width=128, injected_head_width=1024)
 
 
 def test_what_is_measured_of_a_head_is_measured_at_its_own_width():

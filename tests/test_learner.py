@@ -292,7 +292,7 @@ def test_a_learner_takes_up_a_state_with_another_number_of_heads_to_come(planned
     "changes",
     [
         {"injection_step": ()},
-        {"apply_injection": False},
+        {"intervention": "none"},
         {"intervention": "none"},
         {"intervention": "reset-head"},
         {"intervention": "none", "optimizer": "rmsprop", "shared_bias": True},

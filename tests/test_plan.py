@@ -61,7 +61,7 @@ def test_one_arm_per_game_and_seed_runs_whole_and_the_others_fork_from_it_at_the
 OWN = {
     "all heads": "--no-freeze-heads",
     "once": "--injection-step 1001",
-    "not at all": "--no-apply-injection",
+    "not at all": "--intervention none",
 }
 EACH = {
     **OWN,
@@ -82,7 +82,7 @@ def test_a_fork_has_the_arguments_of_a_whole_run_in_its_arm(monkeypatch, first):
         assert run.args.learning_rate == 1e-3
     by_arm = {run.arm: run.args for run in runs.values()}
     assert [by_arm[arm].freeze_heads for arm in ("own injection", "all heads")] == [True, False]
-    assert by_arm["once"].injection_step == (1001,) and by_arm["not at all"].applied_intervention == "none"
+    assert by_arm["once"].injection_step == (1001,) and by_arm["not at all"].intervention == "none"
 
 
 def test_without_a_planned_injection_every_arm_runs_whole():
@@ -166,16 +166,16 @@ def test_arms_and_seeds_continue_one_checkpoint(checkpoint, monkeypatch):
         args = begun(run, monkeypatch)
         assert args == run.args and args.total_timesteps == 7_000 and args.injection_step == (2_000,)
         assert args.learning_rate == 1e-3 and args.exploration_fraction * 7_000 == pytest.approx(400)
-        assert args.applied_intervention == ("none" if run.arm == "none" else "injection")
+        assert args.intervention == ("none" if run.arm == "none" else "injection")
 
 
 def test_arms_continue_one_checkpoint_with_its_own_seed(checkpoint, monkeypatch):
-    own = {"all heads": "--no-freeze-heads", "not at all": "--no-apply-injection"}
+    own = {"all heads": "--no-freeze-heads", "not at all": "--intervention none"}
     runs = plan(
         continued(checkpoint, "none", "injection", own=own, flags=("--eval-frequency", "500"), seeds=(7,))
     )
     assert [begun(run, monkeypatch) for run in runs] == [run.args for run in runs]
-    assert [run.args.applied_intervention for run in runs] == ["none", "injection", "injection", "none"]
+    assert [run.args.intervention for run in runs] == ["none", "injection", "injection", "none"]
     assert [run.args.freeze_heads for run in runs] == [True, True, False, True]
     assert {(run.begins, run.steps, run.args.eval_frequency, run.args.injection_step) for run in runs} == {
         (2_000, 5_000, 500, (2_000,))
@@ -233,7 +233,7 @@ def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(
             {"flags": ("--seed", "3")},
             "--seed after -- is what the sweep itself gives: leave it out, and give --seeds",
         ),
-        ({"flags": ("--no-apply-injection",)}, "give --arms"),
+        ({"flags": ("--intervention none",)}, "give --arms"),
         ({"flags": ("--resume", "runs/X")}, "--resume after --"),
         ({"flags": ()}, "arm injection would have no injection.*give --injection-step after --"),
         ({"flags": (*FLAGS, "--checkpoint-frequency", "0")}, "leaves nothing to fork arms from"),

@@ -67,7 +67,7 @@ STOP = send(signal.SIGTERM)
 
 OFTEN = replace(SMALL, checkpoint_frequency=80)  # which the end is a multiple of
 BASELINE = replace(
-    SMALL, apply_injection=False
+    SMALL, intervention="none"
 )  # keeps the checkpoint at step 142, where the injection would be
 TWICE = replace(SMALL, injection_step=(142, 190))
 # nothing is learned, in one game: for what does not depend on it
@@ -139,7 +139,7 @@ COURSES = {  # what differs from SMALL, and where the run is killed or stopped
         ((100, kill), (121, STOP), (170, STOP), (200, kill)),
     ),
     "bf16 and copied moments": (
-        {"bf16": True, "tau": 0.5, "injection_optimizer_state": "copy"},
+        {"bf16": True, "tau": 0.5, "moments": "keep"},
         ((190, kill),),
     ),
     "shrink-perturb and rmsprop": (
@@ -360,7 +360,7 @@ def test_the_newest_checkpoint_and_the_one_before_the_first_injection_are_kept(m
         return path
 
     monkeypatch.setattr(runs, "save_checkpoint", save)
-    folder = train(replace(PLAYING, injection_step=(80, 142), apply_injection=False, checkpoint_frequency=80))
+    folder = train(replace(PLAYING, injection_step=(80, 142), intervention="none", checkpoint_frequency=80))
     assert seen == [
         ["checkpoint-0"],
         ["checkpoint-80"],
@@ -459,11 +459,11 @@ def test_games_cut_at_a_boundary_bootstrap_and_are_no_returns(monkeypatch):
 
 
 ARMS = {
-    "the injection": {"apply_injection": True},
-    "another one later": {"apply_injection": True, "injection_step": (142, 190)},
-    "shrink-perturb": {"apply_injection": True, "intervention": "shrink-perturb"},
+    "the injection": {"intervention": "injection"},
+    "another one later": {"intervention": "injection", "injection_step": (142, 190)},
+    "shrink-perturb": {"intervention": "injection", "intervention": "shrink-perturb"},
     "the baseline itself": {},
-    "none": {"apply_injection": True, "intervention": "none"},
+    "none": {"intervention": "injection", "intervention": "none"},
 }
 
 
@@ -475,27 +475,27 @@ def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_
     folder = fork(uninterrupted(BASELINE) / "checkpoint-142", BASELINE, **ARMS[arm])
     same = BASELINE if arm == "none" else replace(BASELINE, **ARMS[arm])
     assert_same_end(folder, uninterrupted(same))
-    assert made(folder / END) == [*(same.injection_step if same.applied_intervention != "none" else ())]
+    assert made(folder / END) == [*(same.injection_step if same.intervention != "none" else ())]
 
 
 @slow
 def test_an_injected_runs_checkpoint_leads_to_its_baseline(uninterrupted):
-    forked = fork(uninterrupted(SMALL) / "checkpoint-142", SMALL, apply_injection=False)
+    forked = fork(uninterrupted(SMALL) / "checkpoint-142", SMALL, intervention="none")
     assert_same_end(forked, uninterrupted(BASELINE))
 
 
 @slow
 def test_a_fork_in_the_middle_of_overlap_equals_the_run_that_had_the_injection_from_the_start(uninterrupted):
-    baseline = replace(OVERLAP, apply_injection=False)
-    forked = fork(until_signal(144, baseline) / "checkpoint-144", baseline, apply_injection=True)
+    baseline = replace(OVERLAP, intervention="none")
+    forked = fork(until_signal(144, baseline) / "checkpoint-144", baseline, intervention="injection")
     assert_same_end(forked, uninterrupted(OVERLAP), "checkpoint-239")
 
 
 @slow
 def test_a_checkpoint_where_the_norm_decided_leads_to_its_baseline_and_back(uninterrupted):
-    baseline = replace(NORM, apply_injection=False)
+    baseline = replace(NORM, intervention="none")
     checkpoint = uninterrupted(NORM) / f"checkpoint-{made(uninterrupted(NORM) / END)[0]}"
-    assert_same_end(fork(checkpoint, NORM, apply_injection=False), uninterrupted(baseline))
+    assert_same_end(fork(checkpoint, NORM, intervention="none"), uninterrupted(baseline))
     assert_same_end(fork(checkpoint, NORM), uninterrupted(NORM))
 
 
@@ -577,7 +577,7 @@ def test_of_a_fork_of_an_earlier_version_the_path_says_what_is_known(fork, folde
 @pytest.mark.slow
 def test_a_fork_from_a_checkpoint_whose_run_is_gone_works_and_its_curves_begin_there(uninterrupted):
     shutil.copytree(uninterrupted(BASELINE) / "checkpoint-142", "alone/checkpoint-142")
-    folder = fork("alone/checkpoint-142", BASELINE, apply_injection=True)
+    folder = fork("alone/checkpoint-142", BASELINE, intervention="injection")
     ours, theirs = (content(run, END) for run in (folder, uninterrupted(SMALL)))
     assert differences(ours, theirs) == ["curves in the run folder"]
     expected = [
@@ -610,7 +610,7 @@ REFUSED_FORKS = {
     ),
     "an injection undone": (
         FORKED,
-        {"apply_injection": False},
+        {"intervention": "none"},
         "after injections at (142,), but the arguments say none before step 160: give an earlier checkpoint",
     ),
     "an intervention undone": (
@@ -625,7 +625,7 @@ REFUSED_FORKS = {
     ),
     "an injection that never was": (
         checkpoint_of(BASELINE, 160),
-        {"apply_injection": True},
+        {"intervention": "injection"},
         "after injections at no step, but",
     ),
     "freezing after the fact": (
@@ -640,8 +640,8 @@ REFUSED_FORKS = {
     ),
     "other moments": (
         FORKED,
-        {"injection_optimizer_state": "copy"},
-        "for another --injection-optimizer-state give an",
+        {"moments": "keep"},
+        "for another --moments give an",
     ),
     "as many as the norm may trigger": (
         FORKED,
@@ -733,7 +733,7 @@ def test_what_a_refused_fork_is_told_to_give_is_taken(checkpoint, changes, fix, 
     check_fork(replace(origin, **done), checkpoint)
 
 
-@pytest.mark.parametrize("changes", [{"apply_injection": False}, {"intervention": "none"}])
+@pytest.mark.parametrize("changes", [{"intervention": "none"}, {"intervention": "none"}])
 def test_an_arm_without_an_injection_that_was_made_is_told_of_earlier_checkpoints_only(changes):
     with pytest.raises(UsageError, match=r"before step 160: give an earlier checkpoint$"):
         check_fork(replace(SMALL, **changes), FORKED)
@@ -748,10 +748,10 @@ def test_an_arm_without_an_injection_that_was_made_is_told_of_earlier_checkpoint
         (FORKED, BY_NORM | {"max_injections": 2}),
         (FINISHED, LATER),
         (FINISHED, LATER | {"injection_step": (142, 240, 300)}),
-        (checkpoint_of(SMALL, 0), {"apply_injection": False, "exploration_fraction": 0.7}),
-        (checkpoint_of(SMALL, 142), {"freeze_heads": False, "injection_optimizer_state": "copy"}),
+        (checkpoint_of(SMALL, 0), {"intervention": "none", "exploration_fraction": 0.7}),
+        (checkpoint_of(SMALL, 142), {"freeze_heads": False, "moments": "keep"}),
         (checkpoint_of(SMALL, 142), {"intervention": "shrink-perturb", "shrink_factor": 0.5}),
-        (checkpoint_of(replace(SMALL, num_envs=7), 147), {"apply_injection": False}),
+        (checkpoint_of(replace(SMALL, num_envs=7), 147), {"intervention": "none"}),
         (FORKED, {"eval_frequency": 20, "save_model": True, "exp_name": "b", "cuda": False}),
     ],
 )
@@ -816,7 +816,7 @@ def test_keep_checkpoints_has_more_of_them_written_and_stay_and_changes_nothing_
     plain = train(args)
     assert names(plain) == ["checkpoint-50", "checkpoint-90"]
     assert_same_end(folder, plain, "checkpoint-90")
-    arm = replace(args, keep_checkpoints=(0, 14, 60), apply_injection=False)
+    arm = replace(args, keep_checkpoints=(0, 14, 60), intervention="none")
     forked = train(replace(arm, fork=str(folder / "checkpoint-14"), total_timesteps=90))
     assert names(forked) == [f"checkpoint-{step}" for step in (14, 50, 60, 90)]
 
@@ -858,7 +858,7 @@ def test_a_run_that_grows_is_exact_when_interrupted_and_from_a_small_baseline_a_
     train(Args(resume=str(folder)))
     assert_same_end(folder, whole)
     for width in (None, 24):
-        baseline = until_signal(142, replace(args, apply_injection=False, injected_head_width=width))
+        baseline = until_signal(142, replace(args, intervention="none", injected_head_width=width))
         forked = fork(baseline / "checkpoint-142", args)
         assert_same_end(forked, whole)
     with pytest.raises(UsageError, match="for another --injected-head-width give an earlier checkpoint"):
@@ -963,7 +963,7 @@ FIRST_KILLS = {  # where a fork is killed in its first process
     [pytest.param(case, marks=() if case == "before its streams begin" else slow) for case in FIRST_KILLS],
 )
 def test_a_fork_with_another_seed_ends_the_same_wherever_its_first_process_was_killed(uninterrupted, case):
-    origin = uninterrupted(replace(CONTINUED, apply_injection=False)) / "checkpoint-50"
+    origin = uninterrupted(replace(CONTINUED, intervention="none")) / "checkpoint-50"
     arm = replace(CONTINUED, seed=2, fork=str(origin), eval_frequency=50, eval_episodes=1)
     whole = uninterrupted(arm)
     killed_in(*FIRST_KILLS[case], arm)
@@ -1000,7 +1000,7 @@ def test_what_a_fork_takes_from_its_origin_and_says_of_it_is_the_same_each_time_
     uninterrupted, monkeypatch, capsys, seed, of_a_fork
 ):
     """Also of a fork of a fork, which with seed 1 has that of its origin's origin."""
-    origin = uninterrupted(replace(CONTINUED, apply_injection=False)) / "checkpoint-50"
+    origin = uninterrupted(replace(CONTINUED, intervention="none")) / "checkpoint-50"
     if of_a_fork:
         origin = (
             uninterrupted(replace(CONTINUED, seed=2, fork=str(origin), eval_frequency=50, eval_episodes=1))
@@ -1019,12 +1019,12 @@ def test_what_a_fork_takes_from_its_origin_and_says_of_it_is_the_same_each_time_
 
 @slow
 def test_on_the_command_line_a_fork_takes_over_what_is_not_given_and_its_agent_plays(monkeypatch, capsys):
-    args = replace(SMALL, apply_injection=False, checkpoint_frequency=200)
+    args = replace(SMALL, intervention="none", checkpoint_frequency=200)
     assert main(monkeypatch, *flags_of(args)) == 0
     folder = new_folder(set())
     checkpoint = str(folder / "checkpoint-142")
-    changes = {"apply_injection": True, "injection_step": (142, 190), "exp_name": "b", "save_model": True}
-    flags = "--apply-injection --injection-step 142 190 --exp-name b --save-model".split()
+    changes = {"intervention": "injection", "injection_step": (142, 190), "exp_name": "b", "save_model": True}
+    flags = "--intervention injection --injection-step 142 190 --exp-name b --save-model".split()
     assert main(monkeypatch, "--fork", checkpoint, *flags) == 0
     forked = new_folder({folder})
     assert Args(**load_checkpoint(forked / END).meta["args"]) == replace(args, fork=checkpoint, **changes)

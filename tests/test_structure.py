@@ -89,17 +89,11 @@ def test_text_is_read_and_written_in_utf_8_whatever_the_locale(path):
 
 def test_every_module_has_a_test_file_of_its_name():
     there = {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    modules = {
-        path.stem: {f"test_{path.name}"}
-        for path in (ROOT / "support").glob("*.py")
-        if path.stem != "__init__"
-    }
-    analysis = {
-        f"analysis.{path.stem}": {f"test_{path.name}", f"test_analysis_{path.name}"}
-        for path in (ROOT / "analysis").glob("*.py")
-    }
-    assert len(modules) > 10 and len(analysis) > 5
-    assert [module for module, names in (modules | analysis).items() if not names & there] == []
+    for folder in ("support", "alternatives", "analysis", "orchestration"):
+        modules = [path for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"]
+        assert modules, folder
+        for path in modules:
+            assert {f"test_{path.name}", f"test_{folder}_{path.name}"} & there, path
 
 
 def test_training_imports_only_what_requirements_name():
@@ -107,8 +101,9 @@ def test_training_imports_only_what_requirements_name():
         line.partition("==")[0] for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
     }
     owners = importlib.metadata.packages_distributions()
-    known = sys.stdlib_module_names | OPTIONAL | {"support"}
-    for path in (ROOT / "dqn_injection_atari.py", *(ROOT / "support").glob("*.py")):
+    known = sys.stdlib_module_names | OPTIONAL | {"support", "alternatives"}
+    folders = (ROOT / "support").glob("*.py"), (ROOT / "alternatives").glob("*.py")
+    for path in (ROOT / "dqn_injection_atari.py", *folders[0], *folders[1]):
         for name in imported(path) - known:
             distributions = {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners[name]}
             assert distributions & required, f"{path.name} imports {name}"

@@ -352,7 +352,7 @@ def test_a_seed_fixes_a_whole_run_and_only_an_injection_changes_it(record):
     args = replace(SMALL, injection_step=(150,), num_envs=2, total_timesteps=170)
     (injected, again), baseline, other = (
         [record(args)[0] for _ in range(2)],
-        record(replace(args, apply_injection=False))[0],
+        record(replace(args, intervention="none"))[0],
         record(replace(args, seed=2, total_timesteps=152))[0],
     )
     assert course(injected) == course(again)
@@ -621,7 +621,7 @@ def test_no_point_lies_beyond_the_end():
     [
         ({}, "no plasticity injection in this run\n"),
         (
-            {"injection_step": (9,), "apply_injection": False},
+            {"injection_step": (9,), "intervention": "none"},
             "no plasticity injection in this run: baseline arm\n",
         ),
         ({"injection_trigger": "norm"}, None),
