@@ -767,14 +767,15 @@ class Learner:
             return
         alternative = ALTERNATIVES[self.args.intervention]
         encoder, head = self.learning()
-        new_heads = self._generator(Stream.INJECTION)
-        new_encoders = self._generator(Stream.PERTURBATION)
+        for_heads = self._generator(Stream.INJECTION)
+        for_others = self._generator(Stream.PERTURBATION)
         parts = AgentParts(
             encoder=encoder,
             head=head,
             optimizer=self.optimizer,
-            draw_encoder=lambda: InjectableHead.draw(QNetwork.make_encoder, new_encoders),
-            draw_head=lambda: self.q_network.head.draw_like_newest(new_heads),
+            draw_encoder=lambda: InjectableHead.draw(QNetwork.make_encoder, for_others),
+            draw_head=lambda: self.q_network.head.draw_like_newest(for_heads),
+            generator=for_others,
         )
         with torch.no_grad():
             alternative.apply(parts, alternative.settings_in(self.args))
