@@ -461,9 +461,8 @@ def test_games_cut_at_a_boundary_bootstrap_and_are_no_returns(monkeypatch):
 ARMS = {
     "the injection": {"intervention": "injection"},
     "another one later": {"intervention": "injection", "injection_step": (142, 190)},
-    "shrink-perturb": {"intervention": "injection", "intervention": "shrink-perturb"},
+    "shrink-perturb": {"intervention": "shrink-perturb"},
     "the baseline itself": {},
-    "none": {"intervention": "injection", "intervention": "none"},
 }
 
 
@@ -473,7 +472,7 @@ def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_
     uninterrupted, arm
 ):
     folder = fork(uninterrupted(BASELINE) / "checkpoint-142", BASELINE, **ARMS[arm])
-    same = BASELINE if arm == "none" else replace(BASELINE, **ARMS[arm])
+    same = replace(BASELINE, **ARMS[arm])
     assert_same_end(folder, uninterrupted(same))
     assert made(folder / END) == [*(same.injection_step if same.intervention != "none" else ())]
 
@@ -550,28 +549,6 @@ def test_a_fork_knows_what_it_was_before_it_had_a_folder_of_its_own():
     assert origin("trunk", 80, 1, history=[]).history == [trunk]
     assert origin("branch", 142, 2, run_id="id of branch", history=[trunk]).history == [trunk], "resumed"
     assert origin("branch", 142, 2, history=[trunk]).history == [branch, trunk]
-    earlier = {"seed": 2, "fork": "/home/x/runs/trunk/checkpoint-80"}  # by a version that noted no more
-    named = {"run": None, "folder": "trunk", "step": 80, "seed": None}
-    assert origin("branch", 142, 2, args=earlier).history == [branch, named]
-
-
-@pytest.mark.parametrize(
-    ("fork", "folder", "step", "seed"),
-    [
-        ("runs/A/checkpoint-500", "A", 500, None),
-        ("A/checkpoint-500/", "A", 500, None),
-        ("/x/y/../A/./checkpoint-0", "A", 0, None),
-        ("runs/Pong-v4__none__7__1795767634/checkpoint-5", "Pong-v4__none__7__1795767634", 5, 7),
-        ("runs/Pong-v4__a__b__8__1795767634-2/checkpoint-5", "Pong-v4__a__b__8__1795767634-2", 5, 8),
-        ("../checkpoint-500", None, 0, None),
-        ("checkpoint-500", None, 0, None),
-        ("runs/A/newest", None, 0, None),
-    ],
-)
-def test_of_a_fork_of_an_earlier_version_the_path_says_what_is_known(fork, folder, step, seed):
-    (before,) = runs.history_of({"args": {"fork": fork}})
-    assert before == {"run": None, "folder": folder, "step": step, "seed": seed}
-    assert runs.history_of({"args": {"fork": None}}) == runs.history_of({"args": {}}) == []
 
 
 @pytest.mark.slow
