@@ -51,10 +51,7 @@ class Checkpoint:
         return self.meta["step"]
 
     def restore(self, parts: dict[str, Any]) -> None:
-        """Brings these parts, in their order, into the state they were saved in.
-
-        Raises UsageError where they do not fit: another version of the code wrote the checkpoint.
-        """
+        """Brings these parts, in their order, into their saved state; UsageError where that does not fit."""
         with reading(self.path, "this run's checkpoint", "move it away, and go on from another"):
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
@@ -108,10 +105,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint after checking every byte of it. Runs no code from it.
-
-    Raises UsageError where it is truncated, damaged, incomplete, or no checkpoint; the message says which.
-    """
+    """A checkpoint of which every byte is right; UsageError where one is not. Runs no code from it."""
     with reading(path, "a checkpoint", "take another"):
         recorded = _read_checksums(path / CHECKSUMS)
         damaged = [name for name, checksum in recorded.items() if _checksum(path / name) != checksum]
@@ -125,10 +119,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
-    """The newest good checkpoint of this run in its folder, None if there is none at all.
-
-    Raises UsageError where there are checkpoints, but no good one.
-    """
+    """The newest good checkpoint of this run in its folder, None without any; UsageError if all are bad."""
     paths = list_checkpoints(folder)
     for step, path in paths.items():
         try:
@@ -147,10 +138,7 @@ def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
 
 
 def read_identity(path: Path) -> dict[str, Any]:
-    """The "run", which is in its checkpoints, too, and the "args" in a `run.json` or `manifest.json`.
-
-    Raises UsageError where it holds none.
-    """
+    """The "run" (an id) and "args" in a `run.json` or `manifest.json`; UsageError where there are none."""
     fix = "give a run's folder to --resume, one of its checkpoints to --fork"
     with reading(path, "a run's arguments", fix):
         identity = json.loads(path.read_text(encoding="utf-8"))
@@ -170,8 +158,7 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
 def create_run_folder(folder: Path, identity: dict[str, Any]) -> Path:
     """A new folder of this name, or with a number after it where another run starts in the same second.
 
-    Its `run.json`, there as soon as the folder is, holds `identity`, of which "run" is drawn at random.
-    Raises UsageError where it cannot be written.
+    Its `run.json`, there as soon as the folder is, holds `identity`; UsageError where it cannot be written.
     """
     draft = folder.parent / f".{identity['run']}"
     target = folder

@@ -27,10 +27,7 @@ MAX_FRAMES = 108_000  # of a game
 
 
 def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
-    """The registration of an Atari id.
-
-    Raises UsageError where it is unknown, no Atari game, or has other actions or observations than DQN needs.
-    """
+    """The registration of an Atari id; UsageError where it is none, or has other actions or observations."""
     try:
         spec = gym.spec(env_id)
     except (gym.error.Error, ImportError) as error:
@@ -164,9 +161,8 @@ def make_atari_envs(
 
     Both backends preprocess as DQN Zoo does: up to 30 no-ops at the start, each action for 4 frames, maximum
     of the last two, grey, 84×84, 4 frames stacked on zeros, at most 108,000 frames a game, no FIRE on reset.
-    Emulators of this process say nothing but errors from now on.
-
-    Raises UsageError as `atari_spec` does, and where ALE's vectoriser cannot set the id's mode or difficulty.
+    Emulators of this process say nothing but errors from now on. Raises UsageError as `atari_spec` does, and
+    where ALE's vectoriser cannot set the id's mode or difficulty.
     """
     spec = atari_spec(env_id)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)

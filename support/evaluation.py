@@ -40,10 +40,7 @@ def player(q_network: nn.Module, num_actions: int, epsilon: float, seed: int) ->
     device = next(q_network.parameters()).device
 
     def act(obs: np.ndarray) -> np.ndarray:
-        def q() -> torch.Tensor:
-            return q_network(upload(obs, device))
-
-        return epsilon_greedy(q, (len(obs), num_actions), epsilon, rng)
+        return epsilon_greedy(lambda: q_network(upload(obs, device)), (len(obs), num_actions), epsilon, rng)
 
     return act
 
@@ -59,13 +56,8 @@ def play_games(
     """Raw scores of whole games, (N,) float64, one per environment, so that none is favoured.
 
     With `steps` those of the first environment's games that end within so many steps, or else of the first
-    game (DQN Zoo).
-
-    Args:
-        envs: N environments, which are closed in the end
-        seed: of their games
-        video: where the first game is filmed to
-        stop: once it returns True, what is not over is left at NaN
+    game (DQN Zoo). The first game is filmed to `video`. Once `stop` returns True, what is not over is left at
+    NaN. Environments are closed in the end.
     """
     games: list[list[float]] = [[] for _ in range(envs.num_envs)]  # scores, per environment
     played = 0

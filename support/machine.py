@@ -152,10 +152,7 @@ def limit_threads() -> None:
 
 
 def place_for(needed: int, steps: int, device: torch.device) -> torch.device:
-    """Where a replay of `needed` bytes for so many steps goes: to `device`, or to the CPU if it has no room.
-
-    Raises UsageError where it does not fit in the CPU's free memory either.
-    """
+    """Where a replay of so many bytes goes: to `device`, or to the CPU; UsageError if neither has room."""
     for_learning = 2 * 10**9  # networks, moments, graphs and the libraries' workspaces take less
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= needed + for_learning:
         return device
@@ -295,10 +292,10 @@ class HeldFolder:
 def alone_in(
     folder: Path, file: str = "run.json", kind: str = "a run's folder", fix: str = "give one to --resume"
 ) -> Iterator[None]:
-    """Keeps other processes from running in `folder` during this block, or until this process ends otherwise.
+    """Keeps other processes from running in `folder` during this block; UsageError where one is.
 
-    The lock is on a file there, opened for writing, because NFS locks nothing else. Where it cannot be had, a
-    warning says so. Raises UsageError where another process holds it, or there is no such folder or file.
+    The lock is on a file there, opened for writing, because NFS locks nothing else. It ends with the process.
+    Where there are no locks, a warning says so.
     """
     with reading(folder, kind, fix):
         descriptor = os.open(folder / file, os.O_RDWR)

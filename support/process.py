@@ -102,9 +102,9 @@ class Signals:
         self.checkpoint = False
         self.at_once = False
         self.ending = False
-        self.previous: dict[signal.Signals, Any] = {}  # handlers
 
     def __enter__(self) -> "Signals":
+        self.previous: dict[signal.Signals, Any] = {}  # handlers
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             for number in (*self.STOP, *self.CHECKPOINT):
                 if signal.getsignal(number) != signal.SIG_IGN:
@@ -176,8 +176,7 @@ def _let_go() -> None:
 def ends_in_one_line(training: bool = False) -> Iterator[None]:
     """Around a whole command: what it cannot do ends it with one line and status 1, Ctrl-C with status 130.
 
-    Args:
-        training: whether the command is a run, see `out_of_resources`
+    Whether the command is a run, `training`, is for `out_of_resources`.
     """
     _keep_open()
     try:

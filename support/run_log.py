@@ -135,15 +135,11 @@ class Point(NamedTuple):
 
 
 class Curves:
-    """A run's TensorBoard curves, which neither a crash nor a full disk nor a resume loses or doubles.
+    """A run's TensorBoard curves from `step` on, which no crash, full disk or resume loses or doubles.
 
     Points wait in memory until `flush`. Those of the newest step stay there even then, since more of that
     step may follow: a new event file, after a resume or a failed write, tells its readers to drop what older
     files hold from its first point on (`purge_step`), and begins with all of these.
-
-    Args:
-        folder: where event files go, also where it is moved in the meantime
-        step: the step from which on this run logs
     """
 
     def __init__(self, folder: Path, step: int):
@@ -224,12 +220,7 @@ class Curves:
 
 
 class RunLog:
-    """A run's curves, progress and lines.
-
-    Args:
-        folder: of the run
-        step, total: where the run is and where it ends
-    """
+    """The curves, progress and lines of a run that is at `step` and ends at `total`."""
 
     PLAIN_LINE_SECONDS = 30
     FLUSH_SECONDS = 10
@@ -302,8 +293,7 @@ class RunLog:
     def games(self, infos: dict[str, Any], previous: int) -> None:
         """Logs the games that ended in the vector step after `previous`, each at its own decision's step.
 
-        TensorBoard keeps one point per curve and step. What was decided beyond the run's end is no part of
-        it.
+        TensorBoard keeps one point per curve and step. What was decided beyond the run's end is left out.
         """
         for i in np.flatnonzero(infos.get("_episode", ())):
             step = previous + 1 + int(i)

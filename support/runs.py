@@ -127,8 +127,7 @@ class Run:
         origin: what it goes on from
         name: of its folder under `runs`, if it is new; the time comes after it
         version: of the script, for `run.json`
-        args: its arguments as plain data, for `run.json` and checkpoints; here "total_timesteps", "num_envs",
-            "checkpoint_frequency", "cuda" and what is about Weights & Biases are looked at
+        args: its arguments as plain data, for `run.json` and checkpoints
         parts: what checkpoints hold, by name, besides the log; restored here, in this order
         circumstances: what its bits depend on besides its arguments
         signals: what it is asked
@@ -240,17 +239,15 @@ class Run:
     def save(self, keep: Collection[int]) -> None:
         """Writes a checkpoint, unless there is one of this step, and says so, or says why it could not.
 
-        Checkpoints of the steps in `keep` stay when this one is there. Raises OSError where it cannot be
-        written and the run was asked to stop.
+        Those of the steps in `keep` stay. Raises OSError where it cannot be written and the run is to stop.
         """
         self.signals.checkpoint = False
         if self.saved == self.step:
             return
         step = f"step {self.step:,}"
         say = self.log.say
-        stop = self.signals.stop
-        if stop is not None:
-            say(f"{step}: {stop.name}, writing a checkpoint; once more ends the run without it")
+        if self.signals.stop is not None:
+            say(f"{step}: {self.signals.stop.name}, writing a checkpoint; once more ends the run without it")
         self.log.flush(to_disk=True)
         start = time.perf_counter()
         try:
@@ -308,18 +305,15 @@ class Run:
 
         Returns False where a signal cut it short; nothing is logged then.
         """
-
-        def stop() -> bool:
-            return self.interrupted
-
         with self.log.pause():
             try:
-                scores = play(self._film_path() if film else None, stop)
+                path = self._film_path() if film else None
+                scores = play(path, lambda: self.interrupted)
             except (UsageError, OSError) as error:
                 if not film:
                     raise
                 self.log.say(f"warning: no video at step {self.step:,} ({error})")
-                scores = play(None, stop)
+                scores = play(None, lambda: self.interrupted)
         if np.isnan(scores).any():
             return False
         self.log.evaluation(scores, self.step)
@@ -367,13 +361,12 @@ class Run:
 
     def command(self, script: str, flag: str) -> str:
         """What to type to have the script do something with this run."""
-
-        def quoted(path: str) -> str:
+        paths = []
+        for path in (os.path.relpath(script), str(self.folder)):
             if path.startswith(("-", "~")):  # it would be a flag, or somebody's home
                 path = os.path.join(os.curdir, path)
-            return shlex.quote(path)
-
-        return f"python {quoted(os.path.relpath(script))} --{flag} {quoted(str(self.folder))}"
+            paths.append(shlex.quote(path))
+        return f"python {paths[0]} --{flag} {paths[1]}"
 
     def finish(self, complete: bool, script: str) -> None:
         """Says how to go on with a run that was stopped; makes sure of one that is complete.

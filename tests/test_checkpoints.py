@@ -621,7 +621,8 @@ def test_a_checkpoint_that_fits_its_checksums_but_not_its_parts_is_refused_in_on
     FOREIGN[change](path)
     seal(path)
     checkpoint = load_checkpoint(path)
-    reason = r"^run/checkpoint-1 cannot be read as this run's checkpoint \(.+\): move it away, and go on from another$"
+    fix = "move it away, and go on from another"
+    reason = rf"^run/checkpoint-1 cannot be read as this run's checkpoint \(.+\): {fix}$"
     with pytest.raises(UsageError, match=reason) as error:
         checkpoint.restore(parts(0, rows=0))
     assert "\n" not in str(error.value)
