@@ -16,7 +16,6 @@ import numpy as np
 
 from dqn_injection_atari import Args
 from support.run_log import read_scalars
-from support.runs import history_of
 from support.usage import UsageError, reading
 
 SPEED = "charts/SPS"  # mean over the run, up to its last step
@@ -57,6 +56,24 @@ class Identity:
     history: tuple[Ancestor, ...]
     rounded: bool = False
     """whether its values have six digits, as in CSV files of an earlier version"""
+
+
+def history_of(written: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a run was before, from its run.json or a CSV file's header; see `Origin.history`.
+
+    CSV files of an earlier version have no more than the path given to --fork. What it does not tell is None.
+    """
+    fork = written["args"].get("fork")
+    if "history" in written or fork is None:
+        return written.get("history", [])
+    path = Path("..", fork)
+    folder = path.parent.name
+    checkpoint = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    if folder == ".." or checkpoint is None:
+        return [{"run": None, "folder": None, "step": 0, "seed": None}]
+    named = re.search(r"__(\d+)__\d+(-\d+)?$", folder)  # with the seed, as training names folders
+    seed = None if named is None else int(named[1])
+    return [{"run": None, "folder": folder, "step": int(checkpoint[1]), "seed": seed}]
 
 
 def identity_in(written: dict[str, Any], folder: str | None, rounded: bool = False) -> Identity:

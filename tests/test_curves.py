@@ -23,7 +23,7 @@ from simulated_runs import (
 )
 
 from analysis.arms import group, read_arms
-from analysis.curves import read_curves, read_run, write_curves
+from analysis.curves import history_of, read_curves, read_run, write_curves
 from analysis.games import aggregates
 from analysis.report import as_json
 from analysis.verdict import comparisons
@@ -361,3 +361,22 @@ def test_utf_16_is_named():
     Path("y.csv").write_text(text, encoding="utf-16")
     with pytest.raises(UsageError, match="byte-order mark of UTF-16"):
         read_curves(Path("y.csv"), RETURN)
+
+
+@pytest.mark.parametrize(
+    ("fork", "folder", "step", "seed"),
+    [
+        ("runs/A/checkpoint-500", "A", 500, None),
+        ("A/checkpoint-500/", "A", 500, None),
+        ("/x/y/../A/./checkpoint-0", "A", 0, None),
+        ("runs/Pong-v4__none__7__1795767634/checkpoint-5", "Pong-v4__none__7__1795767634", 5, 7),
+        ("runs/Pong-v4__a__b__8__1795767634-2/checkpoint-5", "Pong-v4__a__b__8__1795767634-2", 5, 8),
+        ("../checkpoint-500", None, 0, None),
+        ("checkpoint-500", None, 0, None),
+        ("runs/A/newest", None, 0, None),
+    ],
+)
+def test_of_a_fork_of_an_earlier_version_the_path_says_what_is_known(fork, folder, step, seed):
+    (before,) = history_of({"args": {"fork": fork}})
+    assert before == {"run": None, "folder": folder, "step": step, "seed": seed}
+    assert history_of({"args": {"fork": None}}) == history_of({"args": {}}) == []
