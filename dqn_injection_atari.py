@@ -84,7 +84,8 @@ from support.usage import Count, OnlyWith, Positive, Share, Steps, UsageError, c
 
 __version__ = "0.9.0"
 
-CODE_VERSION = code_version(Path(__file__))  # of the code that runs, edits come later
+# of the code that runs, edits come later
+CODE_VERSION = code_version(Path(__file__), Path(__file__).parent / "alternatives")
 
 INJECTION = Words(
     log="plasticity injected",

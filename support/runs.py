@@ -28,13 +28,12 @@ from support.machine import FolderGone, HeldFolder, alone_in, idle_gpu, way_out
 from support.process import Signals, group_of_equals
 from support.run_log import RunLog, read_scalars
 from support.usage import UsageError, out_of_resources
-from support.versions import refuse_wrong_versions, unsupported_versions
+from support.versions import unsupported_versions
 from support.weights_and_biases import finish_wandb, let_go, require_wandb, start_wandb
 
 
 def check_machine(device: torch.device, cuda_graphs: bool, track: bool, film: bool) -> None:
     """Raises UsageError where something that a run is to use is not here, or gives wrong numbers."""
-    refuse_wrong_versions()
     if cuda_graphs and device.type == "cpu":
         fix = "--no-cuda-graphs, with --fork if it has begun"
         raise UsageError(f"--cuda-graphs needs a GPU, and this run is on the CPU: {fix}")
