@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.arms import ARM_NAMES, Arm, describe, short
+from analysis.arms import WORDS, Arm, describe, short
 from analysis.canvas import (
     INK,
     Artist,
@@ -205,7 +205,7 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     values = sorted({number_in(pair.arms[1].setting, number) for pair in pairs})
     for pair in pairs:
         setting = pair.arms[1].setting
-        what = ARM_NAMES[setting["intervention"]][0] if number == "injection" else describe(setting, (), "")
+        what = WORDS[setting["intervention"]].noun if number == "injection" else describe(setting, (), "")
         lines[f"{pair.game}, {what}" if len(games) > 1 else what].append(pair)
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
