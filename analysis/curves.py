@@ -16,7 +16,6 @@ import numpy as np
 
 from dqn_injection_atari import Args
 from support.run_log import read_scalars
-from support.runs import history_of
 from support.usage import UsageError, reading
 
 TRAINING_RETURN = "charts/episodic_return"
@@ -52,9 +51,28 @@ class Identity:
     history: tuple[Ancestor, ...]
 
 
-def identity_in(written: dict[str, Any], folder: str | None) -> Identity:
-    """The identity of a run, from what its run.json holds."""
-    history = tuple(Ancestor(**before) for before in history_of(written))
+def ancestors_on(path: str | None) -> tuple[Ancestor, ...]:
+    """The run that one was forked from, as far as the path of the checkpoint tells; none without a path."""
+    if path is None:
+        return ()
+    place = re.search(r"([^/]+)/checkpoint-(\d+)$", Path(path).as_posix())
+    if place is None or place[1] == "..":
+        return (Ancestor(run=None, folder=None, step=0, seed=None),)
+    name = re.search(r"__(\d+)__\d+(-\d+)?$", place[1])  # game, exp_name, seed and time, as folders are named
+    seed = int(name[1]) if name else None
+    return (Ancestor(run=None, folder=place[1], step=int(place[2]), seed=seed),)
+
+
+def identity_in(written: dict[str, Any], folder: str | None, fork: str | None) -> Identity:
+    """The identity of a run.
+
+    Args:
+        written: what its run.json holds, or a CSV file, in which "run" and "history" may be missing
+        fork: path of the checkpoint that it began from
+    """
+    history = ancestors_on(fork)
+    if "history" in written:
+        history = tuple(Ancestor(**before) for before in written["history"])
     return Identity(written.get("run"), folder, history)
 
 
@@ -74,7 +92,7 @@ class RecordedRun:
     def known_as(self) -> Identity:
         if self.identity is not None:
             return self.identity
-        return identity_in({"args": {"fork": self.args.fork}}, Path(self.folder).resolve().name)
+        return identity_in({}, Path(self.folder).resolve().name, self.args.fork)
 
     @functools.cached_property
     def lineage(self) -> tuple[Ancestor, ...]:
@@ -92,7 +110,7 @@ class RecordedRun:
         return points[:, (points[0] > after) & (points[0] <= upto)]
 
     def undefined(self, tag: str) -> np.ndarray:
-        """(K,) steps after its first value at which a measure of plasticity has none, where others were logged."""
+        """(K,) steps, after its first value, at which a measure of plasticity has none and others have one."""
         if not tag.startswith(PLASTICITY):
             return np.empty(0)
         steps, values = self.scalars[tag]
@@ -142,7 +160,7 @@ def read_run(folder: str, metric: str, end: str = "the run is left out") -> Reco
     with reading(path, "a run's arguments", end):
         written = json.loads(path.read_text(encoding="utf-8"))
         args = Args(**written["args"])
-        identity = identity_in(written, path.resolve().parent.name)
+        identity = identity_in(written, path.resolve().parent.name, args.fork)
     scalars = {tag: points[:2] for tag, points in read_scalars(path.parent, end).items()}
     return check_metric(RecordedRun(folder, args, scalars, identity), metric, end)
 
@@ -255,8 +273,8 @@ def run_in(line: str, path: Path) -> RecordedRun:
     header = json.loads(line.removeprefix("# "))
     written = {name: header.pop(name) for name in ("run", "folder", "history") if name in header}
     args = Args(**header)
-    written["args"] = {"fork": args.fork}
-    return RecordedRun(f"{path} (seed {args.seed})", args, {}, identity_in(written, written.get("folder")))
+    identity = identity_in(written, written.get("folder"), args.fork)
+    return RecordedRun(f"{path} (seed {args.seed})", args, {}, identity)
 
 
 def points_in(table: Iterable[str], seeds: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:

@@ -86,7 +86,7 @@ def aggregate_scores(
         joint: per game, whether n_g = m_g and the scores at one index are drawn together
 
     Returns:
-        (3, 3) float64: of without, of injected and of their difference, the value, its interval's low and high
+        (3, 3) float64: of without, of injected and of their difference, the value and its interval
     """
     rng = np.random.default_rng(0)
     drawn_without = []
@@ -120,7 +120,7 @@ def without_points(scores: np.ndarray, fewest: int) -> np.ndarray:
 
 
 def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
-    """One for every set of comparisons that differ in the game alone, of the games with scores on both sides."""
+    """One for every set of comparisons that differ in the game alone, of games with scores on both sides."""
 
     def scores(pair: Comparison, side: int) -> np.ndarray:
         return np.array([human_normalised(pair.game, mean) for mean in pair.means[side].values()])

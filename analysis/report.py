@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.arms import Arm, read_arms
-from analysis.curves import TRAINING_RETURN
+from analysis.arms import TRAINING_RETURN, Arm, read_arms
 from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import MIN_SEEDS, interval
@@ -22,7 +21,7 @@ HEAD = ["game", "arm", "seeds", "n", "mean return in the window", "difference", 
 
 def carried(pair: Comparison) -> bool:
     """Whether games without a return could carry the verdict: were one arm's mean off by its reach alone."""
-    reach = max(side.reach for side in pair.sides)
+    reach = max(pair.sides[0].reach, pair.sides[1].reach)
     low, high = pair.judgement.low, pair.judgement.high
     if math.isnan(low):
         low = high = pair.judgement.difference

@@ -156,7 +156,7 @@ def judge(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Each p corrected for their number (Holm 1979): if nothing differs, any is below 0.05 in 1 case of 20."""
+    """Each p corrected for their number (Holm 1979): if nothing differs, 1 time in 20 any is below 0.05."""
     corrected = [math.nan] * len(p)
     largest = 0.0
     for rank, i in enumerate(np.argsort(p)):
@@ -452,10 +452,10 @@ def evaluated_differently(arms: Iterable[Arm], metric: str) -> str:
 
 def counterparts(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
     """Pairs (without, with) of arms that differ in nothing that is learned but the intervention."""
+    not_in_common = (*OF_INTERVENTION, *EVALUATION)
 
     def in_common(arm: Arm) -> dict[str, Any]:
-        names = [name for name in arm.setting if name not in (*OF_INTERVENTION, *EVALUATION)]
-        return {name: arm.setting[name] for name in names}
+        return {name: arm.setting[name] for name in arm.setting if name not in not_in_common}
 
     baselines = [arm for arm in arms if arm.setting["intervention"] == "none"]
     pairs = []
