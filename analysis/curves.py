@@ -110,7 +110,7 @@ class RecordedRun:
         return points[:, (points[0] > after) & (points[0] <= upto)]
 
     def undefined(self, tag: str) -> np.ndarray:
-        """(K,) steps, after its first value, at which a measure of plasticity has none and others have one."""
+        """(K,) steps, after its first value, at which a measure of plasticity has none and others do."""
         if not tag.startswith(PLASTICITY):
             return np.empty(0)
         steps, values = self.scalars[tag]
