@@ -67,9 +67,9 @@ class Settings:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """folders of runs, those under runs/; or of sweeps, those under sweeps/; or files that --export wrote"""
     out: str | None = None
-    """where the figure goes (.png, .pdf or .svg); the other files have its name with another ending. By default
-    comparison.png, of a sweep in its folder, and of a sequence of tasks tasks.png; a probe of one task writes its
-    numbers where this says"""
+    """where the figure goes (.png, .pdf or .svg); other files have its name with another ending. By default
+    comparison.png, of a sweep in its folder, and of a sequence of tasks tasks.png; a probe of one task writes
+    its numbers where this says"""
     metric: Literal["charts/episodic_return", "eval/episodic_return"] = "charts/episodic_return"
     """which return is compared: that of every training game, or the mean of every evaluation"""
     window: Annotated[int | None, Ge(1)] = None
@@ -78,10 +78,10 @@ class Settings:
     """what the figures show: mean over seeds and its 95% t interval, or interquartile mean and 95% bootstrap
     interval, which covers less with 3 to 5 seeds (Agarwal et al. 2021). The verdict is always on means"""
     export: str | None = None
-    """folder in which to keep each arm's curves as a CSV file; this command takes those in the place of runs"""
+    """folder in which to keep each arm's curves as a CSV file; this command takes those in place of runs"""
     probe: tuple[str, ...] = ()
-    """checkpoints, runs/FOLDER/checkpoint-STEP, or fresh: how well do they still fit random targets? (Lyle et al.
-    2023)"""
+    """checkpoints, runs/FOLDER/checkpoint-STEP, or fresh: how well do they still fit random targets?
+    (Lyle et al. 2023)"""
     env_id: str | None = None
     """the game of --probe fresh, whose observations are of random play"""
     probe_tasks: Annotated[int | None, Ge(2)] = None
@@ -91,10 +91,10 @@ class Settings:
     probe_observations: Count = 512
     """how many observations to fit targets at: replayed ones, for fresh of random play"""
     probe_updates: Annotated[int | None, Ge(1)] = None
-    """gradient steps of a network at a target, with the run's batch size; by default 1,000, of a sequence 200"""
+    """gradient steps at each target, with the run's batch size; by default 1,000, in a sequence 200"""
     probe_learning_rate: Annotated[float | None, Interval(gt=0, lt=math.inf)] = None
-    """of all networks, whatever the run's was; by default 1e-4, of a sequence of tasks 5e-4. A higher one is no
-    good for a single target: an agent that has lost plasticity may fit it as well as any"""
+    """of all networks, whatever the run's was; by default 1e-4, in a sequence of tasks 5e-4. A higher one is
+    no good for a single target: an agent that has lost plasticity may fit it as well as any"""
     probe_seeds: Count = 3
     """repetitions, each with its own targets, batches, fresh weights and injection"""
 

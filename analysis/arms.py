@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from analysis.curves import TRAINING_RETURN, RecordedRun, read_curves, read_run
-from dqn_injection_atari import Args
+from dqn_injection_atari import INTERVENTIONS, Args
 from support.flags import RunFlags
 from support.usage import UsageError, conditions, unused_fields
 
@@ -28,21 +28,6 @@ IN_WORDS = {"env_id", "intervention", "injection", "injection_trigger", "injecti
 IN_WORDS |= {"freeze_heads", "moments"}
 MOST_STEPS = 4  # of one arm that are named one by one
 LONGEST_FILE_NAME = 240  # characters; file systems allow 255, and a number and the ending come after it
-
-
-class Words(NamedTuple):
-    """What an intervention is called: one, several, and in a sentence on what it did to the return."""
-
-    noun: str
-    plural: str
-    deed: str
-
-
-WORDS = {
-    "injection": Words("injection", "injections", "injection"),
-    "reset-head": Words("head reset", "head resets", "resetting the head"),
-    "shrink-perturb": Words("shrink and perturb", "shrink and perturb", "shrink and perturb"),
-}
 
 
 @dataclass(frozen=True)
@@ -130,7 +115,7 @@ def at_steps(intervention: str, steps: tuple[int, ...]) -> str:
 
     Of many in equal distances the first two and the last.
     """
-    words = WORDS[intervention]
+    words = INTERVENTIONS[intervention]
     shown = [short(step) for step in steps]
     if len(steps) == 1:
         return f"{words.noun} at {shown[0]}"
@@ -149,7 +134,7 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
         words = [at_steps(intervention, setting["injection"])]
     else:
         ratio = setting["injection_norm_ratio"]
-        words = [f"{WORDS[intervention].noun} where the norm has grown {ratio:.15g}×"]
+        words = [f"{INTERVENTIONS[intervention].noun} where the norm has grown {ratio:.15g}×"]
     shown = list(differing)
     other_width = setting["injected_head_width"] not in (None, setting["head_width"])
     if other_width and "injected_head_width" not in shown:

@@ -22,7 +22,8 @@ HEAD = ["game", "arm", "seeds", "n", "mean return in the window", "difference", 
 def carried(pair: Comparison) -> bool:
     """Whether games without a return could carry the verdict: were one arm's mean off by its reach alone."""
     reach = max(pair.sides[0].reach, pair.sides[1].reach)
-    low, high = pair.judgement.low, pair.judgement.high
+    low = pair.judgement.low
+    high = pair.judgement.high
     if math.isnan(low):
         low = high = pair.judgement.difference
     if low > 0:
@@ -171,11 +172,14 @@ def aggregate_in_words(total: Aggregate) -> list[str]:
 def row_of(pair: Comparison, i: int, difference: str, verdict: str) -> list[str]:
     """The row of the table for the arm without (i = 0) or with the intervention (1)."""
     means = pair.means[i]
-    mean = show(*interval(np.array(list(means.values())))) if means else "–"
+    mean = "–"
+    if means:
+        mean = show(*interval(np.array([*means.values()])))
     score = normalised_mean(pair, i)
+    normalised = "–" if score is None else show(score)
+    seeds = ", ".join(map(str, means))
     arm = pair.arms[i]
-    seeds = [", ".join(map(str, means)), str(len(means))]
-    return [arm.game, arm.name, *seeds, mean, difference, verdict, "–" if score is None else show(score)]
+    return [arm.game, arm.name, seeds, str(len(means)), mean, difference, verdict, normalised]
 
 
 def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], metric: str) -> str:
@@ -208,9 +212,9 @@ def finite(number: float) -> float | None:
 
 
 def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
-    rows = [
-        {"iqm": value, "interval": [finite(low), finite(high)]} for value, low, high in total.scores.tolist()
-    ]
+    rows = []
+    for value, low, high in total.scores.tolist():
+        rows.append({"iqm": value, "interval": [finite(low), finite(high)]})
     return {
         "games": total.games,
         "windows": [{"after": after, "upto": upto} for after, upto in total.windows],

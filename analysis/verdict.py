@@ -9,9 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import scipy.stats
 
-from analysis.arms import EVALUATION, OF_INTERVENTION, WORDS, Arm, evaluation
+from analysis.arms import EVALUATION, OF_INTERVENTION, Arm, evaluation
 from analysis.curves import TRAINING_RETURN, RecordedRun
 from analysis.intervals import CONFIDENCE, MIN_SEEDS
+from dqn_injection_atari import INTERVENTIONS
 
 LEAST_SHARE = 0.5  # of the steps that the median run has after the intervention: fewer would cut off too much
 
@@ -135,7 +136,7 @@ def judge(
     else:
         result = scipy.stats.ttest_ind(injected, without, equal_var=False)
     low, high = map(float, result.confidence_interval(CONFIDENCE))
-    deed = WORDS[intervention].deed
+    deed = INTERVENTIONS[intervention].deed
     on_plasticity = intervention == "injection" and nothing_else
     verdict: Literal["raised", "lowered", "no evidence"]
     if low > 0:
@@ -313,7 +314,9 @@ def count_agents_once(candidates: Candidates, before: int) -> bool:
 
     # of an agent's seeds the smallest counts, of those that both sides have where there are any
     order = sorted(runs, key=lambda seed: (len(runs[seed]) < 2, seed))
-    counted = {seed: next(first for first in order if one_agent(first, seed)) for seed in runs}
+    counted = {}  # seed: the seed that counts for its agent
+    for seed in runs:
+        counted[seed] = next(first for first in order if one_agent(first, seed))
     if len(set(counted.values())) < 2:
         return len(runs) > 1
     for run in candidates.runs:
@@ -441,10 +444,10 @@ def varied(pairs: list[Comparison]) -> str | None:
 
 def evaluated_differently(arms: Iterable[Arm], metric: str) -> str:
     """`eval_epsilon 0.01 and 0.1`, where the runs of these arms were evaluated differently; else nothing."""
-    evaluations = [evaluation(run.args, metric) for arm in arms for run in arm.runs]
+    runs = [run for arm in arms for run in arm.runs]
     differing = []
-    for name in evaluations[0]:
-        values = dict.fromkeys(str(flags[name]) for flags in evaluations)
+    for name in evaluation(runs[0].args, metric):
+        values = dict.fromkeys(str(getattr(run.args, name)) for run in runs)
         if len(values) > 1:
             differing.append(f"{name} {' and '.join(values)}")
     return ", ".join(differing)

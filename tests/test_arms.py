@@ -12,6 +12,7 @@ import pytest
 from simulated_runs import INJECTION, NORM, RETURN, games, make_arms, make_run, write, write_run
 from torch.utils.tensorboard import summary
 
+from alternatives import AlternativeSettings
 from analysis.arms import (
     BOOKKEEPING,
     EVALUATION,
@@ -88,7 +89,8 @@ def test_an_injected_width_that_is_the_heads_own_makes_no_other_arm():
 
 
 def test_whatever_changes_a_curve_makes_another_arm_but_for_the_seed():
-    assert OTHER.keys() == {field.name for field in fields(Experiment)} - {"seed", "exp_name"}
+    names = [field.name for kind in (Experiment, AlternativeSettings) for field in fields(kind)]
+    assert OTHER.keys() == {*names} - {"seed", "exp_name"}
     for name, (value, needed) in OTHER.items():
         args = {"injection_step": (4,), **needed}
         assert setting(Args(**args)) != setting(Args(**args | {name: value})), name
