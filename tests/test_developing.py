@@ -50,7 +50,9 @@ def python(project, *words):
 def test_the_pages_alternative_takes_its_file_and_one_line_and_runs(project):
     said = python(project, "dqn_injection_atari.py", *RUN)
     (delta,) = re.findall(
-        r"^step 100: noise added to the encoder, largest change of Q over \d+ observations: (\S+)$", said, re.M
+        r"^step 100: noise added to the encoder, largest change of Q over \d+ observations: (\S+)$",
+        said,
+        re.M,
     )
     assert float(delta) > 0
 
