@@ -169,10 +169,10 @@ def holm(p: Sequence[float]) -> list[float]:
 def common_step(run: RecordedRun, other: RecordedRun) -> tuple[float, bool]:
     """The last step at which both are known to have been one run, or -1; and whether its id says so."""
     common = (-1.0, False)
-    for mine, theirs in itertools.product(run.lineage, other.lineage):
-        step = min(mine.step, theirs.step)
-        if step < math.inf and mine.is_run(theirs):
-            common = max(common, (step, mine.run is not None and theirs.run is not None))
+    for ours, theirs in itertools.product(run.lineage, other.lineage):
+        step = min(ours.step, theirs.step)
+        if step < math.inf and ours.is_run(theirs):
+            common = max(common, (step, ours.run is not None and theirs.run is not None))
     return common
 
 
@@ -282,11 +282,11 @@ def common_window(candidates: Candidates, firsts: dict[int, int], begin: str) ->
 def keep_within(candidates: Candidates, metric: str, window: Window, begin: str) -> None:
     """Leaves out the runs that have not reached the window's end, or have logged no `metric` in it."""
     for run in candidates.runs:
-        reached = f"is at step {run.last_step:,} and has not got"
+        progress = f"is at step {run.last_step:,} and has not got"
         if run.last_step <= window.after:
-            candidates.leave_out(run, f"{reached} beyond {begin} at {window.after:,}")
+            candidates.leave_out(run, f"{progress} beyond {begin} at {window.after:,}")
         elif run.last_step < window.upto:
-            candidates.leave_out(run, f"{reached} to the window's end at {window.upto:,}")
+            candidates.leave_out(run, f"{progress} to the window's end at {window.upto:,}")
         elif not run.between(metric, window.after, window.upto).size:
             reason = f"has logged no {metric} in the window"
             unreported = run.unreported(window.after, window.upto)

@@ -46,8 +46,8 @@ def numbers_of(runs):
 
 
 def test_a_comparison_in_words_says_what_is_compared_the_verdict_the_window_and_the_method():
-    what, verdict, window, method = words(*make_arms())
-    assert what == f"{PHOENIX}: injection at 1k against no injection"
+    title, verdict, window, method = words(*make_arms())
+    assert title == f"{PHOENIX}: injection at 1k against no injection"
     assert verdict.startswith("injection raised the return by ") and verdict.endswith(
         ": evidence of lost plasticity"
     )
@@ -235,8 +235,8 @@ def test_words_say_when_the_norm_injected_and_which_intervention_it_was():
         make_run(f"r{seed}", {RETURN: games(seed, 2)}, seed=seed, intervention="reset-head")
         for seed in (1, 2, 3)
     ]
-    what, _, window, method = words(*make_arms()[::2], *reset)
-    assert what.endswith("head reset at 1k against no intervention") and window.endswith("with intervention")
+    title, _, window, method = words(*make_arms()[::2], *reset)
+    assert title.endswith("head reset at 1k against no intervention") and window.endswith("with intervention")
     assert method.endswith("up to the intervention")
 
 
@@ -271,8 +271,8 @@ def test_without_a_verdict_words_give_no_method():
 def test_an_aggregate_in_words_gives_scores_difference_games_and_method():
     _, pairs = compared(*make_games(PHOENIX, seeds=(1, 2, 3, 4)), *make_games(ALIEN, TETRIS))
     (total,) = aggregates(pairs)
-    what, scores, difference, over, left_out = aggregate_in_words(total)
-    assert what == "2 games: injection at 1k against no injection"
+    title, scores, difference, over, left_out = aggregate_in_words(total)
+    assert title == "2 games: injection at 1k against no injection"
     assert f"{show(*total.scores[0])} without and {show(*total.scores[1])} with" in scores
     assert show(*total.scores[2]) in difference
     windows = f"{PHOENIX} in 1,000 < step ≤ 3,000, {ALIEN} in 1,000 < step ≤ 3,000"

@@ -167,9 +167,9 @@ def test_where_as_many_parameters_learn_as_before_it_does(how):
 def naive_holm(p):
     """The least level at which each falls, where one after the other is tested until the first that stays."""
     corrected = []
-    for own in p:
+    for value in p:
         others = sorted(p)
-        steps = [(len(p) - k) * other for k, other in enumerate(others) if other <= own]
+        steps = [(len(p) - k) * other for k, other in enumerate(others) if other <= value]
         corrected.append(min(1.0, max(steps)))
     return corrected
 
