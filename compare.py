@@ -50,7 +50,7 @@ try:
     from analysis.task_sequence import probe_sequence
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
-    if package in ("analysis", "support", "dqn_injection_atari"):
+    if package in ("analysis", "dqn_injection_atari", "alternatives", "support"):
         fix = "clone or copy the project's whole folder, and run it there"
         sys.exit(f"error: {error.name} is not beside this script: {fix}")
     fix = f"pip install -r requirements-dev.txt, in {Path(__file__).resolve().parent}"

@@ -273,6 +273,16 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package, m
         runpy.run_path(str(SCRIPT), run_name="without it")
 
 
+@pytest.mark.parametrize("folder", ["analysis", "alternatives"])
+def test_a_missing_folder_is_named_with_what_to_do(folder, monkeypatch):
+    imported_again = ("analysis", "dqn_injection_atari", "alternatives")
+    for name in [name for name in sys.modules if name.split(".")[0] in imported_again]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, folder, None)
+    with pytest.raises(SystemExit, match=f"error: {folder}.* is not beside this script: clone or copy"):
+        runpy.run_path(str(SCRIPT), run_name="without it")
+
+
 def test_the_users_home_stands_for_itself_in_every_path(command, monkeypatch):
     monkeypatch.setenv("HOME", str(Path("home").absolute()))
     (Path("home")).mkdir()
