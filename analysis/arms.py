@@ -55,10 +55,7 @@ class Arm:
 
 
 def runs_in(folders: Iterable[str]) -> tuple[tuple[str, ...], Path]:
-    """The folders of runs, and the folder in which a comparison of them is written by default.
-
-    The folder of a sweep stands for the runs in it; where it is the only one, the comparison goes there.
-    """
+    """The folders of runs, a sweep's standing for those in it; and the folder for a comparison of them."""
     given = list(folders)
     sweeps = [folder for folder in given if Path(folder, "sweep.json").is_file()]
     runs: list[str] = []

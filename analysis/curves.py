@@ -64,15 +64,10 @@ def ancestors_on(path: str | None) -> tuple[Ancestor, ...]:
 
 
 def identity_in(written: dict[str, Any], folder: str | None, fork: str | None) -> Identity:
-    """The identity of a run.
-
-    Args:
-        written: what its run.json holds, or a CSV file, in which "run" and "history" may be missing
-        fork: path of the checkpoint that it began from
-    """
-    history = ancestors_on(fork)
-    if "history" in written:
-        history = tuple(Ancestor(**before) for before in written["history"])
+    """The identity of a run, from what its run.json or a CSV file holds, or from the path of a fork alone."""
+    if "history" not in written:
+        return Identity(written.get("run"), folder, ancestors_on(fork))
+    history = tuple(Ancestor(**before) for before in written["history"])
     return Identity(written.get("run"), folder, history)
 
 
@@ -119,10 +114,7 @@ class RecordedRun:
         return missing[missing > steps.min()]
 
     def unreported(self, after: int, upto: int) -> int:
-        """How many training games in after < step ≤ upto have no return there.
-
-        They were cut by new games, or are going on at its end.
-        """
+        """How many training games in after < step ≤ upto have no return there: cut, or still going."""
         steps, games = self.between(GAMES_CUT, after, upto)
         cut = int(games.sum())
         if upto in steps or upto >= self.args.total_timesteps:

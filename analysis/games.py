@@ -109,10 +109,7 @@ def without_points(scores: np.ndarray, fewest: int) -> np.ndarray:
     """Scores (3, 3) of `aggregate_scores`, with NaN where an interval would look certain and is not.
 
     Resampling one run draws that run again and again, two say hardly more; equal runs, and equal differences,
-    do not vary.
-
-    Args:
-        fewest: runs of the game and the side that has fewest
+    do not vary. `fewest` are the runs of the game and the side that has fewest.
     """
     value, low, high = scores.T
     unsure = no_spread(low, high, np.abs(value).max()) | (fewest < MIN_SEEDS)
@@ -127,11 +124,9 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
 
     kinds: dict[tuple, list[Comparison]] = defaultdict(list)
     for pair in pairs:
-        shared = {name: value for name, value in pair.arms[1].setting.items() if name != "env_id"}
-        for name, value in emulator(pair.game).items():
-            if name not in ("game", "frameskip"):
-                shared[name] = value
-        kinds[tuple(shared.items())].append(pair)
+        shared = pair.arms[1].setting | emulator(pair.game)
+        key = [(name, value) for name, value in shared.items() if name not in ("env_id", "game", "frameskip")]
+        kinds[tuple(key)].append(pair)
     found = []
     for pairs_of_kind in kinds.values():
         usable = []

@@ -109,10 +109,7 @@ def late_injection(pair: Comparison) -> list[str]:
 
 
 def in_words(pair: Comparison, metric: str) -> list[str]:
-    """A comparison in four lines, what, verdict, window and method.
-
-    Then how many verdicts there are, cautions, and one line per run left out of it.
-    """
+    """A comparison in four lines, arms, verdict, window, method; then cautions, and runs left out."""
     word = noun(pair.intervention)
     seeds = [f"{len(means)} seeds ({', '.join(map(str, means)) or 'none'})" for means in pair.means]
     if pair.judgement.verdict not in CONCLUSIONS:
@@ -288,12 +285,7 @@ def as_json(
 def report(folders: Sequence[str], out: Path, metric: str, window: int | None, aggregate: str) -> list[Arm]:
     """Compares runs, prints the verdicts and writes figures, table and numbers. Returns the arms.
 
-    Args:
-        folders: of runs, or files of `write_curves`
-        out: where the figure goes, a .png, .pdf or .svg; the other files have its name with another ending
-        metric: tag of the returns that are compared
-        window: steps after the injection that count, None for as many as all compared runs have
-        aggregate: "mean" or "iqm", of the figures
+    `folders` are of runs, or files of `write_curves`; the others are as in compare.py's `Settings`.
 
     Raises:
         UsageError: a setting cannot work, or no run is usable.

@@ -47,10 +47,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms that differ in nothing but the intervention, over the steps after < step ≤ upto.
-
-    Pairs are (without, with).
-    """
+    """Two arms that differ in the intervention alone, over after < step ≤ upto; pairs are (without, with)."""
 
     sides: tuple[Side, Side]
     intervention: str
@@ -247,11 +244,8 @@ def common_window(candidates: Candidates, firsts: dict[int, int], begin: str) ->
     """From the latest of the first interventions to the last step that all these runs have reached.
 
     A run that has come less than half as far beyond it as the median run of either side is left out: it would
-    shorten the window of all to what it has itself.
-
-    Args:
-        firsts: {seed: step} of the first intervention of the runs with one
-        begin: the intervention in words
+    shorten the window of all to what it has itself. `firsts` is {seed: step} of the first interventions,
+    `begin` the intervention in words.
     """
     after = max((firsts[seed] for seed in candidates.sides[1]), default=0)
     beyond = {run.folder: run.last_step - after for run in candidates.runs if run.last_step > after}
@@ -296,13 +290,10 @@ def keep_within(candidates: Candidates, metric: str, window: Window, begin: str)
 
 
 def count_agents_once(candidates: Candidates, before: int) -> bool:
-    """Of several agents each counts once: where runs continue the same one, all but one of them are left out.
+    """Whether there are several seeds and all continue one agent: were one run up to the step `before`.
 
-    Continuations of one agent differ less than agents do, and would make an interval over both too narrow.
-    Runs that were one up to the step `before` continue one agent.
-
-    Returns:
-        whether there are several seeds, and all of one agent
+    If not, each agent counts once, and its other continuations are left out: they differ less than agents do,
+    and would make an interval over both too narrow.
     """
     runs: dict[int, list[RecordedRun]] = {}
     for run in candidates.runs:
