@@ -16,7 +16,8 @@ RUN = """--no-cuda --total-timesteps 160 --buffer-size 200 --learning-starts 40 
 
 def example():
     """The path and text of the file in the example, and the line that goes into the list."""
-    file, line = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (file,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    line = re.search(r"of `alternatives/__init__.py`:\n\n```text\n(.*?)```", PAGE, re.DOTALL).group(1)
     path = re.search(r"The file, `(.*)`:", PAGE).group(1)
     return path, file, line
 

@@ -62,7 +62,7 @@ def test_documents_print_what_stays_after_correction_for_all_five_verdicts():
 def test_documents_print_what_the_probes_give(name):
     rows = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
     found = json.loads((ROOT / "results" / "dose" / f"probe_{name}.json").read_text(encoding="utf-8"))
-    own, injected = ("one network", "injected") if name == "tasks" else ("agent", "agent, injected")
+    agent, injected = ("one network", "injected") if name == "tasks" else ("agent", "agent, injected")
     ranges = []
     for rate in ("1e-4", "5e-4", "1e-3"):
         ratios = [
@@ -70,7 +70,7 @@ def test_documents_print_what_the_probes_give(name):
             for result in found
             if f"learning-rate-{rate}__" in result["checkpoint"]
         ]
-        left = [ratio[injected]["ratio"] / ratio[own]["ratio"] for ratio in ratios]
+        left = [ratio[injected]["ratio"] / ratio[agent]["ratio"] for ratio in ratios]
         assert len(left) == 5
         ranges.append(f"{min(left):.3g} to {max(left):.3g}")
     assert any(" | ".join(ranges) in row for row in rows), f"no row of docs/results.md has {ranges}"
