@@ -199,9 +199,8 @@ class Args(RunFlags, AlternativeSettings, Experiment):
 
     def _check_injection_steps(self) -> None:
         steps = self.injection_step
-        last = (
-            (self.total_timesteps - 1) // self.num_envs * self.num_envs
-        )  # where the last vector step begins
+        # where the last vector step begins
+        last = (self.total_timesteps - 1) // self.num_envs * self.num_envs
         if steps and last == 0:
             raise UsageError(
                 f"injection_step is {steps}, but the run is over after its first step: "
@@ -658,6 +657,23 @@ def make_optimizer(args: Args, q_network: QNetwork) -> torch.optim.Optimizer:
     )
 
 
+def split(batch: ReplayBufferSamples, count: int) -> list[ReplayBufferSamples]:
+    """`count` minibatches of equal size, in the order of their rows."""
+    size = len(batch.actions) // count
+    minibatches = []
+    for i in range(count):
+        rows = slice(i * size, (i + 1) * size)
+        minibatch = ReplayBufferSamples(
+            observations=batch.observations[rows],
+            actions=batch.actions[rows],
+            next_observations=batch.next_observations[rows],
+            dones=batch.dones[rows],
+            rewards=batch.rewards[rows],
+        )
+        minibatches.append(minibatch)
+    return minibatches
+
+
 class Learner:
     """Owns the online and target networks, the optimizer and the exploration stream.
 
@@ -679,10 +695,8 @@ class Learner:
         self.interventions: list[int] = []  # their steps
 
         # with --cuda-graphs these two are captured when they are first called, and replayed from then on
-        tensors = functools.partial(
-            Learner.captured_tensors, weakref.proxy(self)
-        )  # weak: no cycle keeps old graphs
-        self.graphs = CUDAGraphs(tensors, enabled=args.cuda_graphs)
+        learner = weakref.proxy(self)  # so that no reference cycle keeps old graphs
+        self.graphs = CUDAGraphs(lambda: learner.captured_tensors())
         if args.cuda_graphs:
             self.q_values = self.graphs.wrap(self.q_values)  # type: ignore[method-assign]
             self.update = self.graphs.wrap(self.update)  # type: ignore[method-assign]
@@ -698,9 +712,12 @@ class Learner:
             self.target = in_bfloat16(self.target_network)
         self.graphs.clear()
 
+    def newest_head(self) -> nn.Module:
+        return self.q_network.get_submodule(self.q_network.newest_head())
+
     def learning(self) -> list[nn.Module]:
         """The encoder and the newest head; with --no-freeze-heads older heads learn, too."""
-        return [self.q_network.encoder, self.q_network.get_submodule(self.q_network.newest_head())]
+        return [self.q_network.encoder, self.newest_head()]
 
     def captured_tensors(self) -> list[Tensor]:
         """All that acting and updating change or look at: a captured graph must not lose one of them."""
@@ -753,12 +770,11 @@ class Learner:
         All optimizer moments stay. The new head, which has had no gradient yet, starts without any. With
         `moments="keep"` it starts with a copy of those of the head that learned before (paper, Fig. 9).
         """
-        _, head_before = self.learning()
+        old_head = self.newest_head()
         self.q_network.inject(self._generator(Stream.INJECTION))
-        _, new_head = self.learning()
         if self.args.moments == "keep":
-            copy_moments(self.optimizer, head_before, new_head)
-        self._mirror(step)
+            copy_moments(self.optimizer, old_head, self.newest_head())
+        self._after_intervention(step)
 
     def intervene(self, step: int = 0) -> None:
         """Does what --intervention names, to the online network and its optimizer."""
@@ -766,15 +782,16 @@ class Learner:
             self.inject(step)
             return
         alternative = ALTERNATIVES[self.args.intervention]
-        encoder, head = self.learning()
-        new_heads = self._generator(Stream.INJECTION)
-        new_encoders = self._generator(Stream.PERTURBATION)
+        head = self.newest_head()
+        for_heads = self._generator(Stream.INJECTION)
+        for_others = self._generator(Stream.PERTURBATION)
         parts = AgentParts(
-            encoder=encoder,
+            encoder=self.q_network.encoder,
             head=head,
             optimizer=self.optimizer,
-            draw_encoder=lambda: InjectableHead.draw(QNetwork.make_encoder, new_encoders),
-            draw_head=lambda: self.q_network.head.draw_like_newest(new_heads),
+            draw_encoder=lambda: InjectableHead.draw(QNetwork.make_encoder, for_others),
+            draw_head=lambda: self.q_network.head.draw_like_newest(for_heads),
+            generator=for_others,
         )
         with torch.no_grad():
             alternative.apply(parts, alternative.settings_in(self.args))
@@ -782,14 +799,14 @@ class Learner:
             self.norms.forget(self.q_network.newest_head())
             if self.args.moments == "fresh":
                 empty_moments(self.optimizer, head)
-        self._mirror(step)
+        self._after_intervention(step)
 
     def _generator(self, stream: Stream) -> torch.Generator:
         """What it gives depends on the seed and the number of interventions before."""
         return torch.Generator().manual_seed(stream_seed(self.args.seed, stream, len(self.interventions)))
 
-    def _mirror(self, step: int) -> None:
-        """Makes the target network a copy of the online one after an intervention, whatever `tau` (paper)."""
+    def _after_intervention(self, step: int) -> None:
+        """Makes the target network a copy of the online one, whatever `tau` (paper)."""
         self.target_network.load_state_dict(self.q_network.state_dict())
         self.target_network.requires_grad_(False)
         self.interventions.append(step)
@@ -818,23 +835,6 @@ class Learner:
         self._begin()
         self.losses.load_state_dict(state["losses"])
         self.norms.load_state_dict(state["norms"])
-
-
-def split(batch: ReplayBufferSamples, count: int) -> list[ReplayBufferSamples]:
-    """`count` minibatches of equal size, in the order of their rows."""
-    size = len(batch.actions) // count
-    minibatches = []
-    for i in range(count):
-        rows = slice(i * size, (i + 1) * size)
-        minibatch = ReplayBufferSamples(
-            observations=batch.observations[rows],
-            actions=batch.actions[rows],
-            next_observations=batch.next_observations[rows],
-            dones=batch.dones[rows],
-            rewards=batch.rewards[rows],
-        )
-        minibatches.append(minibatch)
-    return minibatches
 
 
 def plasticity_measures(learner: Learner, batch: ReplayBufferSamples) -> dict[str, float]:
@@ -1149,7 +1149,7 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     refuse_unforkable(asdict(args), saved, where)
     if args.total_timesteps <= step:
         raise UsageError(f"{where} lies at step {step}: give a --total-timesteps of {step + 1} or more")
-    check_earlier_injections(args, saved, checkpoint)
+    check_earlier_interventions(args, saved, checkpoint)
 
     if step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency):
         raise UsageError(
@@ -1178,7 +1178,7 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
         )
 
 
-def check_earlier_injections(args: Args, saved: Args, checkpoint: Checkpoint) -> None:
+def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint) -> None:
     """
     Raises:
         UsageError: a fork's arguments say another thing of what happened before the checkpoint.
@@ -1186,18 +1186,18 @@ def check_earlier_injections(args: Args, saved: Args, checkpoint: Checkpoint) ->
     step = checkpoint.step
     where = f"checkpoint {checkpoint.path}"
     with reading(checkpoint.path, "this run's checkpoint", "move it away, and go on from another"):
-        injected_at = tuple(checkpoint.state["learner"]["interventions"])
+        earlier = tuple(checkpoint.state["learner"]["interventions"])
     planned = tuple(planned for planned in args.planned_interventions if planned < step)
     if args.intervention == "none":
         planned = ()
     elif args.injection_trigger == "norm":
-        planned = injected_at
-    if injected_at != planned:
+        planned = earlier
+    if earlier != planned:
         raise UsageError(
-            f"{where} lies after injections at {injected_at or 'no step'}, but the arguments say "
-            f"{planned or 'none'} before step {step}: {injections_fix(args, injected_at, step)}"
+            f"{where} lies after injections at {earlier or 'no step'}, but the arguments say "
+            f"{planned or 'none'} before step {step}: {interventions_fix(args, earlier, step)}"
         )
-    if not injected_at:
+    if not earlier:
         return
     changed = usage.changed_fields(args, saved)
     of_intervention = sorted(name for name in changed if name in OF_INTERVENTION)
@@ -1205,24 +1205,24 @@ def check_earlier_injections(args: Args, saved: Args, checkpoint: Checkpoint) ->
         flags = " and ".join(map(flag, of_intervention))
         raise UsageError(f"{where} lies after an injection: for another {flags} give an earlier checkpoint")
     if args.injection_trigger == "norm":
-        least = len(injected_at)
+        least = len(earlier)
         if "injection_trigger" in changed or "max_injections" in changed:
             least += 1  # or the fork would do nothing of what is asked
         if args.max_injections < least:
             raise UsageError(
-                f"{where} lies after {len(injected_at)} injections, and max_injections is "
+                f"{where} lies after {len(earlier)} injections, and max_injections is "
                 f"{args.max_injections}: give a --max-injections of {least} or more, or an earlier checkpoint"
             )
 
 
-def injections_fix(args: Args, injected_at: tuple[int, ...], step: int) -> str:
+def interventions_fix(args: Args, earlier: tuple[int, ...], step: int) -> str:
     """What to give where a checkpoint lies after these injections, and the arguments say otherwise."""
-    if not injected_at:
+    if not earlier:
         return f"give an --injection-step of {step} or later, or an earlier checkpoint"
     if args.intervention == "none":
         return "give an earlier checkpoint"
     later = [planned for planned in args.planned_interventions if planned >= step]
-    steps = " ".join(map(str, (*injected_at, *later)))
+    steps = " ".join(map(str, (*earlier, *later)))
     return f"give an --injection-step of {steps}, or an earlier checkpoint"
 
 

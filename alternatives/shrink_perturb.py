@@ -28,7 +28,7 @@ def shrink_perturb(parts: AgentParts, settings: ShrinkPerturbSettings) -> None:
     parts.head.load_state_dict(parts.draw_head().state_dict())
 
 
-SHRINK_PERTURB = Alternative(
+ALTERNATIVE = Alternative(
     name="shrink-perturb",
     words=Words(
         log="encoder shrunk and perturbed, head drawn anew",
