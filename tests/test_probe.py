@@ -9,9 +9,10 @@ import pytest
 import torch
 from saved_agents import SMALL, change, kill_encoder, kill_head, make_fresh
 
+from analysis import fitting
 from analysis import probe as probing
-from analysis.fitting import num_actions, random_targets
-from analysis.probe import CONTENDERS, FRESH, probe, probe_checkpoint
+from analysis.fitting import CONTENDERS, FRESH, num_actions, random_targets
+from analysis.probe import probe, probe_checkpoint
 from dqn_injection_atari import Learner
 from support.checkpoints import load_checkpoint
 from support.usage import UsageError
@@ -67,7 +68,8 @@ def test_a_level_of_the_values_does_not_count(checkpoint):
 @pytest.fixture
 def fits(monkeypatch):
     """What every call of `fit` was given and returned: (learner's parameters by name before, learner, *arguments, errors)."""
-    calls, original = [], probing.fit
+    calls = []
+    original = fitting.fit
 
     def fit(learner, *arguments):
         before = {
@@ -77,7 +79,7 @@ def fits(monkeypatch):
         calls.append((before, learner, *arguments, errors))
         return errors
 
-    monkeypatch.setattr(probing, "fit", fit)
+    monkeypatch.setattr(fitting, "fit", fit)
     return calls
 
 
@@ -130,9 +132,12 @@ def test_the_learning_rate_is_the_probes_own_and_a_high_one_is_remarked_on(
 ):
     assert SMALL.learning_rate == 1e-3, "the run's does not matter"
     rates = []
-    monkeypatch.setattr(
-        probing, "fit", lambda learner, *_: rates.append(learner.args.learning_rate) or (1.0, 0.5)
-    )
+
+    def fit(learner, *_):
+        rates.append(learner.args.learning_rate)
+        return 1.0, 0.5
+
+    monkeypatch.setattr(fitting, "fit", fit)
     (result,) = probe([str(checkpoint)], **ONCE, rate=rate)
     assert result["learning_rate"] == used and rates == 3 * [used]
     printed = capsys.readouterr().out

@@ -11,7 +11,7 @@ from conftest import TINY_GAMES
 from saved_agents import CPU, SMALL, change, kill_encoder, kill_head
 
 from analysis import fitting, task_sequence
-from analysis.fitting import read_subject, relative_error, replayed_observations
+from analysis.fitting import make_contender, read_subject, relative_error, replayed_observations
 from analysis.task_sequence import (
     EACH_FRESH,
     INJECTED,
@@ -38,16 +38,18 @@ def narrow_heads(monkeypatch):
 @pytest.fixture
 def fits(monkeypatch):
     """Of every call of `fit`: weights before it, learner, observations, targets, batches, and its errors."""
-    calls, original = [], task_sequence.fit
+    calls = []
+    original = fitting.fit
 
     def fit(learner, *arguments):
         before = {
             name: parameter.detach().clone() for name, parameter in learner.q_network.named_parameters()
         }
-        calls.append((before, learner, *arguments, errors := original(learner, *arguments)))
+        errors = original(learner, *arguments)
+        calls.append((before, learner, *arguments, errors))
         return errors
 
-    monkeypatch.setattr(task_sequence, "fit", fit)
+    monkeypatch.setattr(fitting, "fit", fit)
     return calls
 
 
@@ -81,10 +83,8 @@ def test_the_copies_branch_off_where_the_injection_is_and_all_get_the_same_tasks
 
 def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_the_encoder(checkpoint):
     subject = read_subject(checkpoint, 1e-3)
-    obs, learner = (
-        replayed_observations(subject, 16, CPU),
-        task_sequence.make_contender("agent", subject, 0, CPU),
-    )
+    obs = replayed_observations(subject, 16, CPU)
+    learner = make_contender("agent", subject, 0, CPU)
     learner.inject()
     with torch.no_grad():
         learner.q_network.theta[0].bias.fill_(-1e3)
@@ -107,14 +107,14 @@ def test_the_one_network_goes_its_way_whatever_is_done_to_its_copies(checkpoint)
 def test_a_twin_has_all_of_the_state_and_shares_none(checkpoint):
     saved = read_subject(checkpoint, 1e-3)
     obs, batches = replayed_observations(saved, 16, CPU), np.arange(16).reshape(2, 8)
-    one = task_sequence.make_contender("agent", saved, 0, CPU)
-    task_sequence.fit(one, obs, torch.rand(16, one.num_actions), batches)
+    one = make_contender("agent", saved, 0, CPU)
+    fitting.fit(one, obs, torch.rand(16, one.num_actions), batches)
     other = twin(one)
     before = {name: parameter.detach().clone() for name, parameter in one.q_network.named_parameters()}
     targets = torch.rand(16, one.num_actions)
-    after = task_sequence.fit(other, obs, targets, batches)
+    after = fitting.fit(other, obs, targets, batches)
     assert all(torch.equal(parameter, before[name]) for name, parameter in one.q_network.named_parameters())
-    assert task_sequence.fit(one, obs, targets, batches) == after, "moments included"
+    assert fitting.fit(one, obs, targets, batches) == after, "moments included"
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits, narrow_h
 def test_agents_and_fresh_networks_learn_at_one_rate_whatever_the_runs_was(checkpoint, monkeypatch):
     rates = []
     for name in ("read_subject", "fresh_subject"):
-        monkeypatch.setattr(task_sequence, name, lambda *given: rates.append(given[-1]))
+        monkeypatch.setattr(fitting, name, lambda *given: rates.append(given[-1]))
     for path in (checkpoint, Path("fresh")):
         for rate in (None, 1e-3):
             with pytest.raises(AttributeError):  # there is no agent
