@@ -25,11 +25,9 @@ def settings_hidden() -> Iterator[None]:
         instead["MPLCONFIGDIR"] = os.path.abspath(os.environ["MPLCONFIGDIR"])
     before = dict(os.environ)
     os.environ.update(instead)
+    elsewhere = contextlib.chdir(Path(__file__).parent)
     try:
-        if os.path.lexists("matplotlibrc"):
-            with contextlib.chdir(Path(__file__).parent):
-                yield
-        else:
+        with elsewhere if os.path.lexists("matplotlibrc") else contextlib.nullcontext():
             yield
     finally:
         os.environ.clear()
@@ -83,20 +81,13 @@ def drawing() -> Iterator[None]:
 
 
 def check_name(target: str) -> None:
-    """
-    Raises:
-        UsageError: there can be no figure of this name.
-    """
+    """Refuses, as a UsageError, a name that no figure can have."""
     if Path(target).suffix not in FORMATS:
         raise UsageError(f"the figure is {target}, but must end in .png, .pdf or .svg: give another name")
 
 
 def save(figure: Figure, path: str | Path, **how: Any) -> None:
-    """Writes a figure in the format that its name ends in.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a figure in the format that its name ends in."""
     figure.savefig(path, dpi=160, metadata=UNDATED.get(Path(path).suffix.lower()), **how)
 
 

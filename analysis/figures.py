@@ -121,13 +121,6 @@ def legend(
     return math.ceil(len(lines) / columns) + sum(label.count("\n") for label in labels)
 
 
-def by_game(arms: list[Arm]) -> dict[str, list[Arm]]:
-    games: dict[str, list[Arm]] = defaultdict(list)
-    for arm in arms:
-        games[arm.game].append(arm)
-    return games
-
-
 def looks_of(arms: list[Arm]) -> dict[str, canvas.Look]:
     """{name: look}, the same in every game."""
     names = dict.fromkeys(arm.name for arm in arms)
@@ -137,7 +130,7 @@ def looks_of(arms: list[Arm]) -> dict[str, canvas.Look]:
 @canvas.drawing()
 def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: str, aggregate: str) -> None:
     """The figure of return against step, a panel per game, with the windows of the verdicts shaded."""
-    games = by_game(arms)
+    games = list(dict.fromkeys(arm.game for arm in arms))
     looks = looks_of(arms)
     columns = min(3, len(games))
     rows = math.ceil(len(games) / columns)
@@ -147,7 +140,8 @@ def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: s
     legend_rows = ROWS
     below = canvas.ScaledTranslation(0, -0.45, figure.dpi_scale_trans)  # inches, below the label of the axis
     played = "a training game" if metric == TRAINING_RETURN else "an evaluation game"
-    for ax, (game, shown) in zip(axes.flat, games.items(), strict=False):
+    for ax, game in zip(axes.flat, games, strict=False):
+        shown = [arm for arm in arms if arm.game == game]
         runs = [run for arm in shown for run in arm.runs]
         num_points = np.mean([run.scalars[metric].shape[1] for run in runs])
         draw(ax, shown, looks, metric, int(np.clip(num_points / GAMES_PER_BIN, 20, MAX_BINS)), aggregate)
@@ -167,8 +161,8 @@ def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: s
 
 @canvas.drawing()
 def draw_plasticity(arms: list[Arm], path: Path, aggregate: str) -> bool:
-    """The figure of those measures of plasticity that TensorBoard shows side by side; False if no run has any."""
-    games = by_game(arms)
+    """The figure of the measures of plasticity in `SIDE_BY_SIDE`; False, and none, if no run has any."""
+    games = list(dict.fromkeys(arm.game for arm in arms))
     looks = looks_of(arms)
     logged = {tag for arm in arms for run in arm.runs for tag in run.scalars if tag.startswith("plasticity/")}
     titles = {title: tag for title, tag in SIDE_BY_SIDE.items() if tag in logged}
@@ -181,7 +175,8 @@ def draw_plasticity(arms: list[Arm], path: Path, aggregate: str) -> bool:
     figure = canvas.Figure(figsize=(width, height), layout="constrained")
     blocks = figure.subfigures(len(games), 1, squeeze=False)
     legend_rows = ROWS
-    for block, (game, shown) in zip(blocks.flat, games.items(), strict=True):
+    for block, game in zip(blocks.flat, games, strict=True):
+        shown = [arm for arm in arms if arm.game == game]
         axes = block.subplots(rows, columns, squeeze=False).flat
         lines: dict[str, canvas.Artist] = {}
         for ax, (title, tag) in zip(axes, titles.items(), strict=False):
@@ -210,7 +205,7 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     games = sorted({pair.game for pair in pairs})
     values = sorted({value_of(pair) for pair in pairs})
     lines: dict[str, list[Comparison]] = defaultdict(list)
-    for pair in sorted(pairs, key=value_of):
+    for pair in pairs:
         setting = pair.arms[1].setting
         name = ARM_NAMES[setting["intervention"]][0] if number == "injection" else describe(setting, (), "")
         lines[f"{pair.game}, {name}" if len(games) > 1 else name].append(pair)
@@ -218,6 +213,7 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     ax = figure.subplots()
     apart = min(0.08, 0.8 / len(lines))  # between the lines at one value, which is 1 from the next
     for i, (label, line) in enumerate(lines.items()):
+        line.sort(key=value_of)
         x = np.array([values.index(value_of(pair)) for pair in line]) + apart * (i - (len(lines) - 1) / 2)
         difference = np.array([pair.judgement.difference for pair in line])
         below = difference - [pair.judgement.low for pair in line]  # NaN, and not drawn, without an interval

@@ -21,6 +21,7 @@ from support.machine import free_memory, pick_device
 from support.replay import FrameReplayBuffer
 from support.usage import UsageError, reading
 
+Errors = Sequence[float] | np.ndarray  # one per seed
 FRESH = "fresh network"
 CONTENDERS = ("agent", "agent, injected", FRESH)  # of a probe
 NO_CHECKPOINT = "fresh"  # in its place: a fresh network and random play
@@ -31,10 +32,7 @@ TASKS_LEARNING_RATE = 5e-4  # a task of a sequence has few updates, in which 1e-
 
 
 def saved_args(checkpoint: Checkpoint) -> Args:
-    """
-    Raises:
-        UsageError: they are not this script's.
-    """
+    """The run's arguments; a UsageError where they are not this script's."""
     with reading(checkpoint.path, "a checkpoint", "take another"):
         return Args(**checkpoint.meta["args"])
 
@@ -50,17 +48,10 @@ def num_actions(checkpoint: Checkpoint) -> int:
 def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:
     """The run's arguments, for learning in float32 and with room for one injection more than there were."""
     injections = num_injections(checkpoint) + 1
-    changes: dict[str, Any] = {
-        "seed": seed,
-        "bf16": False,
-        "cuda_graphs": False,
-        "num_envs": 1,
-        "total_timesteps": injections + 1,
-        "intervention": "injection",
-        "injection_trigger": "step",
-        "injection_step": tuple(range(1, injections + 1)),
-        "keep_checkpoints": (),
-    }
+    steps = tuple(range(1, injections + 1))
+    changes: dict[str, Any] = {"seed": seed, "bf16": False, "cuda_graphs": False, "keep_checkpoints": ()}
+    changes |= {"intervention": "injection", "injection_trigger": "step", "injection_step": steps}
+    changes |= {"total_timesteps": injections + 1, "num_envs": 1}
     for name, condition in CONDITIONS.items():  # what has no effect under these may not be set
         if changes[condition.field] not in condition.values:
             changes[name] = getattr(Args, name)
@@ -68,22 +59,14 @@ def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:
 
 
 def read_subject(path: Path, rate: float) -> Checkpoint:
-    """A checkpoint of an agent to be probed, with this learning rate in the place of its own.
-
-    Raises:
-        UsageError: it is damaged, or no checkpoint.
-    """
+    """A checkpoint of an agent to be probed, with this learning rate in the place of its own."""
     checkpoint = load_checkpoint(path)
     args = asdict(saved_args(checkpoint)) | {"learning_rate": rate}
     return replace(checkpoint, meta=checkpoint.meta | {"args": args})
 
 
 def fresh_subject(env_id: str, seed: int, rate: float) -> Checkpoint:
-    """A network that has learned nothing, as if it were in a checkpoint, without replay.
-
-    Raises:
-        UsageError: there is no such game.
-    """
+    """A network that has learned nothing, as if it were in a checkpoint, without replay."""
     args = Args(env_id=env_id, env_backend="ale", num_envs=8, seed=seed, learning_rate=rate)
     with contextlib.closing(make_envs(args)) as envs:
         learner = Learner(args, int(envs.single_action_space.n), torch.device("cpu"))
@@ -107,10 +90,8 @@ def random_play(env_id: str, count: int, device: torch.device) -> torch.Tensor:
 def replayed_observations(checkpoint: Checkpoint, count: int, device: torch.device) -> torch.Tensor:
     """Observations of `count` different transitions in a replay, always the same: (count, 4, 84, 84) uint8.
 
-    Until it returns it takes the memory of the whole replay, 7.3 kB a step: 7.3 GB for 1M.
-
-    Raises:
-        UsageError: the replay holds fewer, does not fit in memory, or cannot be read.
+    Until it returns it takes the memory of the whole replay, 7.3 GB for 1M steps. A UsageError where that
+    is not free, where the replay holds fewer, or cannot be read.
     """
     args = saved_args(checkpoint)
     refused = f"{checkpoint.path} cannot be probed, its replay"
@@ -177,9 +158,6 @@ def make_contender(name: str, checkpoint: Checkpoint, seed: int, device: torch.d
     """One of `CONTENDERS`, with no moments yet. `seed` decides the fresh weights, or the injection.
 
     A fresh network's head is as wide as the one that the agent learns with.
-
-    Raises:
-        UsageError: the checkpoint's network is not this script's.
     """
     args = probe_args(checkpoint, seed)
     if name == FRESH and num_injections(checkpoint):
@@ -238,8 +216,8 @@ def fit(
     return F.mse_loss(before, targets).item(), F.mse_loss(outputs(network, obs), targets).item()
 
 
-def relative_error(errors: Sequence[float], reference: Sequence[float]) -> dict[str, Any] | None:
-    """Errors (seeds,) as multiples of other errors (seeds,), paired by seed.
+def relative_error(errors: Errors, reference: Errors) -> dict[str, Any] | None:
+    """Errors as multiples of other errors, paired by seed.
 
     Returns:
         "per_seed" (seeds,), and their "ratio" and "interval", see `geometric_interval`, None for one seed;

@@ -25,14 +25,12 @@ def t_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def geometric_interval(logs: np.ndarray, min_seeds: int = MIN_SEEDS) -> np.ndarray:
-    """Of positive values, given as their logs, the geometric mean over seeds and its 95% interval.
+    """Geometric mean over seeds and its 95% interval, never below 0, (3, ...) of the logs (n, ...) of values.
 
-    It is the t interval of the mean log, so it never reaches 0. (3, ...) of (n, ...); NaN below `min_seeds`.
+    The interval is the t interval of the mean log; NaN below `min_seeds`.
     """
     centre = logs.mean(axis=0)
-    low = high = np.full_like(centre, np.nan)
-    if len(logs) >= min_seeds:
-        low, high = t_interval(logs)
+    low, high = t_interval(logs) if len(logs) >= min_seeds else np.full((2, *centre.shape), np.nan)
     return np.exp([centre, low, high])
 
 

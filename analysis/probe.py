@@ -25,39 +25,36 @@ def probe_checkpoint(
     Returns:
         plain data: "errors" {contender: {"start": (seeds,), "end": (seeds,)}}, mean squared, None where not
         finite; "relative_to_fresh" {contender: see `relative_error`}, of the errors at the end; "sentence";
-        "remark", None where there is none; what it was measured on
-
-    Raises:
-        UsageError: the checkpoint is damaged or cannot be probed.
+        "remark", None where there is none; and `measured_on`
     """
     checkpoint = fitting.read_subject(path, fitting.PROBE_LEARNING_RATE if rate is None else rate)
     obs = fitting.observations_for(checkpoint, observations)
-    starts: dict[str, list[float]] = {name: [] for name in fitting.CONTENDERS}
-    ends: dict[str, list[float]] = {name: [] for name in fitting.CONTENDERS}
+    errors: dict[str, dict[str, list[float]]] = {}
+    for name in fitting.CONTENDERS:
+        errors[name] = {"start": [], "end": []}
     for seed in tqdm(range(seeds), desc=f"probing {path}", leave=False, disable=None):
         rng = np.random.default_rng(seed)
         targets, batches, for_contenders = fitting.next_task(checkpoint, obs, updates, rng)
         for name in fitting.CONTENDERS:
             learner = fitting.make_contender(name, checkpoint, for_contenders, obs.device)
             start, end = fitting.fit(learner, obs, targets, batches)
-            starts[name].append(start)
-            ends[name].append(end)
+            errors[name]["start"].append(start)
+            errors[name]["end"].append(end)
+    relative = {}
+    for name in ("agent", "agent, injected"):
+        relative[name] = fitting.relative_error(errors[name]["end"], errors[fitting.FRESH]["end"])
     result = fitting.measured_on(checkpoint, observations, updates, seeds)
-    result |= {"errors": {}, "relative_to_fresh": {}}
-    for name in fitting.CONTENDERS:
-        errors = {"start": finite_or_none(starts[name]), "end": finite_or_none(ends[name])}
-        result["errors"][name] = errors
-        if name != fitting.FRESH:
-            relative = fitting.relative_error(ends[name], ends[fitting.FRESH])
-            result["relative_to_fresh"][name] = relative
-    result["sentence"] = probe_in_words(result)
-    result["remark"] = remark(result["learning_rate"])
-    return result
+    result |= {"errors": plain(errors), "relative_to_fresh": relative}
+    return result | {"sentence": probe_in_words(result), "remark": remark(result["learning_rate"])}
 
 
-def finite_or_none(values: Iterable[float]) -> list[float | None]:
-    """As JSON can hold them."""
-    return [value if math.isfinite(value) else None for value in values]
+def plain(data: Any) -> Any:
+    """Dictionaries and lists of numbers as JSON can hold them: with None for those that are not finite."""
+    if isinstance(data, dict):
+        return {name: plain(value) for name, value in data.items()}
+    if isinstance(data, list):
+        return [plain(value) for value in data]
+    return data if math.isfinite(data) else None
 
 
 def times(relative: dict[str, Any]) -> str:
@@ -109,11 +106,9 @@ def probe_in_words(result: dict[str, Any]) -> str:
     if removed < 0.1:
         little = f"a fresh network loses only {max(removed, 0):.0%} of its error in {updates}"
         return f"no answer: {little}, raise --probe-updates"
-    return (
-        f"after {updates} towards random targets the agent's error is {against_fresh('agent')}, with a fresh "
-        f"injection it is {against_fresh('agent, injected')}; "
-        f"the fresh network's own error fell by {removed:.0%}"
-    )
+    agent = f"after {updates} towards random targets the agent's error is {against_fresh('agent')}"
+    injected = f"with a fresh injection it is {against_fresh('agent, injected')}"
+    return f"{agent}, {injected}; the fresh network's own error fell by {removed:.0%}"
 
 
 def probe_table(result: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Does a network that fits random targets in a sequence get worse at it, and an injection mend that (§3)?"""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from analysis import canvas, fitting
 from analysis.intervals import geometric_interval, interval
-from analysis.probe import each_probed, finite_or_none, judged, times, write_json
+from analysis.probe import each_probed, judged, plain, times, write_json
 from dqn_injection_atari import Learner
 from support.checkpoints import Checkpoint
 from support.measures import activations, active_fraction, dormant_units
@@ -62,7 +63,7 @@ def unit_measures(learner: Learner, obs: torch.Tensor) -> dict[str, float]:
 
 def run_tasks(
     subject: Checkpoint, obs: torch.Tensor, tasks: int, inject_at: int, updates: int, seed: int
-) -> Iterator[tuple[int, str, dict[str, float]]]:
+) -> Iterator[dict[str, dict[str, float]]]:
     """One network through a sequence of tasks, and those that it is compared with.
 
     A task is a random target of its own, and `fit`'s updates towards it. All networks get the same tasks and
@@ -70,8 +71,8 @@ def run_tasks(
     injected, and of another the head is reset. `seed` decides targets, batches, and all weights drawn.
 
     Yields:
-        task, network's name, and what is `MEASURED`: the mean squared error at the start of the task, and at
-        its end "error" and `unit_measures`
+        of each task {network's name: what is `MEASURED`}: "start" and "error" are the mean squared error at
+        its start and at its end, where `unit_measures` are taken
     """
     rng = np.random.default_rng(seed)
     network = fitting.make_contender("agent", subject, seed, obs.device)
@@ -83,9 +84,11 @@ def run_tasks(
                 copies[name] = twin(network)
                 intervene(copies[name])
         fresh = fitting.make_contender(fitting.FRESH, subject, for_fresh, obs.device)
+        measured = {}
         for name, learner in {SAME: network, **copies, EACH_FRESH: fresh}.items():
             start, end = fitting.fit(learner, obs, targets, batches)
-            yield task, name, {"start": start, "error": end} | unit_measures(learner, obs)
+            measured[name] = {"start": start, "error": end} | unit_measures(learner, obs)
+        yield measured
 
 
 def run_sequence(
@@ -106,11 +109,7 @@ def run_sequence(
         plain data: what is `MEASURED` {name: (seeds, tasks)}, None where there is none or it is not finite;
         "relative" {name: {"at", "since"}}, see `relative_error`: its error in task `inject_at`, and its mean
         from there on, as a multiple of the one network's mean in its `early` tasks; "relative_to_fresh"
-        {name: ...}, of the means from there on, as a multiple of the fresh networks'; "sentence"; and what it
-        was measured on
-
-    Raises:
-        UsageError: the checkpoint is damaged or cannot be probed, or there is no such game.
+        {name: ...}, its mean as a multiple of the fresh networks'; "sentence"; and `measured_on`
     """
     if rate is None:
         rate = fitting.TASKS_LEARNING_RATE
@@ -124,26 +123,23 @@ def run_sequence(
         curves[measure] = {name: np.full((seeds, tasks), math.nan) for name in NAMES}
     with tqdm(total=seeds * tasks, desc=f"tasks of {path}", leave=False, disable=None) as progress:
         for seed, subject in enumerate(subjects):
-            for task, name, measured in run_tasks(subject, obs, tasks, inject_at, updates, seed):
-                for measure, value in measured.items():
-                    curves[measure][name][seed, task - 1] = value
-                progress.update(name == EACH_FRESH)  # the last of a task
+            for task, measured in enumerate(run_tasks(subject, obs, tasks, inject_at, updates, seed)):
+                for name, measure in itertools.product(measured, MEASURED):
+                    curves[measure][name][seed, task] = measured[name][measure]
+                progress.update()
     result = fitting.measured_on(subjects[0], observations, updates, seeds)
     result |= {"probe_tasks": tasks, "probe_inject_at": inject_at}
     for measure, by_name in curves.items():
-        result[measure] = {name: list(map(finite_or_none, rows.tolist())) for name, rows in by_name.items()}
-    errors = curves["error"]
-    early_error = errors[SAME][:, early(inject_at)].mean(axis=1).tolist()
-    at = {name: errors[name][:, inject_at - 1].tolist() for name in NAMES}
-    since = {name: errors[name][:, inject_at - 1 :].mean(axis=1).tolist() for name in NAMES}
+        result[measure] = {name: plain(values.tolist()) for name, values in by_name.items()}
+    early_error = curves["error"][SAME][:, early(inject_at)].mean(axis=1)
+    fresh_error = curves["error"][EACH_FRESH][:, inject_at - 1 :].mean(axis=1)
     result |= {"relative": {}, "relative_to_fresh": {}}
-    for name in NAMES:
-        result["relative"][name] = {
-            "at": fitting.relative_error(at[name], early_error),
-            "since": fitting.relative_error(since[name], early_error),
-        }
+    for name, error in curves["error"].items():
+        at = fitting.relative_error(error[:, inject_at - 1], early_error)
+        error_since = error[:, inject_at - 1 :].mean(axis=1)
+        result["relative"][name] = {"at": at, "since": fitting.relative_error(error_since, early_error)}
         if name != EACH_FRESH:
-            result["relative_to_fresh"][name] = fitting.relative_error(since[name], since[EACH_FRESH])
+            result["relative_to_fresh"][name] = fitting.relative_error(error_since, fresh_error)
     return result | {"sentence": sequence_in_words(result)}
 
 
@@ -165,12 +161,12 @@ def sequence_in_words(result: dict[str, Any]) -> str:
         return f"{times(relative[name][when])} ({judged(relative[name][when], *words)})"
 
     loss = against_early(SAME, "since", "plasticity was lost", "no clear loss of plasticity")
+    own = f"the one network's own error in tasks {first.start + 1} to {first.stop}"
+    injected = f"{against_early(INJECTED, 'at')} in that task and {against_early(INJECTED, 'since')}"
+    reset = f"{against_early(RESET, 'at')} and {against_early(RESET, 'since')}"
     return (
-        f"relative to the one network's own error in tasks {first.start + 1} to {first.stop}: "
-        f"in tasks {at} to {tasks} it is {loss}; "
-        f"with an injection before task {at} it is {against_early(INJECTED, 'at')} in that task "
-        f"and {against_early(INJECTED, 'since')} in tasks {at} to {tasks}, "
-        f"with the head reset there {against_early(RESET, 'at')} and {against_early(RESET, 'since')}"
+        f"relative to {own}: in tasks {at} to {tasks} it is {loss}; with an injection before task {at} it is "
+        f"{injected} in tasks {at} to {tasks}, with the head reset there {reset}"
     )
 
 
@@ -219,6 +215,7 @@ def draw_panel(ax: canvas.Axes, result: dict[str, Any], measure: str) -> None:
         ax.minorticks_off()
     else:
         ax.set_ylim(0, 1)
+    ax.set_ylabel(DRAWN[measure])
 
 
 @canvas.drawing()
@@ -236,8 +233,6 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
         column[-1].set_xlim(0.5, result["probe_tasks"] + 0.5)
         column[-1].xaxis.set_major_locator(canvas.MaxNLocator(integer=True))
         column[-1].set_xlabel(f"task ({result['probe_updates']:,} updates each)")
-    for ax, label in zip(axes[:, 0], DRAWN.values(), strict=True):
-        ax.set_ylabel(label)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=3, loc="outside lower left")
     canvas.save(figure, path)
 

@@ -1,6 +1,6 @@
-"""Draws how agents go on with an injection, with a head reset, and without either, from the files of the arms.
+"""Draws how agents go on with an injection, with a head reset, and without either.
 
-    python img/draw_injection.py img/injection.png results/dose/*rate-0.001.csv results/alternatives/*head-reset*.csv
+    python img/draw_injection.py img/NAME.png RUNS_OR_FILES_OF_THE_THREE_ARMS ...
 
 Mean return over seeds and its 95% interval, in stretches of steps. Up to the injection the arms are one.
 """
@@ -13,7 +13,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.arms import TRAINING_RETURN, Arm, read_arms, short
-from analysis.canvas import COLOURS, INK, Figure, Look, check_name, drawing, plot_broken, save
+from analysis.canvas import COLOURS, DASHED, INK, Figure, Look, check_name, drawing, plot_broken, save
 from analysis.figures import curve
 from analysis.intervals import interval
 from support.process import ends_in_one_line
@@ -32,28 +32,25 @@ def draw(target: str, arms: list[Arm], at: int) -> None:
     """The figure of arms that are one up to step `at`."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     ax = figure.subplots()
-    end = min(run.last_step for arm in arms for run in arm.runs)
-    edges = np.linspace(0, end, STRETCHES + 1)
+    edges = np.linspace(0, max(run.last_step for arm in arms for run in arm.runs), STRETCHES + 1)
     middles = (edges[:-1] + edges[1:]) / 2
     for arm in arms:
         intervention = arm.setting["intervention"]
         label, style = LOOKS[intervention]
-        curves = np.array([curve(run.scalars[TRAINING_RETURN], edges) for run in arm.runs])
-        mean, low, high = interval(curves)
+        curves = [curve(run.scalars[TRAINING_RETURN], edges) for run in arm.runs]
+        mean, low, high = interval(np.array(curves))
         if intervention != "none":
             mean[edges[1:] < at] = np.nan  # it begins in the last stretch of what the arms share
-        shown = ~np.isnan(mean)
+        drawn = ~np.isnan(mean)
         plot_broken(ax, middles, mean, **style.line, lw=2.5)
-        ax.fill_between(middles[shown], low[shown], high[shown], color=style.colour, alpha=0.15, lw=0)
-        last = np.flatnonzero(shown)[-1]
-        beside = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "color": style.colour}
-        ax.annotate(label, (middles[last], mean[last]), fontsize=13, annotation_clip=False, **beside)
-    ax.axvline(at, color=INK, lw=1.2, ls=(0, (4, 3)))
-    above = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "ha": "right", "va": "top"}
-    ax.annotate(f"injection or reset\nat step {at:,}", (at, 1), (-6, 0), fontsize=12, **above)
+        ax.fill_between(middles[drawn], low[drawn], high[drawn], color=style.colour, alpha=0.15, lw=0)
+        ax.text(1.005 * edges[-1], mean[drawn][-1], label, color=style.colour, fontsize=13, va="center")
+    ax.axvline(at, **DASHED)
+    intervened = f"injection or reset \nat step {at:,} "
+    ax.text(at, 1, intervened, transform=ax.get_xaxis_transform(), fontsize=12, ha="right", va="top")
     ax.set_xlabel("training step (1 step = 4 frames)", fontsize=12)
     ax.set_ylabel("score of a game", fontsize=12)
-    ax.set_xlim(0, end)
+    ax.set_xlim(0, edges[-1])
     ax.set_ylim(bottom=0)
     ax.xaxis.set_major_formatter(lambda step, _: short(step))
     ax.yaxis.set_major_formatter(lambda score, _: f"{score:,.0f}")
