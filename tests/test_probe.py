@@ -67,7 +67,7 @@ def test_a_level_of_the_values_does_not_count(checkpoint):
 
 @pytest.fixture
 def fits(monkeypatch):
-    """What every call of `fit` was given and returned: (learner's parameters by name before, learner, *arguments, errors)."""
+    """Of every call of `fit`: weights by name before it, learner, observations, targets, batches, errors."""
     calls = []
     original = fitting.fit
 

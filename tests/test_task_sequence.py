@@ -1,4 +1,4 @@
-"""One network that fits one random target after another: python compare.py --probe CHECKPOINT --probe-tasks ..."""
+"""A network that fits one random target after another: compare.py --probe CHECKPOINT --probe-tasks ..."""
 
 import json
 from dataclasses import make_dataclass, replace
@@ -206,7 +206,7 @@ def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
 
 
 def words(lost, injected=(0.5, [0.4, 0.6]), reset=(1.0, [0.9, 1.1]), end=0.1):
-    """The sentence on ratios and their intervals from the injection on; in its own task all are ten times as large."""
+    """The sentence on ratios and intervals from the injection on; in its task all are ten times as large."""
     relative = {}
     for name, (ratio, bounds) in ((SAME, lost), (INJECTED, injected), (RESET, reset)):
         since = {"per_seed": [ratio], "ratio": ratio, "interval": bounds}
@@ -220,15 +220,12 @@ def words(lost, injected=(0.5, [0.4, 0.6]), reset=(1.0, [0.9, 1.1]), end=0.1):
 
 
 def test_the_sentence_claims_what_the_intervals_support():
-    said = words((4.0, [2, 8.0]))
-    assert said.startswith(
-        "relative to the one network's own error in tasks 2 to 4: in tasks 5 to 9 it is 4× [2, 8] (plas"
+    assert words((4.0, [2, 8.0])) == (
+        "relative to the one network's own error in tasks 2 to 4: in tasks 5 to 9 it is "
+        "4× [2, 8] (plasticity was lost); with an injection before task 5 it is 5× [4, 6] (worse) in that "
+        "task and 0.5× [0.4, 0.6] (better) in tasks 5 to 9, with the head reset there "
+        "10× [9, 11] (worse) and 1× [0.9, 1.1] (no clear difference)"
     )
-    assert (
-        "with an injection before task 5 it is 5× [4, 6] (worse) in that task and 0.5× [0.4, 0.6] (better) in tasks"
-        in said
-    )
-    assert "with the head reset there 10× [9, 11] (worse) and 1× [0.9, 1.1] (no clear difference)" in said
     assert "4× [0.9, 9] (no clear loss of plasticity)" in words((4.0, [0.9, 9]))
     assert "4× (one seed, no interval)" in words((4.0, None))
     assert words((4.0, [2, 8.0]), end=0.46).startswith(
@@ -276,6 +273,22 @@ def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn, narrow_hea
 def test_an_injection_outside_of_the_sequence_is_refused(checkpoint, at):
     with pytest.raises(UsageError, match=f"probe_inject_at is {at}, but must be 2 to 3"):
         probe_sequence([str(checkpoint)], **HOW | {"inject_at": at}, out=Path("x.png"))
+
+
+def test_intervals_of_an_error_are_on_the_log_scale_and_what_is_dashed_has_a_name(monkeypatch):
+    folder = Path(__file__).parent.parent / "results"
+    results = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
+    row = task_sequence.sequence_table(results[0]).splitlines()[2]
+    assert row.startswith("| one network | 0.132 [0.0954, 0.184] | 0.155 [0.0524, 0.456] |")
+    drawn = []
+    monkeypatch.setattr("analysis.canvas.save", lambda figure, path: drawn.append(figure))
+    task_sequence.draw_sequences(results, Path("x.png"))
+    error, *_ = drawn[0].axes
+    bands = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in error.collections])
+    assert error.get_yscale() == "log" and 0 < bands.min() < 0.02
+    dashed = {line.get_label() for line in error.lines if line.get_linestyle() == "--"}
+    named = {text.get_text() for text in drawn[0].legends[0].get_texts()}
+    assert dashed == {EACH_FRESH, "injection or reset, before this task"} and dashed <= named
 
 
 def test_networks_are_told_apart_without_colours():
