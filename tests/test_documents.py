@@ -34,7 +34,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def commands(page):
     """The commands in a page's blocks of bash, one each."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = "\n".join(blocks).splitlines()
+    lines = "\n".join(blocks).replace("\\\n", "").splitlines()
     return [
         part for line in lines for command in line.split("&&") if (part := command.split(" #")[0].strip())
     ]
