@@ -38,11 +38,11 @@ def saved_args(checkpoint: Checkpoint) -> Args:
 
 
 def num_injections(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.state["learner"]["q_network"]["_extra_state"])
+    return int(checkpoint.state["learner"]["q_network"]["head._extra_state"])
 
 
 def num_actions(checkpoint: Checkpoint) -> int:
-    return len(checkpoint.state["learner"]["q_network"]["theta.2.weight"])
+    return len(checkpoint.state["learner"]["q_network"]["head.theta.output.weight"])
 
 
 def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:
@@ -147,10 +147,11 @@ def random_targets(network: QNetwork, obs: torch.Tensor) -> torch.Tensor:
     In float64, or the factor would turn rounding errors into other targets. Leaves `network` in float64.
     """
     network = network.double()
+    head = network.head.theta
     targets = []
     for part in obs.split(64):
-        values = network.theta(network.features(part))
-        targets.append(torch.sin(1e5 * values))
+        hidden = head.relu(head.hidden(network.features(part)))
+        targets.append(torch.sin(1e5 * head.output(hidden)))  # its forward would go on in float32
     return torch.cat(targets).float()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from alternatives import ALTERNATIVES
 from analysis import canvas, fitting
 from analysis.intervals import geometric_interval, interval
 from analysis.probe import each_probed, judged, plain, times, write_json
@@ -22,7 +23,7 @@ SAME = "one network"
 INJECTED = "injected"
 RESET = "head reset"
 EACH_FRESH = "a fresh network for each task"
-BRANCHES = {INJECTED: Learner.inject, RESET: Learner.reset_head}
+BRANCHES = (INJECTED, RESET)
 NAMES = (SAME, *BRANCHES, EACH_FRESH)
 MEASURED = ("start", "error", "dormant", "encoder_active")
 DRAWN = {
@@ -54,7 +55,7 @@ def twin(learner: Learner) -> Learner:
 def unit_measures(learner: Learner, obs: torch.Tensor) -> dict[str, float]:
     """The shares of the learning head's hidden units that are dormant, and of the encoder's features ≠ 0."""
     network = learner.q_network
-    _, layers = activations(network, {f"{network.newest_head()}.1": "head", "encoder": "encoder"}, obs)
+    _, layers = activations(network, {f"{network.newest_head()}.relu": "head", "encoder": "encoder"}, obs)
     return {
         "dormant": dormant_units(layers["head"]).mean().item(),
         "encoder_active": active_fraction(layers["encoder"]).item(),
@@ -80,9 +81,9 @@ def run_tasks(
     for task in range(1, tasks + 1):
         targets, batches, for_fresh = fitting.next_task(subject, obs, updates, rng)
         if task == inject_at:
-            for name, intervene in BRANCHES.items():
-                copies[name] = twin(network)
-                intervene(copies[name])
+            copies = {name: twin(network) for name in BRANCHES}
+            copies[INJECTED].inject()
+            copies[RESET].apply(ALTERNATIVES["reset-head"])
         fresh = fitting.make_contender(fitting.FRESH, subject, for_fresh, obs.device)
         measured = {}
         for name, learner in {SAME: network, **copies, EACH_FRESH: fresh}.items():

@@ -55,7 +55,7 @@ def test_no_injection_helps_where_the_encoder_is_dead(checkpoint):
 def test_a_level_of_the_values_does_not_count(checkpoint):
     def lift(q_network):
         make_fresh(q_network)
-        q_network["theta.2.bias"] += 100
+        q_network["head.theta.output.bias"] += 100
 
     change(checkpoint, lift)
     errors = probe_checkpoint(checkpoint, **QUICK)["errors"]
@@ -103,8 +103,8 @@ def test_seeds_differ_in_fresh_weights_and_injection(checkpoint, fits):
     probe_checkpoint(checkpoint, **QUICK)
     agent, injected, fresh = ((fits[i][0], fits[i + 3][0]) for i in range(3))
     assert all(torch.equal(agent[0][name], agent[1][name]) for name in agent[0])
-    assert not torch.equal(fresh[0]["theta.0.weight"], fresh[1]["theta.0.weight"])
-    assert not torch.equal(*(before["theta_prime_1.0.0.weight"] for before in injected))
+    assert not torch.equal(fresh[0]["head.theta.hidden.weight"], fresh[1]["head.theta.hidden.weight"])
+    assert not torch.equal(*(before["head.theta_prime_1.0.hidden.weight"] for before in injected))
 
 
 @pytest.mark.slow
@@ -117,9 +117,9 @@ def test_an_injection_does_not_change_the_first_error(checkpoint, injected_check
 def test_only_what_the_agent_would_train_moves(injected_checkpoint, fits):
     probe_checkpoint(injected_checkpoint, **ONCE)
     learning = (
-        "theta_prime_1.0.",
-        "theta_prime_1.1.",
-        "theta.",
+        "head.theta_prime_1.0.",
+        "head.theta_prime_1.1.",
+        "head.theta.",
     )  # the heads of agent, injected agent, fresh network
     for (before, learner, *_), head in zip(fits, learning, strict=True):
         moved = {name for name, p in learner.q_network.named_parameters() if not torch.equal(p, before[name])}
@@ -166,7 +166,7 @@ def test_interventions_that_are_no_injections_are_not_counted_as_such(checkpoint
     learner = Learner(
         replace(SMALL, intervention="reset-head"), num_actions(load_checkpoint(checkpoint)), CPU
     )
-    learner.reset_head(180)
+    learner.intervene(180)
     change(checkpoint, learner=learner, intervention="reset-head")
     assert probe_checkpoint(checkpoint, **ONCE)["injections"] == 0
     assert [learner.q_network.num_injections for _, learner, *_ in fits] == [0, 1, 0]
@@ -229,7 +229,7 @@ def test_a_checkpoint_of_another_scripts_run_is_refused(checkpoint):
 
 def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
     def spoil(q_network):
-        q_network["theta.2.weight"].fill_(1e30)
+        q_network["head.theta.output.weight"].fill_(1e30)
 
     change(checkpoint, spoil)
     result = probe_checkpoint(checkpoint, **QUICK)

@@ -71,7 +71,7 @@ def test_the_copies_branch_off_where_the_injection_is_and_all_get_the_same_tasks
     assert [learner.q_network.num_injections for _, learner, *_ in second] == [0, 1, 0, 0]
     starts = [errors[0] for *_, errors in second]
     assert starts[0] == starts[1] != starts[2], "an injection does not change Q, a reset does"
-    head, encoder = "theta.0.weight", "encoder.0.weight"
+    head, encoder = "head.theta.hidden.weight", "encoder.0.weight"
     before = [weights for weights, *_ in second]
     assert torch.equal(before[0][head], before[1][head]) and not torch.equal(before[0][head], before[2][head])
     assert torch.equal(before[0][encoder], before[1][encoder]) and torch.equal(
@@ -87,8 +87,8 @@ def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_th
     learner = make_contender("agent", subject, 0, CPU)
     learner.inject()
     with torch.no_grad():
-        learner.q_network.theta[0].bias.fill_(-1e3)
-        learner.q_network.theta_prime_1[0][0].bias[:16] = -1e3
+        learner.q_network.head.theta.hidden.bias.fill_(-1e3)
+        learner.q_network.head.theta_prime_1[0].hidden.bias[:16] = -1e3
         learner.q_network.encoder[4].bias[:16], learner.q_network.encoder[4].bias[16:] = -1e3, 1e3
     measured = task_sequence.unit_measures(learner, obs)
     assert measured["encoder_active"] == 48 / 64 and 16 / 64 <= measured["dormant"] < 1
@@ -142,10 +142,10 @@ def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits, narrow_h
         [call for call in fits if call[1] is fits[6][1]],
     )
     assert [len(calls) for calls in agents] == [2, 2]
-    assert not torch.equal(agents[0][0][0]["theta.0.weight"], agents[1][0][0]["theta.0.weight"]), (
-        "one for each seed"
-    )
-    assert not torch.equal(fits[0][0]["theta.0.weight"], fits[1][0]["theta.0.weight"]), (
+    assert not torch.equal(
+        agents[0][0][0]["head.theta.hidden.weight"], agents[1][0][0]["head.theta.hidden.weight"]
+    ), "one for each seed"
+    assert not torch.equal(fits[0][0]["head.theta.hidden.weight"], fits[1][0]["head.theta.hidden.weight"]), (
         "and another than the fresh one beside it"
     )
     assert (result["checkpoint"], result["run_seed"], result["step"], result["learning_rate"]) == (
@@ -188,16 +188,16 @@ def test_an_agent_that_has_grown_goes_on_with_its_wider_head(checkpoint, fits):
     change(checkpoint, learner=learner, head_width=32, injected_head_width=96)
     run_sequence(checkpoint, **HOW | {"seeds": 1})
     injected = fits[3][1].q_network
-    assert [head[0].out_features for head in injected.theta_prime_1] == [
+    assert [head.hidden.out_features for head in injected.head.theta_prime_1] == [
         96,
         96,
     ] and injected.num_injections == 2
-    assert injected.theta[0].out_features == 32
+    assert injected.head.theta.hidden.out_features == 32
 
 
 @pytest.mark.slow
 def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
-    change(checkpoint, lambda q_network: q_network["theta.2.weight"].fill_(1e30))
+    change(checkpoint, lambda q_network: q_network["head.theta.output.weight"].fill_(1e30))
     result = run_sequence(checkpoint, **HOW)
     assert result["error"][SAME] == [[None] * 3] * 2 and "diverged" in result["sentence"]
     assert "| one network | – |" in task_sequence.sequence_table(result)
