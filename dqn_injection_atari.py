@@ -52,7 +52,7 @@ if __name__ == "__main__":
     exit_with_wrong_versions()
 
 from alternatives import ALTERNATIVES, AlternativeSettings
-from alternatives.alternative import AgentParts, Words
+from alternatives.alternative import AgentParts, Alternative, Words
 from support import environments, measures, usage
 from support.acceleration import (
     CUDAGraphs,
@@ -781,8 +781,11 @@ class Learner:
         """Does what --intervention names, to the online network and its optimizer."""
         if self.args.intervention == "injection":
             self.inject(step)
-            return
-        alternative = ALTERNATIVES[self.args.intervention]
+        else:
+            self.apply(ALTERNATIVES[self.args.intervention], step)
+
+    def apply(self, alternative: Alternative, step: int = 0) -> None:
+        """Does what an injection is compared with."""
         head = self.newest_head()
         for_heads = self._generator(Stream.INJECTION)
         for_others = self._generator(Stream.PERTURBATION)
