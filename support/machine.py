@@ -25,10 +25,7 @@ from support.usage import UsageError, out_of_resources, reading
 
 
 def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
-    """The GPU when there is one and it is wanted; also sets PyTorch's switches for determinism and precision.
-
-    Raises UsageError where there is one that can run nothing.
-    """
+    """The GPU if it is wanted and there, UsageError if it can run nothing; also sets PyTorch's switches."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)

@@ -174,10 +174,7 @@ def _let_go() -> None:
 
 @contextlib.contextmanager
 def ends_in_one_line(training: bool = False) -> Iterator[None]:
-    """Around a whole command: what it cannot do ends it with one line and status 1, Ctrl-C with status 130.
-
-    Whether the command is a run, `training`, is for `out_of_resources`.
-    """
+    """Around a whole command: what it cannot do ends it with one line and status 1, Ctrl-C with 130."""
     _keep_open()
     try:
         yield

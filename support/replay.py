@@ -131,10 +131,7 @@ class FrameReplayBuffer(ReplayBuffer):
         done: np.ndarray,
         infos: list[dict],
     ) -> None:
-        """Adds one transition per environment: obs, next_obs (n_envs, S, H, W), the others (n_envs,).
-
-        Raises ValueError where next_obs is not obs shifted by one frame.
-        """
+        """Adds a transition per environment: obs, next_obs (n_envs, S, H, W), the others (n_envs,)."""
         if not np.array_equal(next_obs[:, :-1], obs[:, 1:]):
             message = "next_obs must be obs shifted by one frame, also at a game's end: pass final_obs there"
             raise ValueError(message)

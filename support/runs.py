@@ -76,10 +76,7 @@ class Origin:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The runs that this one was before it had a folder of its own, newest first, each up to its "step".
-
-        "run" is the id of one, "folder" its folder's name, "seed" its seed.
-        """
+        """The runs that this one was, newest first: "run" (an id), "folder" (a name), "seed", last "step"."""
         if self.checkpoint is None:
             return []
         meta = self.checkpoint.meta
@@ -300,10 +297,7 @@ class Run:
             raise OSError(message) from error
 
     def evaluate(self, play: Callable[[Path | None, Callable[[], bool]], np.ndarray], film: bool) -> bool:
-        """Logs the mean score of play(film's path, whether to stop).
-
-        Returns False where a signal cut it short; nothing is logged then.
-        """
+        """Logs the mean score of play(film's path, whether to stop); False, with no log, if it stopped."""
         with self.log.pause():
             try:
                 path = self._film_path() if film else None
