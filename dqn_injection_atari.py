@@ -380,7 +380,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = self.relu(self.hidden(features))  # (B, width)
-        return self.output(hidden.float())  # the sums of the output layer are float32, also with --bf16
+        return self.output(hidden.to(self.output.weight.dtype))  # float32, also with --bf16
 
 
 class InjectableHead(torch.nn.Module):
