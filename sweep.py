@@ -193,7 +193,7 @@ class Sweep:
         return {task.ref: task for task in self.book.open_tasks() if task.ref is not None}
 
     def stop(self) -> None:
-        """Has every run write a checkpoint and end, and waits for that. Raises OSError after that."""
+        """Has every run write a checkpoint and end, and waits for that; then raises an OSError there was."""
         going = self.going()
         unwritten: OSError | None = None
         for ref in going:
@@ -249,7 +249,7 @@ def alone(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def carry_out(settings: Settings, asked: plan.Asked, runs: list[plan.PlannedRun], folder: Path) -> Book:
-    """Does the runs. Raises SystemExit where a signal has ended that."""
+    """Does the runs, and returns the book of them. Raises SystemExit where a signal has ended that."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(cluster(settings.address))
         nodes = machines()
@@ -291,8 +291,8 @@ def main() -> None:
         folder = Path("sweeps", name)
         before = manifest.read_asked(folder) if (folder / "sweep.json").exists() else asked
         asked = replace(asked, threads=settings.threads_per_run or before.threads, gpu=before.gpu)
-        there = (folder / manifest.MANIFEST).exists()
-        with alone(folder) if there and not settings.dry_run else contextlib.nullcontext():
+        may_be_running = (folder / manifest.MANIFEST).exists() and not settings.dry_run
+        with alone(folder) if may_be_running else contextlib.nullcontext():
             manifest.refuse_another(folder, asdict(asked))
         if settings.dry_run:
             speed = settings.speed or manifest.measured_speed(manifest.read_manifest(folder))

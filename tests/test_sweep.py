@@ -540,9 +540,9 @@ def test_a_folder_that_cannot_be_a_sweeps_names_the_flag_for_another(command, no
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_run_that_needs_more_than_the_machine_has_is_refused(command):
-    status, _, errors = command("--cpus-per-run", "1000")
-    assert status == 1 and errors.count("\n") == 1 and "needs 1000 processors" in errors
+def test_a_run_that_needs_more_than_the_machine_has_is_refused():
+    status, said = finish("--cpus-per-run", "1000")
+    assert status == 1 and said.count("\n") == 1 and "needs 1000 processors" in said
     assert not FOLDER.exists()
 
 

@@ -20,14 +20,17 @@ def test_the_training_script_reads_the_flags_and_the_sweeps_own_command_line_is_
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [(["--foo", "1"], "Unrecognized options: --foo"), (["--seed", "x"], "Error parsing --seed")],
+    [
+        (["--foo", "1"], "Unrecognized options: --foo, 1"),
+        (["--seed", "x"], "Error parsing --seed: invalid literal for int() with base 10: 'x'"),
+    ],
 )
 def test_what_it_refuses_is_one_line_without_the_box_around_it(flags, words, capsys):
     with pytest.raises(UsageError) as refusal:
         parsed(flags)
-    message = str(refusal.value)
-    assert message.startswith(words) and message.endswith("dqn_injection_atari.py --help lists flags")
-    assert not set("\n│─╭╰") & set(message) and capsys.readouterr().err == ""
+    script, _, fix = str(refusal.value).removeprefix(f"{words}: python ").partition(" ")
+    assert script.endswith("dqn_injection_atari.py") and fix == "--help lists flags"
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
