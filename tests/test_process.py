@@ -367,7 +367,7 @@ def test_a_script_that_was_copied_alone_asks_for_its_folder_and_names_no_package
         pytest.importorskip("ray")
     copied = shutil.copy(ROOT / f"{name}.py", "copied.py")
     monkeypatch.setattr(sys, "argv", [copied])
-    for module in [module for module in sys.modules if module.partition(".")[0] == "analysis"]:
+    for module in [name for name in sys.modules if name.startswith(("analysis", "orchestration"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "analysis", None)
     with pytest.raises(SystemExit) as end:
