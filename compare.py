@@ -41,6 +41,10 @@ import tyro
 from annotated_types import Ge, Interval
 
 try:
+    from support.versions import exit_with_wrong_versions
+
+    if __name__ == "__main__":
+        exit_with_wrong_versions()
     from analysis.arms import file_names, runs_in
     from analysis.canvas import FORMATS
     from analysis.curves import write_curves

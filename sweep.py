@@ -22,6 +22,10 @@ import tyro
 from annotated_types import Ge
 
 try:
+    from support.versions import exit_with_wrong_versions
+
+    if __name__ == "__main__":
+        exit_with_wrong_versions()
     from rich.console import Console
     from rich.live import Live
 
@@ -33,7 +37,7 @@ try:
         raise ModuleNotFoundError(name="ray")
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
-    if package in ("orchestration", "analysis", "support", "dqn_injection_atari"):
+    if package in ("orchestration", "analysis", "dqn_injection_atari", "alternatives", "support"):
         fix = "clone or copy the project's whole folder, and run it there"
         sys.exit(f"error: {error.name} is not beside this script: {fix}")
     fix = f"pip install -r requirements-sweep.txt, in {Path(__file__).resolve().parent}"

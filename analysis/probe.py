@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from analysis import fitting
+from support.acceleration import prepare_process
 from support.usage import UsageError
 
 
@@ -135,6 +136,7 @@ def each_probed(paths: Iterable[str], measure: Callable[[Path], dict[str, Any]])
     Raises:
         UsageError: no checkpoint can be probed.
     """
+    prepare_process()
     reasons = []
     checkpoints = list(dict.fromkeys(map(Path, paths)))
     for path in checkpoints:

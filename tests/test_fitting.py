@@ -91,9 +91,8 @@ def test_the_learning_rate_is_the_one_that_is_given(checkpoint):
 
 def test_fresh_networks_differ_by_seed_and_have_the_actions_of_their_game():
     one, same, other = (fresh_subject(TINY_GAMES, seed, 5e-4) for seed in (1, 1, 2))
-    weights = [
-        subject.state["learner"]["q_network"]["head.theta.hidden.weight"] for subject in (one, same, other)
-    ]
+    networks = [subject.state["learner"]["q_network"] for subject in (one, same, other)]
+    weights = [network["head.theta.hidden.weight"] for network in networks]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert fitting.num_actions(one) == 8 and fitting.num_injections(one) == 0 and one.step == 0
 
