@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.arms import ARM_NAMES, Arm, describe, short
+from analysis.arms import Arm, describe, short
 from analysis.canvas import (
     INK,
     Artist,
@@ -24,6 +24,7 @@ from analysis.canvas import (
 )
 from analysis.intervals import interval
 from analysis.verdict import Comparison, noun, number_in
+from dqn_injection_atari import INTERVENTIONS
 from support.run_log import SIDE_BY_SIDE
 
 MAX_BINS = 100  # points of a curve
@@ -205,7 +206,7 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     values = sorted({number_in(pair.arms[1].setting, number) for pair in pairs})
     for pair in pairs:
         setting = pair.arms[1].setting
-        what = ARM_NAMES[setting["intervention"]][0] if number == "injection" else describe(setting, (), "")
+        what = INTERVENTIONS[setting["intervention"]].noun if number == "injection" else describe(setting, (), "")
         lines[f"{pair.game}, {what}" if len(games) > 1 else what].append(pair)
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()

@@ -1,8 +1,9 @@
-"""What makes learning faster and changes no result but for rounding: bfloat16, oneDNN, CUDA graphs, the allocator."""
+"""What makes learning faster and changes no result but for rounding: bfloat16, oneDNN, graphs, memory."""
 
 import copy
 import ctypes
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -10,16 +11,23 @@ import torch
 import torch.nn as nn
 
 from support.machine import limit_threads
+from support.versions import refuse_wrong_versions
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def prepare_cpu() -> None:
-    """Settings of the whole process, to be made before PyTorch's worker threads start, which take them over."""
+def prepare_process() -> None:
+    """Settings of the whole process, to be made before PyTorch's worker threads start, which take them over.
+
+    Raises:
+        UsageError: a package is of a version that is known to give wrong numbers.
+    """
+    refuse_wrong_versions()
     limit_threads()
     torch.set_flush_denormal(True)  # dead units leave denormal moments, which halve Adam's speed on a CPU
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc gives freed blocks of over 128 kB back to the system, whose pages each update would then fault in again
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        # glibc gives freed blocks of over 128 kB back, and each update would fault in their pages again
         libc.mallopt(
             -3, 2**25
         )  # M_MMAP_THRESHOLD: smaller blocks, all but replay's frames, come from the heap
@@ -27,7 +35,7 @@ def prepare_cpu() -> None:
 
 
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`array` on the device. Nothing waits for the copy: PyTorch keeps the pinned memory from other use until it is done."""
+    """`array` on the device. Nothing waits for the copy: PyTorch keeps the pinned memory until it is done."""
     tensor = torch.as_tensor(array)
     return (
         tensor
@@ -37,7 +45,7 @@ def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tens
 
 
 class OneDNNLinear(torch.autograd.Function):
-    """x @ weight.T + bias by oneDNN. PyTorch gives fp32 to MKL, which leaves half of an AMD processor's arithmetic unused."""
+    """x @ weight.T + bias by oneDNN: PyTorch's MKL does half of what an AMD processor can in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -76,12 +84,25 @@ def in_bfloat16(network: Network) -> Network:
     return network
 
 
-def copy_gradients(working: Sequence[torch.Tensor], trained: Sequence[torch.Tensor]) -> None:
-    """Gives the float32 parameters the gradients of their working copies."""
-    for parameter in trained:
-        if parameter.grad is None:  # once, then kept: new memory for every update costs a tenth of its time
-            parameter.grad = torch.empty_like(parameter)
-    torch._foreach_copy_([p.grad for p in trained], [p.grad for p in working])  # type: ignore[misc]
+def copy_gradients(source: nn.Module, target: nn.Module) -> None:
+    """Gives trained parameters of `target` the gradients of those of `source`, a network like it."""
+    gradients = []
+    copies = []
+    for parameter, trained in zip(source.parameters(), target.parameters(), strict=True):
+        if trained.requires_grad:
+            if trained.grad is None:
+                # once, then kept: new memory for every update costs a tenth of its time
+                trained.grad = torch.empty_like(trained)
+            assert parameter.grad is not None
+            gradients.append(parameter.grad)
+            copies.append(trained.grad)
+    torch._foreach_copy_(copies, gradients)
+
+
+@torch.no_grad()
+def copy_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Gives parameters of `target` the values of those of `source`, a network like it."""
+    torch._foreach_copy_(tuple(target.parameters()), tuple(source.parameters()))
 
 
 class CUDAGraphs:
@@ -90,21 +111,20 @@ class CUDAGraphs:
     A captured function holds the memory of what it uses: call `clear` when a tensor that it uses is replaced.
 
     The graphs between two calls of `clear` are a set, which is warmed up and captured on a stream of its own.
-    Libraries keep a workspace for each stream, in the memory of the first graph that was captured there, and it
-    goes with that graph (pytorch/pytorch#193402). Autograd goes back to the stream on which it met a parameter.
+    Libraries keep a workspace for each stream, in the memory of the first graph that was captured there. It
+    goes with that graph (pytorch/pytorch#193402). Autograd goes back to the stream where it met a parameter.
 
-    Graphs must not belong to a reference cycle: one that the garbage collector ends during a capture ends that, too.
+    Graphs must not belong to a reference cycle: if the garbage collector ends one in a capture, that fails.
 
     Args:
-        state: gives every tensor that the functions change. Before a capture they have to run a few times, which
-            trains; that is undone
-        enabled: False calls the functions as they are
+        state: gives every tensor that the functions change. Before a capture they have to run a few times,
+            which trains; that is undone
     """
 
     WARM_UP = 3  # calls: libraries choose their kernels and take memory, new moments and gradients get theirs
 
-    def __init__(self, state: Callable[[], list[torch.Tensor]], enabled: bool):
-        self.state, self.enabled = state, enabled
+    def __init__(self, state: Callable[[], list[torch.Tensor]]):
+        self.state = state
         self.graphs: dict[Any, Callable] = {}
         self.stream: torch.cuda.Stream | None = None
 
@@ -112,13 +132,36 @@ class CUDAGraphs:
         self.graphs.clear()
         self.stream = None
 
+    def wrap(self, method: Callable) -> Callable:
+        """A bound method of a tensor or a named tuple of tensors, captured once for each of their shapes.
+
+        Further arguments are no tensors, and each of their values has a graph of its own. The method's object
+        is not kept.
+        """
+        name = method.__name__
+        weak = weakref.WeakMethod(method)
+
+        def call(inputs: Any, *settings: Any) -> Any:
+            tensors = [inputs]
+            if isinstance(inputs, tuple):
+                tensors = [tensor for tensor in inputs if tensor is not None]
+
+            def function(*tensors: torch.Tensor) -> Any:
+                bound = weak()
+                assert bound is not None
+                if isinstance(inputs, tuple):
+                    return bound(type(inputs)(*tensors), *settings)
+                return bound(*tensors, *settings)
+
+            return self.run((name, *settings), function, *tensors)
+
+        return call
+
     def run(self, name: Any, function: Callable, *inputs: torch.Tensor) -> Any:
         """function(*inputs), whose output is overwritten by the next call with this name.
 
         Where the function makes gradients, it sets them to None first: a graph writes to memory of its own.
         """
-        if not self.enabled:
-            return function(*inputs)
         key = (name, *(given.shape for given in inputs))
         if key not in self.graphs:
             if self.stream is None:

@@ -59,9 +59,9 @@ class RunFlags:
             UsageError: see above.
         """
         if (self.eval_episodes > 0) == (self.eval_steps > 0):
-            given = f"eval_episodes is {self.eval_episodes} and eval_steps {self.eval_steps}, but one of them says how long an"
             raise UsageError(
-                f"{given} evaluation is: give --eval-episodes 0 with --eval-steps, or the other way round"
+                f"eval_episodes is {self.eval_episodes} and eval_steps {self.eval_steps}, but one of them "
+                "says how long an evaluation is: give --eval-episodes 0 with --eval-steps, or the other way round"
             )
         if self.capture_video and self.eval_frequency == 0 and self.evaluate is None:
             raise UsageError("capture_video films evaluation games and there are none: give --eval-frequency")

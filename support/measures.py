@@ -33,37 +33,48 @@ class NormTracker:
 
     def norm(self, learning: list[nn.Module]) -> float:
         """‖w‖ of these modules together."""
-        return joint_norm([parameter for module in learning for parameter in module.parameters()]).item()
+        return joint_norm(nn.ModuleList(learning).parameters()).item()
 
     def growth(self, learning: list[nn.Module]) -> float:
-        """That norm as a multiple of what it was when they began: the adaptive criterion (paper, appendix)."""
+        """That norm as a multiple of what it was when they began: the adaptive criterion (paper)."""
         return self.norm(learning) / self.at_begin
 
     def state_dict(self) -> dict[str, Any]:
         return {"initial": dict(self.initial), "at_begin": self.at_begin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.initial, self.at_begin = dict(state["initial"]), state["at_begin"]
+        self.initial = dict(state["initial"])
+        self.at_begin = state["at_begin"]
 
 
 class LossMeter:
-    """Sums of losses and Q-values, on their device until they are asked for, so that learning waits for nothing."""
+    """Sums of losses and Q-values, on their device until asked for: learning waits for nothing."""
 
     def __init__(self, device: torch.device):
-        self.totals = torch.zeros(3, device=device)  # of losses, Q-values and finite losses
-        self.num_updates = 0
+        self.sums = torch.zeros(2, device=device)  # of losses and of Q-values
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)  # of updates, and of finite losses
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that `add` changes."""
+        return [self.sums, self.counts]
+
+    @torch.no_grad()
     def add(self, loss: torch.Tensor, q_values: torch.Tensor) -> None:
-        """Of one update, both 0-d. `num_updates` is the caller's to count: a captured graph runs no Python."""
-        self.totals += torch.stack((loss, q_values, loss.isfinite()))
+        """Of one update, both 0-d."""
+        self.sums += torch.stack((loss, q_values))
+        self.counts[0] += 1
+        self.counts[1] += loss.isfinite()
 
     def means(self, newest: int, period: int) -> dict[str, float]:
-        """Means since the last call; empty if there was no update. For the arguments and the error see `check_finite`."""
+        """Means since the last call; empty if there was no update. See `check_finite`."""
         self.check_finite(newest, period)
-        loss, q_values, _ = self.totals.tolist()
-        count, self.num_updates = self.num_updates, 0
-        self.totals.zero_()
-        return {"td_loss": loss / count, "q_values": q_values / count} if count else {}
+        loss, q_values = self.sums.tolist()
+        num_updates = int(self.counts[0])
+        self.sums.zero_()
+        self.counts.zero_()
+        if num_updates == 0:
+            return {}
+        return {"td_loss": loss / num_updates, "q_values": q_values / num_updates}
 
     def check_finite(self, newest: int, period: int) -> None:
         """Updates fell due every `period` steps up to step `newest`.
@@ -71,28 +82,29 @@ class LossMeter:
         Raises:
             FloatingPointError: a loss was not finite. Then neither are the parameters, nor any later loss.
         """
-        if (num_finite := int(self.totals[2])) < self.num_updates:
-            first = newest // period - self.num_updates + num_finite + 1
+        num_updates, num_finite = self.counts.tolist()
+        if num_finite < num_updates:
+            first = newest // period - num_updates + num_finite + 1
             raise FloatingPointError(
                 f"td_loss is not finite from step {first * period}: lower --learning-rate"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"totals": self.totals, "num_updates": self.num_updates}
+        return {"sums": self.sums, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.totals.copy_(state["totals"])
-        self.num_updates = state["num_updates"]
+        self.sums.copy_(state["sums"])
+        self.counts.copy_(state["counts"])
 
 
 def dormant_units(activations: torch.Tensor, tau: float = 0.025) -> torch.Tensor:
-    """Which units of a layer are dormant (Sokar et al. 2023): E|h_i| / (its mean over the layer's units + 1e-9) ≤ τ.
+    """Which units are dormant (Sokar et al. 2023): E|h_i| / (its mean over the layer's units + 1e-9) ≤ τ.
 
     Args:
-        activations: (B, units), or (B, channels, H, W), where a channel is a unit, averaged over batch and space
+        activations: (B, units), or (B, channels, H, W), where a channel is a unit
 
     Returns:
-        (units,) float32 of 1 and 0, all 1 where no unit of the layer is ever active; all NaN where they are not finite
+        (units,) float32 of 1 and 0, all 1 where no unit is ever active; all NaN where they are not finite
     """
     sizes = activations.abs().transpose(0, 1).flatten(start_dim=1).mean(dim=1)  # (units,)
     scores = sizes / (sizes.mean() + 1e-9)
@@ -105,26 +117,27 @@ def active_fraction(activations: torch.Tensor) -> torch.Tensor:
 
 
 def singular_values(features: torch.Tensor) -> torch.Tensor:
-    """(min(B, d),) float64 in descending order, of features (B, d); all NaN where features are not finite or all 0."""
+    """(min(B, d),) float64, descending, of features (B, d); all NaN where these are not finite or all 0."""
     if not features.isfinite().all() or not features.any():
         return torch.full((min(features.shape),), math.nan, dtype=torch.float64, device=features.device)
     return torch.linalg.svdvals(features.double())
 
 
 def srank(sigma: torch.Tensor, delta: float = 0.01) -> float:
-    """The number of largest singular values, of all given (r,), that make up 1 − δ of their sum (Kumar et al. 2021)."""
+    """How many of the largest singular values (r,) make up 1 − δ of their sum (Kumar et al. 2021)."""
     if not sigma.sum() > 0:
         return math.nan
     return 1 + int((sigma.cumsum(0) < (1 - delta) * sigma.sum()).sum())
 
 
 def effective_rank(sigma: torch.Tensor) -> float:
-    """exp(−Σ p ln p) with p = σ / Σσ, of singular values (r,) (Roy & Vetterli 2007); NaN where they are NaN or all 0."""
-    return torch.special.entr(sigma / sigma.sum()).sum().exp().item()
+    """exp(−Σ p ln p), p = σ / Σσ, of singular values (r,) (Roy & Vetterli 2007); NaN if all are NaN or 0."""
+    entropy = torch.special.entr(sigma / sigma.sum()).sum()
+    return math.exp(entropy.item())
 
 
 def share_of_q(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """E|new| / (E|old| + E|new|), 0-d: how much of Q = old + new, both (B, num_actions), the second part contributes."""
+    """E|new| / (E|old| + E|new|), 0-d: how much `new` is in Q = old + new, both (B, num_actions)."""
     return new.abs().mean() / (old.abs().mean() + new.abs().mean())
 
 
@@ -134,13 +147,13 @@ def activations(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The network's output for `obs`, and {name: output} of its submodules at these paths, {path: name}."""
     layers: dict[str, torch.Tensor] = {}
+    hooks = []
+    for path, name in names.items():
 
-    def watch(path: str, name: str) -> torch.utils.hooks.RemovableHandle:
-        return network.get_submodule(path).register_forward_hook(
-            lambda _, __, output: layers.update({name: output})
-        )
+        def keep(module: nn.Module, inputs: Any, output: torch.Tensor, name: str = name) -> None:
+            layers[name] = output
 
-    hooks = [watch(path, name) for path, name in names.items()]
+        hooks.append(network.get_submodule(path).register_forward_hook(keep))
     outputs = network(obs)
     for hook in hooks:
         hook.remove()
@@ -150,64 +163,49 @@ def activations(
 def norm_measures(
     network: nn.Module, names: dict[str, str], initial: dict[str, float], loss: torch.Tensor
 ) -> dict[str, float]:
-    """Weight norms of modules, {path: name}, their ratios to the initial ones, and norms of the loss's gradient."""
-    modules = {path: network.get_submodule(path) for path in names}
-    norms = {path: joint_norm(module.parameters()).item() for path, module in modules.items()}
-    trained = {path: [p for p in module.parameters() if p.requires_grad] for path, module in modules.items()}
-    gradients = iter(
-        torch.autograd.grad(loss, [parameter for of_one in trained.values() for parameter in of_one])
-    )
-    own = {path: [next(gradients) for _ in of_one] for path, of_one in trained.items() if of_one}
-    return {
-        **{f"weight_norm/{names[path]}": norm for path, norm in norms.items()},
-        **{f"weight_norm_ratio/{names[path]}": norm / initial[path] for path, norm in norms.items()},
-        **{f"gradient_norm/{names[path]}": joint_norm(tensors).item() for path, tensors in own.items()},
-    }
+    """Weight norms of modules {path: name}, their ratios to the initial ones, and norms of their gradients.
+
+    Args:
+        initial: norms of the modules when they were drawn, by path
+        loss: 0-d, with its graph, which is used up
+    """
+    values = {}
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    gradients = dict(zip(trained, torch.autograd.grad(loss, trained), strict=True))
+    for path, name in names.items():
+        parameters = list(network.get_submodule(path).parameters())
+        norm = joint_norm(parameters).item()
+        values[f"weight_norm/{name}"] = norm
+        values[f"weight_norm_ratio/{name}"] = norm / initial[path]
+        of_module = [gradients[parameter] for parameter in parameters if parameter in gradients]
+        if of_module:
+            values[f"gradient_norm/{name}"] = joint_norm(of_module).item()
+    return values
 
 
 def unit_measures(layers: dict[str, torch.Tensor], learning: Collection[str]) -> dict[str, torch.Tensor]:
-    """Dormant and active fraction of every layer, {name: (B, units) or (B, channels, H, W)}, and of all that learn together."""
-    dormant = {name: dormant_units(layer) for name, layer in layers.items()}
-    return {
-        "dormant_fraction": torch.cat([dormant[name] for name in learning]).mean(),
-        "active_fraction": active_fraction(torch.cat([layers[name].flatten() for name in learning])),
-        **{f"dormant_fraction/{name}": of_layer.mean() for name, of_layer in dormant.items()},
-        **{f"active_fraction/{name}": active_fraction(layer) for name, layer in layers.items()},
-    }
+    """Dormant and active fraction of every layer, and of all that learn together.
+
+    Args:
+        layers: {name: (B, units) or (B, channels, H, W)}
+        learning: names of those that learn
+    """
+    values = {}
+    for name, layer in layers.items():
+        values[f"dormant_fraction/{name}"] = dormant_units(layer).mean()
+        values[f"active_fraction/{name}"] = active_fraction(layer)
+    dormant = [dormant_units(layers[name]) for name in learning]
+    active = [layers[name].flatten() for name in learning]
+    values["dormant_fraction"] = torch.cat(dormant).mean()
+    values["active_fraction"] = active_fraction(torch.cat(active))
+    return values
 
 
 def rank_measures(features: dict[str, torch.Tensor]) -> dict[str, float]:
     """srank and effective rank of every one of these features, {name: (B, d)}."""
-    sigmas = {name: singular_values(of_one) for name, of_one in features.items()}
-    ranks = {f"srank/{name}": srank(sigma) for name, sigma in sigmas.items()}
-    return ranks | {f"effective_rank/{name}": effective_rank(sigma) for name, sigma in sigmas.items()}
-
-
-def plasticity(
-    network: nn.Module,
-    names: dict[str, str],
-    relus: dict[str, str],
-    old: str | None,
-    initial: dict[str, float],
-    loss: torch.Tensor,
-    obs: torch.Tensor,
-) -> dict[str, float]:
-    """All measures of a network that has modules called `encoder` and `head`, the head that learns; none that is undefined.
-
-    Args:
-        names: {path: name} of its modules
-        relus: {path: name} of the activations after its layers, among them conv1, conv2, conv3 and head
-        old: path of a submodule that gives a part of Q, if the share of the rest in Q is asked for
-        initial: norms of the modules when they were drawn, by path
-        loss: 0-d, at `obs`
-        obs: uint8 (B, 4, 84, 84)
-    """
-    outputs, layers = activations(network, relus | ({old: "old"} if old else {}), obs)
-    old_outputs = layers.pop("old", None)
-    measured: dict[str, Any] = unit_measures(layers, learning=("conv1", "conv2", "conv3", "head"))
-    measured |= rank_measures({"encoder": layers["conv3"].flatten(start_dim=1), "head": layers["head"]})
-    measured |= norm_measures(network, names, initial, loss)
-    if old_outputs is not None:
-        measured["new_heads_share_of_q"] = share_of_q(old_outputs, outputs - old_outputs)
-    values = {name: float(value) for name, value in measured.items()}
-    return {name: value for name, value in values.items() if math.isfinite(value)}
+    values = {}
+    for name, matrix in features.items():
+        sigma = singular_values(matrix)
+        values[f"srank/{name}"] = srank(sigma)
+        values[f"effective_rank/{name}"] = effective_rank(sigma)
+    return values

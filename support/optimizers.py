@@ -1,4 +1,4 @@
-"""The optimizer of the paper's agent, which PyTorch's own differs from; and optimizers' moments by parameter name."""
+"""The optimizer of the paper's agent, and what becomes of an optimizer's moments."""
 
 import copy
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import torch.nn as nn
 
 
 class CenteredRMSProp(torch.optim.Optimizer):
-    """w ← w − lr · g / √(E[g²] − E[g]² + eps) with running means of g and g² that start at zero (Graves 2013; DQN Zoo).
+    """w ← w − lr · g / √(E[g²] − E[g]² + eps), with running means that start at zero (Graves 2013; DQN Zoo).
 
     `torch.optim.RMSprop` adds eps outside the root, where 0.01/32² is a 320 times smaller floor.
     """
@@ -26,11 +26,11 @@ class CenteredRMSProp(torch.optim.Optimizer):
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
             for parameter in trained:
                 if not self.state[parameter]:
-                    self.state[parameter] = {name: torch.zeros_like(parameter) for name in ("mean", "square")}
+                    self.state[parameter]["mean"] = torch.zeros_like(parameter)
+                    self.state[parameter]["square"] = torch.zeros_like(parameter)
             grads = [parameter.grad for parameter in trained]
-            means, squares = (
-                [self.state[parameter][name] for parameter in trained] for name in ("mean", "square")
-            )
+            means = [self.state[parameter]["mean"] for parameter in trained]
+            squares = [self.state[parameter]["square"] for parameter in trained]
             torch._foreach_lerp_(means, grads, 1 - group["decay"])
             torch._foreach_mul_(squares, group["decay"])
             torch._foreach_addcmul_(squares, grads, grads, value=1 - group["decay"])
@@ -60,6 +60,12 @@ def copy_moments(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Modul
     for source, target in zip(old.parameters(), new.parameters(), strict=True):
         if source in optimizer.state:
             optimizer.state[target] = copy.deepcopy(optimizer.state[source])
+
+
+def empty_moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Has the optimizer know nothing of these parameters, not even the count of their steps."""
+    for parameter in module.parameters():
+        optimizer.state.pop(parameter, None)
 
 
 def num_trainable(network: nn.Module) -> int:

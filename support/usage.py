@@ -1,4 +1,4 @@
-"""What a user gives: bounds that stand at the fields they belong to, and refusals of one line that name the fix."""
+"""What a user gives: bounds that stand at their fields, and refusals of one line that name the fix."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ Positive = Annotated[float, Interval(gt=0, lt=math.inf)]
 
 @dataclass(frozen=True)
 class OnlyWith:
-    """At a field that is looked at only where another one has one of these values; elsewhere it must stay at its default."""
+    """At a field that is looked at only where another one has one of these values; else it is its default."""
 
     field: str
     values: tuple[str, ...]
@@ -56,26 +56,29 @@ def check_bounds(settings: Any) -> None:
     unused = unused_fields(settings)
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if rule := _broken_rule(value, field.type):
+        rule = _broken_rule(value, field.type)
+        if rule:
             raise UsageError(f"{field.name} is {value}, but must be {rule}: change {flag(field.name)}")
         for bound in getattr(field.type, "__metadata__", ()):
-            if (
-                isinstance(bound, NotBelow)
-                and field.name not in unused
-                and 0 < value < (least := getattr(settings, bound.field))
-            ):
-                fix = f"raise {flag(field.name)}"
-                if getattr(settings, "fork", None) is None:  # whose other number is its origin's
-                    fix += f" or lower {flag(bound.field)}"
-                raise UsageError(
-                    f"{field.name} is {value}, but must be at least {bound.field} ({least}): {fix}"
-                )
+            if isinstance(bound, NotBelow) and field.name not in unused:
+                _refuse_below(settings, field.name, bound)
     for name, condition in unused.items():
-        if (value := getattr(settings, name)) != getattr(type(settings), name):
+        value = getattr(settings, name)
+        if value != getattr(type(settings), name):
             use = f"{flag(condition.field)} {condition.values[0]}"
             raise UsageError(
                 f"{name} is {value}, which only {use} looks at: give that, or leave the flag out"
             )
+
+
+def _refuse_below(settings: Any, name: str, bound: NotBelow) -> None:
+    value = getattr(settings, name)
+    least = getattr(settings, bound.field)
+    if 0 < value < least:
+        fix = f"raise {flag(name)}"
+        if getattr(settings, "fork", None) is None:  # whose other number is its origin's
+            fix += f" or lower {flag(bound.field)}"
+        raise UsageError(f"{name} is {value}, but must be at least {bound.field} ({least}): {fix}")
 
 
 def changed_fields(settings: Any, before: Any) -> list[str]:
@@ -115,30 +118,42 @@ def settings_of(kind: type[Settings], values: dict[str, Any], path: Path) -> Set
 
 def conditions(kind: Any) -> dict[str, OnlyWith]:
     """{name: condition} of the fields of a dataclass, or of an instance, that not every setting looks at."""
-    parts = ((f.name, part) for f in fields(kind) for part in getattr(f.type, "__metadata__", ()))
-    return {name: part for name, part in parts if isinstance(part, OnlyWith)}
+    found = {}
+    for field in fields(kind):
+        for part in getattr(field.type, "__metadata__", ()):
+            if isinstance(part, OnlyWith):
+                found[field.name] = part
+    return found
 
 
 def unused_fields(settings: Any) -> dict[str, OnlyWith]:
     """{name: condition} of the fields that nothing looks at with these settings."""
-    return {
-        name: part
-        for name, part in conditions(settings).items()
-        if getattr(settings, part.field) not in part.values
-    }
+    unused = {}
+    for name, condition in conditions(settings).items():
+        if getattr(settings, condition.field) not in condition.values:
+            unused[name] = condition
+    return unused
 
 
 def _broken_rule(value: Any, annotation: Any) -> str:
     """What `annotation` asks for in words, where `value` does not keep to it; else nothing."""
-    plain, metadata = getattr(annotation, "__origin__", annotation), getattr(annotation, "__metadata__", ())
-    choices = get_args(annotation if get_origin(annotation) is Literal else plain)
-    if value is None and type(None) in choices:
+    kind = annotation
+    bounds: list[Any] = []
+    if get_origin(annotation) is Annotated:
+        kind, *bounds = get_args(annotation)
+    if value is None and type(None) in get_args(kind):
         return ""
-    if Literal in (get_origin(annotation), get_origin(plain)):
-        return "" if value in choices else f"one of {', '.join(map(str, choices))}"
-    asked = [part for given in metadata for part in (given if isinstance(given, Interval) else [given])]
-    kept, words = [], []
-    for bound in asked:
+    if get_origin(kind) is Literal:
+        return "" if value in get_args(kind) else f"one of {', '.join(map(str, get_args(kind)))}"
+    single_bounds: list[Any] = []
+    for bound in bounds:
+        if isinstance(bound, Interval):
+            single_bounds.extend(bound)
+        else:
+            single_bounds.append(bound)
+    kept = []
+    words = []
+    for bound in single_bounds:
         match bound:
             case Ge(limit):
                 kept.append(value >= limit)
@@ -196,7 +211,7 @@ def says(text: str, patterns: tuple[str, ...]) -> bool:
 
 
 def of_a_gpu(error: BaseException) -> bool:
-    """Whether an error is what the driver of a GPU or a library for it reports of itself, and no mistake in the code."""
+    """Whether a GPU's driver or library reports this of itself, and it is no mistake in the code."""
     line = str(error).partition("\n")[0]
     return isinstance(error, RuntimeError) and says(line, OF_A_GPU) and not says(line, OF_THE_CODE)
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import re
+import sys
 from pathlib import Path
 
 from support.usage import UsageError
@@ -28,17 +29,16 @@ def release(version: str) -> tuple[int, int]:
 
 def unsupported_versions() -> list[str]:
     """A line per package that is older than what requirements.txt has, or of a later major version."""
-    pins = (
-        re.findall(r"^([\w.-]+)==(\S+)", REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE)
-        if REQUIREMENTS.exists()
-        else []
-    )
+    if not REQUIREMENTS.exists():
+        return []
+    pins = re.findall(r"^([\w.-]+)==(\S+)", REQUIREMENTS.read_text(encoding="utf-8"), re.MULTILINE)
     remarks = []
     for package, tested in pins:
-        (major, minor), found = release(tested), installed(package)
-        if not (major, minor) <= release(found) < (major + 1, 0):
+        major, minor = release(tested)
+        version = installed(package)
+        if not (major, minor) <= release(version) < (major + 1, 0):
             supported = f"supported is {major}.{minor} up to {major + 1}"
-            remarks.append(f"{package} is {found}, {supported}: {installation()}")
+            remarks.append(f"{package} is {version}, {supported}: {installation()}")
     return remarks
 
 
@@ -53,5 +53,14 @@ def refuse_wrong_versions() -> None:
         UsageError: a package is of a version that is known to give wrong numbers.
     """
     for package, (right, how) in WRONG.items():
-        if release(found := installed(package)) < right:
-            raise UsageError(f"{package} {found} {how}: {installation()}")
+        version = installed(package)
+        if release(version) < right:
+            raise UsageError(f"{package} {version} {how}: {installation()}")
+
+
+def exit_with_wrong_versions() -> None:
+    """Ends a program in one line where a version is wrong, before it imports what that does not have."""
+    try:
+        refuse_wrong_versions()
+    except UsageError as error:
+        sys.exit(f"error: {error}")

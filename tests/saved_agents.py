@@ -29,7 +29,7 @@ SMALL = Args(
 
 
 def change(checkpoint, network=None, learner=None, **args):
-    """Rewrites a checkpoint: `network(q_network's state)` is called on what it holds, learner and arguments are replaced."""
+    """Rewrites a checkpoint: `network` changes the network's state, learner and arguments are replaced."""
     state = torch.load(checkpoint / "state.pt", weights_only=True)
     if network is not None:
         network(state["learner"]["q_network"])

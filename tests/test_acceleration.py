@@ -171,7 +171,7 @@ def test_bf16_goes_on_from_a_float32_state_and_back():
 def test_acting_in_bf16_asks_the_working_copy():
     learner = make_learner(bf16=True)
     with torch.no_grad():
-        learner.online.theta[2].bias[3] += 100
+        learner.online.head.theta.output.bias[3] += 100
     assert (learner.act(np.zeros((4, 4, 84, 84), np.uint8), 0.0) == 3).all()
 
 
@@ -342,12 +342,12 @@ def replace_weight(learner):
 
 
 def replace_weight_of_target(learner):
-    bias = learner.target_network.theta[2].bias
+    bias = learner.target_network.head.theta.output.bias
     bias.data = bias.data + 1
 
 
 def replace_moment(learner):
-    moments = learner.optimizer.state[learner.q_network.theta[0].weight]
+    moments = learner.optimizer.state[learner.q_network.head.theta.hidden.weight]
     moments["exp_avg"] = moments["exp_avg"].clone()
 
 

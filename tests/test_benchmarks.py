@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import checkpoint_size, kill_test, profile_update, sb3_dqn, throughput
 from dqn_injection_atari import Learner
-from support.run_log import Curves, summary
+from support.run_log import Curves, Point, summary
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def write_run(
     checkpoint.mkdir(parents=True)
     curves = Curves(folder, 8)
     for name, value in ((tag, 0.5), ("charts/SPS", speed)):
-        curves.points.append((step, seconds, summary.scalar(name, value)))
+        curves.points.append(Point(step, seconds, summary.scalar(name, value)))
     log = {"points": curves.state_dict(), "returns": [5.0], "seconds": seconds, "interval_seconds": seconds}
     torch.save({"learner": {"weight": torch.tensor([weight])}, "log": log}, checkpoint / "state.pt")
     identity = json.dumps({"step": 8, "circumstances": {}, "run": str(folder)})

@@ -78,7 +78,7 @@ def test_an_injection_leaves_all_moments_and_gives_the_new_head_those_that_the_f
     if optimizer == "adam":
         assert all(steps[name] == 4 for name in encoder | (theta if not freeze_heads else set()))
         assert all(steps[name] == (4 if choice == "keep" else 1) for name in new)
-    kept = same(moments(learner)["theta.0.weight"], before["theta.0.weight"])
+    kept = same(moments(learner)["head.theta.hidden.weight"], before["head.theta.hidden.weight"])
     assert kept == freeze_heads, "the new head's copy is its own, and frozen heads rest"
 
 
@@ -88,8 +88,8 @@ def test_at_a_second_injection_the_moments_copied_are_those_of_the_head_that_lea
     learner.update(random_batch(9))
     learner.inject()
     after = moments(learner)
-    assert same(after["theta_prime_1.1.0.weight"], after["theta_prime_1.0.0.weight"])
-    assert not same(after["theta_prime_1.1.0.weight"], after["theta.0.weight"])
+    assert same(after["head.theta_prime_1.1.hidden.weight"], after["head.theta_prime_1.0.hidden.weight"])
+    assert not same(after["head.theta_prime_1.1.hidden.weight"], after["head.theta.hidden.weight"])
 
 
 def test_copied_moments_move_the_new_head_where_none_would_not():
@@ -97,9 +97,9 @@ def test_copied_moments_move_the_new_head_where_none_would_not():
     for choice in ("fresh", "keep"):
         learner = trained(moments=choice)
         learner.inject()
-        before = parameters(learner)["theta_prime_1.0.0.weight"]
+        before = parameters(learner)["head.theta_prime_1.0.hidden.weight"]
         learner.update(random_batch(9))
-        steps[choice] = parameters(learner)["theta_prime_1.0.0.weight"] - before
+        steps[choice] = parameters(learner)["head.theta_prime_1.0.hidden.weight"] - before
     assert not torch.allclose(steps["fresh"], steps["keep"], atol=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_resetting_the_head_draws_its_two_layers_anew_and_nothing_else():
     assert set(moments(learner)) == names(network, "encoder")
     assert all(same(moments(learner)[name], moments_before[name]) for name in names(network, "encoder"))
     assert network.num_injections == 0 and all(
-        parameter.requires_grad for parameter in network.theta.parameters()
+        parameter.requires_grad for parameter in network.head.theta.parameters()
     )
 
 
@@ -259,7 +259,7 @@ def test_norms_of_what_was_drawn_anew_count_from_then_on_and_those_of_the_encode
 def test_growth_is_the_norm_of_encoder_and_head_over_what_it_was_when_the_head_began():
     learner = make_learner()
     assert learner.norms.growth(learner.learning()) == 1
-    learned = [*learner.q_network.encoder.parameters(), *learner.q_network.theta.parameters()]
+    learned = [*learner.q_network.encoder.parameters(), *learner.q_network.head.theta.parameters()]
     expected = math.sqrt(sum(parameter.detach().double().square().sum().item() for parameter in learned))
     assert learner.norms.norm(learner.learning()) == pytest.approx(expected, rel=1e-6)
     with torch.no_grad():
@@ -269,7 +269,7 @@ def test_growth_is_the_norm_of_encoder_and_head_over_what_it_was_when_the_head_b
     learner.inject()
     assert learner.norms.growth(learner.learning()) == 1, "the new head begins"
     with torch.no_grad():
-        for parameter in learner.q_network.theta.parameters():
+        for parameter in learner.q_network.head.theta.parameters():
             parameter.mul_(5)
     assert learner.norms.growth(learner.learning()) == 1, "a frozen head does not count"
 
@@ -340,9 +340,9 @@ def test_an_injection_with_a_shared_bias_changes_nothing_and_learns():
         before = learner.q_network(obs)
         learner.inject()
         assert torch.equal(learner.q_network(obs), before)
-    bias = learner.q_network.theta_prime_1[0][2].bias.item()
+    bias = learner.q_network.head.theta_prime_1[0].output.bias.item()
     learner.update(random_batch(7))
-    assert learner.q_network.theta_prime_1[0][2].bias.item() != bias
+    assert learner.q_network.head.theta_prime_1[0].output.bias.item() != bias
 
 
 @pytest.mark.slow

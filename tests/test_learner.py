@@ -126,15 +126,18 @@ def test_without_freezing_all_live_heads_move():
 def test_injection_leaves_every_optimizer_moment_alone_and_starts_the_new_head_without_any():
     learner = make_learner()
     updates(learner, 5)
-    encoder, theta = moments(learner, learner.q_network.encoder), moments(learner, learner.q_network.theta)
+    encoder, theta = (
+        moments(learner, learner.q_network.encoder),
+        moments(learner, learner.q_network.head.theta),
+    )
     learner.inject()
-    for kept, module in ((encoder, learner.q_network.encoder), (theta, learner.q_network.theta)):
+    for kept, module in ((encoder, learner.q_network.encoder), (theta, learner.q_network.head.theta)):
         for before, after in zip(kept, moments(learner, module), strict=True):
             assert before.keys() == after.keys() and all(
                 torch.equal(before[key], after[key]) for key in before
             )
             assert after["step"].item() == 5 and after["exp_avg"].abs().max() > 0
-    new_head = list(learner.q_network.theta_prime_1[0].parameters())
+    new_head = list(learner.q_network.head.theta_prime_1[0].parameters())
     assert all(not learner.optimizer.state.get(parameter) for parameter in new_head)
     updates(learner, 3)
     assert all(learner.optimizer.state[parameter]["step"].item() == 3 for parameter in new_head)
@@ -167,7 +170,7 @@ def test_the_kth_head_depends_on_seed_and_k_alone():
             learner.act(np.zeros((3, 4, 84, 84), np.uint8), 0.5)
             torch.rand(updates_before + 1)
             learner.inject()
-        return [head[0].weight.clone() for head in learner.q_network.theta_prime_2]
+        return [head[0].weight.clone() for head in learner.q_network.head.theta_prime_2]
 
     first, same, other = fresh_heads(1, 0), fresh_heads(1, 4), fresh_heads(2, 0)
     assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
@@ -216,9 +219,9 @@ def test_acting_takes_the_same_random_numbers_whatever_it_decides():
 
 def test_a_seed_fixes_the_networks_and_the_number_of_planned_injections_does_not_move_them():
     one, same, other = make_learner(seed=1), make_learner(seed=1, injection_step=(5,)), make_learner(seed=2)
-    weights = [learner.q_network.theta[0].weight for learner in (one, same, other)]
+    weights = [learner.q_network.head.theta.hidden.weight for learner in (one, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-    assert torch.equal(one.q_network.theta[0].weight, one.target_network.theta[0].weight)
+    assert torch.equal(one.q_network.head.theta.hidden.weight, one.target_network.head.theta.hidden.weight)
 
 
 def test_epsilon_falls_linearly_from_its_start_on_and_stays():
@@ -241,7 +244,7 @@ def test_the_optimizer_is_the_one_that_was_asked_for_and_holds_all_heads(args, o
     (group,) = learner.optimizer.param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in learner.q_network.parameters()]
     assert (group["lr"], group["eps"]) == ((2.5e-4, 0.01 / 32**2) if args else (1e-4, 1.5e-4))
-    assert len(learner.q_network.theta[2].bias) == (1 if args else ACTIONS)
+    assert len(learner.q_network.head.theta.output.bias) == (1 if args else ACTIONS)
 
 
 @pytest.mark.parametrize("injections", [0, 1, 2])
@@ -323,7 +326,7 @@ def test_a_state_that_lacks_a_head_in_use_is_refused():
     learner = make_learner()
     learner.inject()
     state = learner.q_network.state_dict()
-    del state["theta_prime_1.0.0.weight"]
+    del state["head.theta_prime_1.0.hidden.weight"]
     with pytest.raises(RuntimeError, match=r"theta_prime_1\.0\.0\.weight"):
         make_learner().q_network.load_state_dict(state)
 

@@ -424,7 +424,8 @@ def test_pytorchs_threads_follow_what_is_usable_unless_the_user_chose(monkeypatc
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
 def test_the_first_line_of_a_run_names_the_threads_which_follow_the_affinity():
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    flags = "--env-backend ale --total-timesteps 4 --buffer-size 100 --checkpoint-frequency 0 --head-width 16 --no-cuda"
+    flags = "--env-backend ale --total-timesteps 4 --buffer-size 100 --checkpoint-frequency 0 --no-cuda"
+    flags += " --head-width 16"
     run = subprocess.run(
         [sys.executable, script.__file__, *flags.split()],
         env=environment,
@@ -721,7 +722,10 @@ def fail_with(number):
         (OSError(errno.EACCES, "Permission denied"), "see to that"),
         (OSError(errno.EIO, "Input/output error"), "see to that"),
         (MemoryError(), "free some memory"),
-        (machine.FolderGone(Path("runs/X")), machine.FolderGone.FIX),
+        (
+            machine.FolderGone(Path("runs/X")),
+            "if it was moved to another disk, stop this run and --resume it there",
+        ),
     ],
     ids=str,
 )

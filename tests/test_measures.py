@@ -182,7 +182,7 @@ def test_measures_of_a_network_made_to_have_them(injections):
     for _ in range(injections):
         learner.inject()
     network = learner.q_network
-    newest = network.theta_prime_1[injections - 1] if injections else network.theta
+    newest = network.head.theta_prime_1[injections - 1] if injections else network.head.theta
     for layer, active in (
         (network.encoder[0], 24),
         (network.encoder[2], 64),
@@ -207,7 +207,7 @@ def test_measures_of_a_network_made_to_have_them(injections):
 
 def test_a_silent_layer_is_wholly_dormant_and_what_is_undefined_is_left_out():
     learner = make_learner(head_width=512)
-    only_biases(learner.q_network.theta[0], 0)
+    only_biases(learner.q_network.head.theta.hidden, 0)
     measures = plasticity_measures(learner, random_batch())
     assert measures["dormant_fraction/head"] == 1 and measures["active_fraction/head"] == 0
     layers = {"conv1": 32, "conv2": 64, "conv3": 64, "head": 512}
@@ -220,7 +220,7 @@ def test_a_silent_layer_is_wholly_dormant_and_what_is_undefined_is_left_out():
 
 def test_a_network_that_is_dead_is_wholly_dormant_and_not_active():
     learner = make_learner()
-    for layer in (*learner.q_network.encoder, *learner.q_network.theta):
+    for layer in (*learner.q_network.encoder, *learner.q_network.head.theta):
         for parameter in layer.parameters():
             parameter.data.zero_()
     measures = plasticity_measures(learner, random_batch())
@@ -232,7 +232,7 @@ def test_a_network_that_is_dead_is_wholly_dormant_and_not_active():
 @pytest.mark.parametrize("injections", [0, 1, 2])
 def test_norms_are_those_of_the_modules_and_their_gradients(injections, freeze_heads):
     learner, batch = make_learner(freeze_heads=freeze_heads), random_batch()
-    initial = {"theta": joint_norm(learner.q_network.theta.parameters()).item()}
+    initial = {"theta": joint_norm(learner.q_network.head.theta.parameters()).item()}
     initial["encoder"] = joint_norm(learner.q_network.encoder.parameters()).item()
     for k in range(injections):
         learner.update(random_batch(k))
@@ -266,8 +266,8 @@ def test_the_new_heads_share_of_q_begins_at_zero_and_grows():
     assert plasticity_measures(learner, batch)["new_heads_share_of_q"] == 0
     learner.update(batch)
     network, features = learner.q_network, learner.q_network.features(batch.observations)
-    old = network.theta(features)
-    new = network.theta_prime_1[0](features) - network.theta_prime_2[0](features)
+    old = network.head.theta(features)
+    new = network.head.theta_prime_1[0](features) - network.head.theta_prime_2[0](features)
     expected = (new.abs().mean() / (old.abs().mean() + new.abs().mean())).item()
     assert (
         0 < plasticity_measures(learner, batch)["new_heads_share_of_q"] == pytest.approx(expected, rel=1e-3)

@@ -17,7 +17,7 @@ def observations(batch=16, seed=0):
 
 
 def heads(q_network):
-    return [q_network.theta, *q_network.theta_prime_1, *q_network.theta_prime_2]
+    return [q_network.head.theta, *q_network.head.theta_prime_1, *q_network.head.theta_prime_2]
 
 
 def trained(q_network, steps=2):
@@ -71,7 +71,7 @@ def test_forward_maps_uint8_stacks_to_float32_q_values_and_leaves_them_alone():
 def test_the_network_is_the_nature_cnn():
     q_network = QNetwork(6)
     shapes = [tuple(p.shape) for p in q_network.encoder.parameters()] + [
-        tuple(p.shape) for p in q_network.theta.parameters()
+        tuple(p.shape) for p in q_network.head.theta.parameters()
     ]
     assert shapes == [
         (32, 4, 8, 8),
@@ -101,14 +101,16 @@ def test_q_is_the_written_out_sum_and_so_is_the_encoders_gradient(k):
     got = torch.autograd.grad((weights * q_network(obs)).sum(), list(q_network.encoder.parameters()))
 
     features = q_network.encoder(obs.float() / 255)
-    written_out = q_network.theta(features)
+    written_out = q_network.head.theta(features)
     for i in range(k):
         written_out = (
-            written_out + q_network.theta_prime_1[i](features) - q_network.theta_prime_2[i](features)
+            written_out
+            + q_network.head.theta_prime_1[i](features)
+            - q_network.head.theta_prime_2[i](features)
         )
     expected = torch.autograd.grad((weights * written_out).sum(), list(q_network.encoder.parameters()))
     theta_alone = torch.autograd.grad(
-        (weights * q_network.theta(q_network.encoder(obs.float() / 255))).sum(),
+        (weights * q_network.head.theta(q_network.encoder(obs.float() / 255))).sum(),
         list(q_network.encoder.parameters()),
     )
     assert torch.allclose(q_network(obs), written_out, atol=1e-6)
@@ -129,14 +131,19 @@ def test_at_the_instant_of_injection_the_new_branches_gradients_to_the_encoder_c
 
 def test_injection_draws_equal_fresh_heads_and_touches_nothing_else():
     q_network = trained(QNetwork(6, max_injections=2))
-    others = [q_network.encoder, q_network.theta, q_network.theta_prime_1[1], q_network.theta_prime_2[1]]
+    others = [
+        q_network.encoder,
+        q_network.head.theta,
+        q_network.head.theta_prime_1[1],
+        q_network.head.theta_prime_2[1],
+    ]
     before = [snapshot(module) for module in others]
-    old_pair = snapshot(q_network.theta_prime_1[0])
+    old_pair = snapshot(q_network.head.theta_prime_1[0])
     q_network.inject(seeded())
     assert q_network.num_injections == 1
     assert all(equal(saved, module) for saved, module in zip(before, others, strict=True))
-    assert equal(snapshot(q_network.theta_prime_1[0]), q_network.theta_prime_2[0])
-    assert not equal(old_pair, q_network.theta_prime_1[0])
+    assert equal(snapshot(q_network.head.theta_prime_1[0]), q_network.head.theta_prime_2[0])
+    assert not equal(old_pair, q_network.head.theta_prime_1[0])
     addresses = {p.data_ptr() for head in heads(q_network) for p in head.parameters()}
     assert len(addresses) == 5 * 4, "no two heads share memory"
 
@@ -146,7 +153,9 @@ def test_fresh_heads_follow_pytorchs_own_initialisation():
     q_network.inject(seeded())
     torch.manual_seed(0)
     reference = QNetwork(18).theta
-    for fresh, default in zip(q_network.theta_prime_1[0].parameters(), reference.parameters(), strict=True):
+    for fresh, default in zip(
+        q_network.head.theta_prime_1[0].parameters(), reference.parameters(), strict=True
+    ):
         fan_in = 3136 if fresh.shape[0] == 512 else 512
         assert fresh.abs().max() <= fan_in**-0.5
         assert abs(fresh.std() / (fan_in**-0.5 / 3**0.5) - 1) < (0.1 if fresh.numel() > 100 else 0.6)
@@ -162,7 +171,7 @@ def test_heads_are_drawn_from_the_given_generator_and_from_no_other():
     other.inject(seeded(2))
     assert torch.equal(state, torch.get_rng_state())
     assert equal(snapshot(first.theta_prime_1[0]), second.theta_prime_1[0])
-    assert not equal(snapshot(first.theta_prime_1[0]), other.theta_prime_1[0])
+    assert not equal(snapshot(first.theta_prime_1[0]), other.head.theta_prime_1[0])
 
 
 def test_without_a_generator_heads_come_from_the_global_one():
@@ -199,10 +208,12 @@ def test_without_freezing_all_live_heads_train():
 
 def test_frozen_parameters_have_no_gradient_not_a_zero_one():
     q_network = trained(QNetwork(6))
-    assert all(p.grad is not None for p in q_network.theta.parameters())
+    assert all(p.grad is not None for p in q_network.head.theta.parameters())
     q_network.inject(seeded())
     assert all(
-        p.grad is None for head in (q_network.theta, q_network.theta_prime_2[0]) for p in head.parameters()
+        p.grad is None
+        for head in (q_network.head.theta, q_network.head.theta_prime_2[0])
+        for p in head.parameters()
     )
 
 
@@ -224,10 +235,13 @@ def test_a_shared_bias_is_one_number_added_to_every_action(device):
     plain, shared = QNetwork(6), QNetwork(6, shared_bias=True).to(device)
     shared.inject(seeded())
     for head in heads(shared):
-        assert head[2].bias.shape == (1,) and head[2].weight.shape == plain.theta[2].weight.shape == (6, 512)
-    assert plain.theta[2].bias.shape == (6,)
+        assert head[2].bias.shape == (1,) and head[2].weight.shape == plain.theta.output.weight.shape == (
+            6,
+            512,
+        )
+    assert plain.theta.output.bias.shape == (6,)
     hidden = torch.randn(5, 512, generator=seeded(1)).to(device).requires_grad_()
-    output = shared.theta_prime_1[0][2]
+    output = shared.theta_prime_1[0].output
     expected = hidden.detach() @ output.weight.T + output.bias
     assert expected.shape == (5, 6) and torch.allclose(output(hidden), expected, atol=1e-6)
     output(hidden).sum().backward()
@@ -235,18 +249,18 @@ def test_a_shared_bias_is_one_number_added_to_every_action(device):
     assert 0 < output.bias.abs().item() <= 512**-0.5, "drawn at injection as PyTorch draws biases"
     with torch.no_grad():
         before = shared(observations(4).to(device))
-        shared.theta[2].bias += 1
+        shared.theta.output.bias += 1
         assert torch.allclose(shared(observations(4).to(device)), before + 1, atol=1e-6)
 
 
 def test_heads_that_were_not_injected_yet_are_zero_and_named_by_no_one():
     q_network = QNetwork(6, max_injections=2)
-    later = [*q_network.theta_prime_1.parameters(), *q_network.theta_prime_2.parameters()]
+    later = [*q_network.head.theta_prime_1.parameters(), *q_network.head.theta_prime_2.parameters()]
     assert not any(parameter.any() for parameter in later)
     assert list(q_network.live()) == ["encoder", "theta"] and q_network.newest_head() == "theta"
     q_network.inject(seeded())
     assert list(q_network.live()) == ["encoder", "theta", "theta_prime_1.0", "theta_prime_2.0"]
-    assert q_network.live()["theta_prime_2.0"] is q_network.theta_prime_2[0]
+    assert q_network.live()["theta_prime_2.0"] is q_network.head.theta_prime_2[0]
     assert q_network.newest_head() == "theta_prime_1.0"
 
 
@@ -276,8 +290,11 @@ def test_heads_may_have_other_widths_and_q_stays_bitwise_equal_across_every_inje
         assert torch.equal(q_network(obs), before)
         trained(q_network)
         assert not torch.equal(q_network(obs), before)
-    assert [layer.out_features for layer in (q_network.theta[0], q_network.theta[2])] == [width, 6]
-    for pair in (*q_network.theta_prime_1, *q_network.theta_prime_2):
+    assert [layer.out_features for layer in (q_network.head.theta.hidden, q_network.head.theta.output)] == [
+        width,
+        6,
+    ]
+    for pair in (*q_network.head.theta_prime_1, *q_network.head.theta_prime_2):
         assert [pair[0].in_features, pair[0].out_features, pair[2].in_features] == [3136, new, new]
 
 

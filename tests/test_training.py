@@ -336,7 +336,7 @@ def test_the_logged_change_of_q_is_measured(monkeypatch):
 
     def broken(self, generator=None):
         original(self, generator)
-        torch.nn.init.zeros_(self.theta_prime_2[0][2].bias)
+        torch.nn.init.zeros_(self.head.theta_prime_2[0].output.bias)
 
     monkeypatch.setattr(QNetwork, "inject", broken)
     folder = train(replace(SMALL, injection_step=(60,), total_timesteps=70))
@@ -483,7 +483,10 @@ def test_where_a_measure_is_undefined_no_point_of_it_is_logged(monkeypatch):
     original = script.plasticity_measures
 
     def measured(learner, batch):
-        bias, weight = learner.q_network.theta[0].bias.data, learner.q_network.theta[0].weight.data
+        bias, weight = (
+            learner.q_network.head.theta.hidden.bias.data,
+            learner.q_network.head.theta.hidden.weight.data,
+        )
         saved = bias.clone(), weight.clone()
         if run_step(learner) in (120, 160):
             bias.zero_(), weight.zero_()

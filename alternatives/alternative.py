@@ -1,0 +1,73 @@
+"""What an alternative to an injection is: its name, its words, its settings, and what it does to an agent."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+
+@dataclass(frozen=True)
+class Words:
+    """How an intervention is spoken of."""
+
+    log: str
+    """what a run says that it has done: head drawn anew"""
+    noun: str
+    """in figures and tables: head reset"""
+    plural: str
+    """of that: head resets"""
+    deed: str
+    """in a sentence on its effect, ... has raised the return: resetting the head"""
+
+
+@dataclass(frozen=True)
+class AgentParts:
+    """What an alternative works on, in place. Optimizer and target network know these very tensors.
+
+    Random numbers come from generators of the CPU that depend on the run's seed and on how many interventions
+    there have been: no other random stream moves.
+    """
+
+    encoder: nn.Module
+    head: nn.Module
+    """the one that learns"""
+    optimizer: torch.optim.Optimizer
+    draw_encoder: Callable[[], nn.Module]
+    """a new encoder, as it is at the beginning of a run"""
+    draw_head: Callable[[], nn.Module]
+    """a new head of the same width, as it is at the beginning of a run"""
+    generator: torch.Generator
+    """for other random numbers; a new encoder's come from it, too"""
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """Of an alternative that nothing has to be said about."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One value of --intervention, beside `injection` and `none`.
+
+    Afterwards the run mirrors the target network, and makes bfloat16 copies and captured graphs anew. It
+    empties the moments of the head that was drawn anew, or keeps them, as --moments says.
+    """
+
+    name: str
+    words: Words
+    apply: Callable[[AgentParts, Any], None]
+    """changes the parts; called without gradients, with `settings` as the second argument"""
+    settings: type = NoSettings
+    """a frozen dataclass; its fields are flags of the training script, and `__post_init__` may check them"""
+    draws_head: bool = True
+    """whether the learning head is drawn anew"""
+
+    def settings_in(self, flags: Any) -> Any:
+        """Its settings, out of an object that has them as attributes, and others besides.
+
+        Raises:
+            UsageError: they contradict each other.
+        """
+        return self.settings(**{field.name: getattr(flags, field.name) for field in fields(self.settings)})
