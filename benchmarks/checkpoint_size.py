@@ -28,7 +28,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
-from support.acceleration import prepare_cpu
+from support.acceleration import prepare_process
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.machine import circumstances, pick_device
 from support.process import Signals, ends_in_one_line
@@ -87,13 +87,20 @@ def make_run(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> s
         plasticity_frequency=0,
         end_e=0.05,
     )
-    prepare_cpu()
+    prepare_process()
     device = torch.device("cpu")
     envs, learner, replay = script.make_parts(args, device)
-    parts = {"learner": learner, "replay": replay, "envs": envs}
     origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
-    surroundings = circumstances(device, script.CODE_VERSION)
-    run = Run(origin, "", script.__version__, asdict(args), parts, surroundings, Signals(), stack)
+    run = Run(
+        origin,
+        name="",
+        version=script.__version__,
+        args=asdict(args),
+        parts={"learner": learner, "replay": replay, "envs": envs},
+        circumstances=circumstances(device, script.CODE_VERSION),
+        signals=Signals(),
+        stack=stack,
+    )
     return script.Training(args, run, envs, learner, replay)
 
 

@@ -78,7 +78,7 @@ def update_flops(training: script.Training) -> int:
     onednn = {torch.ops.mkldnn._linear_pointwise: linear_flops}
     counter = FlopCounterMode(display=False, custom_mapping=onednn)
     with counter:
-        training.learner._update(1, *training.replay.sample(training.args.batch_size)[:5])
+        training.learner.update(training.replay.sample(training.args.batch_size))
     return counter.get_total_flops()
 
 

@@ -31,7 +31,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
 from orchestration.manifest import commit
-from support.acceleration import prepare_cpu
+from support.acceleration import prepare_process
 from support.machine import circumstances, pick_device, slow_bfloat16
 from support.process import Signals, ends_in_one_line
 from support.runs import Origin, Run
@@ -76,7 +76,7 @@ def make_run(
     settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf16: bool = False
 ) -> script.Training:
     """A run of the training script just before its first update, in a folder that goes with `stack`."""
-    prepare_cpu()
+    prepare_process()
     args = script.Args(
         env_id=settings.env_id,
         env_backend="sb3" if num_envs == 1 else "ale",
@@ -101,9 +101,16 @@ def make_run(
     stack.callback(envs.close)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
-    parts = {"learner": learner, "replay": replay, "envs": envs}
-    surroundings = circumstances(device, script.CODE_VERSION)
-    run = Run(origin, "", script.__version__, asdict(args), parts, surroundings, Signals(), stack)
+    run = Run(
+        origin,
+        name="",
+        version=script.__version__,
+        args=asdict(args),
+        parts={"learner": learner, "replay": replay, "envs": envs},
+        circumstances=circumstances(device, script.CODE_VERSION),
+        signals=Signals(),
+        stack=stack,
+    )
     run.log.bar.disable = True
     run.log.PLAIN_LINE_SECONDS = sys.maxsize
     training = script.Training(args, run, envs, learner, replay)
