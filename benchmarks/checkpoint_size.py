@@ -90,10 +90,17 @@ def make_run(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> s
     prepare_process()
     device = torch.device("cpu")
     envs, learner, replay = script.make_parts(args, device)
-    parts = {"learner": learner, "replay": replay, "envs": envs}
     origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
-    surroundings = circumstances(device, script.CODE_VERSION)
-    run = Run(origin, "", script.__version__, asdict(args), parts, surroundings, Signals(), stack)
+    run = Run(
+        origin,
+        name="",
+        version=script.__version__,
+        args=asdict(args),
+        parts={"learner": learner, "replay": replay, "envs": envs},
+        circumstances=circumstances(device, script.CODE_VERSION),
+        signals=Signals(),
+        stack=stack,
+    )
     return script.Training(args, run, envs, learner, replay)
 
 

@@ -101,9 +101,16 @@ def make_run(
     stack.callback(envs.close)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
-    parts = {"learner": learner, "replay": replay, "envs": envs}
-    surroundings = circumstances(device, script.CODE_VERSION)
-    run = Run(origin, "", script.__version__, asdict(args), parts, surroundings, Signals(), stack)
+    run = Run(
+        origin,
+        name="",
+        version=script.__version__,
+        args=asdict(args),
+        parts={"learner": learner, "replay": replay, "envs": envs},
+        circumstances=circumstances(device, script.CODE_VERSION),
+        signals=Signals(),
+        stack=stack,
+    )
     run.log.bar.disable = True
     run.log.PLAIN_LINE_SECONDS = sys.maxsize
     training = script.Training(args, run, envs, learner, replay)

@@ -4,13 +4,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
 from analysis.arms import readable
-from dqn_injection_atari import FORKABLE, Args, check_fork
+from dqn_injection_atari import FORKABLE, INTERVENTIONS, Args, check_fork
 from orchestration.training_flags import as_flags, names_in, parsed, words_of
 from support import usage
 from support.checkpoints import Checkpoint, load_checkpoint
@@ -18,7 +18,7 @@ from support.environments import FRAME_SIZE, STACK, atari_spec
 from support.replay import FrameReplayBuffer
 from support.usage import UsageError, flag, reading
 
-INTERVENTIONS: tuple[str, ...] = get_args(Args.__dataclass_fields__["intervention"].type)
+CHOICES = (*INTERVENTIONS, "none")  # of --intervention
 INSTEAD = {  # flags of the training script that a sweep gives, and what to give to the sweep
     "env_id": "--env-ids",
     "seed": "--seeds",
@@ -190,15 +190,15 @@ def all_arms(interventions: Sequence[str], custom: dict[str, str]) -> dict[str, 
     """{name: flags} of the arms. A user's has an injection, unless its flags say what else is done."""
     arms = {}
     for arm in interventions:
-        if arm not in INTERVENTIONS:
+        if arm not in CHOICES:
             fix = f'give --arm "{arm}" FLAGS for your own'
-            raise UsageError(f"arm {arm} is none of {', '.join(INTERVENTIONS)}: {fix}")
+            raise UsageError(f"arm {arm} is none of {', '.join(CHOICES)}: {fix}")
         arms[arm] = ["--intervention", arm]
     for arm, flags in custom.items():
         if not readable(arm):
             nothing = f'arm "{arm}" has no letter or digit that a folder\'s name could have'
             raise UsageError(f"{nothing}: give another name to --arm")
-        if arm in INTERVENTIONS:
+        if arm in CHOICES:
             raise UsageError(f"arm {arm} has flags already, --intervention {arm}: give another name to --arm")
         words = words_of(flags)
         if "intervention" not in names_in(words):

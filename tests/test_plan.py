@@ -30,7 +30,9 @@ def begun(run, monkeypatch, trunk=None):
     if trunk is not None:
         checkpoint = Path("runs", trunk.name, f"checkpoint-{run.begins}")
         checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / "manifest.json").write_text(json.dumps({"args": asdict(trunk.args)}), encoding="utf-8")
+        (checkpoint / "manifest.json").write_text(
+            json.dumps({"run": "abc", "args": asdict(trunk.args)}), encoding="utf-8"
+        )
         flags += ["--fork", str(checkpoint)]
     monkeypatch.setattr(sys, "argv", ["script", *flags])
     return replace(parse_args(), fork=None)
@@ -133,7 +135,7 @@ def checkpoint(monkeypatch):
     )
     path = Path("runs/X/checkpoint-2000").absolute()
     path.mkdir(parents=True)
-    (path / "manifest.json").write_text(json.dumps({"args": asdict(args)}), encoding="utf-8")
+    (path / "manifest.json").write_text(json.dumps({"run": "abc", "args": asdict(args)}), encoding="utf-8")
     found = Checkpoint(path, {"step": 2_000, "args": asdict(args)}, {"learner": {"interventions": ()}})
     monkeypatch.setattr(planning, "load_checkpoint", lambda _: found)
     return found
@@ -186,7 +188,7 @@ def test_what_cannot_continue_a_checkpoint_is_refused(checkpoint, changes, words
 
 def test_an_agent_that_was_injected_goes_on_with_another_injection_and_has_no_baseline(checkpoint):
     checkpoint.meta["args"] |= {"intervention": "injection", "injection_step": (1_000,)}
-    identity = json.dumps({"args": checkpoint.meta["args"]})
+    identity = json.dumps({"run": "abc", "args": checkpoint.meta["args"]})
     (checkpoint.path / "manifest.json").write_text(identity, encoding="utf-8")
     checkpoint.state["learner"]["interventions"] = (1_000,)
     assert plan(continued(checkpoint, "injection"))[0].args.injection_step == (1_000, 2_000)
