@@ -372,7 +372,7 @@ def test_an_agent_that_was_saved_with_heads_that_it_never_used_plays(agent):
     torch.save(saved, agent)
     network, _, _ = load_agent(agent, "cpu")
     obs = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8)
-    assert torch.equal(network(obs), roomy(obs)) and len(network.theta_prime_1) == 0
+    assert torch.equal(network(obs), roomy(obs)) and len(network.head.theta_prime_1) == 0
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no agent", "other"])

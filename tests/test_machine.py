@@ -482,19 +482,20 @@ def test_where_hardly_anything_is_free_no_size_is_named_that_would_be_no_use(mon
 
 def test_the_code_version_changes_with_every_file_of_the_code(tmp_path, monkeypatch):
     shutil.copy(script.__file__, tmp_path / "script.py")
-    shutil.copytree(
-        Path(machine.__file__).parent, tmp_path / "support", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    for folder in ("support", "alternatives"):
+        source = Path(script.__file__).parent / folder
+        shutil.copytree(source, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "support/machine.py"))
-    files = [tmp_path / "script.py", *(tmp_path / "support").glob("*.py")]
-    version = code_version(files[0])
+    alternatives = tmp_path / "alternatives"
+    files = [tmp_path / "script.py", *(tmp_path / "support").glob("*.py"), *alternatives.glob("*.py")]
+    version = code_version(files[0], alternatives)
     assert version == script.CODE_VERSION and len(files) > 10
     for file in files:
         content = file.read_bytes()
         file.write_bytes(content + b"\n")
-        assert code_version(files[0]) != version, file.name
+        assert code_version(files[0], alternatives) != version, file.name
         file.write_bytes(content)
-    assert code_version(files[0]) == version
+    assert code_version(files[0], alternatives) == version
 
 
 def test_circumstances_name_packages_processor_and_threads(monkeypatch):
