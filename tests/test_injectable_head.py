@@ -124,6 +124,8 @@ def test_each_injection_leaves_the_output_as_it_is_and_then_the_newest_head_lear
         if freeze:
             learning = names(agent, "encoder", f"value_head.theta_prime_1.{k}.")
         assert trainable(agent) == learning
+        frozen = names(agent, "") - learning
+        assert all(agent.get_parameter(name).grad is None for name in frozen), "not a zero one"
         parameters = values(agent)
         agent.learn()
         moved = {name for name in names(agent, "") if not torch.equal(parameters[name], values(agent)[name])}
@@ -136,6 +138,7 @@ def test_heads_to_come_are_not_evaluated_and_get_no_gradient(make_head):
     agent = Agent(make_head, max_injections=2)
     agent.value_head.inject()
     for head in (agent.value_head.theta_prime_1[1], agent.value_head.theta_prime_2[1]):
+        assert not any(parameter.any() for parameter in head.parameters())
         head.register_forward_hook(lambda *_: pytest.fail("it was evaluated"))
     agent.learn()
     for name, parameter in agent.named_parameters():
