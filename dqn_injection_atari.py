@@ -507,20 +507,19 @@ class InjectableHead(torch.nn.Module):
         """PyTorch's hook for loading: the state may have more or fewer pairs that are not in use."""
         num_injections = int(state_dict.get(f"{prefix}_extra_state", self.num_injections))
         if num_injections > len(self.theta_prime_1):
-            *_, error_messages = settings
-            error_messages.append(
+            raise RuntimeError(
                 f"{prefix}theta_prime_1.{num_injections - 1} is in use, and there are "
                 f"{len(self.theta_prime_1)} pairs of heads: build it with a larger max_injections"
             )
-            return
-        in_use = [f"{prefix}theta.", f"{prefix}_extra_state"]
+        pairs = (f"{prefix}theta_prime_1.", f"{prefix}theta_prime_2.")
+        in_use = []
         for k in range(num_injections):
             in_use += [f"{prefix}theta_prime_1.{k}.", f"{prefix}theta_prime_2.{k}."]
         for name in list(state_dict):
-            if not name.startswith(tuple(in_use)):
+            if name.startswith(pairs) and not name.startswith(tuple(in_use)):
                 del state_dict[name]
         for name, value in self.state_dict(prefix=prefix).items():
-            if not name.startswith(tuple(in_use)):
+            if name.startswith(pairs) and not name.startswith(tuple(in_use)):
                 state_dict[name] = torch.zeros_like(value)
         super()._load_from_state_dict(state_dict, prefix, *settings)
 
