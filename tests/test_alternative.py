@@ -14,13 +14,14 @@ import torch
 from conftest import make_learner, random_batch, status_of
 
 import dqn_injection_atari as script
-from alternatives import ALTERNATIVES, LIST
+from alternatives import ALTERNATIVES
 from alternatives.alternative import AgentParts, Alternative, NoSettings, Words
 from dqn_injection_atari import FORKABLE, INTERVENTIONS, OF_INTERVENTION, Args, Intervention
 from support.optimizers import moments_by_name
 from support.usage import OnlyWith, UsageError, conditions
 
 ROOT = Path(script.__file__).resolve().parent
+LIST = tuple(ALTERNATIVES.values())
 CHOICES = ("injection", *(alternative.name for alternative in LIST), "none")
 
 each_alternative = pytest.mark.parametrize("alternative", LIST, ids=lambda alternative: alternative.name)
