@@ -51,6 +51,7 @@ def test_the_head_gets_the_weights_of_a_new_one_in_place_and_the_encoder_is_left
         optimizer=optimizer,
         draw_encoder=lambda: pytest.fail("no new encoder is needed"),
         draw_head=lambda: new_head,
+        generator=torch.Generator(),
     )
     tensors = list(head.parameters())
     before = weights(encoder)

@@ -53,6 +53,7 @@ def test_the_encoder_is_mixed_with_a_new_one_in_place_and_the_head_is_a_new_one(
         optimizer=torch.optim.Adam([*encoder.parameters(), *head.parameters()]),
         draw_encoder=lambda: new_encoder,
         draw_head=lambda: new_head,
+        generator=torch.Generator(),
     )
     tensors = [*encoder.parameters(), *head.parameters()]
     before = weights(encoder)
