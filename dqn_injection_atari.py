@@ -727,7 +727,7 @@ class Learner:
             encoder=self.q_network.encoder,
             head=head,
             optimizer=self.optimizer,
-            draw_encoder=lambda: InjectableHead.draw(QNetwork.make_encoder, for_others),
+            draw_encoder=lambda: InjectableHead.draw(self.q_network.make_encoder, for_others),
             draw_head=lambda: self.q_network.head.draw_like_newest(for_heads),
             generator=for_others,
         )
