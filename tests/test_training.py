@@ -679,8 +679,16 @@ def test_a_run_in_a_shell_prints_plain_lines_and_ends_with_status_0():
 
 
 def test_the_names_that_users_import_are_there():
-    from dqn_injection_atari import Args, FrameReplayBuffer, InjectableHead, Learner, QNetwork
-    from dqn_injection_atari import make_envs, td_loss, train
+    from dqn_injection_atari import (
+        Args,
+        FrameReplayBuffer,
+        InjectableHead,
+        Learner,
+        QNetwork,
+        make_envs,
+        td_loss,
+        train,
+    )
 
     envs = make_envs(Args(env_id=TINY_GAMES, env_backend="ale", num_envs=3))
     assert envs.num_envs == 3 and make_envs(Args(env_id=TINY_GAMES), num_envs=2).num_envs == 2
