@@ -2,28 +2,32 @@
 
     python compare.py runs/A runs/B ... --out img/phoenix.png
 
-Runs with the same arguments but for the seed are an arm. For two arms that differ in nothing but the injection, the verdict
-is on the difference in mean return, with − without, over all that is logged in a window after the injection: one mean per
-run, and a 95% t interval over seeds. Where the two arms' runs of a seed are one run up to the injection, as forks are, it is
-the interval of the differences within seeds, else Welch's. There is one window: from the injection to the last step that all
-these runs have reached, but for those that have hardly gone beyond the injection, or --window steps long. Where the norm
-decided when to inject, it begins at the latest of the runs' first injections. Several verdicts at once are also corrected for
-their number (Holm). A head reset, or shrink and perturb, is compared in the same way. Comparisons that differ in the game
-alone are also aggregated, as human-normalised scores.
+Runs with the same arguments but for the seed are an arm. For two arms that differ in nothing but the
+injection, the verdict is on the difference in mean return, with − without, over all that is logged in a
+window after the injection: one mean per run, and a 95% t interval over seeds. Where the two arms' runs of a
+seed are one run up to the injection, as forks are, it is the interval of the differences within seeds, else
+Welch's. There is one window: from the injection to the last step that all these runs have reached, but for
+those that have hardly gone beyond the injection, or --window steps long. Where the norm decided when to
+inject, it begins at the latest of the runs' first injections. Several verdicts at once are also corrected for
+their number (Holm). What else could have caused a verdict stands below it. A head reset, or shrink and
+perturb, is compared in the same way. Comparisons that differ in the game alone are also aggregated, as
+human-normalised scores.
 
-Written beside --out: the figure of return, one of the plasticity measures (NAME_plasticity), a table (NAME.md) and all numbers
-(NAME.json). Runs may still be going. 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
+Written beside --out: the figure of return, one of the plasticity measures (NAME_plasticity), a table
+(NAME.md) and all numbers (NAME.json). Runs may still be going. 1 step = 1 decision of the agent in 1
+environment = 4 emulator frames.
 
     python compare.py --probe runs/A/checkpoint-5000000 ...
 
-asks saved agents, in minutes: how well does each fit random targets, as it is and after an injection, next to a fresh
-network? That needs no second arm, but says nothing about the return.
+asks saved agents, in minutes: how well does each fit random targets, as it is and after an injection, next to
+a fresh network? That needs no second arm, but says nothing about the return.
 
     python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 21 --out img/tasks.png
     python compare.py --probe fresh --env-id PhoenixNoFrameskip-v4
 
-takes each through a sequence of random targets, also as a copy that is injected at a task, and one whose head is reset there:
-does it lose its plasticity, and does an injection restore it (paper, §3)? Without a checkpoint, three fresh networks do that.
+takes each through a sequence of random targets, also as a copy that is injected at a task, and one whose head
+is reset there: does it lose its plasticity, and does an injection restore it (paper, §3)? Without a
+checkpoint, three fresh networks do that.
 """
 
 import math
@@ -37,6 +41,10 @@ import tyro
 from annotated_types import Ge, Interval
 
 try:
+    from support.versions import exit_with_wrong_versions
+
+    if __name__ == "__main__":
+        exit_with_wrong_versions()
     from analysis.arms import file_names, runs_in
     from analysis.canvas import FORMATS
     from analysis.curves import write_curves
@@ -46,7 +54,7 @@ try:
     from analysis.task_sequence import probe_sequence
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
-    if package in ("analysis", "support", "dqn_injection_atari"):
+    if package in ("analysis", "dqn_injection_atari", "alternatives", "support"):
         fix = "clone or copy the project's whole folder, and run it there"
         sys.exit(f"error: {error.name} is not beside this script: {fix}")
     fix = f"pip install -r requirements-dev.txt, in {Path(__file__).resolve().parent}"
@@ -63,19 +71,21 @@ class Settings:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """folders of runs, those under runs/; or of sweeps, those under sweeps/; or files that --export wrote"""
     out: str | None = None
-    """where the figure goes (.png, .pdf or .svg); the other files have its name with another ending. By default comparison.png,
-    for a sweep in its folder, and for a sequence of tasks tasks.png; a probe of one task writes its numbers where this says"""
+    """where the figure goes (.png, .pdf or .svg); other files have its name with another ending. By default
+    comparison.png, of a sweep in its folder, and of a sequence of tasks tasks.png; a probe of one task writes
+    its numbers where this says"""
     metric: Literal["charts/episodic_return", "eval/episodic_return"] = "charts/episodic_return"
     """which return is compared: that of every training game, or the mean of every evaluation"""
     window: Annotated[int | None, Ge(1)] = None
-    """steps after the injection that count; by default up to the last step that all compared runs have reached"""
+    """steps after the injection that count; by default up to the last that all compared runs have reached"""
     aggregate: Literal["mean", "iqm"] = "mean"
-    """what the figures show: mean over seeds and its 95% t interval, or interquartile mean and 95% bootstrap interval, which
-    covers less than that with 3 to 5 seeds (Agarwal et al. 2021). The verdict is on means in either case"""
+    """what the figures show: mean over seeds and its 95% t interval, or interquartile mean and 95% bootstrap
+    interval, which covers less with 3 to 5 seeds (Agarwal et al. 2021). The verdict is always on means"""
     export: str | None = None
-    """folder in which to keep the curves of each arm as a CSV file; this command takes such files in the place of runs"""
+    """folder in which to keep each arm's curves as a CSV file; this command takes those in place of runs"""
     probe: tuple[str, ...] = ()
-    """checkpoints, runs/FOLDER/checkpoint-STEP, or fresh: how well do they still fit random targets? (Lyle et al. 2023)"""
+    """checkpoints, runs/FOLDER/checkpoint-STEP, or fresh: how well do they still fit random targets?
+    (Lyle et al. 2023)"""
     env_id: str | None = None
     """the game of --probe fresh, whose observations are of random play"""
     probe_tasks: Annotated[int | None, Ge(2)] = None
@@ -85,10 +95,10 @@ class Settings:
     probe_observations: Count = 512
     """how many observations to fit targets at: replayed ones, for fresh of random play"""
     probe_updates: Annotated[int | None, Ge(1)] = None
-    """gradient steps of each network at each target, with the run's batch size; by default 1,000, of a sequence 200"""
+    """gradient steps at each target, with the run's batch size; by default 1,000, in a sequence 200"""
     probe_learning_rate: Annotated[float | None, Interval(gt=0, lt=math.inf)] = None
-    """of all networks, whatever the run's was; by default 1e-4, of a sequence of tasks 5e-4. A higher one is no good for
-    a single target: an agent that has lost plasticity may fit it as well as any"""
+    """of all networks, whatever the run's was; by default 1e-4, in a sequence of tasks 5e-4. A higher one is
+    no good for a single target: an agent that has lost plasticity may fit it as well as any"""
     probe_seeds: Count = 3
     """repetitions, each with its own targets, batches, fresh weights and injection"""
 
@@ -113,43 +123,64 @@ def check(settings: Settings, named: Collection[str] = ()) -> None:
         )
     if settings.probe_inject_at is not None and not (settings.probe_tasks or fresh):
         raise UsageError("probe_inject_at is a task of a sequence: give --probe-tasks")
-    changed = sorted({*changed_fields(settings, Settings()), *named})
-    if settings.probe and (given := [name for name in changed if name in ("metric", "window", "aggregate")]):
-        raise UsageError(f"{given[0]} is of comparisons, a probe makes none: leave out --{given[0]}")
-    if not settings.probe and (given := [name for name in changed if name.startswith("probe_")]):
-        raise UsageError(
-            f"{given[0]} is given, but nothing to probe: give --probe runs/FOLDER/checkpoint-STEP"
-        )
+    for name in sorted({*changed_fields(settings, Settings()), *named}):
+        if settings.probe and name in ("metric", "window", "aggregate"):
+            raise UsageError(f"{name} is of comparisons, a probe makes none: leave out --{name}")
+        if not settings.probe and name.startswith("probe_"):
+            raise UsageError(
+                f"{name} is given, but nothing to probe: give --probe runs/FOLDER/checkpoint-STEP"
+            )
     if settings.export is not None and settings.probe:
-        raise UsageError(
-            "export keeps curves of runs, a probe has none: leave out --export, --out NAME.png writes its numbers"
-        )
+        fix = "leave out --export, --out NAME.png writes its numbers"
+        raise UsageError(f"export keeps curves of runs, a probe has none: {fix}")
     if settings.out is not None and Path(settings.out).suffix not in FORMATS:
         raise UsageError(f"out is {settings.out}, but must end in .png, .pdf or .svg: change --out")
+
+
+def compare_runs(settings: Settings, out: Path | None) -> None:
+    """Reports on runs, and keeps the curves of their arms where --export says."""
+    folders, place = runs_in(settings.runs)
+    out = out or place / "comparison.png"
+    arms = report(folders, out, settings.metric, settings.window, settings.aggregate)
+    if settings.export is None:
+        return
+    for arm, name in zip(arms, file_names(arms), strict=True):
+        path = Path(settings.export, f"{name}.csv")
+        write_curves(arm.runs, path)
+        print(f"wrote {path}, {path.stat().st_size / 1e3:,.0f} kB")
 
 
 def main() -> None:
     with ends_in_one_line():
         settings = tyro.cli(Settings, description=__doc__, args=words_given())
         check(settings, flags_given())
-        out = None if settings.out is None else Path(settings.out)
-        tasks = settings.probe_tasks or (21 if NO_CHECKPOINT in settings.probe else None)
-        how = settings.probe_seeds, settings.probe_learning_rate
-        if tasks is not None:
-            size = tasks, settings.probe_inject_at, settings.probe_observations, settings.probe_updates or 200
-            probe_sequence(settings.probe, settings.env_id, *size, *how, out or Path("tasks.png"))
-        elif settings.probe:
-            probe(settings.probe, settings.probe_observations, settings.probe_updates or 1_000, *how, out)
-        else:
-            folders, place = runs_in(settings.runs)
-            arms = report(
-                folders, out or place / "comparison.png", settings.metric, settings.window, settings.aggregate
+        out = Path(settings.out) if settings.out is not None else None
+        tasks = settings.probe_tasks
+        if tasks is None and NO_CHECKPOINT in settings.probe:
+            tasks = 21
+        if not settings.probe:
+            compare_runs(settings, out)
+        elif tasks is None:
+            probe(
+                settings.probe,
+                settings.probe_observations,
+                settings.probe_updates or 1_000,
+                settings.probe_seeds,
+                settings.probe_learning_rate,
+                out,
             )
-            if settings.export is not None:
-                for arm, name in zip(arms, file_names(arms), strict=True):
-                    path = Path(settings.export, f"{name}.csv")
-                    write_curves(arm.runs, path)
-                    print(f"wrote {path}, {path.stat().st_size / 1e3:,.0f} kB")
+        else:
+            probe_sequence(
+                settings.probe,
+                settings.env_id,
+                tasks,
+                settings.probe_inject_at,
+                settings.probe_observations,
+                settings.probe_updates or 200,
+                settings.probe_seeds,
+                settings.probe_learning_rate,
+                out or Path("tasks.png"),
+            )
 
 
 if __name__ == "__main__":

@@ -1,56 +1,54 @@
-"""Many runs of dqn_injection_atari.py, games × seeds × arms, on this machine or a Ray cluster (docs/sweeps.md).
+"""Many runs of the training script, games × seeds × arms, on this machine or a Ray cluster (docs/sweeps.md).
 
-    python sweep.py --env-ids PhoenixNoFrameskip-v4 --seeds 1 2 3 --arms none injection -- --injection-step 5000000
-    python sweep.py --from-checkpoint runs/X/checkpoint-5000000 --seeds 1 2 3 --arms none injection --steps 1000000
+    python sweep.py --env-ids PhoenixNoFrameskip-v4 --seeds 1 2 3 -- --injection-step 5000000
+    python sweep.py --from-checkpoint runs/X/checkpoint-5000000 --seeds 1 2 3 --steps 1000000
 
-Flags after -- go to the training script. For each game, seed and setting one arm runs whole, and the others fork from it at
-the first injection. An arm is a value of --intervention, or your own: --arm "all heads" "--no-freeze-heads" (repeatable).
-The same command once more goes on with what is not finished.
+Flags after -- go to the training script. For each game, seed and setting one arm runs whole, and the others
+fork from it at the first injection. An arm is a value of --intervention, or your own: --arm "all heads"
+"--no-freeze-heads" (repeatable). The same command once more goes on with what is not finished.
 """
 
 import contextlib
+import importlib.util
 import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from annotated_types import Ge
 
 try:
+    from support.versions import exit_with_wrong_versions
+
+    if __name__ == "__main__":
+        exit_with_wrong_versions()
     from rich.console import Console
     from rich.live import Live
 
-    from orchestration.engine import cluster, outcome, ray
-    from orchestration.sweeps import Book, Task, conclude, default_name, plan_in_words, resources
+    from orchestration import jobs, manifest, plan
+    from orchestration.book import Book, Task, conclude
+    from orchestration.engine import cluster, machines, outcome, ray_module, resources
+
+    if importlib.util.find_spec("ray") is None:  # which is imported where it is started
+        raise ModuleNotFoundError(name="ray")
 except ModuleNotFoundError as error:
     package = str(error.name).partition(".")[0]
-    if package in ("analysis", "support", "dqn_injection_atari"):
+    if package in ("orchestration", "analysis", "dqn_injection_atari", "alternatives", "support"):
         fix = "clone or copy the project's whole folder, and run it there"
         sys.exit(f"error: {error.name} is not beside this script: {fix}")
     fix = f"pip install -r requirements-sweep.txt, in {Path(__file__).resolve().parent}"
     sys.exit(f"error: {package} is not installed: {fix}")
 
-from orchestration import jobs
-from orchestration.manifest import (
-    MANIFEST,
-    begin,
-    commit,
-    measured_speed,
-    prepare,
-    read_asked,
-    read_manifest,
-    refuse_another,
-)
-from orchestration.plan import LONGEST_NAME, Asked, all_arms, identity_of, plan
 from support.machine import alone_in, slow_bfloat16
 from support.process import Signals, Unfailing, begin_in_utf8, ends_in_one_line, on_a_terminal, say
 from support.usage import Positive, Steps, UsageError, check_bounds, words_given
 
-TICK, MINUTE = 1.0, 60.0  # seconds
+TICK = 1.0  # seconds
+MINUTE = 60.0
 
 
 @dataclass(frozen=True)
@@ -74,14 +72,15 @@ class Settings:
     address: str | None = None
     """of a running Ray cluster, or auto; without it, Ray starts and ends with this command"""
     cpus_per_run: Annotated[float | None, Ge(0)] = None
-    """processors to keep free for a run; by default 1, with GPUs all that there are by the runs that fit on them"""
+    """processors to keep free for a run; by default 1, with GPUs all that there are by the runs they hold"""
     threads_per_run: Annotated[int | None, Ge(1)] = None
-    """threads that each run computes in, on which its bits depend; by default as many as processors. They stay what they are
-    for as long as the sweep's folder is there"""
+    """threads that each run computes in, on which its bits depend; by default as many as processors. They
+    stay what they are for as long as the sweep's folder is there"""
     memory_per_run: Annotated[float | None, Ge(0)] = None
     """GB of memory to keep free for a run; by default its full replay and 1.5 GB"""
     gpus_per_run: Annotated[float | None, Ge(0)] = None
-    """GPUs for a run, a fraction lets several share one; by default 1 where there are any, unless the sweep began without"""
+    """GPUs for a run, a fraction lets several share one; by default 1 where there are any, unless the sweep
+    began without"""
     retries: Steps = 3
     """how often a run that is killed goes on"""
     retry_pause: Positive = 10.0
@@ -94,49 +93,58 @@ class Settings:
     """steps per second of one run, for the hours in the plan; by default as measured in this sweep before"""
 
 
-def command_line(words: list[str]) -> tuple[Settings, Asked]:
-    """
-    Raises:
-        UsageError: what is asked for is nothing that there is.
-    """
-    given, own, rest = list[str](), dict[str, str](), list(words)
-    while rest and rest[0] != "--":
-        word = rest.pop(0)
-        if word != "--arm":
-            given.append(word)
-            continue
-        if len(rest) < 2 or "--" in rest[:2]:
-            raise UsageError('arm has a name and flags: give --arm "all heads" "--no-freeze-heads"')
-        name, flags = rest.pop(0), rest.pop(0)
-        if name in own:
-            raise UsageError(f"arm {name} is given twice: give each another name")
-        own[name] = flags
-    settings = tyro.cli(Settings, description=__doc__, args=given)
+def command_line(words: list[str]) -> tuple[Settings, plan.Asked]:
+    """What the words of a command line ask for. Raises UsageError where that is nothing that there is."""
+    end = words.index("--") if "--" in words else len(words)
+    flags_of_sweep, custom_arms = split_custom_arms(words[:end])
+    settings = tyro.cli(Settings, description=__doc__, args=flags_of_sweep)
     check_bounds(settings)
-    if (gpus := settings.gpus_per_run or 0) > 1 and gpus % 1:
+    gpus = settings.gpus_per_run
+    if gpus is not None and gpus > 1 and gpus % 1:
         raise UsageError(f"gpus_per_run is {gpus:g}, but must be whole above 1: change --gpus-per-run")
     if settings.speed is not None and not settings.dry_run:
         raise UsageError("speed is for the hours in a plan: give --dry-run as well, or leave it out")
-    if settings.name is not None and (
-        Path(settings.name).name != settings.name or settings.name in ("", "..")
-    ):
-        raise UsageError(f"name is {settings.name}, but must be a folder's under sweeps/: change --name")
-    origin = None
-    if settings.from_checkpoint is not None:
-        origin = str(Path(settings.from_checkpoint).resolve())
-    arms, grid = all_arms(settings.arms, own), [list(axis) for axis in settings.grid]
-    return settings, Asked(settings.env_ids, settings.seeds, arms, grid, rest[1:], origin, settings.steps)
+    name = settings.name
+    if name is not None and (Path(name).name != name or name in ("", "..")):
+        raise UsageError(f"name is {name}, but must be a folder's under sweeps/: change --name")
+    checkpoint = settings.from_checkpoint
+    asked = plan.Asked(
+        env_ids=settings.env_ids,
+        seeds=settings.seeds,
+        arms=plan.all_arms(settings.arms, custom_arms),
+        grid=[list(axis) for axis in settings.grid],
+        flags=words[end + 1 :],
+        from_checkpoint=None if checkpoint is None else str(Path(checkpoint).resolve()),
+        steps=settings.steps,
+    )
+    return settings, asked
+
+
+def split_custom_arms(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The words without any --arm NAME FLAGS, which tyro does not know; and {name: flags} of those."""
+    left = []
+    custom_arms: dict[str, str] = {}
+    remaining = iter(words)
+    for word in remaining:
+        if word != "--arm":
+            left.append(word)
+            continue
+        name = next(remaining, None)
+        flags = next(remaining, None)
+        if name is None or flags is None:
+            raise UsageError('arm has a name and flags: give --arm "all heads" "--no-freeze-heads"')
+        if name in custom_arms:
+            raise UsageError(f"arm {name} is given twice: give each another name")
+        custom_arms[name] = flags
+    return left, custom_arms
 
 
 def refuse_slow_bfloat16(tasks: list[Task]) -> None:
-    """
-    Raises:
-        UsageError: a new run is to learn in bfloat16 on this machine's processor, and would refuse that itself.
-    """
+    """Raises UsageError where a new run is to learn in bfloat16 on this processor, and would refuse that."""
     slow = slow_bfloat16(torch.device("cpu"))
     for task in tasks:
-        on_cpu = not task.resources["num_gpus"]
-        new = not task.run.forks and jobs.find_folder(task.folder, task.run.name) is None
+        on_cpu = task.resources["num_gpus"] == 0
+        new = task.run.begins == 0 and jobs.find_folder(task.folder, task.run.name) is None
         if slow and task.run.args.bf16 and on_cpu and new:
             raise UsageError(f"{slow}: leave out --bf16")
 
@@ -145,16 +153,18 @@ class Sweep:
     """The runs of a plan in Ray's hands, from the first to the last."""
 
     def __init__(self, book: Book, settings: Settings, threads: int):
-        self.book, self.settings, self.threads = book, settings, threads
-        self.job = ray.remote(max_retries=0)(jobs.run)
+        self.book = book
+        self.settings = settings
+        self.threads = threads
+        self.ray = ray_module()
+        self.job = self.ray.remote(max_retries=0)(jobs.run)
 
     def submit(self, task: Task) -> None:
         """Begins a run, or goes on with it, if it may."""
         fork, when = self.book.fork_point(task)
         if when == "never":
-            self.book.record(
-                task, "not started", f"{task.run.trunk} left no checkpoint at step {task.run.begins:,}"
-            )
+            why = f"{task.run.trunk} left no checkpoint at step {task.run.begins:,}"
+            self.book.record(task, "not started", why)
         elif when == "ready" and time.monotonic() >= task.after:
             task.begin()
             task.ref = self.job.options(**task.resources).remote(task.job(fork, self.threads))
@@ -165,7 +175,8 @@ class Sweep:
         state, why = outcome(task.ref)
         task.ref = None
         if stopping and state == "killed":
-            state, why = "stopped", ""
+            state = "stopped"
+            why = ""
         self.book.settle(task, state, why, self.settings.retries, self.settings.retry_pause)
 
     def advance(self) -> None:
@@ -173,36 +184,39 @@ class Sweep:
         for task in self.book.open_tasks():
             if task.ref is None:
                 self.submit(task)
-        going = {task.ref: task for task in self.book.open_tasks() if task.ref is not None}
+        going = self.going()
         time.sleep(TICK)
-        for ref in ray.wait(list(going), num_returns=len(going), timeout=0)[0] if going else ():
-            self.settle(going[ref])
+        if going:
+            ended, _ = self.ray.wait(list(going), num_returns=len(going), timeout=0)
+            for ref in ended:
+                self.settle(going[ref])
         self.book.look()
 
-    def stop(self) -> None:
-        """Has every run write a checkpoint and end, and waits for that.
+    def going(self) -> dict[Any, Task]:
+        """The runs that Ray has, by what it calls them."""
+        return {task.ref: task for task in self.book.open_tasks() if task.ref is not None}
 
-        Raises:
-            OSError: the manifest cannot be written. All have ended then, too.
-        """
-        going = {task.ref: task for task in self.book.open_tasks() if task.ref is not None}
-        unwritten = list[OSError]()
+    def stop(self) -> None:
+        """Has every run write a checkpoint and end, and waits for that; then raises an OSError there was."""
+        going = self.going()
+        unwritten: OSError | None = None
         for ref in going:
-            ray.cancel(ref)
+            self.ray.cancel(ref)
         while going:
-            for ref in ray.wait(list(going), timeout=TICK)[0]:
+            ended, _ = self.ray.wait(list(going), timeout=TICK)
+            for ref in ended:
                 try:
                     self.settle(going.pop(ref), stopping=True)
-                except OSError as error:
-                    unwritten.append(error)
-        if unwritten:
-            raise unwritten[0]
+                except OSError as error:  # the manifest cannot be written
+                    unwritten = error
+        if unwritten is not None:
+            raise unwritten
 
     def go(self, signals: Signals) -> None:
         """Runs all to their ends, or until a signal.
 
         Raises:
-            OSError: the sweep cannot go on, as where its manifest cannot be written. Every run was stopped as by a signal.
+            OSError: the sweep cannot go on, as where its manifest cannot be written. Every run has stopped.
         """
         try:
             self.follow(signals)
@@ -213,7 +227,8 @@ class Sweep:
             raise
 
     def follow(self, signals: Signals) -> None:
-        said = time.monotonic()
+        """The same, with a table on a terminal, and a line each minute elsewhere."""
+        spoken = time.monotonic()
         console = Console(file=Unfailing(sys.stderr))  # type: ignore[arg-type]
         table = Live(console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
         with table if on_a_terminal() else contextlib.nullcontext() as live:
@@ -221,13 +236,12 @@ class Sweep:
                 self.advance()
                 if live is not None:
                     live.update(self.book.table(live.console.height - 6), refresh=True)
-                elif time.monotonic() - said >= MINUTE:
-                    said = time.monotonic()
+                elif time.monotonic() - spoken >= MINUTE:
+                    spoken = time.monotonic()
                     say(self.book.in_words())
             if signals.stop is not None:
-                say(
-                    f"{signals.stop.name}: every run writes a checkpoint and ends; once more ends them without it"
-                )
+                ends = "every run writes a checkpoint and ends; once more ends them without it"
+                say(f"{signals.stop.name}: {ends}")
                 self.stop()
             if live is not None:
                 live.update(self.book.table(len(self.book.tasks)))
@@ -235,57 +249,60 @@ class Sweep:
 
 def alone(folder: Path) -> contextlib.AbstractContextManager[None]:
     """No other sweep runs in this folder during the block, see `alone_in`."""
-    return alone_in(folder, MANIFEST, "a sweep's folder", "give another --name")
+    return alone_in(folder, manifest.MANIFEST, "a sweep's folder", "give another --name")
+
+
+def carry_out(settings: Settings, asked: plan.Asked, runs: list[plan.PlannedRun], folder: Path) -> Book:
+    """Does the runs, and returns the book of them. Raises SystemExit where a signal has ended that."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cluster(settings.address))
+        nodes = machines()
+        gpus = settings.gpus_per_run
+        if gpus is None and asked.gpu is False:
+            gpus = 0
+        commit = manifest.commit()
+        tasks = []
+        for run in runs:
+            kept = resources(run, settings.cpus_per_run, gpus, settings.memory_per_run, nodes)
+            tasks.append(Task(run, folder, commit, kept))
+        threads = asked.threads or max(1, int(tasks[0].resources["num_cpus"]))
+        on_gpu = any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks)
+        asked = replace(asked, threads=threads, gpu=on_gpu)
+        if settings.address is None:  # other machines may be of other kinds: each run speaks for itself
+            refuse_slow_bfloat16(tasks)
+        manifest.prepare(folder)
+        stack.enter_context(alone(folder))
+        manifest.refuse_another(folder, asdict(asked))  # once more, now that no other sweep can begin here
+        manifest.begin(folder, asdict(asked))
+        book = Book(folder, tasks)
+        with Signals() as signals:
+            Sweep(book, settings, threads).go(signals)
+    if signals.stop is not None:
+        raise SystemExit(128 + signals.stop)
+    return book
 
 
 def main() -> None:
     with ends_in_one_line():
         settings, asked = command_line(words_given())
-        runs = plan(asked)
-        asked = replace(asked, origin=identity_of(asked.from_checkpoint))
-        folder = Path(
-            "sweeps", default_name(asked, runs[0].args.env_id) if settings.name is None else settings.name
-        )
-        length = len(os.fsencode(folder.name))
-        if length > LONGEST_NAME:
-            too_long = f"name is {folder.name}, {length} bytes, but {LONGEST_NAME} are possible"
+        runs = plan.plan(asked)
+        asked = replace(asked, origin=plan.identity_of(asked.from_checkpoint))
+        name = plan.default_name(asked, runs[0].args.env_id) if settings.name is None else settings.name
+        length = len(os.fsencode(name))
+        if length > plan.LONGEST_NAME:
+            too_long = f"name is {name}, {length} bytes, but {plan.LONGEST_NAME} are possible"
             raise UsageError(f"{too_long}: give a shorter --name")
-        before = read_asked(folder) if (folder / "sweep.json").exists() else asked
+        folder = Path("sweeps", name)
+        before = manifest.read_asked(folder) if (folder / "sweep.json").exists() else asked
         asked = replace(asked, threads=settings.threads_per_run or before.threads, gpu=before.gpu)
-        with (
-            alone(folder)
-            if (folder / MANIFEST).exists() and not settings.dry_run
-            else contextlib.nullcontext()
-        ):
-            refuse_another(folder, asdict(asked))
+        may_be_running = (folder / manifest.MANIFEST).exists() and not settings.dry_run
+        with alone(folder) if may_be_running else contextlib.nullcontext():
+            manifest.refuse_another(folder, asdict(asked))
         if settings.dry_run:
-            print(*plan_in_words(runs, settings.speed or measured_speed(read_manifest(folder))), sep="\n")
+            speed = settings.speed or manifest.measured_speed(manifest.read_manifest(folder))
+            print(*plan.plan_in_words(runs, speed), sep="\n")
             return
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(cluster(settings.address))
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            gpus = 0 if settings.gpus_per_run is None and asked.gpu is False else settings.gpus_per_run
-            wanted = (settings.cpus_per_run, gpus, settings.memory_per_run)
-            tasks = [
-                Task(run, folder, code, resources(run, *wanted, nodes)) for code in [commit()] for run in runs
-            ]
-            threads = asked.threads or max(1, int(tasks[0].resources["num_cpus"]))
-            asked = replace(
-                asked,
-                threads=threads,
-                gpu=any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks),
-            )
-            if settings.address is None:  # other machines may be of other kinds: each run speaks for itself
-                refuse_slow_bfloat16(tasks)
-            prepare(folder)
-            stack.enter_context(alone(folder))
-            refuse_another(folder, asdict(asked))  # once more, now that no other sweep can begin here
-            begin(folder, asdict(asked))
-            book = Book(folder, tasks)
-            with Signals() as signals:
-                Sweep(book, settings, threads).go(signals)
-        if signals.stop is not None:
-            raise SystemExit(128 + signals.stop)
+        book = carry_out(settings, asked, runs, folder)
         conclude(book, settings.metric)
 
 

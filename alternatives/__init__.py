@@ -1,17 +1,20 @@
 """What an injection is compared with: a file each, and the list of them."""
 
+import importlib
 from dataclasses import dataclass, make_dataclass
 from typing import TYPE_CHECKING
 
-from alternatives.reset_head import RESET_HEAD
-from alternatives.shrink_perturb import SHRINK_PERTURB
+from alternatives.alternative import Alternative
 
-LIST = (
-    RESET_HEAD,
-    SHRINK_PERTURB,
+FILES = (
+    "reset_head",
+    "shrink_perturb",
 )
 
-ALTERNATIVES = {alternative.name: alternative for alternative in LIST}
+ALTERNATIVES: dict[str, Alternative] = {}  # by the name that --intervention takes
+for file in FILES:
+    alternative = importlib.import_module(f"alternatives.{file}").ALTERNATIVE
+    ALTERNATIVES[alternative.name] = alternative
 
 if TYPE_CHECKING:
 
@@ -20,5 +23,5 @@ if TYPE_CHECKING:
         """The settings of all alternatives together, which become flags of the training script."""
 
 else:
-    settings = dict.fromkeys(alternative.settings for alternative in LIST)
-    AlternativeSettings = make_dataclass("AlternativeSettings", (), bases=tuple(settings), frozen=True)
+    kinds = dict.fromkeys(alternative.settings for alternative in ALTERNATIVES.values())
+    AlternativeSettings = make_dataclass("AlternativeSettings", (), bases=tuple(kinds), frozen=True)

@@ -26,8 +26,8 @@ class Words:
 class AgentParts:
     """What an alternative works on, in place. Optimizer and target network know these very tensors.
 
-    New layers are drawn on the CPU, from generators that depend on the run's seed and on how many
-    interventions there have been: no other random number moves.
+    Random numbers come from generators of the CPU that depend on the run's seed and on how many interventions
+    there have been: no other random stream moves.
     """
 
     encoder: nn.Module
@@ -38,6 +38,8 @@ class AgentParts:
     """a new encoder, as it is at the beginning of a run"""
     draw_head: Callable[[], nn.Module]
     """a new head of the same width, as it is at the beginning of a run"""
+    generator: torch.Generator
+    """for other random numbers; a new encoder's come from it, too"""
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,10 @@ class Alternative:
     words: Words
     apply: Callable[[AgentParts, Any], None]
     """changes the parts; called without gradients, with `settings` as the second argument"""
+    draws_head: bool
+    """whether that draws the learning head anew, so that --moments decides on its moments"""
     settings: type = NoSettings
     """a frozen dataclass; its fields are flags of the training script, and `__post_init__` may check them"""
-    draws_head: bool = True
-    """whether the learning head is drawn anew"""
 
     def settings_in(self, flags: Any) -> Any:
         """Its settings, out of an object that has them as attributes, and others besides.

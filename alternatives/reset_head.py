@@ -12,7 +12,7 @@ def reset_head(parts: AgentParts, settings: NoSettings) -> None:
     parts.head.load_state_dict(parts.draw_head().state_dict())
 
 
-RESET_HEAD = Alternative(
+ALTERNATIVE = Alternative(
     name="reset-head",
     words=Words(
         log="head drawn anew",
@@ -21,4 +21,5 @@ RESET_HEAD = Alternative(
         deed="resetting the head",
     ),
     apply=reset_head,
+    draws_head=True,
 )

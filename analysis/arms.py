@@ -9,33 +9,23 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from analysis.curves import RecordedRun, read_curves, read_run
-from dqn_injection_atari import Args
+from analysis.curves import TRAINING_RETURN, RecordedRun, read_curves, read_run
+from dqn_injection_atari import INTERVENTIONS, Args
 from support.flags import RunFlags
 from support.usage import UsageError, conditions, unused_fields
 
-TRAINING_RETURN = "charts/episodic_return"
 # These change the returns of evaluations, and nothing that is learned
 EVALUATION = ("eval_frequency", "eval_episodes", "eval_steps", "eval_epsilon")
-# These name a run, choose its hardware, or change what is logged, filmed and evaluated, but not what is learned
+# These change a run's name, its hardware, or what is logged, filmed and evaluated, not what is learned
 BOOKKEEPING = {"seed", "exp_name", *(field.name for field in fields(RunFlags))}
+# These matter only with some values of others
 CONDITIONS = conditions(Args)
 OF_INTERVENTION = ("intervention", "injection", "injection_trigger", *CONDITIONS)
+# These stand in a setting in another form
 REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", *OF_INTERVENTION)
-IN_WORDS = {
-    "env_id",
-    "intervention",
-    "injection",
-    "injection_trigger",
-    "injection_norm_ratio",
-    "freeze_heads",
-}
-IN_WORDS |= {"moments"}  # what an arm's name says in words of its own
-ARM_NAMES = {  # one and several
-    "injection": ("injection", "injections"),
-    "reset-head": ("head reset", "head resets"),
-    "shrink-perturb": ("shrink and perturb", "shrink and perturb"),
-}
+# These an arm's name tells of in words of its own
+IN_WORDS = {"env_id", "intervention", "injection", "injection_trigger", "injection_norm_ratio"}
+IN_WORDS |= {"freeze_heads", "moments"}
 MOST_STEPS = 4  # of one arm that are named one by one
 LONGEST_FILE_NAME = 240  # characters; file systems allow 255, and a number and the ending come after it
 
@@ -58,19 +48,25 @@ class Arm:
 
     def injections(self, run: RecordedRun) -> tuple[int, ...]:
         """Steps of a run's injections: those planned or, where the norm decides, those logged so far."""
-        return self.injection or tuple(map(int, run.between("injection/step", -1, math.inf)[0]))
+        if self.injection:
+            return self.injection
+        steps, _ = run.between("injection/step", -1, math.inf)
+        return tuple(map(int, steps))
 
 
 def runs_in(folders: Iterable[str]) -> tuple[tuple[str, ...], Path]:
-    """The folders of runs, in the place of a sweep's folder those in it; and where what is made of them goes by default."""
+    """The folders of runs, a sweep's standing for those in it; and the folder for a comparison of them."""
     given = list(folders)
-    sweeps = {folder: Path(folder, "runs") for folder in given if Path(folder, "sweep.json").is_file()}
-    of_sweeps = {
-        folder: sorted(map(str, runs.glob("[!.]*"))) if runs.is_dir() else []
-        for folder, runs in sweeps.items()
-    }
-    runs = tuple(run for folder in given for run in of_sweeps.get(folder, [folder]))
-    return runs, Path(given[0]) if len(given) == len(sweeps) == 1 else Path()
+    sweeps = [folder for folder in given if Path(folder, "sweep.json").is_file()]
+    runs: list[str] = []
+    for folder in given:
+        if folder in sweeps:
+            runs += sorted(map(str, Path(folder, "runs").glob("[!.]*")))
+        else:
+            runs.append(folder)
+    if len(given) == 1 and sweeps:
+        return tuple(runs), Path(given[0])
+    return tuple(runs), Path()
 
 
 def evaluation(args: Args, metric: str) -> dict[str, Any]:
@@ -80,28 +76,27 @@ def evaluation(args: Args, metric: str) -> dict[str, Any]:
 
 
 def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
-    """The arguments that change what is learned or `metric`.
+    """The arguments that change what is learned or `metric`; those that come to the same are equal here.
 
-    They are in a form in which those that come to the same are equal.
-    "intervention" is what the run does, "injection" the steps at which, () where it does nothing or the norm decides; what
-    the run does not look at is None.
+    "intervention" is what the run does, "injection" the steps at which, () where it does nothing or the norm
+    decides; what the run does not look at is None.
     """
-    by_norm, planned = args.injection_trigger == "norm", args.planned_interventions
-    what = args.intervention if by_norm or planned else "none"
-    unused = CONDITIONS if what == "none" else unused_fields(args)
-    shared = {
-        name: value
-        for name, value in asdict(args).items()
-        if name not in BOOKKEEPING and name not in REWRITTEN
-    }
-    shared["exploration_steps"] = round(
-        args.exploration_fraction * args.total_timesteps
-    )  # a longer run only goes on
-    shared |= {"intervention": what, "injection": () if what == "none" else planned}
-    shared |= {"injection_trigger": "norm" if by_norm and what != "none" else None}
+    by_norm = args.injection_trigger == "norm"
+    planned = args.planned_interventions
+    happens = args.intervention != "none" and (by_norm or len(planned) > 0)
+    unused = unused_fields(args) if happens else CONDITIONS
+    values = asdict(args)
+    values["injected_head_width"] = args.injected_head_width or args.head_width
+    shared = {name: values[name] for name in values if name not in BOOKKEEPING and name not in REWRITTEN}
+    # a longer run only goes on
+    shared["exploration_steps"] = round(args.exploration_fraction * args.total_timesteps)
+    shared["intervention"] = args.intervention if happens else "none"
+    shared["injection"] = planned if happens else ()
+    shared["injection_trigger"] = "norm" if by_norm and happens else None
     shared |= evaluation(args, metric)
-    asked = asdict(args) | {"injected_head_width": args.injected_head_width or args.head_width}
-    return shared | {name: None if name in unused else asked[name] for name in CONDITIONS}
+    for name in CONDITIONS:
+        shared[name] = None if name in unused else values[name]
+    return shared
 
 
 def short(step: float) -> str:
@@ -117,37 +112,43 @@ def at_steps(intervention: str, steps: tuple[int, ...]) -> str:
 
     Of many in equal distances the first two and the last.
     """
-    one, several = ARM_NAMES[intervention]
+    words = INTERVENTIONS[intervention]
     shown = [short(step) for step in steps]
     if len(steps) == 1:
-        return f"{one} at {shown[0]}"
+        return f"{words.noun} at {shown[0]}"
     distances = {after - before for before, after in itertools.pairwise(steps)}
     if len(steps) > MOST_STEPS and len(distances) == 1:
-        return f"{several} at {shown[0]}, {shown[1]}, … {shown[-1]}"
-    return f"{several} at {' and '.join(shown)}"
+        return f"{words.plural} at {shown[0]}, {shown[1]}, … {shown[-1]}"
+    return f"{words.plural} at {' and '.join(shown)}"
 
 
 def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -> str:
     """An arm's name: its intervention, `baseline` if there is none, and what else sets it apart."""
-    what = setting["intervention"]
-    if what == "none":
+    intervention = setting["intervention"]
+    if intervention == "none":
         words = [baseline]
     elif setting["injection"]:
-        words = [at_steps(what, setting["injection"])]
+        words = [at_steps(intervention, setting["injection"])]
     else:
-        words = [f"{ARM_NAMES[what][0]} where the norm has grown {setting['injection_norm_ratio']:.15g}×"]
+        ratio = setting["injection_norm_ratio"]
+        words = [f"{INTERVENTIONS[intervention].noun} where the norm has grown {ratio:.15g}×"]
     shown = list(differing)
     other_width = setting["injected_head_width"] not in (None, setting["head_width"])
     if other_width and "injected_head_width" not in shown:
         shown.append("injected_head_width")  # another network than its baseline's
     for name in shown:
-        value, plain = setting[name], name.replace("_", " ")
+        value = setting[name]
+        plain = name.replace("_", " ")
         if isinstance(value, bool):
             words.append(plain if value else f"no {plain}")
+        elif isinstance(value, int):
+            words.append(f"{plain} {value:,}")
         elif value is not None:
-            words.append(f"{plain} {value:,}" if isinstance(value, int) else f"{plain} {value}")
-    words += ["optimizer state copied"] if setting["moments"] == "keep" else []
-    words += ["all heads trained"] if setting["freeze_heads"] is False else []
+            words.append(f"{plain} {value}")
+    if setting["moments"] == "keep":
+        words.append("optimizer state copied" if intervention == "injection" else "optimizer state kept")
+    if setting["freeze_heads"] is False:
+        words.append("all heads trained")
     return ", ".join(words)
 
 
@@ -155,11 +156,12 @@ def file_names(arms: Iterable[Arm]) -> list[str]:
     """A name for a file of each arm, short enough for any file system, and no two alike."""
     names: list[str] = []
     for arm in arms:
-        name = whole = readable(f"{arm.game}_{arm.name}")[:LONGEST_FILE_NAME]
+        first_choice = readable(f"{arm.game}_{arm.name}")[:LONGEST_FILE_NAME]
+        name = first_choice
         number = 1
         while name in names:
             number += 1
-            name = f"{whole}-{number}"
+            name = f"{first_choice}-{number}"
         names.append(name)
     return names
 
@@ -169,26 +171,29 @@ def group(runs: list[RecordedRun], metric: str = TRAINING_RETURN) -> tuple[list[
 
     Runs whose `metric` was measured in different ways are different arms.
     """
-    members: dict[tuple, dict[int, RecordedRun]] = defaultdict(dict)
+    members: dict[tuple, dict[int, RecordedRun]] = defaultdict(dict)  # {setting: {seed: run}}
     left_out = {}
     for run in runs:
-        arm = members[tuple(setting(run.args, metric).items())]
-        shorter, longer = sorted((run, arm.get(run.args.seed, run)), key=lambda run: run.last_step)
-        arm[run.args.seed] = longer
+        by_seed = members[tuple(setting(run.args, metric).items())]
+        other = by_seed.get(run.args.seed, run)
+        shorter, longer = sorted((run, other), key=lambda run: run.last_step)
+        by_seed[run.args.seed] = longer
         if shorter is not longer:
             twin = f"{longer.folder}, which has got to step {longer.last_step:,}"
-            left_out[shorter.folder] = (
-                f"{shorter.folder} has the arm and the seed of {twin}: the run is left out"
-            )
+            reason = f"has the arm and the seed of {twin}: the run is left out"
+            left_out[shorter.folder] = f"{shorter.folder} {reason}"
     settings = [dict(key) for key in members]
-    names = [name for name in settings[0] if name not in IN_WORDS]
-    differing = [name for name in names if len({shared[name] for shared in settings} - {None}) > 1]
+    differing = []
+    for name in settings[0]:
+        values = {shared[name] for shared in settings} - {None}
+        if name not in IN_WORDS and len(values) > 1:
+            differing.append(name)
     only_injections = {shared["intervention"] for shared in settings} <= {"injection", "none"}
     baseline = "no injection" if only_injections else "no intervention"
-    arms = [
-        Arm(describe(dict(key), differing, baseline), dict(key), list(arm.values()))
-        for key, arm in members.items()
-    ]
+    arms = []
+    for shared, by_seed in zip(settings, members.values(), strict=True):
+        name = describe(shared, differing, baseline)
+        arms.append(Arm(name, shared, list(by_seed.values())))
     games = list(dict.fromkeys(arm.game for arm in arms))
 
     def order(arm: Arm) -> tuple:
@@ -203,7 +208,8 @@ def read_arms(folders: Iterable[str], metric: str) -> tuple[list[Arm], dict[str,
     Raises:
         UsageError: no run is usable.
     """
-    runs, left_out = [], {}
+    runs: list[RecordedRun] = []
+    left_out = {}
     for folder in dict.fromkeys(folders):
         try:
             if folder.lower().endswith(".csv"):
@@ -213,16 +219,16 @@ def read_arms(folders: Iterable[str], metric: str) -> tuple[list[Arm], dict[str,
         except UsageError as error:
             left_out[folder] = str(error)
     if not runs:
-        first = next(iter(left_out.values()))
-        raise UsageError(
-            f"none of {len(left_out)} runs can be compared, give folders of runs, those under runs/; {first}"
-        )
+        reason = next(iter(left_out.values()))
+        fix = "give folders of runs, those under runs/"
+        raise UsageError(f"none of {len(left_out)} runs can be compared, {fix}; {reason}")
     arms, duplicates = group(runs, metric)
-    going = [run for arm in arms for run in arm.runs if run.last_step < run.args.total_timesteps]
-    unfinished = {
-        run.folder: f"{run.folder} is at step {run.last_step:,} of {run.args.total_timesteps:,}"
-        for run in going
-    }
+    unfinished = {}
+    for arm in arms:
+        for run in arm.runs:
+            if run.last_step < run.args.total_timesteps:
+                how_far = f"is at step {run.last_step:,} of {run.args.total_timesteps:,}"
+                unfinished[run.folder] = f"{run.folder} {how_far}"
     return arms, {"left_out": left_out | duplicates, "unfinished": unfinished}
 
 

@@ -14,29 +14,24 @@ from support.usage import UsageError
 
 @contextlib.contextmanager
 def settings_hidden() -> Iterator[None]:
-    """While matplotlib is imported: it reads what the user has set for other work, and fails where that is no good.
+    """While matplotlib is imported: it would read what the user has set for other work, and may fail at that.
 
     That is MPLBACKEND, as every command of a notebook inherits it, and a file matplotlibrc: in the working
-    folder, at MATPLOTLIBRC, or in the user's folder of settings. In that folder matplotlib also keeps its list of
-    fonts, so MPLCONFIGDIR stays what it is.
+    folder, at MATPLOTLIBRC, or in the user's folder of settings. MPLCONFIGDIR, that folder, stays what it is,
+    since matplotlib keeps its list of fonts there.
     """
     instead = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
     if os.environ.get("MPLCONFIGDIR"):
         instead["MPLCONFIGDIR"] = os.path.abspath(os.environ["MPLCONFIGDIR"])
-    before = {name: os.environ.get(name) for name in instead}
+    before = dict(os.environ)
     os.environ.update(instead)
+    elsewhere = contextlib.chdir(Path(__file__).parent)
     try:
-        if os.path.lexists("matplotlibrc"):
-            with contextlib.chdir(Path(__file__).parent):
-                yield
-        else:
+        with elsewhere if os.path.lexists("matplotlibrc") else contextlib.nullcontext():
             yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        os.environ.clear()
+        os.environ.update(before)
 
 
 with settings_hidden():
@@ -48,23 +43,16 @@ with settings_hidden():
     from matplotlib.patches import Circle as Circle
     from matplotlib.patches import FancyArrowPatch as FancyArrowPatch
     from matplotlib.patches import FancyBboxPatch as FancyBboxPatch
+    from matplotlib.ticker import LogLocator as LogLocator
     from matplotlib.ticker import MaxNLocator as MaxNLocator
     from matplotlib.transforms import ScaledTranslation as ScaledTranslation
 
 INK = "#222222"
 # Okabe and Ito's, safe for the colour-blind; wine in the place of their yellow, which is faint on white
-COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#000000",
-    "#882255",
-)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#882255")
 MARKERS = ("", "s", "^", "D", "v", "P", "X", "<", "*", ">", "p")
 DASHES = ("-", "--", "-.", ":")  # with 11 markers that makes 44 different lines
+DASHED: dict[str, Any] = {"color": INK, "lw": 1, "ls": (0, (4, 3))}  # where a step is marked
 MARKED = 8  # places at which a line has its marker
 
 STYLE: dict[Any, Any] = {
@@ -87,32 +75,25 @@ UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Around all that draws and saves, also as a decorator: matplotlib's defaults and `STYLE`, nothing else."""
+    """Around all that draws and saves, also as a decorator: matplotlib's defaults and `STYLE` alone."""
     with matplotlib.rc_context(DEFAULTS | STYLE):
         yield
 
 
 def check_name(target: str) -> None:
-    """
-    Raises:
-        UsageError: there can be no figure of this name.
-    """
+    """Refuses, as a UsageError, a name that no figure can have."""
     if Path(target).suffix not in FORMATS:
         raise UsageError(f"the figure is {target}, but must end in .png, .pdf or .svg: give another name")
 
 
 def save(figure: Figure, path: str | Path, **how: Any) -> None:
-    """Writes a figure in the format that its name ends in.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a figure in the format that its name ends in."""
     figure.savefig(path, dpi=160, metadata=UNDATED.get(Path(path).suffix.lower()), **how)
 
 
 @dataclass(frozen=True)
 class Look:
-    """How one of several things is drawn. No other has its dashes and marker: they are told apart without colours."""
+    """How one of several things is drawn. Its dashes and marker are no other's: colours are not needed."""
 
     colour: str
     dashes: str
@@ -123,8 +104,9 @@ class Look:
     @property
     def line(self) -> dict[str, Any]:
         """As `plot_broken` is given it."""
+        line = {"color": self.colour, "ls": self.dashes, "marker": self.marker, "shift": self.shift}
         edge = {"mec": "white", "mew": 0.7}  # or a marker would vanish in its own line
-        return {"color": self.colour, "ls": self.dashes, "marker": self.marker, "shift": self.shift, **edge}
+        return line | edge
 
     @property
     def point(self) -> dict[str, Any]:
@@ -143,18 +125,17 @@ def look(number: int) -> Look:
 
 
 def plot_broken(
-    ax: Axes,
-    x: np.ndarray,
-    y: np.ndarray,
-    marker: str = "",
-    shift: float = 0.0,
-    **style: Any,
+    ax: Axes, x: np.ndarray, y: np.ndarray, marker: str = "", shift: float = 0.0, **style: Any
 ) -> None:
-    """A line with gaps where `y` (B,) is NaN; a value between two gaps is a dot. A marker is at about `MARKED` places."""
+    """A line with gaps where `y` (B,) is NaN, a dot where a value is between two gaps.
+
+    A marker is at about `MARKED` places.
+    """
     gaps = np.pad(np.isnan(y), 1, constant_values=True)
-    marked = set(np.flatnonzero(~gaps[1:-1] & gaps[:-2] & gaps[2:]).tolist())
+    alone = ~gaps[1:-1] & gaps[:-2] & gaps[2:]
+    marked = set(np.flatnonzero(alone).tolist())
     if marker:
-        present = np.flatnonzero(~gaps[1:-1])
+        present = np.flatnonzero(~np.isnan(y))
         apart = max(1, len(present) // MARKED)
         marked.update(present[int(shift * apart) :: apart].tolist())
     shape = marker or "."

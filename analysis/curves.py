@@ -1,4 +1,4 @@
-"""What runs have logged, read from their folders; and as small CSV files, to be kept where the runs are too large to be."""
+"""What runs have logged, read from their folders; and as small CSV files, kept where runs are too large."""
 
 import codecs
 import csv
@@ -16,20 +16,14 @@ import numpy as np
 
 from dqn_injection_atari import Args
 from support.run_log import read_scalars
-from support.runs import history_of
 from support.usage import UsageError, reading
 
-SPEED = "charts/SPS"  # mean over the run, up to its last step
+TRAINING_RETURN = "charts/episodic_return"
 LENGTH = "charts/episodic_length"
-COMPARED = (
-    "charts/episodic_return",
-    LENGTH,
-    "charts/games_cut",
-    "eval/",
-    "injection/",
-    "plasticity/",
-)  # how their tags begin
-WITH_SIX_DIGITS = "plasticity/"  # in a CSV file; all others are written as they are
+GAMES_CUT = "charts/games_cut"
+SPEED = "charts/SPS"  # mean over the run, up to its last step
+PLASTICITY = "plasticity/"  # how the tags of measures begin; in a CSV file they have six digits
+COMPARED = (TRAINING_RETURN, LENGTH, GAMES_CUT, "eval/", "injection/", PLASTICITY)  # how their tags begin
 
 
 @dataclass(frozen=True)
@@ -55,14 +49,26 @@ class Identity:
     run: str | None
     folder: str | None
     history: tuple[Ancestor, ...]
-    rounded: bool = False
-    """whether its values have six digits, as in CSV files of an earlier version"""
 
 
-def identity_in(written: dict[str, Any], folder: str | None, rounded: bool = False) -> Identity:
-    """The identity of a run, from what its run.json holds."""
-    history = tuple(Ancestor(**before) for before in history_of(written))
-    return Identity(written.get("run"), folder, history, rounded)
+def ancestors_on(path: str | None) -> tuple[Ancestor, ...]:
+    """The run that one was forked from, as far as the path of the checkpoint tells; none without a path."""
+    if path is None:
+        return ()
+    place = re.search(r"([^/]+)/checkpoint-(\d+)$", Path(path).as_posix())
+    if place is None or place[1] == "..":
+        return (Ancestor(run=None, folder=None, step=0, seed=None),)
+    name = re.search(r"__(\d+)__\d+(-\d+)?$", place[1])  # game, exp_name, seed and time, as folders are named
+    seed = int(name[1]) if name else None
+    return (Ancestor(run=None, folder=place[1], step=int(place[2]), seed=seed),)
+
+
+def identity_in(written: dict[str, Any], folder: str | None, fork: str | None) -> Identity:
+    """The identity of a run, from what its run.json or a CSV file holds, or from the path of a fork alone."""
+    if "history" not in written:
+        return Identity(written.get("run"), folder, ancestors_on(fork))
+    history = tuple(Ancestor(**before) for before in written["history"])
+    return Identity(written.get("run"), folder, history)
 
 
 @dataclass(frozen=True)
@@ -81,17 +87,13 @@ class RecordedRun:
     def known_as(self) -> Identity:
         if self.identity is not None:
             return self.identity
-        return identity_in({"args": {"fork": self.args.fork}}, Path(self.folder).resolve().name)
+        return identity_in({}, Path(self.folder).resolve().name, self.args.fork)
 
     @functools.cached_property
     def lineage(self) -> tuple[Ancestor, ...]:
         """Itself, then the runs that it was before, the newest first."""
-        own = Ancestor(self.known_as.run, self.known_as.folder, math.inf, self.args.seed)
-        return (own, *self.known_as.history)
-
-    def games(self, upto: float) -> np.ndarray:
-        """(2, K) points of the training games that ended by a step."""
-        return self.between("charts/episodic_return", -1, upto)
+        itself = Ancestor(self.known_as.run, self.known_as.folder, math.inf, self.args.seed)
+        return (itself, *self.known_as.history)
 
     @functools.cached_property
     def last_step(self) -> int:
@@ -103,35 +105,36 @@ class RecordedRun:
         return points[:, (points[0] > after) & (points[0] <= upto)]
 
     def undefined(self, tag: str) -> np.ndarray:
-        """(K,) steps at which a measure of plasticity had no value, after it once had one: others were logged there."""
-        own, measured = (
-            self.scalars[tag],
-            [points[0] for name, points in self.scalars.items() if name.startswith("plasticity/")],
-        )
-        missing = np.setdiff1d(np.concatenate([*measured, own[0]]), own[0, np.isfinite(own[1])])
-        return missing[missing > own[0].min()] if tag.startswith("plasticity/") else np.empty(0)
+        """(K,) steps, after its first value, at which a measure of plasticity has none and others do."""
+        if not tag.startswith(PLASTICITY):
+            return np.empty(0)
+        steps, values = self.scalars[tag]
+        measured = [points[0] for name, points in self.scalars.items() if name.startswith(PLASTICITY)]
+        missing = np.setdiff1d(np.concatenate(measured), steps[np.isfinite(values)])
+        return missing[missing > steps.min()]
 
     def unreported(self, after: int, upto: int) -> int:
-        """How many training games in after < step ≤ upto have no return there: cut by new games, or going on at its end."""
-        steps, games = self.between("charts/games_cut", after, upto)
-        return int(games.sum()) + (
-            0 if upto in steps or upto >= self.args.total_timesteps else self.args.num_envs
-        )
+        """How many training games in after < step ≤ upto have no return there: cut, or still going."""
+        steps, games = self.between(GAMES_CUT, after, upto)
+        cut = int(games.sum())
+        if upto in steps or upto >= self.args.total_timesteps:
+            return cut
+        return cut + self.args.num_envs
 
     def share_unreported(self, after: int, upto: int) -> float:
-        """Share of the games in after < step ≤ upto that have no return there, or of the steps in them, if that is more."""
-        ended, cut = (
-            self.between("charts/episodic_return", after, upto).shape[1],
-            self.unreported(after, upto),
-        )
-        shares = [cut / (cut + ended) if cut else 0.0]
-        if cut and LENGTH in self.scalars:
-            ends, lengths = self.between(LENGTH, after, upto)
-            within = np.minimum(
-                lengths, (ends - after) / self.args.num_envs
-            )  # of a game that began before, what came after
-            shares.append(1 - float(within.sum()) / (upto - after))
-        return max(shares)
+        """Share of the games in after < step ≤ upto that have no return there; of steps, if that is more."""
+        cut = self.unreported(after, upto)
+        if cut == 0:
+            return 0.0
+        ended = self.between(TRAINING_RETURN, after, upto).shape[1]
+        of_games = cut / (cut + ended)
+        if LENGTH not in self.scalars:
+            return of_games
+        ends, lengths = self.between(LENGTH, after, upto)
+        # of a game that began before, what lies in the window
+        played = np.minimum(lengths, (ends - after) / self.args.num_envs)
+        of_steps = 1 - float(played.sum()) / (upto - after)
+        return max(of_games, of_steps)
 
 
 def read_run(folder: str, metric: str, end: str = "the run is left out") -> RecordedRun:
@@ -141,7 +144,7 @@ def read_run(folder: str, metric: str, end: str = "the run is left out") -> Reco
         end: of an error's message: what becomes of the run, or what to do
 
     Raises:
-        UsageError: it is no run's folder, it is damaged, or it has logged no `metric` yet, or one that is not finite.
+        UsageError: it is no run's folder, it is damaged, or `check_metric` refuses it.
     """
     path = Path(folder) / "run.json"
     if not path.is_file():
@@ -149,7 +152,7 @@ def read_run(folder: str, metric: str, end: str = "the run is left out") -> Reco
     with reading(path, "a run's arguments", end):
         written = json.loads(path.read_text(encoding="utf-8"))
         args = Args(**written["args"])
-        identity = identity_in(written, path.resolve().parent.name)
+        identity = identity_in(written, path.resolve().parent.name, args.fork)
     scalars = {tag: points[:2] for tag, points in read_scalars(path.parent, end).items()}
     return check_metric(RecordedRun(folder, args, scalars, identity), metric, end)
 
@@ -167,8 +170,8 @@ def check_metric(run: RecordedRun, metric: str, end: str = "the run is left out"
     return run
 
 
-def exported(run: RecordedRun) -> dict[str, np.ndarray]:
-    """The curves of a run that a file of `write_curves` holds."""
+def curves_to_write(run: RecordedRun) -> dict[str, np.ndarray]:
+    """{tag: (2, K)} of the curves of a run that a file of `write_curves` holds."""
     curves = {tag: points for tag, points in run.scalars.items() if tag.startswith(COMPARED)}
     if SPEED in run.scalars:
         curves[SPEED] = run.scalars[SPEED][:, -1:]
@@ -181,7 +184,7 @@ def exported(run: RecordedRun) -> dict[str, np.ndarray]:
 
 def in_digits(tag: str, value: float) -> str:
     """A value as a CSV file has it: 464, 0.123457."""
-    if tag.startswith(WITH_SIX_DIGITS):
+    if tag.startswith(PLASTICITY):
         return f"{value:.6g}"
     return np.format_float_positional(value, trim="-")
 
@@ -191,45 +194,49 @@ def header_of(run: RecordedRun) -> dict[str, Any]:
     fork = None
     if run.args.fork is not None:
         fork = "/".join(Path(run.args.fork).parts[-2:])  # without the folders of this machine
-    header = asdict(run.args) | {"fork": fork}
-    if run.known_as.rounded:
-        return header
-    history = [asdict(before) for before in run.known_as.history]
-    return header | {"run": run.known_as.run, "folder": run.known_as.folder, "history": history}
+    identity = asdict(run.known_as)  # "run", "folder", "history"
+    return asdict(run.args) | {"fork": fork} | identity
+
+
+def rows_of(curves: dict[str, np.ndarray]) -> list[tuple[int, dict[str, str]]]:
+    """(step, {tag: value in digits}) in order; several points of a curve at a step have a row each."""
+    rows: dict[tuple[int, int], dict[str, str]] = defaultdict(dict)
+    for tag, points in curves.items():
+        seen = Counter[int]()
+        for step, value in points.T:
+            number = seen[int(step)]
+            rows[int(step), number][tag] = in_digits(tag, value)
+            seen[int(step)] += 1
+    return [(step, rows[step, number]) for step, number in sorted(rows)]
 
 
 def write_curves(runs: Sequence[RecordedRun], path: Path) -> None:
     """Writes the curves of an arm's runs, those that comparisons look at, and of the speed the last point.
 
     A line `# {...}` for each run holds its `header_of`, as JSON. Below them is a table: `seed`, `step`, and a
-    column for each curve, those with most points first and the speed last, with six digits of measures of
-    plasticity. A field is empty where that curve has no point, and left out where all further ones are empty, too.
+    column for each curve, those with most points first and the speed last, measures of plasticity with six
+    digits. A field is empty where that curve has no point, and left out where all further ones are empty.
 
     Raises:
         OSError: it cannot be written.
     """
-    curves = [exported(run) for run in runs]
+    curves = [curves_to_write(run) for run in runs]
     points = Counter[str]()
-    for of_run in curves:
-        points.update({tag: values.shape[1] for tag, values in of_run.items() if tag != SPEED})
-    tags = [*sorted(points, key=lambda tag: (-points[tag], tag)), SPEED]
+    for curves_of_run in curves:
+        points.update({tag: values.shape[1] for tag, values in curves_of_run.items() if tag != SPEED})
+    tags = sorted(points, key=lambda tag: (-points[tag], tag))
+    tags.append(SPEED)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="") as file:
         for run in runs:
             file.write(f"# {json.dumps(header_of(run))}\n")
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["seed", "step", *tags])
-        for run, of_run in zip(runs, curves, strict=True):
-            rows: dict[tuple[int, int], dict[str, str]] = defaultdict(dict)
-            for tag, values in of_run.items():
-                before = Counter[int]()  # points of this curve at a step: each has a row of its own
-                for step, value in values.T:
-                    rows[int(step), before[int(step)]][tag] = in_digits(tag, value)
-                    before[int(step)] += 1
-            for step, k in sorted(rows):
-                row = rows[step, k]
+        for run, curves_of_run in zip(runs, curves, strict=True):
+            for step, row in rows_of(curves_of_run):
                 last = max(tags.index(tag) for tag in row)
-                table.writerow([run.args.seed, step, *(row.get(tag, "") for tag in tags[: last + 1])])
+                fields = [row.get(tag, "") for tag in tags[: last + 1]]
+                table.writerow([run.args.seed, step, *fields])
 
 
 def lines_of(path: Path) -> list[str]:
@@ -238,7 +245,7 @@ def lines_of(path: Path) -> list[str]:
     They are without what changes no number: a byte-order mark, empty lines and columns, spaces around cells.
 
     Raises:
-        OSError, ValueError: it cannot be read, or a spreadsheet has saved it again and may have changed numbers.
+        OSError, ValueError: it cannot be read, or a spreadsheet has saved it and may have changed numbers.
     """
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -253,23 +260,12 @@ def lines_of(path: Path) -> list[str]:
     return lines
 
 
-def number_in(field: str) -> float:
-    """
-    Raises:
-        ValueError: it is no number, or one in another notation than Python's.
-    """
-    if "," in field:
-        raise ValueError(f"a spreadsheet has saved it again, with the number {field}")
-    return float(field)
-
-
 def run_in(line: str, path: Path) -> RecordedRun:
     """The run that a line `# {...}` tells of, still without curves."""
     header = json.loads(line.removeprefix("# "))
-    exact = "history" in header
-    own = {name: header.pop(name) for name in ("run", "folder", "history") if name in header}
+    written = {name: header.pop(name) for name in ("run", "folder", "history") if name in header}
     args = Args(**header)
-    identity = identity_in(own | {"args": {"fork": args.fork}}, own.get("folder"), rounded=not exact)
+    identity = identity_in(written, written.get("folder"), args.fork)
     return RecordedRun(f"{path} (seed {args.seed})", args, {}, identity)
 
 
@@ -279,13 +275,17 @@ def points_in(table: Iterable[str], seeds: Iterable[int]) -> dict[int, dict[str,
     for row in csv.DictReader(table, skipinitialspace=True):
         if None in row:
             raise ValueError("a row has more fields than there are columns")
-        seed, step = int(row.pop("seed")), int(row.pop("step"))
+        seed = int(row.pop("seed"))
+        step = int(row.pop("step"))
         for tag, field in row.items():
-            if field:
-                points[seed][tag].append((step, number_in(field)))
+            if not field:
+                continue
+            if "," in field:
+                raise ValueError(f"a spreadsheet has saved it again, with the number {field}")
+            points[seed][tag].append((step, float(field)))
     curves = {}
-    for seed, of_run in points.items():
-        curves[seed] = {tag: np.array(pairs).T for tag, pairs in of_run.items()}
+    for seed, points_of_run in points.items():
+        curves[seed] = {tag: np.array(pairs).T for tag, pairs in points_of_run.items()}
     return curves
 
 
@@ -303,5 +303,6 @@ def read_curves(path: Path, metric: str) -> list[RecordedRun]:
         seeds = [run.args.seed for run in runs]
         if len(seeds) > len(set(seeds)):
             raise ValueError("it holds two runs of one seed")
-        points = points_in((line for line in lines if not line.startswith("#")), seeds)
-    return [check_metric(replace(run, scalars=points[run.args.seed]), metric) for run in runs]
+        curves = points_in((line for line in lines if not line.startswith("#")), seeds)
+    whole_runs = [replace(run, scalars=curves[run.args.seed]) for run in runs]
+    return [check_metric(run, metric) for run in whole_runs]

@@ -1,4 +1,4 @@
-"""Agents, and fresh networks, that fit random targets: what the probe and the sequence of tasks share (Lyle et al. 2023)."""
+"""Agents and fresh networks that fit random targets (Lyle et al. 2023), for probe.py and task_sequence.py."""
 
 import contextlib
 import math
@@ -13,143 +13,148 @@ import torch
 import torch.nn.functional as F
 
 from analysis.arms import CONDITIONS
-from analysis.intervals import t_interval
+from analysis.intervals import geometric_interval
 from dqn_injection_atari import Args, Learner, QNetwork, make_envs
 from support.checkpoints import Checkpoint, load_checkpoint
 from support.environments import FRAME_SIZE, STACK
-from support.machine import free_memory
+from support.machine import free_memory, pick_device
 from support.replay import FrameReplayBuffer
 from support.usage import UsageError, reading
 
+Errors = Sequence[float] | np.ndarray  # one per seed
 FRESH = "fresh network"
 CONTENDERS = ("agent", "agent, injected", FRESH)  # of a probe
 NO_CHECKPOINT = "fresh"  # in its place: a fresh network and random play
-# whatever the agent was trained with: at a high rate 1,000 updates fit anything, so agents of such runs looked best that
-# had most to gain; at 1e-4 the probe saw them (docs/results.md). In a sequence of tasks, which gives each few updates, that
-# rate learns hardly anything
+# Whatever the agent was trained with: at a high rate 1,000 updates fit anything, so those agents looked best
+# that had most to gain; at 1e-4 the probe saw them (docs/results.md)
 PROBE_LEARNING_RATE = 1e-4
-TASKS_LEARNING_RATE = 5e-4
+TASKS_LEARNING_RATE = 5e-4  # a task of a sequence has few updates, in which 1e-4 learns hardly anything
 
 
 def saved_args(checkpoint: Checkpoint) -> Args:
-    """
-    Raises:
-        UsageError: they are not this script's.
-    """
+    """The run's arguments; a UsageError where they are not this script's."""
     with reading(checkpoint.path, "a checkpoint", "take another"):
         return Args(**checkpoint.meta["args"])
 
 
 def num_injections(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.state["learner"]["q_network"]["_extra_state"])
+    return int(checkpoint.state["learner"]["q_network"]["head._extra_state"])
 
 
 def num_actions(checkpoint: Checkpoint) -> int:
-    return len(checkpoint.state["learner"]["q_network"]["theta.2.weight"])
+    return len(checkpoint.state["learner"]["q_network"]["head.theta.output.weight"])
 
 
 def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:
-    """The run's arguments for learning in float32, with this seed and room for one injection more than were made."""
-    made = num_injections(checkpoint)
-    changes: dict[str, Any] = {"seed": seed, "bf16": False, "cuda_graphs": False}
-    changes |= {"injection_step": tuple(range(1, made + 2)), "total_timesteps": made + 2, "num_envs": 1}
-    changes |= {"intervention": "injection", "injection_trigger": "step"}
-    changes |= {"keep_checkpoints": ()}
-    for name, condition in CONDITIONS.items():
+    """The run's arguments, for learning in float32 and with room for one injection more than there were."""
+    injections = num_injections(checkpoint) + 1
+    steps = tuple(range(1, injections + 1))
+    changes: dict[str, Any] = {"seed": seed, "bf16": False, "cuda_graphs": False, "keep_checkpoints": ()}
+    changes |= {"intervention": "injection", "injection_trigger": "step", "injection_step": steps}
+    changes |= {"total_timesteps": injections + 1, "num_envs": 1}
+    for name, condition in CONDITIONS.items():  # what has no effect under these may not be set
         if changes[condition.field] not in condition.values:
             changes[name] = getattr(Args, name)
     return replace(saved_args(checkpoint), **changes)
 
 
 def read_subject(path: Path, rate: float) -> Checkpoint:
-    """A checkpoint of an agent to be probed, with this learning rate in the place of its own.
-
-    Raises:
-        UsageError: it is damaged, or no checkpoint.
-    """
+    """A checkpoint of an agent to be probed, with this learning rate in the place of its own."""
     checkpoint = load_checkpoint(path)
     args = asdict(saved_args(checkpoint)) | {"learning_rate": rate}
     return replace(checkpoint, meta=checkpoint.meta | {"args": args})
 
 
 def fresh_subject(env_id: str, seed: int, rate: float) -> Checkpoint:
-    """A network that has learned nothing, as if it were in a checkpoint, without replay.
-
-    Raises:
-        UsageError: there is no such game.
-    """
+    """A network that has learned nothing, as if it were in a checkpoint, without replay."""
     args = Args(env_id=env_id, env_backend="ale", num_envs=8, seed=seed, learning_rate=rate)
     with contextlib.closing(make_envs(args)) as envs:
         learner = Learner(args, int(envs.single_action_space.n), torch.device("cpu"))
-    return Checkpoint(
-        Path(NO_CHECKPOINT), {"step": 0, "args": asdict(args)}, {"learner": learner.state_dict()}
-    )
+    meta = {"step": 0, "args": asdict(args)}
+    return Checkpoint(Path(NO_CHECKPOINT), meta, {"learner": learner.state_dict()})
 
 
 def random_play(env_id: str, count: int, device: torch.device) -> torch.Tensor:
     """Observations of random play in 8 games, 16 steps apart, always the same: (count, 4, 84, 84) uint8."""
-    rng, found = np.random.default_rng(0), list[np.ndarray]()
+    rng = np.random.default_rng(0)
+    seen: list[np.ndarray] = []
     with contextlib.closing(make_envs(Args(env_id=env_id, env_backend="ale", num_envs=8))) as envs:
         envs.reset(seed=0)
-        while 8 * len(found) < count:
+        while 8 * len(seen) < count:
             for _ in range(16):
                 obs, *_ = envs.step(rng.integers(envs.single_action_space.n, size=8))
-            found.append(obs.copy())
-    return torch.from_numpy(np.concatenate(found)[:count]).to(device)
+            seen.append(obs.copy())
+    return torch.from_numpy(np.concatenate(seen)[:count]).to(device)
 
 
 def replayed_observations(checkpoint: Checkpoint, count: int, device: torch.device) -> torch.Tensor:
-    """Observations of `count` different transitions in a checkpoint's replay, always the same: (count, 4, 84, 84) uint8.
+    """Observations of `count` different transitions in a replay, always the same: (count, 4, 84, 84) uint8.
 
-    Until it returns it takes the memory of the whole replay, 7.3 kB a step: 7.3 GB for 1M.
-
-    Raises:
-        UsageError: the replay holds fewer, does not fit in memory, or cannot be read.
+    Until it returns it takes the memory of the whole replay, 7.3 GB for 1M steps. A UsageError where that
+    is not free, where the replay holds fewer, or cannot be read.
     """
-    path, args = checkpoint.path, saved_args(checkpoint)
-    with reading(path, "a checkpoint", "take another"):
-        needed, free = (
-            checkpoint.state["replay"]["used"] * FRAME_SIZE**2 + 40 * args.buffer_size,
-            free_memory(),
-        )
+    args = saved_args(checkpoint)
+    refused = f"{checkpoint.path} cannot be probed, its replay"
+    with reading(checkpoint.path, "a checkpoint", "take another"):
+        needed = checkpoint.state["replay"]["used"] * FRAME_SIZE**2 + 40 * args.buffer_size
+    free = free_memory()
     if needed > free:
         sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
-        raise UsageError(
-            f"{path} cannot be probed, its replay {sizes}: free more, or probe it on another machine"
-        )
+        raise UsageError(f"{refused} {sizes}: free more, or probe it on another machine")
     obs_space = gym.spaces.Box(0, 255, (STACK, FRAME_SIZE, FRAME_SIZE), np.uint8)
     action_space = gym.spaces.Discrete(num_actions(checkpoint))
     replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, n_envs=args.num_envs)
     checkpoint.restore({"replay": replay})
-    if (held := replay.size() * args.num_envs) < count:
+    held = replay.size() * args.num_envs
+    if held < count:
         fix = f"lower --probe-observations to {held}" if held else "take a later one"
-        raise UsageError(
-            f"{path} cannot be probed, its replay holds {held:,} observations and not {count:,}: {fix}"
-        )
+        raise UsageError(f"{refused} holds {held:,} observations and not {count:,}: {fix}")
     chosen = np.random.default_rng(0).choice(held, size=count, replace=False)
     return replay.transitions(*np.divmod(chosen, args.num_envs)).observations
 
 
+def observations_for(subject: Checkpoint, count: int) -> torch.Tensor:
+    """`replayed_observations`, or `random_play` for a fresh network, on the device that its run asks for."""
+    args = saved_args(subject)
+    device = pick_device(args.cuda, deterministic=True, tf32=args.tf32)
+    if subject.path == Path(NO_CHECKPOINT):
+        return random_play(args.env_id, count, device)
+    return replayed_observations(subject, count, device)
+
+
+def measured_on(subject: Checkpoint, observations: int, updates: int, seeds: int) -> dict[str, Any]:
+    """How a result begins: what was probed, and how."""
+    args = saved_args(subject)
+    return {
+        "checkpoint": str(subject.path),
+        "env_id": args.env_id,
+        "run_seed": None if subject.path == Path(NO_CHECKPOINT) else args.seed,
+        "step": subject.step,
+        "injections": num_injections(subject),
+        "learning_rate": args.learning_rate,
+        "batch_size": args.batch_size,
+        "probe_observations": observations,
+        "probe_updates": updates,
+        "probe_seeds": seeds,
+    }
+
+
 @torch.no_grad()
 def random_targets(network: QNetwork, obs: torch.Tensor) -> torch.Tensor:
-    """sin(10⁵ f(s)) of a freshly initialised `network` f (Lyle et al. 2023): (B, num_actions) float32, about 0 ± 0.7.
+    """sin(10⁵ f(s)) of a fresh `network` f (Lyle et al. 2023): (B, num_actions) float32, about 0 ± 0.7.
 
-    A function of the observation, so that two that are equal have one target; independent draws would ask of every network
-    what none can do. In float64, or the factor would turn rounding errors into other targets. Leaves `network` in float64.
+    Two observations that are equal have one target; independent draws would ask for what no network can do.
+    In float64, or the factor would turn rounding errors into other targets. Leaves `network` in float64.
     """
     network = network.double()
-    return torch.cat(
-        [torch.sin(1e5 * network.theta(network.features(part))) for part in obs.split(64)]
-    ).float()
+    targets = [torch.sin(1e5 * network.head.theta(network.features(part))) for part in obs.split(64)]
+    return torch.cat(targets).float()
 
 
 def make_contender(name: str, checkpoint: Checkpoint, seed: int, device: torch.device) -> Learner:
-    """One of `CONTENDERS`, each with an optimizer that has no moments yet. `seed` decides the fresh weights, or the injection.
+    """One of `CONTENDERS`, with no moments yet. `seed` decides the fresh weights, or the injection.
 
     A fresh network's head is as wide as the one that the agent learns with.
-
-    Raises:
-        UsageError: the checkpoint's network is not this script's.
     """
     args = probe_args(checkpoint, seed)
     if name == FRESH and num_injections(checkpoint):
@@ -164,6 +169,16 @@ def make_contender(name: str, checkpoint: Checkpoint, seed: int, device: torch.d
     return learner
 
 
+def next_task(
+    subject: Checkpoint, obs: torch.Tensor, updates: int, rng: np.random.Generator
+) -> tuple[torch.Tensor, np.ndarray, int]:
+    """Targets and batches of a task, see `fit`; and the seed of the weights that are drawn for it."""
+    for_targets, for_contenders = rng.integers(2**30, size=2).tolist()
+    batches = rng.integers(len(obs), size=(updates, saved_args(subject).batch_size))
+    targets = random_targets(make_contender(FRESH, subject, for_targets, obs.device).q_network, obs)
+    return targets, batches, for_contenders
+
+
 @torch.no_grad()
 def outputs(network: torch.nn.Module, obs: torch.Tensor) -> torch.Tensor:
     """(B, num_actions) float32, in portions that do not take much memory."""
@@ -173,11 +188,11 @@ def outputs(network: torch.nn.Module, obs: torch.Tensor) -> torch.Tensor:
 def fit(
     learner: Learner, obs: torch.Tensor, targets: torch.Tensor, batches: np.ndarray
 ) -> tuple[float, float]:
-    """Regresses the online network on its own mean outputs plus `targets`, with whatever of it the agent itself would train.
+    """Regresses the online network on its own mean outputs plus `targets`; what the agent trains, learns.
 
-    The mean over the observations, one per action, is added because the agent's values have some level and a fresh network's
-    have none: to learn a level is easy, and not the question (Lyle et al. 2023). The loss is ½ Σ_a (Q(s, a) − y(s, a))²,
-    averaged over a batch, whose gradient is for each output what the run's Huber loss has where |δ| ≤ 1.
+    The mean over the observations, one per action, is added because the agent's values have some level and a
+    fresh network's have none: to learn a level is easy, and not the question (Lyle et al. 2023). The loss is
+    ½ Σ_a (Q(s, a) − y(s, a))², averaged over a batch. Its gradient is that of the Huber loss where |δ| ≤ 1.
 
     Args:
         obs: (B, 4, 84, 84) uint8
@@ -185,7 +200,7 @@ def fit(
         batches: (updates, batch size) int, rows of obs
 
     Returns:
-        mean squared error over all obs and actions, before and after; NaN or infinite where the network diverged
+        mean squared error over all obs and actions, before and after; not finite where the network diverged
     """
     network = learner.q_network
     before = outputs(network, obs)
@@ -198,15 +213,16 @@ def fit(
     return F.mse_loss(before, targets).item(), F.mse_loss(outputs(network, obs), targets).item()
 
 
-def relative_error(errors: Sequence[float], reference: Sequence[float]) -> dict[str, Any] | None:
-    """Errors (seeds,) as multiples of other errors (seeds,), paired by seed.
+def relative_error(errors: Errors, reference: Errors) -> dict[str, Any] | None:
+    """Errors as multiples of other errors, paired by seed.
 
     Returns:
-        "per_seed" (seeds,), "ratio", their geometric mean, and "interval", the 95% t interval of the mean log-ratio as
-        ratios, None for one seed; or None where an error is not finite or 0
+        "per_seed" (seeds,), and their "ratio" and "interval", see `geometric_interval`, None for one seed;
+        or None where an error is not finite or 0
     """
     if not all(0 < error < math.inf for error in (*errors, *reference)):
         return None
     logs = np.log(errors) - np.log(reference)
-    interval = np.exp(t_interval(logs)).tolist() if len(logs) > 1 else None
-    return {"per_seed": np.exp(logs).tolist(), "ratio": float(np.exp(logs.mean())), "interval": interval}
+    ratio, low, high = geometric_interval(logs, min_seeds=2).tolist()
+    interval = None if math.isnan(low) else [low, high]
+    return {"per_seed": np.exp(logs).tolist(), "ratio": ratio, "interval": interval}

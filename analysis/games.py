@@ -12,24 +12,26 @@ from analysis.verdict import Comparison
 from support.environments import atari_spec
 from support.usage import UsageError
 
-# Scores of random play and of a human tester, from no-op starts: github.com/google-deepmind/dqn_zoo, dqn_zoo/atari_data.py
+# Scores of random play and of a human tester, from no-op starts (DQN Zoo, dqn_zoo/atari_data.py)
 HUMAN_SCORES: dict[str, tuple[float, float]] = {
     "alien": (227.8, 7127.7), "amidar": (5.8, 1719.5), "assault": (222.4, 742), "asterix": (210, 8503.3),
-    "asteroids": (719.1, 47388.7), "atlantis": (12850, 29028.1), "bank_heist": (14.2, 753.1), "battle_zone": (2360, 37187.5),
-    "beam_rider": (363.9, 16926.5), "berzerk": (123.7, 2630.4), "bowling": (23.1, 160.7), "boxing": (0.1, 12.1),
-    "breakout": (1.7, 30.5), "centipede": (2090.9, 12017), "chopper_command": (811, 7387.8),
-    "crazy_climber": (10780.5, 35829.4), "defender": (2874.5, 18688.9), "demon_attack": (152.1, 1971),
-    "double_dunk": (-18.6, -16.4), "enduro": (0, 860.5), "fishing_derby": (-91.7, -38.7), "freeway": (0, 29.6),
-    "frostbite": (65.2, 4334.7), "gopher": (257.6, 2412.5), "gravitar": (173, 3351.4), "hero": (1027, 30826.4),
-    "ice_hockey": (-11.2, 0.9), "jamesbond": (29, 302.8), "kangaroo": (52, 3035), "krull": (1598, 2665.5),
+    "asteroids": (719.1, 47388.7), "atlantis": (12850, 29028.1), "bank_heist": (14.2, 753.1),
+    "battle_zone": (2360, 37187.5), "beam_rider": (363.9, 16926.5), "berzerk": (123.7, 2630.4),
+    "bowling": (23.1, 160.7), "boxing": (0.1, 12.1), "breakout": (1.7, 30.5), "centipede": (2090.9, 12017),
+    "chopper_command": (811, 7387.8), "crazy_climber": (10780.5, 35829.4), "defender": (2874.5, 18688.9),
+    "demon_attack": (152.1, 1971), "double_dunk": (-18.6, -16.4), "enduro": (0, 860.5),
+    "fishing_derby": (-91.7, -38.7), "freeway": (0, 29.6), "frostbite": (65.2, 4334.7),
+    "gopher": (257.6, 2412.5), "gravitar": (173, 3351.4), "hero": (1027, 30826.4), "ice_hockey": (-11.2, 0.9),
+    "jamesbond": (29, 302.8), "kangaroo": (52, 3035), "krull": (1598, 2665.5),
     "kung_fu_master": (258.5, 22736.3), "montezuma_revenge": (0, 4753.3), "ms_pacman": (307.3, 6951.6),
-    "name_this_game": (2292.3, 8049), "phoenix": (761.4, 7242.6), "pitfall": (-229.4, 6463.7), "pong": (-20.7, 14.6),
-    "private_eye": (24.9, 69571.3), "qbert": (163.9, 13455), "riverraid": (1338.5, 17118), "road_runner": (11.5, 7845),
-    "robotank": (2.2, 11.9), "seaquest": (68.4, 42054.7), "skiing": (-17098.1, -4336.9), "solaris": (1236.3, 12326.7),
-    "space_invaders": (148, 1668.7), "star_gunner": (664, 10250), "surround": (-10, 6.5), "tennis": (-23.8, -8.3),
-    "time_pilot": (3568, 5229.2), "tutankham": (11.4, 167.6), "up_n_down": (533.4, 11693.2), "venture": (0, 1187.5),
-    "video_pinball": (16256.9, 17667.9), "wizard_of_wor": (563.5, 4756.5), "yars_revenge": (3092.9, 54576.9),
-    "zaxxon": (32.5, 9173.3),
+    "name_this_game": (2292.3, 8049), "phoenix": (761.4, 7242.6), "pitfall": (-229.4, 6463.7),
+    "pong": (-20.7, 14.6), "private_eye": (24.9, 69571.3), "qbert": (163.9, 13455),
+    "riverraid": (1338.5, 17118), "road_runner": (11.5, 7845), "robotank": (2.2, 11.9),
+    "seaquest": (68.4, 42054.7), "skiing": (-17098.1, -4336.9), "solaris": (1236.3, 12326.7),
+    "space_invaders": (148, 1668.7), "star_gunner": (664, 10250), "surround": (-10, 6.5),
+    "tennis": (-23.8, -8.3), "time_pilot": (3568, 5229.2), "tutankham": (11.4, 167.6),
+    "up_n_down": (533.4, 11693.2), "venture": (0, 1187.5), "video_pinball": (16256.9, 17667.9),
+    "wizard_of_wor": (563.5, 4756.5), "yars_revenge": (3092.9, 54576.9), "zaxxon": (32.5, 9173.3),
 }  # fmt: skip
 
 
@@ -47,7 +49,7 @@ class Aggregate:
 
 
 def emulator(env_id: str) -> dict[str, Any]:
-    """How an Atari id is registered: {"game": "phoenix", "repeat_action_probability": 0.0, ...}; {} if it is no longer."""
+    """How an Atari id is registered, {"game": "phoenix", ...}; {} if it is not."""
     try:
         return atari_spec(env_id).kwargs
     except UsageError:
@@ -55,7 +57,7 @@ def emulator(env_id: str) -> dict[str, Any]:
 
 
 def human_normalised(env_id: str, score: float) -> float | None:
-    """A score on the scale where random play has 0 and a human 1; None for a game that is not in `HUMAN_SCORES`."""
+    """A score where random play has 0 and a human 1; None for a game that is not in `HUMAN_SCORES`."""
     game = emulator(env_id).get("game")
     if game not in HUMAN_SCORES:
         return None
@@ -75,29 +77,31 @@ def aggregate_scores(
     joint: Sequence[bool],
     resamples: int = RESAMPLES,
 ) -> np.ndarray:
-    """Interquartile means over the runs of all games, and 95% intervals by stratified bootstrap (Agarwal et al. 2021).
+    """Interquartile means over the runs of all games, and 95% intervals (Agarwal et al. 2021).
 
-    A resample draws from each game as many runs as it has, so that every game keeps its share.
+    They are by stratified bootstrap: a resample draws from each game as many runs as it has.
 
     Args:
         without, injected: per game g, scores (n_g,) and (m_g,), at least one each
-        joint: per game, whether n_g = m_g and the scores at one index belong together, so that they are drawn together
+        joint: per game, whether n_g = m_g and the scores at one index are drawn together
 
     Returns:
-        (3, 3) float64: of without, of injected and of the difference of the two, the value and its interval's low and high
+        (3, 3) float64: of without, of injected and of their difference, the value and its interval
     """
     rng = np.random.default_rng(0)
-    drawn: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    drawn_without = []
+    drawn_injected = []
     for ours, theirs, together in zip(without, injected, joint, strict=True):
         rows = rng.integers(len(ours), size=(resamples, len(ours)))
-        drawn[0].append(ours[rows])
-        drawn[1].append(
-            theirs[rows if together else rng.integers(len(theirs), size=(resamples, len(theirs)))]
-        )
-    values = np.array([iqm(np.concatenate(side)) for side in (without, injected)])  # (2,)
-    samples = np.array([iqm(np.concatenate(side, axis=1), axis=1) for side in drawn])  # (2, resamples)
-    values, samples = (np.concatenate((sides, np.diff(sides, axis=0))) for sides in (values, samples))
+        drawn_without.append(ours[rows])
+        if not together:
+            rows = rng.integers(len(theirs), size=(resamples, len(theirs)))
+        drawn_injected.append(theirs[rows])
     tail = (1 - CONFIDENCE) / 2
+    values = [iqm(np.concatenate(side)) for side in (without, injected)]
+    values.append(values[1] - values[0])
+    samples = [iqm(np.concatenate(side, axis=1), axis=1) for side in (drawn_without, drawn_injected)]
+    samples.append(samples[1] - samples[0])  # three of (resamples,)
     return np.column_stack((values, np.quantile(samples, (tail, 1 - tail), axis=1).T))
 
 
@@ -105,10 +109,7 @@ def without_points(scores: np.ndarray, fewest: int) -> np.ndarray:
     """Scores (3, 3) of `aggregate_scores`, with NaN where an interval would look certain and is not.
 
     Resampling one run draws that run again and again, two say hardly more; equal runs, and equal differences,
-    do not vary.
-
-    Args:
-        fewest: runs of the game and the side that has fewest
+    do not vary. `fewest` are the runs of the game and the side that has fewest.
     """
     value, low, high = scores.T
     unsure = no_spread(low, high, np.abs(value).max()) | (fewest < MIN_SEEDS)
@@ -116,33 +117,41 @@ def without_points(scores: np.ndarray, fewest: int) -> np.ndarray:
 
 
 def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
-    """One for every set of comparisons that differ in nothing but the game, if a game of it has scores on both sides."""
+    """One for every set of comparisons that differ in the game alone, of games with scores on both sides."""
 
     def scores(pair: Comparison, side: int) -> np.ndarray:
         return np.array([human_normalised(pair.game, mean) for mean in pair.means[side].values()])
 
     kinds: dict[tuple, list[Comparison]] = defaultdict(list)
-    found = []
     for pair in pairs:
-        rest = {name: value for name, value in pair.arms[1].setting.items() if name != "env_id"}
-        rest |= {
-            name: value for name, value in emulator(pair.game).items() if name not in ("game", "frameskip")
-        }
-        kinds[tuple(rest.items())].append(pair)
-    for of_kind in kinds.values():
-        unknown = [pair.game for pair in of_kind if human_normalised(pair.game, 0.0) is None]
-        left_out = {pair.game: "no run in the window on one side" for pair in of_kind if not all(pair.means)}
-        left_out |= dict.fromkeys(unknown, "no human score is known")
-        usable = [pair for pair in of_kind if pair.game not in left_out]
-        if usable:
-            without, injected = ([scores(pair, side) for pair in usable] for side in (0, 1))
-            joint = [pair.shared == len(pair.means[0]) == len(pair.means[1]) for pair in usable]
-            names, runs = (
-                (usable[0].arms[0].name, usable[0].arms[1].name),
-                (sum(map(len, without)), sum(map(len, injected))),
-            )
-            games, windows = [pair.game for pair in usable], [(pair.after, pair.upto) for pair in usable]
-            fewest = min(len(of_game) for of_game in (*without, *injected))
-            total = without_points(aggregate_scores(without, injected, joint), fewest)
-            found.append(Aggregate(names, games, windows, runs, total, left_out, fewest))
+        shared = pair.arms[1].setting | emulator(pair.game)
+        key = [(name, value) for name, value in shared.items() if name not in ("env_id", "game", "frameskip")]
+        kinds[tuple(key)].append(pair)
+    found = []
+    for pairs_of_kind in kinds.values():
+        usable = []
+        left_out = {}
+        for pair in pairs_of_kind:
+            if human_normalised(pair.game, 0.0) is None:
+                left_out[pair.game] = "no human score is known"
+            elif not all(pair.means):
+                left_out[pair.game] = "no run in the window on one side"
+            else:
+                usable.append(pair)
+        if not usable:
+            continue
+        without = [scores(pair, 0) for pair in usable]
+        injected = [scores(pair, 1) for pair in usable]
+        joint = [pair.shared == len(pair.means[0]) == len(pair.means[1]) for pair in usable]
+        fewest = min(len(scores_of_game) for scores_of_game in (*without, *injected))
+        total = Aggregate(
+            names=(usable[0].arms[0].name, usable[0].arms[1].name),
+            games=[pair.game for pair in usable],
+            windows=[(pair.after, pair.upto) for pair in usable],
+            runs=(sum(map(len, without)), sum(map(len, injected))),
+            scores=without_points(aggregate_scores(without, injected, joint), fewest),
+            left_out=left_out,
+            fewest=fewest,
+        )
+        found.append(total)
     return found

@@ -8,57 +8,83 @@ from typing import Any
 
 import numpy as np
 
-from analysis.arms import Arm, RecordedRun, read_arms
+from analysis.arms import TRAINING_RETURN, Arm, read_arms
 from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import MIN_SEEDS, interval
 from analysis.verdict import LEAST_SHARE, Comparison, comparisons, not_compared, noun, show, varied
 from support.usage import UsageError
 
+CONCLUSIONS = ("raised", "no evidence", "lowered")
+HEAD = ["game", "arm", "seeds", "n", "mean return in the window", "difference", "verdict", "human-normalised"]
+
 
 def carried(pair: Comparison) -> bool:
-    """Whether the games without a return could carry the verdict, were one arm's mean off by its reach and the other's not."""
-    judged, reach = pair.judgement, max(pair.reaches)
-    low, high = (judged.difference,) * 2 if math.isnan(judged.low) else (judged.low, judged.high)
-    changed = (
-        low - reach <= 0
-        if low > 0
-        else high + reach >= 0
-        if high < 0
-        else low + reach > 0 or high - reach < 0
-    )
-    return bool(reach > 0 and changed)
+    """Whether games without a return could carry the verdict: were one arm's mean off by its reach alone."""
+    reach = max(pair.sides[0].reach, pair.sides[1].reach)
+    low = pair.judgement.low
+    high = pair.judgement.high
+    if math.isnan(low):
+        low = high = pair.judgement.difference
+    if low > 0:
+        changed = low - reach <= 0
+    elif high < 0:
+        changed = high + reach >= 0
+    else:
+        changed = low + reach > 0 or high - reach < 0
+    return reach > 0 and changed
 
 
 def caution(pair: Comparison, metric: str) -> list[str]:
     """A line where training games that have no return could carry the verdict, and where to look instead."""
-    if metric != "charts/episodic_return" or not carried(pair):
+    if metric != TRAINING_RETURN or not carried(pair):
         return []
-    without, injected = (
-        f"{cut:,} of {cut + ended:,} games" for cut, ended in zip(pair.unreported, pair.counts, strict=True)
-    )
-    most = " and ".join(f"{max(shares.values(), default=0):.0%}" for shares in pair.missing)
-    counted = [
-        run
-        for arm, means in zip(pair.arms, pair.means, strict=True)
-        for run in arm.runs
-        if run.args.seed in means
-    ]
+    games = []
+    shares = []
     fix = "compare --metric eval/episodic_return"
-    if not all(run.between("eval/episodic_return", pair.after, pair.upto).size for run in counted):
-        fix = f"give runs an --eval-frequency, and {fix}"
-    return [
-        f"caution: {without} without and {injected} with {noun(pair.intervention)} were cut or still going, up to {most} of a "
-        f"run's games or steps; they are the long ones, and what they lack could carry this: {fix}"
-    ]
+    for side in pair.sides:
+        games.append(f"{side.unreported:,} of {side.unreported + side.points:,} games")
+        shares.append(f"{max(side.missing.values(), default=0):.0%}")
+        counted = [run for run in side.arm.runs if run.args.seed in side.means]
+        if any(run.between("eval/episodic_return", pair.after, pair.upto).size == 0 for run in counted):
+            fix = "give runs an --eval-frequency, and compare --metric eval/episodic_return"
+    lacking = f"{games[0]} without and {games[1]} with {noun(pair.intervention)} were cut or still going"
+    most = f"up to {shares[0]} and {shares[1]} of a run's games or steps"
+    return [f"caution: {lacking}, {most}; they are the long ones, and what they lack could carry this: {fix}"]
+
+
+def other_causes(pair: Comparison) -> list[str]:
+    """Where there is a conclusion, lines on what else could have caused it, and on what it does not show."""
+    verdict = pair.judgement.verdict
+    if verdict not in CONCLUSIONS:
+        return []
+    args = pair.arms[1].runs[0].args
+    causes = []
+    if pair.arms[1].setting["moments"] == "fresh":
+        causes.append("fresh optimizer moments, as the new layers began with none (--moments fresh)")
+    wider = (args.injected_head_width or args.head_width) > args.head_width
+    if verdict == "raised" and (wider or not args.freeze_heads):
+        causes.append("more capacity, as more parameters learn than before")
+    if verdict == "no evidence":
+        causes.append("chance, as any effect within the interval is still possible")
+    else:
+        causes.append("chance, as 1 of 20 such intervals over seeds excludes 0 where nothing differs")
+    lines = [f"what else could have caused this: {cause}" for cause in causes]
+    if verdict == "no evidence":
+        seen = "no lost plasticity" if "plasticity" in pair.judgement.sentence else "no effect"
+        limit = "that exploration, or anything else, is the limit"
+        lines.append(f"what this does not show: {limit}; only that {seen} was seen here")
+    return lines
 
 
 def ending(pair: Comparison) -> str:
     """Which run ends the window, and how much of the others' runs is lost by that."""
     if pair.ended_by is None:
         return ""
-    more = f", and the median run has {pair.beyond - 1:.0%} more steps" if pair.beyond > 1.005 else ""
-    return f", where {pair.ended_by} is (a longer --window leaves it out){more}"
+    end = f", where {pair.ended_by} is (a longer --window leaves it out)"
+    if pair.beyond > 1.005:
+        end += f", and the median run has {pair.beyond - 1:.0%} more steps"
+    return end
 
 
 def correction(pair: Comparison) -> list[str]:
@@ -74,7 +100,8 @@ def late_injection(pair: Comparison) -> list[str]:
     firsts = [step for seed, step in pair.firsts.items() if seed in pair.means[1]]
     if not firsts:
         return []
-    window, available = pair.upto - pair.after, pair.upto - float(np.median(firsts))
+    window = pair.upto - pair.after
+    available = pair.upto - float(np.median(firsts))
     if window >= LEAST_SHARE * available:
         return []
     since = f"since the median run's first {noun(pair.intervention)}"
@@ -82,28 +109,33 @@ def late_injection(pair: Comparison) -> list[str]:
 
 
 def in_words(pair: Comparison, metric: str) -> list[str]:
-    """A comparison in four lines, what, verdict, window and method.
-
-    Then how many verdicts there are, cautions, and one line per run left out of it.
-    """
+    """A comparison in four lines, arms, verdict, window, method; then cautions, and runs left out."""
     word = noun(pair.intervention)
     seeds = [f"{len(means)} seeds ({', '.join(map(str, means)) or 'none'})" for means in pair.means]
-    if pair.paired and pair.one_agent:
-        how = f"95% t interval of the differences within {seeds[0]}, continuations of one agent from the {word} on"
+    if pair.judgement.verdict not in CONCLUSIONS:
+        method = "no interval"
     elif pair.paired:
-        how = f"95% t interval of the differences within {seeds[0]}, whose runs share their history up to the {word}"
+        method = f"95% t interval of the differences within {seeds[0]}"
+        if pair.one_agent:
+            method += f", continuations of one agent from the {word} on"
+        else:
+            method += f", whose runs share their history up to the {word}"
     else:
-        few = f"of which {pair.shared} share{'s' * (pair.shared == 1)} a history, too few to pair"
-        related = few if pair.shared else "which do not share their history"
-        how = f"95% Welch interval, {seeds[0]} without and {seeds[1]} with {word}, {related}"
+        related = "which do not share their history"
+        if pair.shared > 0:
+            verb = "shares" if pair.shared == 1 else "share"
+            related = f"of which {pair.shared} {verb} a history, too few to pair"
+        method = f"95% Welch interval, {seeds[0]} without and {seeds[1]} with {word}, {related}"
+    window = f"window {pair.after:,} < step ≤ {pair.upto:,}{ending(pair)}"
     points = f"{pair.counts[0]:,} points of {metric} without and {pair.counts[1]:,} with {word}"
-    begins = ", ".join(f"{step:,} with seed {seed}" for seed, step in sorted(pair.firsts.items()))
-    points += f"; first {word} at {begins}" if pair.firsts and not pair.arms[1].injection else ""
+    if pair.firsts and not pair.arms[1].injection:
+        begins = ", ".join(f"{step:,} with seed {seed}" for seed, step in sorted(pair.firsts.items()))
+        points += f"; first {word} at {begins}"
     return [
         f"{pair.game}: {pair.arms[1].name} against {pair.arms[0].name}",
         pair.judgement.sentence,
-        f"window {pair.after:,} < step ≤ {pair.upto:,}{ending(pair)}, {points}",
-        how if pair.judgement.verdict in ("raised", "no evidence", "lowered") else "no interval",
+        f"{window}, {points}",
+        method,
         *correction(pair),
         *late_injection(pair),
         *caution(pair, metric),
@@ -112,8 +144,8 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
 
 
 def aggregate_in_words(total: Aggregate) -> list[str]:
-    """An aggregate in four lines, what, scores, difference and method; then one per game that was left out of it."""
-    without, injected, difference = (show(*row) if row[1] < row[2] else show(row[0]) for row in total.scores)
+    """An aggregate in four lines, what, scores, difference and method; then one per game left out."""
+    without, injected, difference = (show(*row) for row in total.scores)
     if np.isfinite(total.scores).all(axis=1).any():
         kind = "95% stratified bootstrap intervals"
         brackets = f"brackets are {kind}, which cover less than that with few runs per game"
@@ -121,76 +153,115 @@ def aggregate_in_words(total: Aggregate) -> list[str]:
         brackets = f"no interval: it takes {MIN_SEEDS} runs of each game on either side"
     else:
         brackets = "no interval: runs of a game do not differ"
+    games = []
+    for game, (after, upto) in zip(total.games, total.windows, strict=True):
+        games.append(f"{game} in {after:,} < step ≤ {upto:,}")
     runs = f"{total.runs[0]} runs without and {total.runs[1]} with"
-    spans = zip(total.games, total.windows, strict=True)
-    games = ", ".join(f"{game} in {after:,} < step ≤ {upto:,}" for game, (after, upto) in spans)
     return [
-        f"{len(total.games)} games: {total.names[1]} against {total.names[0]}",
+        f"{len(games)} games: {total.names[1]} against {total.names[0]}",
         f"human-normalised return, interquartile mean over runs: {without} without and {injected} with",
         f"difference {difference}, where 0 is random play and 1 a human's",
-        f"over {len(total.games)} games ({games}) and {runs}; {brackets}",
+        f"over {len(games)} games ({', '.join(games)}) and {runs}; {brackets}",
         *(f"not in this aggregate: {game}, {reason}" for game, reason in total.left_out.items()),
     ]
 
 
+def row_of(pair: Comparison, i: int, difference: str, verdict: str) -> list[str]:
+    """The row of the table for the arm without (i = 0) or with the intervention (1)."""
+    means = pair.means[i]
+    mean = "–"
+    if means:
+        mean = show(*interval(np.array([*means.values()])))
+    score = normalised_mean(pair, i)
+    normalised = "–" if score is None else show(score)
+    seeds = ", ".join(map(str, means))
+    arm = pair.arms[i]
+    return [arm.game, arm.name, seeds, str(len(means)), mean, difference, verdict, normalised]
+
+
 def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], metric: str) -> str:
-    """The comparisons in Markdown: two rows each, one per arm that is in none, and below them each one in words."""
-    head = (
-        "game",
-        "arm",
-        "seeds",
-        "n",
-        "mean return in the window",
-        "difference",
-        "verdict",
-        "human-normalised",
-    )
-    rows = [head, ("---",) * len(head)]
+    """The comparisons in Markdown: two rows each, one per arm that is in none; below them each in words."""
+    rows = [HEAD, ["---"] * len(HEAD)]
     for pair in pairs:
         judged = pair.judgement
         difference = show(judged.difference, judged.low, judged.high) if all(pair.counts) else "–"
-        for side, cells in enumerate((("", ""), (difference, judged.verdict))):
-            arm, means, score = pair.arms[side], pair.means[side], normalised_mean(pair, side)
-            mean = show(*interval(np.array(list(means.values())))) if means else "–"
-            normalised = "–" if score is None else show(score)
-            rows.append(
-                (arm.game, arm.name, ", ".join(map(str, means)), str(len(means)), mean, *cells, normalised)
-            )
-    for arm in (arm for arm in arms if not any(arm in pair.arms for pair in pairs)):
-        seeds = sorted(str(run.args.seed) for run in arm.runs)
-        rows.append(
-            (arm.game, arm.name, ", ".join(seeds), str(len(seeds)), "–", "–", "nothing to compare with", "–")
-        )
-    words = ["", "Brackets are 95% intervals.", ""] + [
-        f"- {'; '.join(in_words(pair, metric))}." for pair in pairs
-    ]
+        rows.append(row_of(pair, 0, "", ""))
+        rows.append(row_of(pair, 1, difference, judged.verdict))
+    for arm in arms:
+        if not any(arm in pair.arms for pair in pairs):
+            seeds = sorted(str(run.args.seed) for run in arm.runs)
+            cells = [", ".join(seeds), str(len(seeds)), "–", "–", "nothing to compare with", "–"]
+            rows.append([arm.game, arm.name, *cells])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", "Brackets are 95% intervals.", ""]
+    for pair in pairs:
+        lines.append(f"- {'; '.join(in_words(pair, metric))}.")
+        lines += [f"  - {line}." for line in other_causes(pair)]
     if totals:
-        words += [
-            "",
-            "## Over games",
-            "",
-            *(f"- {'; '.join(aggregate_in_words(total))}." for total in totals),
-        ]
-    return "\n".join([f"| {' | '.join(row)} |" for row in rows] + words) + "\n"
+        lines += ["", "## Over games", ""]
+        lines += [f"- {'; '.join(aggregate_in_words(total))}." for total in totals]
+    return "\n".join(lines) + "\n"
+
+
+def finite(number: float) -> float | None:
+    """A number as JSON has it: null where it is none."""
+    return number if math.isfinite(number) else None
 
 
 def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
-    values = total.scores[:, 0].tolist()
-    bounds = [[None, None] if math.isnan(low) else [low, high] for low, high in total.scores[:, 1:].tolist()]
-    sides = zip(total.names, total.runs, values, bounds, strict=False)
-    without, injected = (
-        {"arm": name, "runs": runs, "iqm": iqm, "interval": bound} for name, runs, iqm, bound in sides
-    )
-    difference = {"difference": values[2], "interval": bounds[2]}
-    windows = [{"after": after, "upto": upto} for after, upto in total.windows]
+    rows = []
+    for value, low, high in total.scores.tolist():
+        rows.append({"iqm": value, "interval": [finite(low), finite(high)]})
     return {
         "games": total.games,
-        "windows": windows,
-        "without": without,
-        "with": injected,
-        **difference,
+        "windows": [{"after": after, "upto": upto} for after, upto in total.windows],
+        "without": {"arm": total.names[0], "runs": total.runs[0], **rows[0]},
+        "with": {"arm": total.names[1], "runs": total.runs[1], **rows[1]},
+        "difference": rows[2]["iqm"],
+        "interval": rows[2]["interval"],
         "left_out": total.left_out,
     }
+
+
+def side_as_json(pair: Comparison, i: int) -> dict[str, Any]:
+    side = pair.sides[i]
+    return {
+        "arm": side.arm.name,
+        "means": side.means,
+        "points": side.points,
+        "games_unreported": side.unreported,
+        "share_unreported": side.missing,
+        "human_normalised": normalised_mean(pair, i),
+    }
+
+
+def comparison_as_json(pair: Comparison) -> dict[str, Any]:
+    judged = pair.judgement
+    return {
+        "game": pair.game,
+        "without": side_as_json(pair, 0),
+        "with": side_as_json(pair, 1),
+        "first_injections": pair.firsts,
+        "window": {"after": pair.after, "upto": pair.upto, "ended_by": pair.ended_by},
+        "paired": pair.paired,
+        "one_agent": pair.one_agent,
+        "difference": finite(judged.difference),
+        "interval": [finite(judged.low), finite(judged.high)],
+        "p": finite(judged.p),
+        "p_holm": finite(pair.p_holm),
+        "verdict": judged.verdict,
+        "sentence": judged.sentence,
+        "other_causes": other_causes(pair),
+        "left_out": pair.left_out,
+    }
+
+
+def arm_as_json(arm: Arm) -> dict[str, Any]:
+    runs = []
+    for run in arm.runs:
+        args = run.args
+        runs.append({"run": run.folder, "seed": args.seed, "step": run.last_step, "of": args.total_timesteps})
+    return {"name": arm.name, "setting": arm.setting, "runs": runs}
 
 
 def as_json(
@@ -201,69 +272,20 @@ def as_json(
     metric: str,
 ) -> str:
     """All that was found; null stands for what is not a number."""
-
-    def of_run(run: RecordedRun) -> dict[str, Any]:
-        return {
-            "run": run.folder,
-            "seed": run.args.seed,
-            "step": run.last_step,
-            "of": run.args.total_timesteps,
-        }
-
-    def of_pair(pair: Comparison) -> dict[str, Any]:
-        judged = pair.judgement
-        numbers = judged.difference, judged.low, judged.high, judged.p, pair.p_holm
-        difference, low, high, p, p_holm = (number if math.isfinite(number) else None for number in numbers)
-        without, injected = (
-            {
-                "arm": arm.name,
-                "means": means,
-                "points": points,
-                "games_unreported": cut,
-                "share_unreported": missing,
-                "human_normalised": normalised_mean(pair, side),
-            }
-            for side, (arm, means, points, cut, missing) in enumerate(
-                zip(pair.arms, pair.means, pair.counts, pair.unreported, pair.missing, strict=True)
-            )
-        )
-        return {
-            "game": pair.game,
-            "without": without,
-            "with": injected,
-            "first_injections": pair.firsts,
-            "window": {"after": pair.after, "upto": pair.upto, "ended_by": pair.ended_by},
-            "paired": pair.paired,
-            "one_agent": pair.one_agent,
-            "difference": difference,
-            "interval": [low, high],
-            "p": p,
-            "p_holm": p_holm,
-            "verdict": judged.verdict,
-            "sentence": judged.sentence,
-            "left_out": pair.left_out,
-        }
-
-    described = [
-        {"name": arm.name, "setting": arm.setting, "runs": [of_run(run) for run in arm.runs]} for arm in arms
-    ]
-    found = {
-        "comparisons": [of_pair(pair) for pair in pairs],
+    content = {
+        "metric": metric,
+        "arms": [arm_as_json(arm) for arm in arms],
+        "comparisons": [comparison_as_json(pair) for pair in pairs],
         "aggregates": [aggregate_as_json(total) for total in totals],
+        **remarks,
     }
-    content = {"metric": metric, "arms": described, **found, **remarks}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def report(folders: Sequence[str], out: Path, metric: str, window: int | None, aggregate: str) -> list[Arm]:
     """Compares runs, prints the verdicts and writes figures, table and numbers. Returns the arms.
 
-    Args:
-        folders: of runs, or files of `write_curves`
-        out: where the figure goes, a .png, .pdf or .svg; the other files have its name with another ending
-        metric: tag of the returns that are compared
-        window: steps after the injection that count, None for as many as all compared runs have
-        aggregate: "mean" or "iqm", of the figures
+    `folders` are of runs, or files of `write_curves`; the others are as in compare.py's `Settings`.
 
     Raises:
         UsageError: a setting cannot work, or no run is usable.
@@ -276,31 +298,38 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
     remarks["not_compared"] = not_compared(arms, pairs, metric)
     totals = aggregates(pairs)
     over_games = [total for total in totals if len(total.games) > 1]
-    lines = [
-        f"{kind.replace('_', ' ')}: {line}" for kind, of_kind in remarks.items() for line in of_kind.values()
-    ]
-    words = [in_words(pair, metric) for pair in pairs] + [aggregate_in_words(total) for total in over_games]
-    print(*lines, *("\n  ".join(of_one) for of_one in words), sep="\n")
+    for kind, reasons in remarks.items():
+        for reason in reasons.values():
+            print(f"{kind.replace('_', ' ')}: {reason}")
+    for pair in pairs:
+        print(*in_words(pair, metric), *other_causes(pair), sep="\n  ")
+    for total in over_games:
+        print(*aggregate_in_words(total), sep="\n  ")
     if not pairs and remarks["not_compared"]:
         fix = "compare --metric charts/episodic_return, or runs with the same eval_ settings"
         print(f"no verdict: arms that were evaluated differently have none; {fix}")
     elif not pairs:
         print("no verdict: no two arms differ in the injection alone; --fork makes the counterpart of a run")
+
     out.parent.mkdir(parents=True, exist_ok=True)
-    written = [
-        out,
-        plasticity := out.with_stem(f"{out.stem}_plasticity"),
-        out.with_suffix(".md"),
-        out.with_suffix(".json"),
-    ]
     draw_returns(arms, pairs, out, metric, aggregate)
-    if number := varied(pairs):
-        written.insert(1, by_number := out.with_stem(f"{out.stem}_by_{number}"))
+    written = [out]
+    number = varied(pairs)
+    if number is not None:
+        by_number = out.with_stem(f"{out.stem}_by_{number}")
         draw_differences(pairs, number, by_number)
-    if not draw_plasticity(arms, plasticity, aggregate):
-        written.remove(plasticity)
+        written.append(by_number)
+    plasticity = out.with_stem(f"{out.stem}_plasticity")
+    if draw_plasticity(arms, plasticity, aggregate):
+        written.append(plasticity)
+    else:
         print("no figure of plasticity: no run has measured it")
-    out.with_suffix(".md").write_text(table(arms, pairs, over_games, metric), encoding="utf-8")
-    out.with_suffix(".json").write_text(as_json(arms, pairs, totals, remarks, metric), encoding="utf-8")
+    texts = {
+        out.with_suffix(".md"): table(arms, pairs, over_games, metric),
+        out.with_suffix(".json"): as_json(arms, pairs, totals, remarks, metric),
+    }
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
     print(f"wrote {', '.join(map(str, written))}")
     return arms

@@ -1,7 +1,8 @@
-"""Does a network that fits one random target after another get worse at it, and does an injection mend that (paper, §3)?"""
+"""Does a network that fits random targets in a sequence get worse at it, and an injection mend that (§3)?"""
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,32 +10,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from analysis.canvas import COLOURS, INK, Figure, Look, MaxNLocator, drawing, plot_broken, save
-from analysis.fitting import (
-    FRESH,
-    NO_CHECKPOINT,
-    TASKS_LEARNING_RATE,
-    fit,
-    fresh_subject,
-    make_contender,
-    num_injections,
-    random_play,
-    random_targets,
-    read_subject,
-    relative_error,
-    replayed_observations,
-    saved_args,
-)
-from analysis.intervals import interval
-from analysis.probe import each_probed, times, write_json
+from alternatives import ALTERNATIVES
+from analysis import canvas, fitting
+from analysis.intervals import geometric_interval, interval
+from analysis.probe import each_probed, judged, plain, times, write_json
 from dqn_injection_atari import Learner
 from support.checkpoints import Checkpoint
-from support.machine import pick_device
 from support.measures import activations, active_fraction, dormant_units
 from support.usage import UsageError
 
-SAME, INJECTED, RESET, EACH_FRESH = "one network", "injected", "head reset", "a fresh network for each task"
-BRANCHES = {INJECTED: Learner.inject, RESET: Learner.reset_head}
+SAME = "one network"
+INJECTED = "injected"
+RESET = "head reset"
+EACH_FRESH = "a fresh network for each task"
+BRANCHES = (INJECTED, RESET)
 NAMES = (SAME, *BRANCHES, EACH_FRESH)
 MEASURED = ("start", "error", "dormant", "encoder_active")
 DRAWN = {
@@ -43,16 +32,16 @@ DRAWN = {
     "encoder_active": "encoder: share of\nfeatures ≠ 0",
 }
 LOOKS = {
-    SAME: Look(INK, "-", ""),
-    INJECTED: Look(COLOURS[0], "-", "s"),
-    RESET: Look(COLOURS[1], "-.", "^", shift=0.5),
-    EACH_FRESH: Look("#999999", "--", ""),
+    SAME: canvas.Look(canvas.INK, "-", ""),
+    INJECTED: canvas.Look(canvas.COLOURS[0], "-", "s"),
+    RESET: canvas.Look(canvas.COLOURS[1], "-.", "^", shift=0.5),
+    EACH_FRESH: canvas.Look("#999999", "--", ""),
 }
 LEARNED = 0.9  # a network that leaves more than this of its error has not learned the task
 
 
 def early(inject_at: int) -> slice:
-    """The one network's first five tasks, from 0, before the injection; not the very first, in which it may be fresh itself."""
+    """The one network's first five tasks before the injection; from the second, as it may begin fresh."""
     return slice(min(1, inject_at - 2), min(6, inject_at - 1))
 
 
@@ -64,9 +53,9 @@ def twin(learner: Learner) -> Learner:
 
 
 def unit_measures(learner: Learner, obs: torch.Tensor) -> dict[str, float]:
-    """Of the head that learns the share of hidden units that are dormant, of the encoder that of features ≠ 0, at `obs`."""
+    """The shares of the learning head's hidden units that are dormant, and of the encoder's features ≠ 0."""
     network = learner.q_network
-    _, layers = activations(network, {f"{network.newest_head()}.1": "head", "encoder": "encoder"}, obs)
+    _, layers = activations(network, {f"{network.newest_head()}.relu": "head", "encoder": "encoder"}, obs)
     return {
         "dormant": dormant_units(layers["head"]).mean().item(),
         "encoder_active": active_fraction(layers["encoder"]).item(),
@@ -74,42 +63,33 @@ def unit_measures(learner: Learner, obs: torch.Tensor) -> dict[str, float]:
 
 
 def run_tasks(
-    subject: Checkpoint,
-    obs: torch.Tensor,
-    tasks: int,
-    inject_at: int,
-    updates: int,
-    seed: int,
-    progress: tqdm,
-) -> dict[str, dict[str, np.ndarray]]:
+    subject: Checkpoint, obs: torch.Tensor, tasks: int, inject_at: int, updates: int, seed: int
+) -> Iterator[dict[str, dict[str, float]]]:
     """One network through a sequence of tasks, and those that it is compared with.
 
-    A task is a random target of its own, and `fit`'s updates towards it. All networks get the same tasks and batches. Before
-    task `inject_at`, counted from 1, the one network is copied, optimizer moments included; one copy is injected, and of
-    another the head is reset. `seed` decides targets, batches, and all weights that are drawn.
+    A task is a random target of its own, and `fit`'s updates towards it. All networks get the same tasks and
+    batches. Before task `inject_at`, counted from 1, the one network is copied, moments included; one copy is
+    injected, and of another the head is reset. `seed` decides targets, batches, and all weights drawn.
 
-    Returns:
-        {what: {name: (tasks,)}}: "error", mean squared, and `unit_measures` at the end of each task, and "start", the error
-        at its start; of the copies NaN before `inject_at`
+    Yields:
+        of each task {network's name: what is `MEASURED`}: "start" and "error" are the mean squared error at
+        its start and at its end, where `unit_measures` are taken
     """
     rng = np.random.default_rng(seed)
-    one, copies = make_contender("agent", subject, seed, obs.device), dict[str, Learner]()
-    found = {what: {name: np.full(tasks, math.nan) for name in NAMES} for what in MEASURED}
+    network = fitting.make_contender("agent", subject, seed, obs.device)
+    copies: dict[str, Learner] = {}
     for task in range(1, tasks + 1):
-        for_targets, for_fresh = rng.integers(2**30, size=2).tolist()
-        batches = rng.integers(len(obs), size=(updates, one.args.batch_size))
-        targets = random_targets(make_contender(FRESH, subject, for_targets, obs.device).q_network, obs)
+        targets, batches, for_fresh = fitting.next_task(subject, obs, updates, rng)
         if task == inject_at:
-            copies = {name: twin(one) for name in BRANCHES}
-            for name, intervene in BRANCHES.items():
-                intervene(copies[name])
-        learners = {SAME: one, **copies, EACH_FRESH: make_contender(FRESH, subject, for_fresh, obs.device)}
-        for name, learner in learners.items():
-            start, end = fit(learner, obs, targets, batches)
-            for what, value in ({"start": start, "error": end} | unit_measures(learner, obs)).items():
-                found[what][name][task - 1] = value
-        progress.update()
-    return found
+            copies = {name: twin(network) for name in BRANCHES}
+            copies[INJECTED].inject()
+            copies[RESET].apply(ALTERNATIVES["reset-head"])
+        fresh = fitting.make_contender(fitting.FRESH, subject, for_fresh, obs.device)
+        measured = {}
+        for name, learner in {SAME: network, **copies, EACH_FRESH: fresh}.items():
+            start, end = fitting.fit(learner, obs, targets, batches)
+            measured[name] = {"start": start, "error": end} | unit_measures(learner, obs)
+        yield measured
 
 
 def run_sequence(
@@ -122,187 +102,140 @@ def run_sequence(
     seeds: int,
     rate: float | None,
 ) -> dict[str, Any]:
-    """`run_tasks` with several seeds, for the agent in a checkpoint, or for fresh networks on frames of random play.
+    """`run_tasks` with several seeds, for an agent, or for fresh networks on frames of random play.
 
     All learn at `rate`, by default `TASKS_LEARNING_RATE`, whatever the run's was.
 
     Returns:
         plain data: what is `MEASURED` {name: (seeds, tasks)}, None where there is none or it is not finite;
-        "relative" {name: {"at", "since"}}, see `relative_error`: its error in task `inject_at`, and its mean from there on,
-        as a multiple of the one network's mean in its `early` tasks; "relative_to_fresh" {name: ...}, of the means from
-        `inject_at` on, as a multiple of the fresh networks'; "sentence"; and what it was measured on
-
-    Raises:
-        UsageError: the checkpoint is damaged or cannot be probed, or there is no such game.
+        "relative" {name: {"at", "since"}}, see `relative_error`: its error in task `inject_at`, and its mean
+        from there on, as a multiple of the one network's mean in its `early` tasks; "relative_to_fresh"
+        {name: ...}, its mean as a multiple of the fresh networks'; "sentence"; and `measured_on`
     """
-    fresh = path == Path(NO_CHECKPOINT)
-    rate = TASKS_LEARNING_RATE if rate is None else rate
-    subjects = (
-        [fresh_subject(env_id, seed, rate) for seed in range(seeds)]
-        if fresh
-        else [read_subject(path, rate)] * seeds
-    )
-    args = saved_args(subjects[0])
-    device = pick_device(args.cuda, deterministic=True, tf32=args.tf32)
-    obs = (
-        random_play(env_id, observations, device)
-        if fresh
-        else replayed_observations(subjects[0], observations, device)
-    )
+    if rate is None:
+        rate = fitting.TASKS_LEARNING_RATE
+    if path == Path(fitting.NO_CHECKPOINT):
+        subjects = [fitting.fresh_subject(env_id, seed, rate) for seed in range(seeds)]
+    else:
+        subjects = [fitting.read_subject(path, rate)] * seeds
+    obs = fitting.observations_for(subjects[0], observations)
+    curves: dict[str, dict[str, np.ndarray]] = {}
+    for measure in MEASURED:
+        curves[measure] = {name: np.full((seeds, tasks), math.nan) for name in NAMES}
     with tqdm(total=seeds * tasks, desc=f"tasks of {path}", leave=False, disable=None) as progress:
-        found = [
-            run_tasks(one, obs, tasks, inject_at, updates, seed, progress)
-            for seed, one in enumerate(subjects)
-        ]
-    curves = {
-        what: {name: np.array([of_seed[what][name] for of_seed in found]) for name in NAMES}
-        for what in MEASURED
-    }
-    error = curves["error"]
-    own = error[SAME][:, early(inject_at)].mean(axis=1).tolist()
-    since = {name: errors[:, inject_at - 1 :].mean(axis=1).tolist() for name, errors in error.items()}
-    at = {name: errors[:, inject_at - 1].tolist() for name, errors in error.items()}
-    result = {
-        "checkpoint": str(path),
-        "env_id": args.env_id,
-        "run_seed": None if fresh else args.seed,
-        "step": subjects[0].step,
-        "injections": num_injections(subjects[0]),
-        "learning_rate": args.learning_rate,
-        "batch_size": args.batch_size,
-        "probe_observations": observations,
-        "probe_updates": updates,
-        "probe_seeds": seeds,
-        "probe_tasks": tasks,
-        "probe_inject_at": inject_at,
-        **{
-            what: {name: as_plain(values) for name, values in of_one.items()}
-            for what, of_one in curves.items()
-        },
-        "relative": {
-            name: {"at": relative_error(at[name], own), "since": relative_error(since[name], own)}
-            for name in NAMES
-        },
-        "relative_to_fresh": {name: relative_error(since[name], since[EACH_FRESH]) for name in NAMES[:-1]},
-    }
+        for seed, subject in enumerate(subjects):
+            for task, measured in enumerate(run_tasks(subject, obs, tasks, inject_at, updates, seed)):
+                for name, measure in itertools.product(measured, MEASURED):
+                    curves[measure][name][seed, task] = measured[name][measure]
+                progress.update()
+    result = fitting.measured_on(subjects[0], observations, updates, seeds)
+    result |= {"probe_tasks": tasks, "probe_inject_at": inject_at}
+    for measure, by_name in curves.items():
+        result[measure] = {name: plain(values.tolist()) for name, values in by_name.items()}
+    early_error = curves["error"][SAME][:, early(inject_at)].mean(axis=1)
+    fresh_error = curves["error"][EACH_FRESH][:, inject_at - 1 :].mean(axis=1)
+    result |= {"relative": {}, "relative_to_fresh": {}}
+    for name, error in curves["error"].items():
+        at = fitting.relative_error(error[:, inject_at - 1], early_error)
+        error_since = error[:, inject_at - 1 :].mean(axis=1)
+        result["relative"][name] = {"at": at, "since": fitting.relative_error(error_since, early_error)}
+        if name != EACH_FRESH:
+            result["relative_to_fresh"][name] = fitting.relative_error(error_since, fresh_error)
     return result | {"sentence": sequence_in_words(result)}
-
-
-def as_plain(values: np.ndarray) -> list[list[float | None]]:
-    return [[value if math.isfinite(value) else None for value in of_seed] for of_seed in values.tolist()]
 
 
 def sequence_in_words(result: dict[str, Any]) -> str:
     """What a result of `run_sequence` says, in one sentence."""
-    relative, tasks, at, updates = (
-        result[name] for name in ("relative", "probe_tasks", "probe_inject_at", "probe_updates")
-    )
-    if any(of_one is None for name in (SAME, *BRANCHES) for of_one in relative[name].values()):
-        return "no answer: a network diverged, lower --probe-learning-rate"
-    ends, starts = (
-        np.array(result[what][name], float) for what, name in (("error", SAME), ("start", EACH_FRESH))
-    )
+    relative = result["relative"]
+    at = result["probe_inject_at"]
+    tasks = result["probe_tasks"]
+    for name in (SAME, *BRANCHES):
+        if None in relative[name].values():
+            return "no answer: a network diverged, lower --probe-learning-rate"
     first = early(at)
-    if ends[:, first].mean() > LEARNED * starts[:, first].mean():
-        return f"no answer: {updates:,} updates hardly fit a target, raise --probe-updates or change --probe-learning-rate"
+    error = np.array(result["error"][SAME], float)[:, first].mean()
+    if error > LEARNED * np.array(result["start"][EACH_FRESH], float)[:, first].mean():
+        fix = "raise --probe-updates or change --probe-learning-rate"
+        return f"no answer: {result['probe_updates']:,} updates hardly fit a target, {fix}"
 
-    def judged(name: str, when: str, above: str, neither: str) -> str:
-        of_one = relative[name][when]
-        bounds = of_one["interval"]
-        word = (
-            "one seed, no interval"
-            if bounds is None
-            else above
-            if bounds[0] > 1
-            else "better"
-            if bounds[1] < 1
-            else neither
-        )
-        return f"{times(of_one)} ({word})"
+    def against_early(name: str, when: str, *words: str) -> str:
+        return f"{times(relative[name][when])} ({judged(relative[name][when], *words)})"
 
-    after = [
-        judged(name, when, "worse", "no clear difference") for when in ("at", "since") for name in BRANCHES
-    ]
-    loss = judged(SAME, "since", "plasticity was lost", "no clear loss of plasticity")
+    loss = against_early(SAME, "since", "plasticity was lost", "no clear loss of plasticity")
+    own = f"the one network's own error in tasks {first.start + 1} to {first.stop}"
+    injected = f"{against_early(INJECTED, 'at')} in that task and {against_early(INJECTED, 'since')}"
+    reset = f"{against_early(RESET, 'at')} and {against_early(RESET, 'since')}"
     return (
-        f"relative to the one network's own error in tasks {first.start + 1} to {first.stop}: in tasks {at} to {tasks} it is "
-        f"{loss}; with an injection before task {at} it is {after[0]} in that task and {after[2]} in tasks {at} to {tasks}, "
-        f"with the head reset there {after[1]} and {after[3]}"
+        f"relative to {own}: in tasks {at} to {tasks} it is {loss}; with an injection before task {at} it is "
+        f"{injected} in tasks {at} to {tasks}, with the head reset there {reset}"
     )
 
 
 def sequence_table(result: dict[str, Any]) -> str:
-    """Markdown: of each network the mean error at the end of tasks, and in the end what its head and encoder still do."""
-    tasks, at = result["probe_tasks"], result["probe_inject_at"]
-    shown = sorted({(early(at).start + 1, early(at).stop), (max(1, at - 5), at - 1), (at, at), (at, tasks)})
-    titles = [f"task {a}" if a == b else f"tasks {a}–{b}" for a, b in shown]
-    titles = [
-        "mean squared error at the end of",
-        *titles,
-        "head dormant in the end",
-        "encoder active in the end",
-    ]
-    lines = [titles, ["---"] * len(titles)]
+    """Markdown: each network's error at the end of tasks, and what its units still do in the end."""
+    tasks = result["probe_tasks"]
+    at = result["probe_inject_at"]
+    spans = sorted({(early(at).start + 1, early(at).stop), (max(1, at - 5), at - 1), (at, at), (at, tasks)})
+    titles = [f"task {a}" if a == b else f"tasks {a}–{b}" for a, b in spans]
+    units = ["head dormant in the end", "encoder active in the end"]
+    lines = [["mean squared error at the end of", *titles, *units]]
+    lines.append(["---"] * len(lines[0]))
     for name in NAMES:
-        errors, *units = (
-            np.array(result[what][name], float) for what in ("error", "dormant", "encoder_active")
-        )
-        last = [of_one[:, -1].mean() for of_one in units]
-        cells = [in_cell(errors[:, a - 1 : b].mean(axis=1)) for a, b in shown]
-        lines.append([name, *cells, *(f"{share:.0%}" if math.isfinite(share) else "–" for share in last)])
+        errors = np.array(result["error"][name], float)
+        cells = [in_cell(errors[:, a - 1 : b].mean(axis=1)) for a, b in spans]
+        for measure in ("dormant", "encoder_active"):
+            share = np.array(result[measure][name], float)[:, -1].mean()
+            cells.append(f"{share:.0%}" if math.isfinite(share) else "–")
+        lines.append([name, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def in_cell(of_seeds: np.ndarray) -> str:
-    """`0.123 [0.1, 0.146]`: mean and 95% t interval of one number per seed; – where there is none."""
-    if not np.isfinite(of_seeds).all():
+def in_cell(errors: np.ndarray) -> str:
+    """`0.123 [0.1, 0.146]`: geometric mean and its interval of one error per seed; – where there is none."""
+    if not np.isfinite(errors).all():
         return "–"
-    centre, low, high = interval(of_seeds)
-    return f"{centre:.3g}" if math.isnan(low) else f"{centre:.3g} [{low:.3g}, {high:.3g}]".replace("-", "−")
+    centre, low, high = geometric_interval(np.log(errors))
+    return f"{centre:.3g}" if math.isnan(low) else f"{centre:.3g} [{low:.3g}, {high:.3g}]"
 
 
-@drawing()
+def draw_panel(ax: canvas.Axes, result: dict[str, Any], measure: str) -> None:
+    """Of each network the seeds' values at the end of each task, their mean and its interval."""
+    task = np.arange(1, result["probe_tasks"] + 1)
+    for name in NAMES:
+        values = np.array(result[measure][name], float)
+        centre, low, high = geometric_interval(np.log(values)) if measure == "error" else interval(values)
+        style = LOOKS[name]
+        canvas.plot_broken(ax, task, centre, **style.line, lw=2, label=name)
+        ax.fill_between(task, low, high, color=style.colour, alpha=0.18, lw=0)
+        ax.plot(task, values.T, color=style.colour, lw=0.6, alpha=0.4)
+    ax.axvline(result["probe_inject_at"], **canvas.DASHED, label="injection or reset, before this task")
+    if measure == "error":
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(canvas.LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+    else:
+        ax.set_ylim(0, 1)
+    ax.set_ylabel(DRAWN[measure])
+
+
+@canvas.drawing()
 def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
-    """A column per result: what is in `DRAWN` at the end of each task; mean, interval and seeds."""
-    figure = Figure(figsize=(max(7.5, 5.5 * len(results)), 6.6), layout="constrained")
+    """A column per result, a row per measure in `DRAWN`."""
+    figure = canvas.Figure(figsize=(max(7.5, 5.5 * len(results)), 6.6), layout="constrained")
     axes = figure.subplots(3, len(results), sharex="col", squeeze=False, height_ratios=(2, 1, 1))
     for result, column in zip(results, axes.T, strict=True):
-        number = np.arange(1, result["probe_tasks"] + 1)
-        for ax, what in zip(column, DRAWN, strict=True):
-            for name in reversed(NAMES):
-                values = np.array(result[what][name], float)
-                centre, low, high = interval(values)
-                plot_broken(ax, number, centre, **LOOKS[name].line, lw=2, label=name)
-                ax.fill_between(number, low, high, color=LOOKS[name].colour, alpha=0.18, lw=0)
-                ax.plot(number, values.T, color=LOOKS[name].colour, lw=0.6, alpha=0.4)
-            ax.axvline(result["probe_inject_at"], color=INK, lw=1, ls=(0, (4, 3)))
-            top = (
-                1
-                if what != "error"
-                else 1.2 * np.nanmax([np.array(of_one, float) for of_one in result[what].values()])
-            )
-            ax.set_ylim(0, top if math.isfinite(top) else None)
-        who = (
-            "a fresh network"
-            if result["checkpoint"] == NO_CHECKPOINT
-            else f"the agent of step {result['step']:,}"
-        )
-        column[0].set_title(
-            f"{result['env_id']}: {who}, one random target after another",
-            loc="left",
-            fontweight="bold",
-            fontsize=10,
-        )
-        where = {"xycoords": column[0].get_xaxis_transform(), "textcoords": "offset points", "va": "top"}
-        column[0].annotate("injection, reset", (result["probe_inject_at"], 1), (4, 0), **where)
+        for ax, measure in zip(column, DRAWN, strict=True):
+            draw_panel(ax, result, measure)
+        fresh = result["checkpoint"] == fitting.NO_CHECKPOINT
+        network = "a fresh network" if fresh else f"the agent of step {result['step']:,}"
+        title = f"{result['env_id']}: {network}, one random target after another"
+        column[0].set_title(title, loc="left", fontweight="bold", fontsize=10)
         column[-1].set_xlim(0.5, result["probe_tasks"] + 0.5)
-        column[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        column[-1].xaxis.set_major_locator(canvas.MaxNLocator(integer=True))
         column[-1].set_xlabel(f"task ({result['probe_updates']:,} updates each)")
-    for ax, label in zip(axes[:, 0], DRAWN.values(), strict=True):
-        ax.set_ylabel(label)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], ncols=4, loc="outside lower left")
-    save(figure, path)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=3, loc="outside lower left")
+    canvas.save(figure, path)
 
 
 def probe_sequence(
@@ -322,28 +255,28 @@ def probe_sequence(
         UsageError: a setting cannot work, or no checkpoint can be probed.
         OSError: something cannot be written.
     """
-    first = max(2, tasks * 2 // 3) if inject_at is None else inject_at
-    if not 1 < first <= tasks:
-        raise UsageError(
-            f"probe_inject_at is {first}, but must be 2 to {tasks}: change --probe-inject-at or --probe-tasks"
-        )
+    at = max(2, tasks * 2 // 3) if inject_at is None else inject_at
+    if not 1 < at <= tasks:
+        fix = "change --probe-inject-at or --probe-tasks"
+        raise UsageError(f"probe_inject_at is {at}, but must be 2 to {tasks}: {fix}")
+
+    def measure(path: Path) -> dict[str, Any]:
+        return run_sequence(path, env_id or "", tasks, at, observations, updates, seeds, rate)
+
     out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
-    for result in each_probed(
-        paths, lambda path: run_sequence(path, env_id or "", tasks, first, observations, updates, seeds, rate)
-    ):
+    parts: list[str] = []
+    for result in each_probed(paths, measure):
         results.append(result)
-        print(
-            f"{result['checkpoint']}: {result['env_id']}, step {result['step']:,}, learning rate {result['learning_rate']:g}"
-        )
-        print(f"{sequence_table(result)}\n{result['sentence']}", flush=True)
-        draw_sequences(results, out)  # after each, so that none is lost
-        parts = (
-            f"{result['checkpoint']}: {result['sentence']}\n\n{sequence_table(result)}\n"
-            for result in results
-        )
+        name = result["checkpoint"]
+        table = sequence_table(result)
+        learned_at = f"learning rate {result['learning_rate']:g}"
+        print(f"{name}: {result['env_id']}, step {result['step']:,}, {learned_at}")
+        print(f"{table}\n{result['sentence']}", flush=True)
+        parts.append(f"{name}: {result['sentence']}\n\n{table}\n")
+        draw_sequences(results, out)  # all after each, so that none is lost
         # a path may hold bytes that are no letters in the user's locale; they are written as they are
         out.with_suffix(".md").write_text("\n".join(parts), encoding="utf-8", errors="surrogateescape")
         write_json(results, out.with_suffix(".json"))
-    print(f"wrote {', '.join(str(out.with_suffix(ending)) for ending in (out.suffix, '.md', '.json'))}")
+    print(f"wrote {out}, {out.with_suffix('.md')}, {out.with_suffix('.json')}")
     return results

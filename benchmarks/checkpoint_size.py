@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint_size.py --agent runs/FOLDER/agent.pt
 
-Plays a game until the replay is full (with a saved agent if one is given: a good player's frames are more varied), writes
-checkpoints, reads the last one back, and compares every array. Prints the figures as JSON; exits with 1 where one is
-missed. A million transitions need 22 GB of memory, most of it for the comparison.
+Plays a game until the replay is full (with a saved agent if one is given: a good player's frames are more
+varied), writes checkpoints, reads the last one back, and compares every array. Prints the figures as JSON;
+exits with 1 where one is missed. A million transitions need 22 GB of memory, most of it for the
+comparison.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
+from support.acceleration import prepare_process
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.machine import circumstances, pick_device
 from support.process import Signals, ends_in_one_line
@@ -50,8 +52,9 @@ class Settings:
 
 @contextlib.contextmanager
 def peak_memory(figures: dict[str, float]) -> Iterator[None]:
-    """Adds "extra_memory_GB": how far the process's resident memory rises in the block above what it was before."""
-    process, done = psutil.Process(), threading.Event()
+    """Adds "extra_memory_GB": how far the process's resident memory rises in the block."""
+    process = psutil.Process()
+    done = threading.Event()
     before = peak = process.memory_info().rss
 
     def watch() -> None:
@@ -69,7 +72,10 @@ def peak_memory(figures: dict[str, float]) -> Iterator[None]:
 
 def make_run(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> script.Training:
     """A run that only plays, with room for the injections of the agent that it plays with."""
-    injections = 0 if settings.agent is None else script.load_agent(settings.agent, "cpu")[0].num_injections
+    injections = 0
+    if settings.agent is not None:
+        network, _, _ = script.load_agent(settings.agent, "cpu")
+        injections = network.num_injections
     args = script.Args(
         env_id=settings.env_id,
         env_backend="ale",
@@ -81,12 +87,20 @@ def make_run(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> s
         plasticity_frequency=0,
         end_e=0.05,
     )
+    prepare_process()
     device = torch.device("cpu")
     envs, learner, replay = script.make_parts(args, device)
-    parts = {"learner": learner, "replay": replay, "envs": envs}
     origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
-    surroundings = circumstances(device, script.CODE_VERSION)
-    run = Run(origin, "", script.__version__, asdict(args), parts, surroundings, Signals(), stack)
+    run = Run(
+        origin,
+        name="",
+        version=script.__version__,
+        args=asdict(args),
+        parts={"learner": learner, "replay": replay, "envs": envs},
+        circumstances=circumstances(device, script.CODE_VERSION),
+        signals=Signals(),
+        stack=stack,
+    )
     return script.Training(args, run, envs, learner, replay)
 
 
@@ -106,21 +120,23 @@ def write(training: script.Training) -> tuple[Path, dict[str, float]]:
 def measure(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """All figures."""
     training = make_run(settings, folder, stack)
-    run, envs, replay = training.run, training.envs, training.replay
+    run = training.run
+    replay = training.replay
     if settings.agent is not None:
         trained, _, _ = script.load_agent(settings.agent, "cpu")
         training.learner.q_network.load_state_dict(trained.state_dict())
-    envs.reset(seed=0)
+    training.envs.reset(seed=0)
     while run.step < settings.steps:
         training.advance()
-    print(
-        f"{replay.size() * run.num_envs:,} transitions, {replay._used:,} frames", file=sys.stderr, flush=True
-    )
+    transitions = replay.size() * run.num_envs
+    print(f"{transitions:,} transitions, {replay._used:,} frames", file=sys.stderr, flush=True)
 
-    writes = [write(training)[1] for _ in range(settings.repeats)]
-    envs.reset(
-        seed=0
-    )  # reading is timed as at a multiple of --checkpoint-frequency: no steps to be played again
+    writes = []
+    for _ in range(settings.repeats):
+        _, figures = write(training)
+        writes.append(figures)
+    # reading is timed as at a multiple of --checkpoint-frequency: no steps to be played again
+    training.envs.reset(seed=0)
     path, _ = write(training)
     sizes = {file.name: file.stat().st_size / 1e6 for file in path.iterdir()}
 
@@ -152,8 +168,10 @@ def main(settings: Settings) -> None:
     print(json.dumps(result, indent=1))
     limits = {"checkpoint_GB": 0.5, "write_seconds": 20, "extra_memory_GB": 1}  # for a million transitions
     missed = [name for name, limit in limits.items() if result[name] > limit]
-    if missed or not result["bitwise_equal"]:
-        sys.exit(f"not met: {', '.join(missed) or 'bitwise equality'}")
+    if not result["bitwise_equal"]:
+        missed.append("bitwise equality")
+    if missed:
+        sys.exit(f"not met: {', '.join(missed)}")
 
 
 if __name__ == "__main__":

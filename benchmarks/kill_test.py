@@ -1,11 +1,11 @@
-"""Kills small real runs (SIGKILL) again and again, resumes them, and compares the end with a run that nobody touched.
+"""Kills small runs (SIGKILL) again and again, resumes them, and compares each with one left alone.
 
     python benchmarks/kill_test.py --kills 40
 
-A run is killed while it begins, at a random moment, while it writes a checkpoint, right around its injection, or as it
-begins a new event file after it was resumed; then resumed and killed again. At the end every parameter, optimizer moment,
-replay array, generator and every scalar that TensorBoard shows is compared bit by bit. Exits with 1 where anything differs
-or a curve shows a point twice.
+A run is killed while it begins, at a random moment, while it writes a checkpoint, right around its
+injection, or as it begins a new event file after it was resumed; then resumed and killed again. At the end
+every parameter, optimizer moment, replay array, generator and every scalar that TensorBoard shows is
+compared bit by bit. Exits with 1 where anything differs or a curve shows a point twice.
 """
 
 import itertools
@@ -31,17 +31,22 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 SCRIPT = Path(__file__).resolve().parent.parent / "dqn_injection_atari.py"
 INJECTION = 804  # planned for 802, inside a vector step, it happens at its end; losses are logged there, too
-FLAGS = """--no-cuda --num-envs 4 --total-timesteps 1600 --buffer-size 600 --learning-starts 200 --batch-size 8
---target-network-frequency 100 --log-frequency 67 --checkpoint-frequency 200 --injection-step 802""".split()
+LAST = "checkpoint-1600"
+FLAGS = """--no-cuda --num-envs 4 --total-timesteps 1600 --buffer-size 600 --learning-starts 200
+--batch-size 8 --target-network-frequency 100 --log-frequency 67 --checkpoint-frequency 200
+--injection-step 802""".split()
 WALL_CLOCK = ("charts/SPS", "charts/SPS_recent")  # the only scalars that may differ
 MOMENTS = ("beginning", "anywhere", "writing", "injection", "resuming")
 
 
 def read_events(folder: Path) -> list[tuple[str, int, float]]:
-    """All points of a run's scalars as TensorBoard shows them: (tag, step, value), wall-clock ones left out."""
+    """All points of a run as TensorBoard shows them, wall-clock ones left out: (tag, step, value)."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag not in WALL_CLOCK]
-    return [(tag, point.step, point.value) for tag in sorted(tags) for point in events.Scalars(tag)]
+    points = []
+    for tag in sorted(events.Tags()["scalars"]):
+        if tag not in WALL_CLOCK:
+            points += [(tag, point.step, point.value) for point in events.Scalars(tag)]
+    return points
 
 
 def shown_twice(folder: Path) -> list[str]:
@@ -52,23 +57,26 @@ def shown_twice(folder: Path) -> list[str]:
 
 def waiting(points: list[tuple[int, float, str]]) -> list[tuple[int, str]]:
     """What of the curves waits in a checkpoint: (step, content), without wall-clock times and scalars."""
-    contents = [(step, Summary.FromString(bytes.fromhex(content))) for step, _, content in points]
-    return [
-        (s, c.SerializeToString().hex())
-        for s, c in contents
-        if not any(value.tag in WALL_CLOCK for value in c.value)
-    ]
+    kept = []
+    for step, _, content in points:
+        summary = Summary.FromString(bytes.fromhex(content))
+        if not any(value.tag in WALL_CLOCK for value in summary.value):
+            kept.append((step, summary.SerializeToString().hex()))
+    return kept
 
 
 def flat(tree: Any, name: str = "") -> dict[str, Any]:
     """{path: leaf} of nested dicts."""
     if not isinstance(tree, dict):
         return {name: tree}
-    return {path: leaf for key, value in tree.items() for path, leaf in flat(value, f"{name}/{key}").items()}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{name}/{key}")
+    return leaves
 
 
 def content(run_folder: Path, checkpoint: str) -> dict[str, Any]:
-    """Everything that must be equal, by name: a checkpoint but for its wall-clock times, and the run folder's curves."""
+    """Everything that must be equal, by name: a checkpoint but for wall-clock times, and the run's curves."""
     folder = run_folder / checkpoint
     state = torch.load(folder / "state.pt", weights_only=True)
     log = state["log"]
@@ -77,14 +85,13 @@ def content(run_folder: Path, checkpoint: str) -> dict[str, Any]:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     with zstandard.open(folder / "replay.zst") as stream:
         replay = stream.read()
-    return {
-        **flat(state),
-        **{name: manifest[name] for name in ("step", "circumstances")},
-        "replay": replay,
-        "curves in the run folder": [
-            (tag, step, value.hex()) for tag, step, value in read_events(run_folder)
-        ],
-    }
+    found = flat(state)
+    found["step"] = manifest["step"]
+    found["circumstances"] = manifest["circumstances"]
+    found["replay"] = replay
+    curves = read_events(run_folder)
+    found["curves in the run folder"] = [(tag, step, value.hex()) for tag, step, value in curves]
+    return found
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -100,9 +107,8 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *flags], cwd=folder, stdout=subprocess.PIPE, encoding="utf-8"
-    )
+    command = [sys.executable, str(SCRIPT), *flags]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, encoding="utf-8")
 
 
 def first_line(process: subprocess.Popen[str]) -> str:
@@ -126,7 +132,12 @@ def finish(folder: Path, *flags: str) -> float:
 
 
 def kill_one(folder: Path, flags: list[str], moment: str, seconds: float, rng: random.Random) -> str | None:
-    """Starts (or resumes) the run and kills it; returns where it was then, None where it had ended by itself."""
+    """Starts (or resumes) the run and kills it. Returns where it was then, None where it had ended by itself.
+
+    Args:
+        moment: one of `MOMENTS`
+        seconds: how long it may go on before it is killed "anywhere"
+    """
     fresh = not list((folder / "runs").glob("[!.]*"))
     curves: set[Path] = set() if fresh else set(run_folder(folder).glob("events*"))
     if not fresh:
@@ -141,7 +152,8 @@ def kill_one(folder: Path, flags: list[str], moment: str, seconds: float, rng: r
         first_line(process)
     run = run_folder(folder)
     seen = {path.name for path in run.glob("checkpoint-*")}
-    delay = rng.uniform(0, {"anywhere": seconds, "resuming": 0.01, "beginning": 0.6}.get(moment, 0.15))
+    longest = {"anywhere": seconds, "resuming": 0.01, "beginning": 0.6}.get(moment, 0.15)
+    delay = rng.uniform(0, longest)
 
     def come() -> bool:
         if moment == "resuming":
@@ -168,17 +180,18 @@ def kill_one(folder: Path, flags: list[str], moment: str, seconds: float, rng: r
         return "before the first checkpoint"
     if any(run.glob(".checkpoint-*.partial")):
         return "while writing a checkpoint"
-    steps = [int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")]
     if "plasticity injected" in output:
         return "after the injection, in the same process"
-    return "before the injection" if max(steps, default=0) < INJECTION else "at or after the injection"
+    steps = [int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*")]
+    return "before the injection" if max(steps) < INJECTION else "at or after the injection"
 
 
 def kill_and_compare(backend: str, moments: list[str], rng: random.Random) -> tuple[Counter[str], list[str]]:
-    """One run that is killed at all of `moments`, against one that is not. Returns where it was hit and what differs."""
+    """A run killed at all of `moments` against one that is not: how often it was hit where, what differs."""
     where: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
-        whole, killed = Path(name, "whole"), Path(name, "killed")
+        whole = Path(name, "whole")
+        killed = Path(name, "killed")
         whole.mkdir()
         killed.mkdir()
         flags = [*FLAGS, "--env-backend", backend]
@@ -188,8 +201,7 @@ def kill_and_compare(backend: str, moments: list[str], rng: random.Random) -> tu
             where[place or "(had ended)"] += 1
             flags = ["--resume", str(run_folder(killed))]
         finish(killed, *flags)
-        last = "checkpoint-1600"
-        different = differences(content(run_folder(whole), last), content(run_folder(killed), last))
+        different = differences(content(run_folder(whole), LAST), content(run_folder(killed), LAST))
         different += shown_twice(run_folder(whole)) + shown_twice(run_folder(killed))
     return where, different
 
@@ -213,19 +225,20 @@ def main(settings: Settings) -> None:
         moments = itertools.cycle(MOMENTS)
         hits = 0
         while hits < settings.kills / 2:
-            where, different = kill_and_compare(
-                backend, [next(moments) for _ in range(settings.kills_per_run)], rng
-            )
+            some_moments = list(itertools.islice(moments, settings.kills_per_run))
+            where, different = kill_and_compare(backend, some_moments, rng)
             hits += settings.kills_per_run - where["(had ended)"]
-            failures += bool(different)
-            total += Counter({f"{backend}: {place}": count for place, count in where.items()})
+            if different:
+                failures += 1
+            for place, count in where.items():
+                total[f"{backend}: {place}"] += count
             print(f"{backend}: {dict(where)}; different: {different or 'nothing'}", flush=True)
     print()
     for place, count in sorted(total.items()):
         print(f"{count:4d}  {place}")
     killed = sum(count for place, count in total.items() if "(had ended)" not in place)
     print(f"{killed} kills, {failures} runs that differ from their uninterrupted twins")
-    sys.exit(failures > 0)
+    sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

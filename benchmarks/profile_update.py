@@ -2,12 +2,13 @@
 
     python benchmarks/profile_update.py --num-envs 8
 
-Prints, per vector step of N steps and N / 4 updates: the time to act, to emulate, to write to and sample from replay, and
-to update; then the update's arithmetic against the highest rate that large convolutions and matrix products reach on this
-device in the same precision, the whole run's speed against that of the emulators alone, and the memory the process took at
-most. On a GPU every part is waited for, so that parts which otherwise run at the same time are told apart.
+Prints, per vector step of N steps and N / 4 updates: the time to act, to emulate, to write to and sample
+from replay, and to update; then the update's arithmetic against the highest rate that large convolutions
+and matrix products reach on this device in the same precision, the whole run's speed against that of the
+emulators alone, and the memory the process took at most. On a GPU every part is waited for, so that parts
+which otherwise run at the same time are told apart.
 
-    python benchmarks/profile_update.py --buffer-size 1000000 --full-replay     # memory and time with a full replay
+    python benchmarks/profile_update.py --buffer-size 1000000 --full-replay     # with a full replay
 """
 
 import contextlib
@@ -61,23 +62,23 @@ def fill_up(replay: FrameReplayBuffer) -> None:
     obs = rng.integers(1, 256, (replay.n_envs, *replay.obs_shape), np.uint8)
     nothing = np.zeros(replay.n_envs)
     while not replay.full:
-        next_obs = np.concatenate([obs[:, 1:], rng.integers(1, 256, obs[:, :1].shape, np.uint8)], axis=1)
+        new_frame = rng.integers(1, 256, obs[:, :1].shape, np.uint8)
+        next_obs = np.concatenate([obs[:, 1:], new_frame], axis=1)
         replay.add(obs, next_obs, nothing, nothing, nothing, [{}] * replay.n_envs)
         obs = next_obs
 
 
 def linear_flops(x: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
-    """Of x (B, in) times weight (out, in) transposed; PyTorch's counter does not know oneDNN's linear layers."""
+    """Of oneDNN's linear layer, unknown to PyTorch's counter: x (B, in) times weight (out, in) transposed."""
     return 2 * x[0] * x[1] * weight[0]
 
 
 def update_flops(training: script.Training) -> int:
-    """Floating-point operations of the convolutions and matrix products of one update, counted while one is made."""
-    counter = FlopCounterMode(
-        display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: linear_flops}
-    )
+    """Floating-point operations of the convolutions and matrix products of one update, counted in one."""
+    onednn = {torch.ops.mkldnn._linear_pointwise: linear_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=onednn)
     with counter:
-        training.learner._update(1, *training.replay.sample(training.args.batch_size)[:5])
+        training.learner.update(training.replay.sample(training.args.batch_size))
     return counter.get_total_flops()
 
 
@@ -93,21 +94,24 @@ def seconds_per_call(call: Callable[[], object], device: torch.device, repeats: 
 
 @torch.no_grad()
 def highest_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product or a large convolution like the network's second, whichever is faster."""
-    size, batch = (1024, 256) if device.type == "cpu" else (8192, 8192)
+    """FLOP/s of a large matrix product, or of a large convolution like the network's second if higher."""
+    size = batch = 8192
+    if device.type == "cpu":
+        size = 1024
+        batch = 256
     square = torch.randn(size, size, device=device, dtype=dtype)
     images = torch.randn(batch, 32, 20, 20, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     filters = torch.randn(64, 32, 4, 4, device=device, dtype=dtype).to(memory_format=torch.channels_last)
-    product = 2 * size**3 / seconds_per_call(lambda: square @ square, device)
-    convolution = (
-        2 * batch * 81 * 64 * 512 / seconds_per_call(lambda: F.conv2d(images, filters, stride=2), device)
-    )
-    return max(product, convolution)
+    product_seconds = seconds_per_call(lambda: square @ square, device)
+    convolution_seconds = seconds_per_call(lambda: F.conv2d(images, filters, stride=2), device)
+    return max(2 * size**3 / product_seconds, 2 * batch * 81 * 64 * 512 / convolution_seconds)
 
 
 def emulator_speed(args: script.Args, seconds: float = 3.0) -> float:
     """Steps per second of the games alone, played at random."""
-    envs, rng, steps = script.make_envs(args), np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    steps = 0
+    envs = script.make_envs(args)
     envs.reset(seed=0)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -120,7 +124,10 @@ def emulator_speed(args: script.Args, seconds: float = 3.0) -> float:
 
 def timed_parts(training: script.Training, vector_steps: int) -> dict[str, float]:
     """Seconds per vector step in each part of the loop, and in all of it."""
-    run, learner, envs, replay = training.run, training.learner, training.envs, training.replay
+    run = training.run
+    learner = training.learner
+    envs = training.envs
+    replay = training.replay
     parts: dict[str, list[tuple[object, str]]] = {
         "act": [(learner, "act")],
         "emulate": [(envs, "send"), (envs, "receive")],
@@ -144,7 +151,8 @@ def timed_parts(training: script.Training, vector_steps: int) -> dict[str, float
     for part, methods in parts.items():
         for owner, name in methods:
             watch(part, owner, name)
-    start, end = time.perf_counter(), run.step + vector_steps * run.num_envs
+    end = run.step + vector_steps * run.num_envs
+    start = time.perf_counter()
     while run.step < end:
         training.advance()
     spent["all"] = time.perf_counter() - start
@@ -157,12 +165,13 @@ def measure(settings: ProfileSettings) -> dict[str, Any]:
     """All figures of one run, with where they come from."""
     with contextlib.ExitStack() as stack:
         training = make_run(settings, settings.num_envs, stack, settings.bf16)
-        learner, replay, device = training.learner, training.replay, training.learner.device
+        learner = training.learner
+        replay = training.replay
+        device = learner.device
 
         def measure_plasticity() -> None:
-            script.plasticity_measures(
-                learner, training.replayed(script.Stream.PLASTICITY, training.run.step)
-            )
+            batch = training.replayed(script.Stream.PLASTICITY, training.run.step)
+            script.plasticity_measures(learner, batch)
 
         if settings.full_replay:
             fill_up(replay)
@@ -177,15 +186,14 @@ def measure(settings: ProfileSettings) -> dict[str, Any]:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     rate = flops * updates_per_vector_step(settings) / parts["update"]
     limit = highest_rate(device, torch.bfloat16 if settings.bf16 else torch.float32)
-    speed, emulators = settings.num_envs / parts["all"], emulator_speed(training.args)
     return {
         "seconds_per_vector_step": parts,
         "plasticity_measurement_seconds": measuring,
         "update_GFLOP": flops / 1e9,
         "update_GFLOP_per_second": rate / 1e9,
         "highest_GFLOP_per_second": limit / 1e9,
-        "steps_per_second": speed,
-        "emulator_steps_per_second": emulators,
+        "steps_per_second": settings.num_envs / parts["all"],
+        "emulator_steps_per_second": emulator_speed(training.args),
         "memory_GB": memory / 1e9,
         "frames_GB": frames / 1e9,
         "frames_on": str(replay.storage),
@@ -193,35 +201,33 @@ def measure(settings: ProfileSettings) -> dict[str, Any]:
     }
 
 
-def report(settings: ProfileSettings, result: dict[str, Any]) -> None:
-    """Prints what `measure` found."""
+def print_figures(settings: ProfileSettings, result: dict[str, Any]) -> None:
+    """What `measure` found."""
+    device = result["circumstances"]["device"]
     updates = updates_per_vector_step(settings)
-    print(
-        f"{result['circumstances']['device']}, commit {result['commit']}, N = {settings.num_envs}, {updates:g} updates each"
-    )
+    print(f"{device}, commit {result['commit']}, N = {settings.num_envs}, {updates:g} updates each")
     parts = dict(result["seconds_per_vector_step"])
     parts["other"] = 2 * parts["all"] - sum(parts.values())
     for part in ("act", "emulate", "replay", "update", "other", "all"):
         print(f"{part:8}{1e3 * parts[part]:10.2f} ms{parts[part] / parts['all']:8.0%}")
-    flops, rate, limit = (
-        result[name] for name in ("update_GFLOP", "update_GFLOP_per_second", "highest_GFLOP_per_second")
-    )
-    print(f"update: {flops:.2f} GFLOP at {rate:,.0f} GFLOP/s, {rate / limit:.0%} of {limit:,.0f}")
-    speed, emulators = result["steps_per_second"], result["emulator_steps_per_second"]
+    rate = result["update_GFLOP_per_second"]
+    limit = result["highest_GFLOP_per_second"]
+    reached = f"{rate:,.0f} GFLOP/s, {rate / limit:.0%} of {limit:,.0f}"
+    print(f"update: {result['update_GFLOP']:.2f} GFLOP at {reached}")
+    speed = result["steps_per_second"]
+    emulators = result["emulator_steps_per_second"]
     print(f"run: {speed:,.0f} steps/s, {speed / emulators:.0%} of the emulators' {emulators:,.0f}")
     frequency = script.Args.plasticity_frequency
     measuring = result["plasticity_measurement_seconds"]
-    share = measuring * speed / frequency
-    print(
-        f"plasticity: {1e3 * measuring:.0f} ms a measurement, {share:.2%} of the time with one every {frequency:,} steps"
-    )
-    memory, frames, place = (result[name] for name in ("memory_GB", "frames_GB", "frames_on"))
-    print(f"memory: {memory:.2f} GB at most on the CPU; {frames:.2f} GB of frames on {place}")
+    share = f"{measuring * speed / frequency:.2%} of the time with one every {frequency:,} steps"
+    print(f"plasticity: {1e3 * measuring:.0f} ms a measurement, {share}")
+    frames = f"{result['frames_GB']:.2f} GB of frames on {result['frames_on']}"
+    print(f"memory: {result['memory_GB']:.2f} GB at most on the CPU; {frames}")
 
 
 def main(settings: ProfileSettings) -> None:
     result = measure(settings)
-    report(settings, result)
+    print_figures(settings, result)
     if settings.json is not None:
         settings.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

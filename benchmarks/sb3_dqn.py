@@ -1,10 +1,11 @@
-"""Stable-Baselines3's DQN on Atari, one window of learning after the other: what `throughput.py` compares with.
+"""Stable-Baselines3's DQN on Atari, one window of learning after the other: what throughput.py compares with.
 
-    python benchmarks/sb3_dqn.py PhoenixNoFrameskip-v4 8 50000 4000 auto    # game, N, replay, first update, device
+    # game, N, replay, first update, device
+    python benchmarks/sb3_dqn.py PhoenixNoFrameskip-v4 8 50000 4000 auto
 
-In a process of its own, as its users run it: the training script sets PyTorch, its memory allocator and denormal numbers up
-for the whole process that imports it. Fills its replay and writes a line; then, for every line with a number of seconds on
-standard input, learns for so long and writes the steps per second.
+In a process of its own, as its users run it: a run of the training script sets PyTorch, the memory
+allocator and denormal numbers up for its whole process. Fills its replay and writes a line; then, for
+every line with a number of seconds on standard input, learns for so long and writes the steps per second.
 """
 
 import os
@@ -55,7 +56,8 @@ def make_model(env_id: str, num_envs: int, buffer_size: int, learning_starts: in
 
 def window(model: DQN, seconds: float) -> float:
     """Steps per second of a window of so many seconds."""
-    first, start = model.num_timesteps, time.perf_counter()
+    first = model.num_timesteps
+    start = time.perf_counter()
     model.learn(10**9, callback=StopAfter(seconds), reset_num_timesteps=False)
     if model.device.type == "cuda":
         torch.cuda.synchronize()

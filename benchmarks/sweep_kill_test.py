@@ -1,10 +1,11 @@
-"""Runs a small sweep, 2 games × 2 seeds × 3 arms, with kills (SIGKILL), and compares all of it with runs started by hand.
+"""Runs a sweep, 2 games × 2 seeds × 3 arms, with kills (SIGKILL), and compares it with runs started by hand.
 
     python benchmarks/sweep_kill_test.py --kills 20 --sweep-kills 3
 
-At random moments a training or a Ray worker is killed; and some times the sweep itself, which is then started again. At the
-end every run is compared bit by bit with the one that a user starts by hand, without a sweep, and nobody touches. Exits with
-1 where anything differs, a run was done twice, or the manifest has a run as finished more or less than once.
+At random moments a training or a Ray worker is killed; and sometimes the sweep itself, which is then
+started again. At the end every run is compared bit by bit with the one that a user starts by hand, without
+a sweep, and nobody touches. Exits with 1 where anything differs, a run was done twice, or the manifest has
+a run as finished more or less than once.
 """
 
 import logging
@@ -18,24 +19,22 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.kill_test import FLAGS, content, differences, finish
+from benchmarks.kill_test import FLAGS, LAST, content, differences, finish
 from orchestration.manifest import read_manifest
 from support.process import ends_in_one_line
 from support.usage import words_given
 
 SWEEP = Path(__file__).resolve().parent.parent / "sweep.py"
-GAMES, SEEDS, FORKS = (
-    ("PhoenixNoFrameskip-v4", "BoxingNoFrameskip-v4"),
-    ("1", "2"),
-    ("injection", "reset-head"),
-)
-LAST = "checkpoint-1600"
+GAMES = ("PhoenixNoFrameskip-v4", "BoxingNoFrameskip-v4")
+SEEDS = ("1", "2")
+FORKS = ("injection", "reset-head")
 
 
 def trainings(place: Path) -> list[psutil.Process]:
@@ -43,9 +42,8 @@ def trainings(place: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if Path(process.cwd()) == place.absolute() and "dqn_injection_atari.py" in " ".join(
-                process.cmdline()
-            ):
+            is_training = "dqn_injection_atari.py" in " ".join(process.cmdline())
+            if is_training and Path(process.cwd()) == place.absolute():
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -62,31 +60,31 @@ def by_hand(place: Path, flags: list[str]) -> Iterator[tuple[str, Path]]:
 
     for game in GAMES:
         for seed in SEEDS:
-            own = f"{game}-{seed}"
-            trunk = done(f"{own}-none", *flags, "--env-id", game, "--seed", seed, "--intervention", "none")
+            which = ("--env-id", game, "--seed", seed)
+            trunk = done(f"{game}-{seed}-none", *flags, *which, "--intervention", "none")
             yield f"{game}__none__{seed}", trunk
-            (checkpoint,) = (path for path in trunk.glob("checkpoint-80[0-9]"))  # at the injection, kept
+            (checkpoint,) = trunk.glob("checkpoint-80[0-9]")  # at the injection, kept
             for arm in FORKS:
-                yield (
-                    f"{game}__{arm}__{seed}",
-                    done(f"{own}-{arm}", "--fork", str(checkpoint), "--intervention", arm),
-                )
+                fork = done(f"{game}-{seed}-{arm}", "--fork", str(checkpoint), "--intervention", arm)
+                yield f"{game}__{arm}__{seed}", fork
 
 
-def kill_something(place: Path, sweep: subprocess.Popen, rng: random.Random) -> list[str]:
-    """Kills a training or its worker, after a moment; returns which, nothing where there was none."""
+def kill_something(place: Path, rng: random.Random) -> str | None:
+    """Kills a "training" or its "worker", after a moment; returns which, None where there was none."""
     time.sleep(rng.uniform(0, 4))
-    if sweep.poll() is not None or not (going := trainings(place)):
-        return []
-    victim, what = rng.choice(going), rng.choice(("training", "worker"))
+    going = trainings(place)
+    if not going:
+        return None
+    training = rng.choice(going)
+    kind = rng.choice(("training", "worker"))
     try:
-        process = victim if what == "training" else victim.parent()
-        if process is None or (what == "worker" and "ray::" not in " ".join(process.cmdline())):
-            return []  # its worker has gone already
-        process.kill()
+        victim = training if kind == "training" else training.parent()
+        if victim is None or (kind == "worker" and "ray::" not in " ".join(victim.cmdline())):
+            return None  # its worker has gone already
+        victim.kill()
     except psutil.NoSuchProcess:
-        return []
-    return [what]
+        return None
+    return kind
 
 
 @dataclass
@@ -99,70 +97,77 @@ class Settings:
     """of the random moments"""
 
 
+def sweep_command(flags: list[str]) -> list[str]:
+    command = [sys.executable, str(SWEEP), "--name", "x", "--env-ids", *GAMES, "--seeds", *SEEDS]
+    command += ["--arms", "none", *FORKS, "--retries", "1000", "--retry-pause", "0.1"]
+    command += ["--memory-per-run", "0.5", "--threads-per-run", "1"]
+    return [*command, "--", *flags]
+
+
 def sweep_and_compare(
     backend: str, kills: int, settings: Settings, rng: random.Random
 ) -> tuple[Counter[str], list[str]]:
     """Returns what was killed how often, and what is not as it should be."""
     killed: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
-        hand, place = Path(name, "hand"), Path(name, "sweeps", "x")
+        hand = Path(name, "hand")
+        place = Path(name, "sweeps", "x")
+        output = Path(name, "output")
         hand.mkdir()
         flags = [*FLAGS, "--env-backend", backend]
-        references = {name: content(folder, LAST) for name, folder in by_hand(hand, flags)}
-        arguments = ["--name", "x", "--env-ids", *GAMES, "--seeds", *SEEDS, "--arms", "none", *FORKS]
-        arguments += [
-            "--retries",
-            "1000",
-            "--retry-pause",
-            "0.1",
-            "--memory-per-run",
-            "0.5",
-            "--threads-per-run",
-            "1",
-        ]
-        command = [sys.executable, str(SWEEP), *arguments, "--", *flags]
-        with open(Path(name, "said"), "w", encoding="utf-8") as said:
+        references = {run: content(folder, LAST) for run, folder in by_hand(hand, flags)}
+        with open(output, "w", encoding="utf-8") as file:
             for part in range(settings.sweep_kills + 1):
-                sweep = subprocess.Popen(command, cwd=name, stdout=said, stderr=subprocess.STDOUT)
+                command = sweep_command(flags)
+                sweep = subprocess.Popen(command, cwd=name, stdout=file, stderr=subprocess.STDOUT)
                 due = kills * (part + 1) // (settings.sweep_kills + 1)
                 while sweep.poll() is None and killed["training"] + killed["worker"] < due:
-                    killed.update(kill_something(place, sweep, rng))
-                time.sleep(rng.uniform(0, 6) if part < settings.sweep_kills else 0)
-                if part < settings.sweep_kills and sweep.poll() is None:
-                    sweep.kill()
-                    killed["sweep"] += 1
+                    kind = kill_something(place, rng)
+                    if kind is not None:
+                        killed[kind] += 1
+                if part < settings.sweep_kills:
+                    time.sleep(rng.uniform(0, 6))
+                    if sweep.poll() is None:
+                        sweep.kill()
+                        killed["sweep"] += 1
                 sweep.wait()
-        wrong = ["it ended before all kills were made"] * (killed.total() < kills + settings.sweep_kills)
-        wrong += [
-            f"the sweep ended with {sweep.returncode}: {Path(name, 'said').read_text(encoding='utf-8')}"
-        ] * bool(sweep.returncode)
-        finished = Counter(change.run for change in read_manifest(place) if change.state == "finished")
-        wrong += [
-            f"{run} finished {finished[run]} times"
-            for run in {**references, **finished}
-            if finished[run] != 1
-        ]
-        for run, reference in references.items():
-            folders, log = (
-                list((place / "runs").glob(f"{run}__*")),
-                (place / "logs" / f"{run}.log").read_text(encoding="utf-8"),
-            )
-            if max(len(folders), times := log.count(f": {LAST}, ")) > 1:
-                wrong.append(f"{run} was done {times} times, in {len(folders)} folders")
-            wrong += [f"{run}: {what}" for what in differences(content(folders[0], LAST), reference)]
+        wrong = faults(place, references)
+        if killed.total() < kills + settings.sweep_kills:
+            wrong.append("it ended before all kills were made")
+        if sweep.returncode:
+            wrong.append(f"the sweep ended with {sweep.returncode}: {output.read_text(encoding='utf-8')}")
     return killed, wrong
+
+
+def faults(place: Path, references: dict[str, dict[str, Any]]) -> list[str]:
+    """What is not as it should be in a sweep's folder; `references` are the contents of the runs by hand."""
+    wrong = []
+    finished = Counter(change.run for change in read_manifest(place) if change.state == "finished")
+    for run in references | finished:
+        if finished[run] != 1:
+            wrong.append(f"{run} finished {finished[run]} times")
+    for run, reference in references.items():
+        folders = list((place / "runs").glob(f"{run}__*"))
+        log = (place / "logs" / f"{run}.log").read_text(encoding="utf-8")
+        times = log.count(f": {LAST}, ")
+        if len(folders) > 1 or times > 1:
+            wrong.append(f"{run} was done {times} times, in {len(folders)} folders")
+        wrong += [f"{run}: {name}" for name in differences(content(folders[0], LAST), reference)]
+    return wrong
 
 
 def main(settings: Settings) -> None:
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # that points are purged is as it should be
     os.environ |= {"OMP_NUM_THREADS": "1"}
-    rng, failures = random.Random(settings.seed), 0
-    for backend, kills in (("sb3", settings.kills - settings.kills // 2), ("ale", settings.kills // 2)):
+    rng = random.Random(settings.seed)
+    runs = len(GAMES) * len(SEEDS) * (1 + len(FORKS))
+    kills_of_ale = settings.kills // 2
+    failed = False
+    for backend, kills in (("sb3", settings.kills - kills_of_ale), ("ale", kills_of_ale)):
         killed, wrong = sweep_and_compare(backend, kills, settings, rng)
-        failures += bool(wrong)
-        counts = len(GAMES) * len(SEEDS) * (1 + len(FORKS))
-        print(f"{backend}: {counts} runs, killed {dict(killed)}; wrong: {wrong or 'nothing'}", flush=True)
-    sys.exit(failures > 0)
+        failed = failed or bool(wrong)
+        print(f"{backend}: {runs} runs, killed {dict(killed)}; wrong: {wrong or 'nothing'}", flush=True)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/sweep_overhead.py --steps 50000 --pairs 3
 
-By hand and as a sweep they run in turn, with the same flags, one thread each. Prints the wall time of both until all is done,
-a sweep's comparison included; and how long the runs themselves took, from their first line to their last, whose ratio shows
-what Ray takes while they run. What is left is what a sweep takes once, however long its runs are.
+By hand and as a sweep they run in turn, with the same flags, one thread each. Prints the wall time of both
+until all is done, a sweep's comparison included; and how long the runs themselves took, from their first
+line to their last, whose ratio shows what Ray takes while they run. What is left is what a sweep takes
+once, however long its runs are.
 """
 
 import os
@@ -26,7 +27,8 @@ from support.run_log import read_scalars
 from support.usage import words_given
 
 ROOT = Path(__file__).resolve().parent.parent
-GAME, SEEDS = "PhoenixNoFrameskip-v4", ("1", "2")
+GAME = "PhoenixNoFrameskip-v4"
+SEEDS = ("1", "2")
 FLAGS = """--env-backend ale --num-envs 8 --buffer-size 50000 --learning-starts 2000
 --exploration-fraction 0.1""".split()
 
@@ -40,10 +42,13 @@ class Settings:
 
 
 def by_hand(place: Path, flags: list[str]) -> None:
-    script = (sys.executable, str(ROOT / "dqn_injection_atari.py"))
-    own = [("--env-id", GAME, "--seed", seed, "--intervention none", "--no-cuda") for seed in SEEDS]
-    runs = [subprocess.Popen([*script, *flags, *more], cwd=place, stdout=subprocess.DEVNULL) for more in own]
-    if any([run.wait() for run in runs]):  # a list: wait for both
+    script = (sys.executable, str(ROOT / "dqn_injection_atari.py"), "--env-id", GAME)
+    runs = []
+    for seed in SEEDS:
+        command = [*script, "--seed", seed, "--intervention", "none", "--no-cuda", *flags]
+        runs.append(subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL))
+    statuses = [run.wait() for run in runs]
+    if any(statuses):
         raise RuntimeError("a run by hand has failed")
 
 
@@ -62,20 +67,27 @@ def seconds_of_runs(place: Path) -> float:
 def main(settings: Settings) -> None:
     os.environ |= {"OMP_NUM_THREADS": "1"}
     flags = [*FLAGS, "--total-timesteps", str(settings.steps)]
-    walls, inside = [], []
-    for pair in range(settings.pairs):
+    wall_ratios = []
+    run_ratios = []
+    ways = [by_hand, as_sweep]
+    for _ in range(settings.pairs):
         found = {}
-        for way in (by_hand, as_sweep) if pair % 2 == 0 else (as_sweep, by_hand):
+        for way in ways:
             with tempfile.TemporaryDirectory() as name:
                 begun = time.perf_counter()
                 way(Path(name), flags)
                 found[way] = time.perf_counter() - begun, seconds_of_runs(Path(name))
-        (hand, hand_runs), (sweep, sweep_runs) = found[by_hand], found[as_sweep]
-        walls.append(sweep / hand)
-        inside.append(sweep_runs / hand_runs)
-        line = f"by hand {hand:.1f} s, as a sweep {sweep:.1f} s: {walls[-1]:.3f} times as long, the runs {inside[-1]:.3f} times"
-        print(f"{line}; once {(sweep - sweep_runs) - (hand - hand_runs):.1f} s more", flush=True)
-    print(f"medians: wall time {statistics.median(walls):.3f}, runs {statistics.median(inside):.3f}")
+        ways.reverse()  # the other one is first in the next pair
+        hand, hand_runs = found[by_hand]
+        sweep, sweep_runs = found[as_sweep]
+        wall_ratios.append(sweep / hand)
+        run_ratios.append(sweep_runs / hand_runs)
+        ratios = f"{wall_ratios[-1]:.3f} times as long, the runs {run_ratios[-1]:.3f} times"
+        once = (sweep - sweep_runs) - (hand - hand_runs)
+        line = f"by hand {hand:.1f} s, as a sweep {sweep:.1f} s: {ratios}; once {once:.1f} s more"
+        print(line, flush=True)
+    medians = f"wall time {statistics.median(wall_ratios):.3f}, runs {statistics.median(run_ratios):.3f}"
+    print(f"medians: {medians}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     python benchmarks/throughput.py --json throughput.json
 
-Every contender plays at random until its replay holds `--fill` transitions, then learns for a warm-up that is not
-counted. After that the contenders take turns, one window each, round after round, so that whatever else the machine does
-hits all of them; medians over the rounds are reported. All make one update per 4 steps with a batch of 32.
+Every contender plays at random until its replay holds `--fill` transitions, then learns for a warm-up that
+is not counted. After that the contenders take turns, one window each, round after round, so that whatever
+else the machine does hits all of them; medians over the rounds are reported. All make one update per 4
+steps with a batch of 32.
 
-Ours is Double DQN, with N = 1 on Stable-Baselines3's wrappers and N > 1 on ALE's vectoriser. Stable-Baselines3's is DQN,
-which evaluates one network less per update, on the wrappers that its `make_atari_env` gives (games one after the other),
-with the settings its users train Atari agents with, and in a process of its own, waiting while others have their turn.
+Ours is Double DQN, with N = 1 on Stable-Baselines3's wrappers and N > 1 on ALE's vectoriser.
+Stable-Baselines3's is DQN, which evaluates one network less per update, on the wrappers that its
+`make_atari_env` gives (games one after the other), with the settings its users train Atari agents with,
+and in a process of its own, waiting while others have their turn.
 """
 
 import contextlib
@@ -29,6 +31,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
 from orchestration.manifest import commit
+from support.acceleration import prepare_process
 from support.machine import circumstances, pick_device, slow_bfloat16
 from support.process import Signals, ends_in_one_line
 from support.runs import Origin, Run
@@ -72,7 +75,8 @@ class ThroughputSettings(Settings):
 def make_run(
     settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf16: bool = False
 ) -> script.Training:
-    """A run of the training script that is about to make its first update, in a folder that is there until `stack` unwinds."""
+    """A run of the training script just before its first update, in a folder that goes with `stack`."""
+    prepare_process()
     args = script.Args(
         env_id=settings.env_id,
         env_backend="sb3" if num_envs == 1 else "ale",
@@ -80,26 +84,35 @@ def make_run(
         buffer_size=settings.buffer_size,
         learning_starts=settings.fill,
         injection_step=(settings.fill + num_envs,),  # room for the one that `ours` makes
-        exploration_fraction=settings.fill
-        / script.Args.total_timesteps,  # ε is at its end when learning begins
+        # ε is at its end when learning begins
+        exploration_fraction=settings.fill / script.Args.total_timesteps,
         checkpoint_frequency=0,
         bf16=bf16,
         cuda=settings.cuda,
-        torch_deterministic=False,  # it is a switch of the whole process, and Stable-Baselines3's users leave it off
+        torch_deterministic=False,  # a switch of the whole process that Stable-Baselines3's users leave off
         cuda_graphs=settings.cuda_graphs,
         overlap=settings.overlap,
     )
     device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
-    if bf16 and (slow := slow_bfloat16(device)):
+    slow = slow_bfloat16(device)
+    if bf16 and slow:
         raise SystemExit(f"error: {slow}: leave out --bf16")
     envs, learner, replay = script.make_parts(args, device)
     stack.callback(envs.close)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
-    parts = {"learner": learner, "replay": replay, "envs": envs}
-    surroundings = circumstances(device, script.CODE_VERSION)
-    run = Run(origin, "", script.__version__, asdict(args), parts, surroundings, Signals(), stack)
-    run.log.bar.disable, run.log.PLAIN_LINE_SECONDS = True, sys.maxsize
+    run = Run(
+        origin,
+        name="",
+        version=script.__version__,
+        args=asdict(args),
+        parts={"learner": learner, "replay": replay, "envs": envs},
+        circumstances=circumstances(device, script.CODE_VERSION),
+        signals=Signals(),
+        stack=stack,
+    )
+    run.log.bar.disable = True
+    run.log.PLAIN_LINE_SECONDS = sys.maxsize
     training = script.Training(args, run, envs, learner, replay)
     envs.reset(seed=0)
     while run.step < settings.fill:
@@ -123,7 +136,8 @@ def ours(
         training.intervene()
 
     def window(seconds: float) -> float:
-        first, start = run.step, time.perf_counter()
+        first = run.step
+        start = time.perf_counter()
         while time.perf_counter() - start < seconds:
             training.advance()
         wait_for(training.learner.device)
@@ -135,28 +149,29 @@ def ours(
 def sb3(settings: Settings, num_envs: int, stack: contextlib.ExitStack) -> Callable[[float], float]:
     """Steps per second of a window of so many seconds."""
     if 4 % num_envs and num_envs % 4:
-        raise SystemExit(
-            f"error: Stable-Baselines3 cannot make one update per 4 steps with {num_envs} games: try 1 or 8"
-        )
+        cannot = f"Stable-Baselines3 cannot make one update per 4 steps with {num_envs} games"
+        raise SystemExit(f"error: {cannot}: try 1 or 8")
     device = "auto" if settings.cuda else "cpu"
-    given = (settings.env_id, num_envs, settings.buffer_size, settings.fill, device)
-    command = [sys.executable, str(ROOT / "benchmarks" / "sb3_dqn.py"), *map(str, given)]
+    sizes = (str(num_envs), str(settings.buffer_size), str(settings.fill))
+    command = [sys.executable, str(ROOT / "benchmarks" / "sb3_dqn.py"), settings.env_id, *sizes, device]
     process = stack.enter_context(
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", bufsize=1)
     )
     assert process.stdin is not None and process.stdout is not None
-    to_it, from_it = process.stdin, process.stdout
-    stack.callback(to_it.close)  # which ends it
+    questions = process.stdin
+    answers = process.stdout
+    stack.callback(questions.close)  # which ends it
 
     def answer() -> str:
-        if not (line := from_it.readline()):
+        line = answers.readline()
+        if not line:
             raise SystemExit("error: Stable-Baselines3's DQN ended, it says why above")
         return line
 
     answer()
 
     def window(seconds: float) -> float:
-        to_it.write(f"{seconds}\n")
+        questions.write(f"{seconds}\n")
         return float(answer())
 
     return window
@@ -165,57 +180,59 @@ def sb3(settings: Settings, num_envs: int, stack: contextlib.ExitStack) -> Calla
 def contenders(
     settings: ThroughputSettings, stack: contextlib.ExitStack
 ) -> dict[str, Callable[[float], float]]:
-    made = {f"SB3 DQN, N={n}": sb3(settings, n, stack) for n in settings.sb3_num_envs}
-    precisions = [False, True]
-    if slow := slow_bfloat16(pick_device(settings.cuda, deterministic=False, tf32=script.Args.tf32)):
-        precisions = [False]
+    """{name: its window}"""
+    windows = {f"SB3 DQN, N={n}": sb3(settings, n, stack) for n in settings.sb3_num_envs}
+    precisions = {"fp32": False, "bf16": True}
+    slow = slow_bfloat16(pick_device(settings.cuda, deterministic=False, tf32=script.Args.tf32))
+    if slow:
+        del precisions["bf16"]
         print(f"bfloat16 is left out: {slow}")
     for n in settings.num_envs:
-        for bf16 in precisions:
-            for injected in (False, True):
-                name = f"ours, N={n}, {'bf16' if bf16 else 'fp32'}, {'after' if injected else 'before'} injection"
-                made[name] = ours(settings, n, bf16, injected, stack)
-    return made
+        for precision, bf16 in precisions.items():
+            for when, injected in (("before", False), ("after", True)):
+                name = f"ours, N={n}, {precision}, {when} injection"
+                windows[name] = ours(settings, n, bf16, injected, stack)
+    return windows
 
 
 def measure(settings: ThroughputSettings) -> dict[str, list[float]]:
     """{contender: steps per second of each window}"""
     with contextlib.ExitStack() as stack:
-        made = contenders(settings, stack)
-        for window in made.values():
+        windows = contenders(settings, stack)
+        for window in windows.values():
             window(settings.warm_up)
-        speeds: dict[str, list[float]] = {name: [] for name in made}
+        speeds: dict[str, list[float]] = {name: [] for name in windows}
         for turn in range(settings.rounds):
-            for name, window in made.items():
+            for name, window in windows.items():
                 speeds[name].append(window(settings.seconds))
             print(f"round {turn + 1} of {settings.rounds}", file=sys.stderr, flush=True)
     return speeds
 
 
 def table(speeds: dict[str, list[float]]) -> str:
-    """One line per contender: median, range, and ratios of medians to each of SB3's and to the same before injection."""
+    """A line per contender: median, range, ratios of medians to each of SB3's and to before the injection."""
     medians = {name: statistics.median(windows) for name, windows in speeds.items()}
     peers = [name for name in speeds if name.startswith("SB3")]
-    lines = [
-        f"{'':36}{'steps/s':>9}{'range':>14}"
-        + "".join(f"{'÷ ' + peer:>18}" for peer in peers)
-        + f"{'÷ before':>11}"
-    ]
+    header = f"{'':36}{'steps/s':>9}{'range':>14}"
+    for peer in peers:
+        header += f"{'÷ ' + peer:>18}"
+    lines = [header + f"{'÷ before':>11}"]
     for name, windows in speeds.items():
         spread = f"{min(windows):,.0f}–{max(windows):,.0f}"
-        line = f"{name:36}{medians[name]:9,.0f}{spread:>14}" + "".join(
-            f"{medians[name] / medians[p]:18.2f}" for p in peers
-        )
-        before = name.replace("after injection", "before injection")
-        lines.append(line + (f"{medians[name] / medians[before]:11.2f}" if before != name else ""))
+        line = f"{name:36}{medians[name]:9,.0f}{spread:>14}"
+        for peer in peers:
+            line += f"{medians[name] / medians[peer]:18.2f}"
+        if "after injection" in name:
+            before = name.replace("after injection", "before injection")
+            line += f"{medians[name] / medians[before]:11.2f}"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def provenance(settings: Settings, device: torch.device) -> dict[str, Any]:
     """Commit, software and hardware that a measurement belongs to."""
-    plain = {
-        name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()
-    }
+    plain = asdict(settings)
+    plain["json"] = None if settings.json is None else str(settings.json)
     return {
         "commit": commit(),
         "settings": plain,
@@ -226,12 +243,12 @@ def provenance(settings: Settings, device: torch.device) -> dict[str, Any]:
 def main(settings: ThroughputSettings) -> None:
     device = pick_device(settings.cuda, deterministic=False, tf32=script.Args.tf32)
     speeds = measure(settings)
-    result = {"steps_per_second": speeds, **provenance(settings, device)}
-    print(
-        f"{result['circumstances']['device']}, commit {result['commit']}, medians of {settings.rounds} windows"
-    )
+    source = provenance(settings, device)
+    hardware = source["circumstances"]["device"]
+    print(f"{hardware}, commit {source['commit']}, medians of {settings.rounds} windows")
     print(table(speeds))
     if settings.json is not None:
+        result = {"steps_per_second": speeds, **source}
         settings.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """Draws the network before and after an injection: python img/draw_architecture.py"""
 
+import math
 import sys
 from pathlib import Path
 
@@ -9,7 +10,11 @@ from analysis.canvas import INK, Axes, Circle, FancyArrowPatch, FancyBboxPatch, 
 
 Point = tuple[float, float]
 Style = str | tuple[float, tuple[float, ...]]  # a name, or (offset, (on, off, ...))
-TRAINED, FROZEN, ABSENT = "#fbc48a", "#79a5d2", "#efefef"  # as greys they differ, too
+# As greys they differ, too
+TRAINED = "#fbc48a"
+FROZEN = "#79a5d2"
+ABSENT = "#efefef"
+RADIUS = 0.26  # of the sum
 
 
 def box(
@@ -34,39 +39,31 @@ def arrow(ax: Axes, start: Point, end: Point, style: Style = "-") -> None:
 def network(ax: Axes, y: float, title: str, heads: list[tuple[str, str, str]]) -> None:
     """One row: observation → encoder → heads → Q; heads are (label, colour, sign) from top to bottom."""
     ax.text(0, y + 2.05, title, fontsize=12, fontweight="bold", va="center")
-    middle = y
-    box(ax, 0, middle - 0.55, 1.45, 1.1, "4 frames\n84 × 84\nuint8", "white")
-    box(
-        ax,
-        2.05,
-        middle - 0.85,
-        2.95,
-        1.7,
-        "encoder φ\nconv 32, 8×8, stride 4\nconv 64, 4×4, stride 2\nconv 64, 3×3, stride 1",
-        TRAINED,
-    )
-    arrow(ax, (1.45, middle), (2.05, middle))
-    ax.text(5.38, middle + 0.15, "3136", ha="center", fontsize=8.5)
-    ax.plot([5.0, 5.7], [middle, middle], color=INK, lw=1.2)
-    ax.add_patch(Circle((9.75, middle), 0.26, fc="white", ec=INK, lw=1.1))
-    ax.text(9.75, middle, "Σ", ha="center", va="center", fontsize=12)
-    for (label, colour, sign), head_y in zip(heads, (middle + 1.25, middle, middle - 1.25), strict=True):
+    box(ax, 0, y - 0.55, 1.45, 1.1, "4 frames\n84 × 84\nuint8", "white")
+    layers = ("encoder φ", "conv 32, 8×8, stride 4", "conv 64, 4×4, stride 2", "conv 64, 3×3, stride 1")
+    box(ax, 2.05, y - 0.85, 2.95, 1.7, "\n".join(layers), TRAINED)
+    arrow(ax, (1.45, y), (2.05, y))
+    ax.text(5.38, y + 0.15, "3136", ha="center", fontsize=8.5)
+    ax.plot([5.0, 5.7], [y, y], color=INK, lw=1.2)
+    ax.add_patch(Circle((9.75, y), RADIUS, fc="white", ec=INK, lw=1.1))
+    ax.text(9.75, y, "Σ", ha="center", va="center", fontsize=12)
+    for (label, colour, sign), above in zip(heads, (1.25, 0, -1.25), strict=True):
         live = colour != ABSENT
+        head_y = y + above
         box(ax, 6.1, head_y - 0.45, 2.6, 0.9, label, colour, INK if live else "#9a9a9a")
         style: Style = "-" if live else (0, (3, 3))
-        ax.plot([5.7, 5.7], [middle, head_y], color=INK, lw=1.2, ls=style)
+        ax.plot([5.7, 5.7], [y, head_y], color=INK, lw=1.2, ls=style)
         arrow(ax, (5.7, head_y), (6.1, head_y), style)
-        if live:
-            offset = 0.26 if head_y > middle else -0.26 if head_y < middle else 0
-            target = (9.75, middle + offset) if offset else (9.49, middle)
-            if offset:
-                ax.plot([8.7, 9.75], [head_y, head_y], color=INK, lw=1.2)
-                arrow(ax, (9.75, head_y), target)
-            else:
-                arrow(ax, (8.7, head_y), target)
-            ax.text(9.0, head_y + 0.17, sign, ha="center", fontsize=13)
-    arrow(ax, (10.01, middle), (10.5, middle))
-    box(ax, 10.5, middle - 0.4, 1.3, 0.8, "Q(s, ·)", "white")
+        if not live:
+            continue
+        ax.text(9.0, head_y + 0.17, sign, ha="center", fontsize=13)
+        if above == 0:
+            arrow(ax, (8.7, y), (9.75 - RADIUS, y))
+        else:
+            ax.plot([8.7, 9.75], [head_y, head_y], color=INK, lw=1.2)
+            arrow(ax, (9.75, head_y), (9.75, y + math.copysign(RADIUS, above)))
+    arrow(ax, (10.01, y), (10.5, y))
+    box(ax, 10.5, y - 0.4, 1.3, 0.8, "Q(s, ·)", "white")
 
 
 @drawing()
@@ -80,8 +77,8 @@ def main() -> None:
         "before the injection:  Q = θ(φ)",
         [
             (f"head θ\n{layers}", TRAINED, "+"),
-            ("θ′₁: not live yet", ABSENT, ""),
-            ("θ′₂: not live yet", ABSENT, ""),
+            ("θ′₁: not in use yet", ABSENT, ""),
+            ("θ′₂: not in use yet", ABSENT, ""),
         ],
     )
     network(
@@ -97,7 +94,7 @@ def main() -> None:
     for x, colour, text in (
         (0.0, TRAINED, "trained"),
         (1.7, FROZEN, "frozen, still passes gradient to φ"),
-        (6.6, ABSENT, "not evaluated"),
+        (6.6, ABSENT, "dashed: not in use yet, not evaluated"),
     ):
         ax.add_patch(
             FancyBboxPatch(

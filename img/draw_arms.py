@@ -1,6 +1,6 @@
 """Draws evaluation curves of several arms: python img/draw_arms.py img/NAME.png runs/FOLDER runs/FOLDER ...
 
-Runs with one --exp-name are an arm: a thin line per run, a thick one for their mean. Prints the means and ranges as a table.
+Runs with one --exp-name are an arm: a thin line per run, a thick one for their mean. Prints means and ranges.
 """
 
 import sys
@@ -24,15 +24,17 @@ def draw(target: str, title: str, arms: dict[str, np.ndarray], steps: np.ndarray
     """The figure of {name: (runs, K) returns} at K steps."""
     figure = Figure(figsize=(8, 4.2))
     ax = figure.subplots()
+    labels = []
+    means = []
     for number, (name, values) in enumerate(arms.items()):
         style = look(number)
         ax.plot(steps, values.T, color=style.colour, lw=0.8, alpha=0.5)
-        label = f"{name}, mean of {len(values)}"
-        plot_broken(ax, steps, values.mean(axis=0), **style.line, lw=2.2, label=label)
+        labels.append(f"{name}, mean of {len(values)}")
+        plot_broken(ax, steps, values.mean(axis=0), **style.line, lw=2.2, label=labels[-1])
+        means.append(ax.lines[-1])
     ax.set(xlabel="step (1 step = 4 frames)", ylabel="mean score of an evaluation")
     ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
-    means = [line for line in ax.lines if line.get_linewidth() == 2.2]
-    ax.legend(means, [str(line.get_label()) for line in means])
+    ax.legend(means, labels)
     ax.set_title(title, fontsize=10, loc="left")
     save(figure, target, bbox_inches="tight")
 
@@ -44,24 +46,25 @@ def main() -> None:
             raise UsageError("give a figure and runs: python img/draw_arms.py img/NAME.png runs/FOLDER ...")
         check_name(target)
         runs = [read_run(folder, RETURN, "leave it out") for folder in sorted(folders)]
-        curves = defaultdict(list)  # of each arm {step: mean score}
-        for run in runs:
-            points = zip(*run.scalars[RETURN], strict=True)
-            curves[run.args.exp_name].append({int(step): float(value) for step, value in points})
-        every = [set(curve) for of_arm in curves.values() for curve in of_arm]
-        steps = sorted(set.intersection(*every))
-        if not steps:
+        steps = runs[0].scalars[RETURN][0]
+        for run in runs[1:]:
+            steps = np.intersect1d(steps, run.scalars[RETURN][0])
+        if not len(steps):
             raise UsageError("the runs have no step in common at which each was evaluated: give others")
-        arms = {}
-        for name, of_arm in curves.items():
-            arms[name] = np.array([[curve[step] for step in steps] for curve in of_arm])
+        curves = defaultdict(list)
+        for run in runs:
+            evaluated, scores = run.scalars[RETURN]
+            curves[run.args.exp_name].append(scores[np.isin(evaluated, steps)])
+        arms = {name: np.array(values) for name, values in curves.items()}
         print(f"| step | {' | '.join(arms)} |")
         print(f"| --- | {' | '.join('---' for _ in arms)} |")
         for i, step in enumerate(steps):
-            at_step = [values[:, i] for values in arms.values()]
-            cells = [f"{values.mean():.1f} [{values.min():.1f}, {values.max():.1f}]" for values in at_step]
-            print(f"| {step:,} | {' | '.join(cells)} |")
-        draw(target, runs[0].args.env_id, arms, np.array(steps))
+            cells = []
+            for values in arms.values():
+                scores = values[:, i]
+                cells.append(f"{scores.mean():.1f} [{scores.min():.1f}, {scores.max():.1f}]")
+            print(f"| {step:,.0f} | {' | '.join(cells)} |")
+        draw(target, runs[0].args.env_id, arms, steps)
 
 
 if __name__ == "__main__":

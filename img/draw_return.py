@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.canvas import Figure, check_name, drawing, save
 from analysis.curves import RecordedRun, read_run
+from analysis.figures import labelled
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
 
@@ -18,32 +19,30 @@ RETURN = "charts/episodic_return"
 
 @drawing()
 def draw(run: RecordedRun, target: str, random_score: float | None) -> None:
-    none = np.empty((2, 0))
+    nothing = np.empty((2, 0))
     steps, returns = run.scalars[RETURN]
-    evaluations = run.scalars.get("eval/episodic_return", none)
-    injections = run.scalars.get("injection/step", none)[0]
+    evaluations = run.scalars.get("eval/episodic_return", nothing)
+    injections = run.scalars.get("injection/step", nothing)[0]
     figure = Figure(figsize=(8, 4.2))
     ax = figure.subplots()
     ax.plot(steps, returns, ".", ms=2, color="#b9cfe4", label="one training game")
     window = min(GAMES_PER_POINT, len(returns))
     means = np.convolve(returns, np.ones(window) / window, mode="valid")
-    ax.plot(
-        steps[window - 1 :], means, color="#1f5a92", lw=1.8, label=f"mean of the last {window} training games"
-    )
+    label = f"mean of the last {window} training games"
+    ax.plot(steps[window - 1 :], means, color="#1f5a92", lw=1.8, label=label)
     if evaluations.size:
         ax.plot(*evaluations, "D", ms=5, color="#d1495b", label="evaluation, mean of its games")
     if random_score is not None:
         ax.axhline(random_score, color="#666666", lw=1, ls=":", label=f"random play ({random_score:g})")
-    for i, step in enumerate(injections):
-        ax.axvline(step, color="#e08a1e", lw=1.5, ls="--", label=None if i else "plasticity injection")
-    ax.set(
-        xlabel="step (1 step = 4 frames)",
-        ylabel="return of a whole game, raw score",
-        ylim=(0, np.quantile(returns, 0.998)),
-    )
+    for step in injections:
+        ax.axvline(step, color="#e08a1e", lw=1.5, ls="--", label="plasticity injection")
+    ax.set_xlabel("step (1 step = 4 frames)")
+    ax.set_ylabel("return of a whole game, raw score")
+    ax.set_ylim(0, np.quantile(returns, 0.998))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
     ax.margins(x=0.01)
-    ax.legend(loc="upper left")
+    named = labelled(ax)
+    ax.legend(named.values(), named.keys(), loc="upper left")
     ax.set_title(run.args.env_id, fontsize=10, loc="left")
     save(figure, target, bbox_inches="tight")
 
@@ -52,18 +51,16 @@ def number(word: str) -> float:
     try:
         return float(word)
     except ValueError as error:
-        raise UsageError(
-            f"RANDOM_SCORE is {word}, but must be a number: change it, or leave it out"
-        ) from error
+        problem = f"RANDOM_SCORE is {word}, but must be a number"
+        raise UsageError(f"{problem}: change it, or leave it out") from error
 
 
 def main() -> None:
     with ends_in_one_line():
         words = words_given()
         if len(words) not in (2, 3):
-            raise UsageError(
-                "give a run and a figure's name: python img/draw_return.py runs/FOLDER img/NAME.png [RANDOM_SCORE]"
-            )
+            example = "python img/draw_return.py runs/FOLDER img/NAME.png [RANDOM_SCORE]"
+            raise UsageError(f"give a run and a figure's name: {example}")
         random_score = number(words[2]) if len(words) == 3 else None
         check_name(words[1])
         draw(read_run(words[0], RETURN, "give another"), words[1], random_score)

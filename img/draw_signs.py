@@ -2,18 +2,21 @@
 
     python img/draw_signs.py img/signs.png results/dose/*.csv results/dose/probe_*.json
 
-A point is an agent. Its measures are those of the run without an injection, at the step of the other's; its gain is the
-difference in mean return that compare.py finds for its seed. The JSON files are of compare.py --probe, at checkpoints of that
-step. Prints for every measure its range at each learning rate, and Spearman's correlation with the gain: over all agents; and
-within learning rates, where every agent has its rank among those of its own, since what goes with the learning rate goes with
-a gain that does, whatever it measures. Then what the largest of so many correlations is by chance.
+A point is an agent. Its measures are those of the run without an injection, at the step of the other's. Its
+gain is the difference in mean return that compare.py finds for its seed. The JSON files are of
+compare.py --probe, at checkpoints of that step.
+
+Prints for every measure its range at each learning rate, and Spearman's correlation with the gain: over all
+agents; and within learning rates, where an agent has its rank among those of its own. What goes with the
+learning rate goes with a gain that does, whatever it measures. Then what the largest of so many correlations
+is by chance.
 """
 
 import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.arms import group
 from analysis.canvas import Figure, MaxNLocator, check_name, drawing, look, save
-from analysis.curves import read_curves
+from analysis.curves import RecordedRun, read_curves
 from analysis.fitting import CONTENDERS
 from analysis.task_sequence import INJECTED, SAME
 from analysis.verdict import comparisons
@@ -47,61 +50,79 @@ class Agent:
     learning_rate: float
     step: int
     gain: float
-    measures: dict[str, float] = field(default_factory=dict)
+    measures: dict[str, float]
 
 
-Agents = dict[tuple[str, ...], Agent]  # by exp_name and seed of the run without an injection
+Agents = dict[tuple[str, str], Agent]  # by exp_name and seed of the run without an injection
+ByRate = dict[float, list[Agent]]  # by learning rate
+
+
+def measures_at(run: RecordedRun, step: int) -> dict[str, float]:
+    """{measure: value} of what was measured of a run's plasticity at a step."""
+    measures = {}
+    for tag, (steps, values) in run.scalars.items():
+        if tag.startswith("plasticity/") and step in steps:
+            measures[tag.removeprefix("plasticity/")] = float(values[steps == step][0])
+    return measures
 
 
 def agents_in(files: list[str]) -> Agents:
     """The agents in files of curves that went on both with an injection and without."""
-    arms, _ = group([run for path in files for run in read_curves(Path(path), RETURN)])
+    runs: list[RecordedRun] = []
+    for path in files:
+        runs += read_curves(Path(path), RETURN)
+    arms, _ = group(runs)
     agents: Agents = {}
     for pair in comparisons(arms, RETURN, None):
-        for run in pair.arms[0].runs if pair.intervention == "injection" else ():
-            key = run.args.exp_name, str(run.args.seed)
-            if run.args.seed in pair.differences:
-                if key in agents:
-                    raise UsageError(
-                        f"two agents have the exp_name {key[0]} and seed {key[1]}: draw them one by one"
-                    )
-                agents[key] = agent = Agent(
-                    run.args.learning_rate, pair.after, pair.differences[run.args.seed]
-                )
-                for tag, (steps, values) in run.scalars.items():
-                    if tag.startswith("plasticity/") and pair.after in steps:
-                        agent.measures[tag.removeprefix("plasticity/")] = float(
-                            values[steps == pair.after][0]
-                        )
+        if pair.intervention != "injection":
+            continue
+        for run in pair.arms[0].runs:
+            seed = run.args.seed
+            if seed not in pair.differences:
+                continue
+            key = run.args.exp_name, str(seed)
+            if key in agents:
+                twice = f"two agents have the exp_name {key[0]} and seed {seed}"
+                raise UsageError(f"{twice}: draw them one by one")
+            gain = pair.differences[seed]
+            agents[key] = Agent(run.args.learning_rate, pair.after, gain, measures_at(run, pair.after))
     return agents
 
 
 def add_probe(agents: Agents, path: Path) -> None:
-    """Adds to agents what a file of probes says of them: error ÷ a fresh network's, and what an injection makes of it."""
+    """Adds to agents what a file of probes says of them.
+
+    That is the error ÷ a fresh network's, and what an injection makes of it.
+    """
     probed = []
     with reading(path, "what was probed", "give a file that compare.py --probe wrote"):
         for result in json.loads(path.read_text(encoding="utf-8")):
             names = (SAME, INJECTED) if "probe_tasks" in result else CONTENDERS[:2]
-            probed.append((Path(result["checkpoint"]), [result["relative_to_fresh"][name] for name in names]))
+            ratios = [result["relative_to_fresh"][name] for name in names]
+            probed.append((Path(result["checkpoint"]), ratios))
     for checkpoint, ratios in probed:
-        parts = checkpoint.parent.name.split("__")  # game, exp_name, seed, time of a run's folder
-        agent = agents.get(("__".join(parts[1:-2]), *parts[-2:-1]))
+        # A run's folder is called GAME__EXP_NAME__SEED__TIME
+        _, _, after_game = checkpoint.parent.name.partition("__")
+        exp_name_and_seed, _, _ = after_game.rpartition("__")
+        exp_name, _, seed = exp_name_and_seed.rpartition("__")
+        agent = agents.get((exp_name, seed))
         if agent is None or checkpoint.name != f"checkpoint-{agent.step}":
             print(f"left out of {path}: {checkpoint}, no gain is known from there on")
         elif None in ratios:
             print(f"left out of {path}: {checkpoint}, it diverged")
         else:
-            own, injected = (ratio["ratio"] for ratio in ratios)
-            agent.measures |= {f"{path.stem}, agent": own, f"{path.stem}, injected ÷ agent": injected / own}
+            as_it_is, injected = (ratio["ratio"] for ratio in ratios)
+            agent.measures[f"{path.stem}, agent"] = as_it_is
+            agent.measures[f"{path.stem}, injected ÷ agent"] = injected / as_it_is
 
 
-def points(by_rate: Sequence[Sequence[Agent]], name: str) -> list[np.ndarray]:
+def points(by_rate: ByRate, name: str) -> list[np.ndarray]:
     """For each learning rate the values of a measure and the gains, (2, n), of the n agents that have it."""
-    having = [
-        [(agent.measures[name], agent.gain) for agent in agents if name in agent.measures]
-        for agents in by_rate
-    ]
-    return [np.array(pairs).reshape(-1, 2).T for pairs in having]
+    groups = []
+    for agents in by_rate.values():
+        pairs = [(agent.measures[name], agent.gain) for agent in agents if name in agent.measures]
+        groups.append(np.array(pairs).reshape(-1, 2).T)
+    return groups
 
 
 def spread(values: Sequence[float]) -> str:
@@ -109,36 +130,46 @@ def spread(values: Sequence[float]) -> str:
 
 
 def correlation(groups: list[np.ndarray]) -> float:
-    """Spearman's of values and gains, (2, n) each, ranked within groups; NaN for fewer than three points, or all equal."""
-    ranks = np.hstack([scipy.stats.rankdata(points, axis=1) - (points.shape[1] + 1) / 2 for points in groups])
-    return float(np.corrcoef(ranks)[0, 1]) if ranks.shape[1] > 2 and np.ptp(ranks, axis=1).all() else math.nan
+    """Spearman's of values and gains, (2, n) each, ranked within groups.
+
+    NaN for fewer than three points, and where all are equal.
+    """
+    centred = []
+    for group_points in groups:
+        ranks = scipy.stats.rankdata(group_points, axis=1)
+        centred.append(ranks - (group_points.shape[1] + 1) / 2)
+    together = np.hstack(centred)
+    if together.shape[1] < 3 or not np.ptp(together, axis=1).all():
+        return math.nan
+    return float(np.corrcoef(together)[0, 1])
 
 
-def largest_by_chance(by_rate: Sequence[Sequence[Agent]], names: list[str]) -> np.ndarray:
-    """(SHUFFLES,) sizes of the largest correlation within learning rates, of all measures, with the gains shuffled in each."""
-    random, largest = np.random.default_rng(0), np.empty(SHUFFLES)
+def largest_by_chance(by_rate: ByRate, names: list[str]) -> np.ndarray:
+    """(SHUFFLES,) sizes of the largest correlation within learning rates, of all measures.
+
+    The gains are shuffled among the agents of a learning rate.
+    """
+    random = np.random.default_rng(0)
+    largest = np.empty(SHUFFLES)
     for i in range(SHUFFLES):
-        mixed = [
-            [
-                replace(agent, gain=gain)
-                for agent, gain in zip(agents, random.permutation([a.gain for a in agents]), strict=True)
-            ]
-            for agents in by_rate
-        ]
-        largest[i] = np.nanmax([abs(correlation(points(mixed, name))) for name in names])
+        mixed: ByRate = {}
+        for rate, agents in by_rate.items():
+            gains = random.permutation([agent.gain for agent in agents])
+            mixed[rate] = [replace(agent, gain=gain) for agent, gain in zip(agents, gains, strict=True)]
+        correlations = [correlation(points(mixed, name)) for name in names]
+        largest[i] = np.nanmax(np.abs(correlations))
     return largest
 
 
 @drawing()
-def draw(target: str, by_rate: dict[float, list[Agent]], drawn: list[str]) -> None:
+def draw(target: str, by_rate: ByRate, drawn: list[str]) -> None:
     """The figure: a panel for each measure, and a colour and marker for each learning rate."""
     rows = max(1, math.ceil(len(drawn) / 4))
     figure = Figure(figsize=(11, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, 4, sharey=True, squeeze=False)
     for ax, name in zip(axes.flat, drawn, strict=False):
-        groups = points(list(by_rate.values()), name)
-        for number, (rate, of_one) in enumerate(zip(by_rate, groups, strict=True)):
-            ax.scatter(*of_one, **look(number).point, s=22, label=f"learning rate {rate:g}")
+        for number, (rate, group_points) in enumerate(zip(by_rate, points(by_rate, name), strict=True)):
+            ax.scatter(*group_points, **look(number).point, s=22, label=f"learning rate {rate:g}")
         ax.axhline(0, color="#999999", lw=0.8)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.set_title(name, fontsize=9, loc="left")
@@ -149,25 +180,30 @@ def draw(target: str, by_rate: dict[float, list[Agent]], drawn: list[str]) -> No
     save(figure, target)
 
 
-def print_table(by_rate: dict[float, list[Agent]], names: list[str]) -> None:
-    header = [
-        "at the injection",
-        "agents",
-        *(f"{rate:g}" for rate in by_rate),
-        "correlation, all",
-        "within learning rates",
-    ]
-    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
+def print_table(by_rate: ByRate, names: list[str]) -> None:
+    rates = [f"{rate:g}" for rate in by_rate]
+    header = ["at the injection", "agents", *rates, "correlation, all", "within learning rates"]
     gains = [[agent.gain for agent in agents] for agents in by_rate.values()]
-    print(f"| gain | {sum(map(len, gains))} | {' | '.join(map(spread, gains))} | – | – |")
+    count = sum(len(of_rate) for of_rate in gains)
+    rows = [header, ["gain", str(count), *map(spread, gains), "–", "–"]]
     for name in names:
-        groups = points(list(by_rate.values()), name)
+        groups = points(by_rate, name)
         together = np.hstack(groups)
-        found = (
-            "–" if math.isnan(rho) else f"{rho:.2f}" for rho in (correlation([together]), correlation(groups))
-        )
-        cells = [*(spread(of_one[0]) for of_one in groups), *found]
-        print(f"| {name} | {together.shape[1]} | {' | '.join(cells)} |")
+        row = [name, str(together.shape[1]), *(spread(values) for values, _ in groups)]
+        for rho in (correlation([together]), correlation(groups)):
+            row.append("–" if math.isnan(rho) else f"{rho:.2f}")
+        rows.append(row)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(1, f"|{'|'.join('---' for _ in header)}|")
+    print("\n".join(lines))
+
+
+def all_measures(agents: Agents) -> list[str]:
+    """Their names, in order of appearance."""
+    names: dict[str, None] = {}
+    for agent in agents.values():
+        names.update(dict.fromkeys(agent.measures))
+    return list(names)
 
 
 def main() -> None:
@@ -178,20 +214,20 @@ def main() -> None:
         if not agents:
             raise UsageError("no agent has runs with and without an injection: give the files of both arms")
         check_name(target)
-        own = {name for agent in agents.values() for name in agent.measures}
-        for path in (Path(path) for path in files if path.endswith(".json")):
-            add_probe(agents, path)
-        names = list(dict.fromkeys(name for agent in agents.values() for name in agent.measures))
-        rates = sorted({agent.learning_rate for agent in agents.values()})
-        by_rate = {}
-        for rate in rates:
-            by_rate[rate] = [agent for agent in agents.values() if agent.learning_rate == rate]
+        measured = all_measures(agents)
+        for path in files:
+            if path.endswith(".json"):
+                add_probe(agents, Path(path))
+        names = all_measures(agents)
+        by_rate: ByRate = {}
+        for agent in sorted(agents.values(), key=lambda agent: agent.learning_rate):
+            by_rate.setdefault(agent.learning_rate, []).append(agent)
         print_table(by_rate, names)
-        draw(target, by_rate, [name for name in names if name.startswith(DRAWN) or name not in own])
-        half, rare = np.quantile(largest_by_chance(list(by_rate.values()), names), (0.5, 0.95))
-        largest = f"by chance the largest of {len(names)} within learning rates is beyond ±{half:.2f} in half of all cases"
+        draw(target, by_rate, [name for name in names if name.startswith(DRAWN) or name not in measured])
+        half, rare = np.quantile(largest_by_chance(by_rate, names), (0.5, 0.95))
+        largest = f"by chance the largest of {len(names)} within learning rates is beyond ±{half:.2f}"
         how = f"({SHUFFLES} times with gains shuffled among the agents of a learning rate)"
-        print(f"\n{largest}, beyond ±{rare:.2f} in 1 of 20 {how}")
+        print(f"\n{largest} in half of all cases, beyond ±{rare:.2f} in 1 of 20 {how}")
 
 
 if __name__ == "__main__":

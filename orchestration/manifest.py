@@ -4,8 +4,7 @@ import json
 import math
 import os
 import subprocess
-import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,61 +21,35 @@ PARTIAL = "sweep.json.partial"
 
 
 def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
-    """
-    Raises:
-        UsageError: the folder is another sweep's, or no sweep's.
-    """
-    path, plain = folder / "sweep.json", json.loads(json.dumps(asked))
-    if path.exists():
-        with reading(path, "what a sweep was asked", "give another --name"):
-            before = dict(json.loads(path.read_text(encoding="utf-8")))
-        # what nobody had decided there, as in an older sweep's, is no difference
-        names = [name for name in {**before, **plain} if before.get(name, plain.get(name)) != plain.get(name)]
-        if same_checkpoint(before, plain):
-            names = [name for name in names if name not in ("from_checkpoint", "origin")]
-        if names:
-            changes = "; ".join(f"{name} is {plain.get(name)}, there {before.get(name)}" for name in names)
-            raise UsageError(
-                f"{folder} is the folder of another sweep ({changes}): give another --name, or what it was asked"
-            )
+    """Raises UsageError where the folder is another sweep's, or no sweep's."""
+    if not (folder / "sweep.json").exists():
+        known = {MANIFEST, "runs", "logs", PARTIAL}
+        # hidden files are other programs', as those of a file manager
+        others = {entry.name for entry in folder.glob("[!.]*")} - known
+        if others or any(folder.glob("runs/[!.]*")):
+            raise UsageError(f"{folder} is no sweep's folder, it has no sweep.json: give another --name")
         return
-    own = {MANIFEST, "runs", "logs", PARTIAL}
-    others = {
-        entry.name for entry in folder.glob("[!.]*")
-    } - own  # hidden files are other programs', as those of a file manager
-    if others or any(folder.glob("runs/[!.]*")):
-        raise UsageError(f"{folder} is no sweep's folder, it has no sweep.json: give another --name")
-
-
-def same_checkpoint(before: dict[str, Any], plain: dict[str, Any]) -> bool:
-    """Whether two sweeps go on from one checkpoint, which may lie elsewhere by now, or both from none."""
-    path_before = before.get("from_checkpoint")
-    path = plain.get("from_checkpoint")
-    if path_before is None or path is None:
-        return path_before is path
-    if before.get("origin") is not None and plain.get("origin") is not None:
-        return before["origin"] == plain["origin"]
-    # an older sweep noted the path alone; a run's folder and its checkpoint keep their names when moved
-    return Path(path_before).parts[-2:] == Path(path).parts[-2:]
+    before = vars(read_asked(folder))
+    asked = json.loads(json.dumps(asked))  # in which tuples are lists, as they are there
+    names = [name for name in before if asked.get(name) != before[name]]
+    if before["origin"] is not None and asked.get("origin") == before["origin"]:
+        # the checkpoint is the same, wherever it lies by now
+        names = [name for name in names if name != "from_checkpoint"]
+    if names:
+        changes = "; ".join(f"{name} is {asked.get(name)}, there {before[name]}" for name in names)
+        fix = "give another --name, or what it was asked"
+        raise UsageError(f"{folder} is the folder of another sweep ({changes}): {fix}")
 
 
 def prepare(folder: Path) -> None:
-    """Makes what a sweep's folder holds before anything was asked.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Makes what a sweep's folder holds before anything was asked."""
     for part in (folder / "runs", folder / "logs"):
         part.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).touch()
 
 
 def begin(folder: Path, asked: dict[str, Any]) -> None:
-    """Notes in a sweep's folder what was asked; it is whole there, or not there.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Notes in a sweep's folder what was asked; it is whole there, or not there."""
     prepare(folder)
     (folder / PARTIAL).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
     flush_to_disk(folder / PARTIAL)
@@ -85,13 +58,9 @@ def begin(folder: Path, asked: dict[str, Any]) -> None:
 
 
 def read_asked(folder: Path) -> Asked:
-    """
-    Raises:
-        UsageError: the folder is no sweep's.
-    """
+    """What a sweep was asked. Raises UsageError where the folder is no sweep's."""
     with reading(folder / "sweep.json", "what a sweep was asked", "give another --name"):
-        values = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-        return Asked(**{field.name: values[field.name] for field in fields(Asked) if field.name in values})
+        return Asked(**json.loads((folder / "sweep.json").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)
@@ -121,7 +90,7 @@ class Change:
 
 
 class Manifest:
-    """manifest.jsonl, to be written by one process. The next line takes the place of a last one that is not whole."""
+    """manifest.jsonl, to be written by one process. The next line overwrites a torn one."""
 
     def __init__(self, folder: Path):
         self.path = folder / MANIFEST
@@ -129,11 +98,7 @@ class Manifest:
         self.end = self.path.read_bytes().rfind(b"\n") + 1  # of the whole lines
 
     def add(self, change: Change) -> None:
-        """Appends a line and flushes it to the disk.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Appends a line and flushes it to the disk. Raises OSError where that is impossible."""
         line = json.dumps(vars(change)).encode() + b"\n"
         with open(self.path, "r+b") as file:
             file.truncate(self.end)
@@ -144,11 +109,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> list[Change]:
-    """All changes, oldest first, but for a last line that is not whole; none where there is no manifest.
-
-    Raises:
-        UsageError: it is damaged.
-    """
+    """All changes, oldest first, but for a torn last line. Raises UsageError where more is damaged."""
     path = folder / MANIFEST
     if not path.exists():
         return []
@@ -156,14 +117,10 @@ def read_manifest(folder: Path) -> list[Change]:
         return [Change(**json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
-def newest(changes: list[Change]) -> dict[str, Change]:
-    """{run: its last change}"""
-    return {change.run: change for change in changes}
-
-
 def measured_speed(changes: list[Change]) -> float | None:
     """Mean steps per second of the attempts that finished a run; None if there is none."""
-    speeds = [c.steps_per_second for c in changes if c.state == "finished" and c.steps_per_second]
+    finished = [change for change in changes if change.state == "finished"]
+    speeds = [change.steps_per_second for change in finished if change.steps_per_second]
     return sum(speeds) / len(speeds) if speeds else None
 
 
@@ -211,17 +168,19 @@ class Progress:
 def read_progress(folder: Path) -> Progress | None:
     """What a run's progress.json says; None where there is none, or none that is whole."""
     try:
-        said = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        values = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
         return Progress(
-            host=str(said["host"]),
-            device=None if said["device"] is None else str(said["device"]),
-            first=int(said["first"]),
-            step=int(said["step"]),
-            total=int(said["total_timesteps"]),
-            steps_per_second=None if said["steps_per_second"] is None else float(said["steps_per_second"]),
-            mean_return=None if said["return"] is None else float(said["return"]),
-            time=float(said["time"]),
-            process=(str(said["host"]), int(said["pid"]), float(said["began"])),
+            host=str(values["host"]),
+            device=None if values["device"] is None else str(values["device"]),
+            first=int(values["first"]),
+            step=int(values["step"]),
+            total=int(values["total_timesteps"]),
+            steps_per_second=None
+            if values["steps_per_second"] is None
+            else float(values["steps_per_second"]),
+            mean_return=None if values["return"] is None else float(values["return"]),
+            time=float(values["time"]),
+            process=(str(values["host"]), int(values["pid"]), float(values["began"])),
         )
     except (OSError, ValueError, OverflowError, KeyError, TypeError):
         return None
@@ -229,20 +188,19 @@ def read_progress(folder: Path) -> Progress | None:
 
 def last_lines(log: Path, offset: int, count: int = 5) -> list[str]:
     """The last lines of a log beyond its first `offset` bytes, none if there is none."""
-    return log.read_bytes()[offset:].decode(errors="replace").splitlines()[-count:] if log.exists() else []
-
-
-def now() -> float:
-    return round(time.time(), 3)
+    if not log.exists():
+        return []
+    lines = log.read_bytes()[offset:].decode(errors="replace").splitlines()
+    return lines[-count:]
 
 
 def commit(root: Path = ROOT) -> str | None:
     """Of the code in this folder; None where that is no repository of its own, as within another one."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     # with its own .git named, git looks for no repository in the folders around it
     command = ("git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always", "--dirty")
     try:
-        done = subprocess.run(command, cwd=root, env=own, capture_output=True, encoding="utf-8", check=True)
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
     return done.stdout.strip()

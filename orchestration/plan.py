@@ -1,17 +1,16 @@
-"""The plan of a sweep: which runs there are, which of them fork from which, and what they take."""
+"""The plan of a sweep: which runs there are, which of them fork from which, what they take; and in words."""
 
-import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
 from analysis.arms import readable
-from dqn_injection_atari import FORKABLE, Args, check_fork
+from dqn_injection_atari import FORKABLE, INTERVENTIONS, Args, check_fork
 from orchestration.training_flags import as_flags, names_in, parsed, words_of
 from support import usage
 from support.checkpoints import Checkpoint, load_checkpoint
@@ -19,25 +18,30 @@ from support.environments import FRAME_SIZE, STACK, atari_spec
 from support.replay import FrameReplayBuffer
 from support.usage import UsageError, flag, reading
 
-INTERVENTIONS: tuple[str, ...] = get_args(Args.__dataclass_fields__["intervention"].type)
+CHOICES = (*INTERVENTIONS, "none")  # of --intervention
 INSTEAD = {  # flags of the training script that a sweep gives, and what to give to the sweep
-    **{"env_id": "--env-ids", "seed": "--seeds", "intervention": "--arms"},
-    **{"exp_name": "--name", "resume": "the same command once more", "fork": "--from-checkpoint"},
-    **{"evaluate": "nothing, it plays one agent"},
+    "env_id": "--env-ids",
+    "seed": "--seeds",
+    "intervention": "--arms",
+    "exp_name": "--name",
+    "resume": "the same command once more",
+    "fork": "--from-checkpoint",
+    "evaluate": "nothing, it plays one agent",
 }
-OF_CONTINUATIONS = {  # those that it gives as well where runs continue one agent
-    **{
-        "total_timesteps": "--steps",
-        "injection_step": "--from-checkpoint",
-        "exploration_fraction": "--from-checkpoint",
-    },
-    **{"injection_trigger": "--from-checkpoint", "preset": "--from-checkpoint"},
+INSTEAD_WHERE_RUNS_CONTINUE = INSTEAD | {
+    "total_timesteps": "--steps",
+    "injection_step": "--from-checkpoint",
+    "injection_trigger": "--from-checkpoint",
+    "exploration_fraction": "--from-checkpoint",
+    "preset": "--from-checkpoint",
 }
 LONGEST_NAME = 255  # bytes that file systems allow
 AFTER_NAME = "__1234567890-1000"  # what a run's folder has after it: time and number; a log has less
-# estimates of checkpoints and curves, see docs/sweeps.md.
-# Of a pair of heads both networks have weights, and one has moments
-NETWORK_BYTES, BYTES_PER_PAIR, BYTES_PER_FRAME, BYTES_PER_STEP = 30e6, 40e6, 120, 1.0
+# estimates of checkpoints and curves, see docs/sweeps.md
+NETWORK_BYTES = 30e6
+BYTES_PER_PAIR = 40e6  # of heads: both networks have its weights, and one has moments
+BYTES_PER_FRAME = 120
+BYTES_PER_STEP = 1.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class PlannedRun:
     flags: tuple[str, ...]
     """what begins it, but for --fork where it has a trunk"""
     begins: int = 0
-    """step of the checkpoint that it is forked from"""
+    """step of the checkpoint that it is forked from; 0 where it is not"""
     trunk: str | None = None
     """name of the run of this plan that it is forked from"""
 
@@ -80,11 +84,6 @@ class PlannedRun:
     def name(self) -> str:
         """That of its folder, but for the time."""
         return f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}".replace("/", "-")
-
-    @property
-    def forks(self) -> bool:
-        """Whether it goes on from a checkpoint of another run."""
-        return self.trunk is not None or "--fork" in self.flags
 
     @property
     def steps(self) -> int:
@@ -100,43 +99,36 @@ class PlannedRun:
     def disk(self) -> float:
         """Bytes of its checkpoints, one in the making included, and curves: an estimate."""
         args = self.args
-        stay = sum(step >= self.begins for step in args.kept_checkpoints)
+        kept = len([step for step in args.kept_checkpoints if step >= self.begins])
         if args.injection_trigger == "norm" and args.intervention != "none":
-            stay += 1  # before the first one
+            kept += 1  # before the first one
         checkpoint = NETWORK_BYTES + BYTES_PER_PAIR * args.planned_pairs
         checkpoint += BYTES_PER_FRAME * min(args.buffer_size, args.total_timesteps)
-        return (stay + 2) * checkpoint + BYTES_PER_STEP * args.total_timesteps
+        return (kept + 2) * checkpoint + BYTES_PER_STEP * args.total_timesteps
 
 
 def plan(asked: Asked) -> list[PlannedRun]:
-    """The runs, each behind the one that it is forked from.
-
-    Raises:
-        UsageError: something of it cannot work.
-    """
+    """The runs, each behind the one that it is forked from. Raises UsageError where something cannot work."""
     origin = None if asked.from_checkpoint is None else load_checkpoint(Path(asked.from_checkpoint))
-    check(asked, origin)
+    check_asked(asked, origin)
     runs: list[PlannedRun] = []
-    for setting in settings(asked.grid):
-        family = arms_of(asked, setting, origin)
-        games = asked.env_ids or (family[0].args.env_id,)
-        for game, seed in itertools.product(games, asked.seeds):
-            own = [of_game_and_seed(run, game, seed) for run in family]
-            trunk = own[0].name
-            runs += [replace(run, trunk=None if run.trunk is None else trunk) for run in own]
-    if any(not run.args.checkpoint_frequency for run in runs):
-        raise UsageError(
-            "checkpoint_frequency 0 leaves nothing to fork arms from, and nothing to go on from: leave it out"
-        )
+    for setting in grid_settings(asked.grid):
+        family = plan_arms(asked, setting, origin)
+        for game in asked.env_ids or (family[0].args.env_id,):
+            for seed in asked.seeds:
+                members = [with_game_and_seed(run, game, seed) for run in family]
+                for run in members:
+                    trunk = None if run.trunk is None else members[0].name
+                    runs.append(replace(run, trunk=trunk))
+    if any(run.args.checkpoint_frequency == 0 for run in runs):
+        nothing = "nothing to fork arms from, and nothing to go on from"
+        raise UsageError(f"checkpoint_frequency 0 leaves {nothing}: leave it out")
     check_names([run.name for run in runs])
     return runs
 
 
 def check_names(names: list[str]) -> None:
-    """
-    Raises:
-        UsageError: a file system has no room for the name of a run, or may take two for one.
-    """
+    """Raises UsageError where a file system has no room for the name of a run, or may take two for one."""
     longest = max(names, key=lambda name: len(name.encode()))
     length = len((longest + AFTER_NAME).encode())
     if length > LONGEST_NAME:
@@ -152,11 +144,7 @@ def check_names(names: list[str]) -> None:
 
 
 def identity_of(checkpoint: str | None) -> dict[str, Any] | None:
-    """What a checkpoint is, wherever it lies: the id of its run, and its step; None for none.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
+    """What a checkpoint is, wherever it lies: the id of its run, and its step; None for none."""
     if checkpoint is None:
         return None
     path = Path(checkpoint)
@@ -165,62 +153,52 @@ def identity_of(checkpoint: str | None) -> dict[str, Any] | None:
         return {"run": manifest["run"], "step": manifest["step"]}
 
 
-def check(asked: Asked, origin: Checkpoint | None) -> None:
-    """
-    Raises:
-        UsageError: a part of what is asked contradicts another one, or is nothing that there is.
-    """
+def check_asked(asked: Asked, origin: Checkpoint | None) -> None:
+    """Raises UsageError where a part contradicts another one, or is nothing that there is."""
     for env_id in asked.env_ids:
         atari_spec(env_id)
     if len(set(asked.env_ids)) < len(asked.env_ids) or len(set(asked.seeds)) < len(asked.seeds):
         raise UsageError("a game or a seed is given twice: give each once, in --env-ids and --seeds")
     if not asked.seeds or not asked.arms or not (asked.env_ids or origin):
-        raise UsageError(
-            "there is no run in this sweep: give --env-ids, --seeds and --arms, one of each at least"
-        )
+        fix = "give --env-ids, --seeds and --arms, one of each at least"
+        raise UsageError(f"there is no run in this sweep: {fix}")
     if (origin is None) != (asked.steps is None):
-        raise UsageError(
-            "from_checkpoint and steps belong together: give both --from-checkpoint and --steps, or neither"
-        )
+        fix = "give both --from-checkpoint and --steps, or neither"
+        raise UsageError(f"from_checkpoint and steps belong together: {fix}")
     if origin is not None and asked.env_ids:
         raise UsageError(f"{origin.path} plays {origin.meta['args']['env_id']}: leave out --env-ids")
-    own = INSTEAD | (OF_CONTINUATIONS if origin is not None else {})
     axes = [values[0].lstrip("-").replace("-", "_") for values in asked.grid if values]
     if len(set(axes)) < len(asked.grid):
-        raise UsageError(
-            "grid has a flag twice, or none: give --grid learning-rate 1e-4 5e-4, once for each flag"
-        )
-    named = [(name, "after --") for name in names_in(asked.flags)] + [(name, "in --grid") for name in axes]
-    arm_flags = own.keys() - {"intervention"}
-    named += [
-        (name, f"in arm {arm}")
-        for arm, flags in asked.arms.items()
-        for name in names_in(flags)
-        if name in arm_flags
-    ]
-    for name, where in named:
-        if name in own:
-            raise UsageError(
-                f"{flag(name)} {where} is what the sweep itself gives: leave it out, and give {own[name]}"
-            )
+        fix = "give --grid learning-rate 1e-4 5e-4, once for each flag"
+        raise UsageError(f"grid has a flag twice, or none: {fix}")
+    instead = INSTEAD if origin is None else INSTEAD_WHERE_RUNS_CONTINUE
+    refuse_flags(names_in(asked.flags), "after --", instead)
+    refuse_flags(axes, "in --grid", instead)
+    for arm, flags in asked.arms.items():
+        refuse_flags(names_in(flags) - {"intervention"}, f"in arm {arm}", instead)
 
 
-def all_arms(interventions: Sequence[str], own: dict[str, str]) -> dict[str, list[str]]:
-    """{name: flags} of arms that are interventions, and of a user's own, which have one unless their flags say otherwise.
+def refuse_flags(names: Iterable[str], where: str, instead: dict[str, str]) -> None:
+    """Raises UsageError where the sweep itself gives one of these flags, which stand there."""
+    for name in names:
+        if name in instead:
+            fix = f"leave it out, and give {instead[name]}"
+            raise UsageError(f"{flag(name)} {where} is what the sweep itself gives: {fix}")
 
-    Raises:
-        UsageError: there is no such intervention, or an arm has the name of one.
-    """
-    if unknown := [arm for arm in interventions if arm not in INTERVENTIONS]:
-        raise UsageError(
-            f'arm {unknown[0]} is none of {", ".join(INTERVENTIONS)}: give --arm "{unknown[0]}" FLAGS for your own'
-        )
-    arms = {arm: ["--intervention", arm] for arm in interventions}
-    for arm, flags in own.items():
+
+def all_arms(interventions: Sequence[str], custom: dict[str, str]) -> dict[str, list[str]]:
+    """{name: flags} of the arms. A user's has an injection, unless its flags say what else is done."""
+    arms = {}
+    for arm in interventions:
+        if arm not in CHOICES:
+            fix = f'give --arm "{arm}" FLAGS for your own'
+            raise UsageError(f"arm {arm} is none of {', '.join(CHOICES)}: {fix}")
+        arms[arm] = ["--intervention", arm]
+    for arm, flags in custom.items():
         if not readable(arm):
             nothing = f'arm "{arm}" has no letter or digit that a folder\'s name could have'
             raise UsageError(f"{nothing}: give another name to --arm")
-        if arm in INTERVENTIONS:
+        if arm in CHOICES:
             raise UsageError(f"arm {arm} has flags already, --intervention {arm}: give another name to --arm")
         words = words_of(flags)
         if "intervention" not in names_in(words):
@@ -229,113 +207,140 @@ def all_arms(interventions: Sequence[str], own: dict[str, str]) -> dict[str, lis
     return arms
 
 
-def settings(grid: list[list[str]]) -> list[tuple[str, tuple[str, ...]]]:
-    """(name, flags) of every combination of the grid's values; one without either where there is no grid.
-
-    Raises:
-        UsageError: a flag is none, or has no value.
-    """
-    axes = []
+def grid_settings(grid: list[list[str]]) -> list[dict[str, str]]:
+    """{field: value} of every combination, the last flag's values change first; one without a grid, empty."""
+    settings: list[dict[str, str]] = [{}]
     for name, *values in grid:
         field = name.lstrip("-").replace("-", "_")
         if not values or len(set(values)) < len(values) or field not in Args.__dataclass_fields__:
-            raise UsageError(
-                f"grid {' '.join([name, *values])} is no flag and its values: give --grid learning-rate 1e-4 5e-4"
-            )
-        axes.append(
-            [(f"{field.replace('_', '-')}-{readable(value)}", as_flags(field, value)) for value in values]
-        )
-    combined = itertools.product(*axes)
-    return [
-        ("_".join(name for name, _ in axis), tuple(word for _, words in axis for word in words))
-        for axis in combined
-    ]
+            fix = "give --grid learning-rate 1e-4 5e-4"
+            raise UsageError(f"grid {' '.join([name, *values])} is no flag and its values: {fix}")
+        longer = []
+        for setting in settings:
+            longer += [setting | {field: value} for value in values]
+        settings = longer
+    return settings
 
 
-def of_game_and_seed(run: PlannedRun, game: str, seed: int) -> PlannedRun:
-    args = replace(run.args, env_id=game, seed=seed)
-    own = ("--seed", str(seed), "--exp-name", args.exp_name)
-    return replace(run, args=args, flags=(*run.flags, *(("--env-id", game) if run.begins == 0 else ()), *own))
+def with_game_and_seed(run: PlannedRun, game: str, seed: int) -> PlannedRun:
+    """The same run in another game, where it does not continue an agent, and with another seed."""
+    flags = [*run.flags, "--seed", str(seed), "--exp-name", run.args.exp_name]
+    if run.begins == 0:
+        flags += ["--env-id", game]
+    return replace(run, args=replace(run.args, env_id=game, seed=seed), flags=tuple(flags))
 
 
-def arms_of(
-    asked: Asked, setting: tuple[str, tuple[str, ...]], origin: Checkpoint | None
-) -> list[PlannedRun]:
-    """A setting's run of each arm with the first seed, in the first game; that from which others are forked comes first."""
-    names = sorted(asked.arms, key=lambda name: name != "none")
+def plan_arms(asked: Asked, setting: dict[str, str], origin: Checkpoint | None) -> list[PlannedRun]:
+    """A run of each arm with a setting, the first seed and game. The others may fork from the first."""
+    setting_names = []
+    setting_flags: list[str] = []
+    for field, value in setting.items():
+        setting_names.append(f"{field.replace('_', '-')}-{readable(value)}")
+        setting_flags += as_flags(field, value)
+    arms = [arm for arm in asked.arms if arm != "none"]
+    if "none" in asked.arms:
+        arms.insert(0, "none")
     family: list[PlannedRun] = []
-    for name in names:
-        exp_name = "_".join(part for part in (readable(name), setting[0]) if part)
-        flags = (*asked.flags, *setting[1], *asked.arms[name])
+    for arm in arms:
+        exp_name = "_".join((readable(arm), *setting_names))
+        flags = (*asked.flags, *setting_flags, *asked.arms[arm])
         if origin is not None:
-            family.append(continuation(asked, name, flags, exp_name, origin))
+            family.append(continuation(asked, arm, flags, exp_name, origin))
             continue
         first = ("--env-id", asked.env_ids[0], "--seed", str(asked.seeds[0]), "--exp-name", exp_name)
-        run = PlannedRun(name, parsed((*flags, *first)), flags)
-        family.append(run if not family else forked(run, family[0]))
-    for arm, args in ((run.arm, run.args) for run in family[1:]):
-        if (
-            args.intervention != "none"
-            and args.injection_trigger == "step"
-            and not args.planned_interventions
-        ):
+        run = PlannedRun(arm, parsed((*flags, *first)), flags)
+        if family:
+            run = forked(run, family[0])
+        family.append(run)
+    for run in family[1:]:
+        kind = run.args.intervention
+        on_step = run.args.injection_trigger == "step"
+        if kind != "none" and on_step and not run.args.planned_interventions:
             fix = "give --injection-step after --, or --injection-trigger norm"
-            raise UsageError(
-                f"arm {arm} would have no {args.intervention}, since no step is planned for it: {fix}"
-            )
+            raise UsageError(f"arm {run.arm} would have no {kind}, since no step is planned for it: {fix}")
     return family
 
 
 def forked(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
-    """The run as a fork from the trunk's checkpoint at its first planned injection, or as it is where none can be.
-
-    Raises:
-        UsageError: a fork may not differ from the trunk as this one does.
-    """
-    step, planned = next(iter(trunk.args.planned_interventions), None), run.args.planned_interventions
-    changed = [name for name in usage.changed_fields(run.args, trunk.args) if name != "exp_name"]
-    if step is None or run.args.injection_trigger == "norm" or (planned and planned[0] < step):
+    """The run as a fork from the trunk's checkpoint at the first injection, or as it is where none can be."""
+    if not trunk.args.planned_interventions or run.args.injection_trigger == "norm":
         return run
-    if refused := [name for name in changed if name not in FORKABLE]:
-        fix = f"give --grid {refused[0].replace('_', '-')} with the values"
-        raise UsageError(
-            f"arm {run.arm} has another {', '.join(refused)} than {trunk.arm}, which arms share: {fix}"
-        )
+    step = trunk.args.planned_interventions[0]
+    if run.args.planned_interventions and run.args.planned_interventions[0] < step:
+        return run
+    changed = [name for name in usage.changed_fields(run.args, trunk.args) if name != "exp_name"]
+    refused = [name for name in changed if name not in FORKABLE]
+    if refused:
+        differs = f"arm {run.arm} has another {', '.join(refused)} than {trunk.arm}, which arms share"
+        raise UsageError(f"{differs}: give --grid {refused[0].replace('_', '-')} with the values")
+    # the checkpoint that will be there
     path = Path("runs", trunk.name, f"checkpoint-{step}")
-    check_fork(
-        run.args,
-        Checkpoint(path, {"step": step, "args": vars(trunk.args)}, {"learner": {"interventions": ()}}),
-    )
-    flags = tuple(word for name in changed for word in as_flags(name, getattr(run.args, name)))
-    return replace(run, flags=flags, begins=step, trunk=trunk.name)
+    meta = {"step": step, "args": vars(trunk.args)}
+    check_fork(run.args, Checkpoint(path, meta, {"learner": {"interventions": ()}}))
+    flags: list[str] = []
+    for name in changed:
+        flags += as_flags(name, getattr(run.args, name))
+    return replace(run, flags=tuple(flags), begins=step, trunk=trunk.name)
 
 
 def continuation(
     asked: Asked, arm: str, flags: tuple[str, ...], exp_name: str, origin: Checkpoint
 ) -> PlannedRun:
-    """The run that goes on from a checkpoint in an arm, with the first seed.
-
-    Raises:
-        UsageError: it cannot.
-    """
+    """The run that goes on from a checkpoint in an arm, with the first seed."""
     assert asked.steps is not None
-    saved, step, total = origin.meta["args"], origin.step, origin.step + asked.steps
+    step = origin.step
+    total = step + asked.steps
+    saved = origin.meta["args"]
     falls = saved["exploration_fraction"] * saved["total_timesteps"]  # steps over which ε does
     if step == 0 or falls > total:
-        least = (
-            f"from step 1 on, and --steps of {int(falls) - step + 1} or more, over which ε falls as it did"
-        )
-        raise UsageError(
-            f"{origin.path} at step {step} cannot be continued for {asked.steps} steps: give a checkpoint {least}"
-        )
-    made = origin.state["learner"]["interventions"]
-    own = ["--total-timesteps", str(total), "--injection-step", *map(str, (*made, step))]
-    own += ["--exploration-fraction", repr(falls / total), "--injection-trigger", "step"]
-    begin = ("--fork", str(origin.path), *flags, *own)
-    args = parsed((*begin, "--seed", str(asked.seeds[0]), "--exp-name", exp_name))
-    if made and args.intervention == "none":
-        raise UsageError(
-            f"{origin.path} lies after an injection, so arm {arm} cannot go on from it: give an earlier checkpoint"
-        )
+        fix = f"give a checkpoint from step 1 on, and --steps of {int(falls) - step + 1} or more"
+        cannot = f"{origin.path} at step {step} cannot be continued for {asked.steps} steps"
+        raise UsageError(f"{cannot}: {fix}, over which ε falls as it did")
+    before = origin.state["learner"]["interventions"]
+    flags = ("--fork", str(origin.path), *flags, "--total-timesteps", str(total))
+    flags += ("--injection-trigger", "step", "--injection-step", *map(str, (*before, step)))
+    flags += ("--exploration-fraction", repr(falls / total))
+    args = parsed((*flags, "--seed", str(asked.seeds[0]), "--exp-name", exp_name))
+    if before and args.intervention == "none":
+        cannot = f"{origin.path} lies after an injection, so arm {arm} cannot go on from it"
+        raise UsageError(f"{cannot}: give an earlier checkpoint")
     check_fork(args, origin)
-    return PlannedRun(arm, replace(args, fork=None), begin, step)
+    return PlannedRun(arm, replace(args, fork=None), flags, step)
+
+
+def default_name(asked: Asked, game: str) -> str:
+    """A sweep's name, of its games and arms."""
+    parts = [game.removeprefix("ALE/").replace("NoFrameskip", "").replace("/", "-")]
+    if len(asked.env_ids) > 1:
+        parts = [f"{len(asked.env_ids)}-games"]
+    if asked.from_checkpoint is not None:
+        parts.append(Path(asked.from_checkpoint).name)
+    return readable("_".join((*parts, *asked.arms)))
+
+
+def plan_in_words(runs: list[PlannedRun], speed: float | None) -> list[str]:
+    """Lines on a plan; hours are estimated where a speed in steps per second is known."""
+    lines = []
+    for run in runs:
+        origin = "whole, from"
+        if run.trunk is not None:
+            origin = f"forks from {run.trunk} at"
+        elif run.begins:
+            origin = "forks from the checkpoint at"
+        total = run.args.total_timesteps
+        lines.append(f"{run.name}: {origin} step {run.begins:,}, {run.steps:,} steps to {total:,}")
+    forks = len([run for run in runs if run.begins])
+    steps = sum(run.steps for run in runs)
+    saved = sum(run.begins for run in runs)
+    fewer = f"{saved:,} fewer than if each ran whole"
+    lines.append(f"{len(runs)} runs, {forks} of them forks: {steps:,} steps, {fewer}")
+    lines.append(f"disk: about {sum(run.disk for run in runs) / 1e9:,.1f} GB, an estimate")
+    if speed is None:
+        lines.append("hours: give --speed, in steps per second of one run")
+        return lines
+    longest = max(run.args.total_timesteps if run.trunk else run.steps for run in runs)
+    hours = steps / speed / 3600
+    least = longest / speed / 3600
+    per_second = f"{speed:,.0f} steps per second"
+    lines.append(f"hours: {hours:,.1f} of one run at a time at {per_second}, {least:,.1f} at least")
+    return lines

@@ -119,14 +119,12 @@ class CUDAGraphs:
     Args:
         state: gives every tensor that the functions change. Before a capture they have to run a few times,
             which trains; that is undone
-        enabled: False calls the functions as they are
     """
 
     WARM_UP = 3  # calls: libraries choose their kernels and take memory, new moments and gradients get theirs
 
-    def __init__(self, state: Callable[[], list[torch.Tensor]], enabled: bool):
+    def __init__(self, state: Callable[[], list[torch.Tensor]]):
         self.state = state
-        self.enabled = enabled
         self.graphs: dict[Any, Callable] = {}
         self.stream: torch.cuda.Stream | None = None
 
@@ -144,16 +142,17 @@ class CUDAGraphs:
         weak = weakref.WeakMethod(method)
 
         def call(inputs: Any, *settings: Any) -> Any:
+            tensors = [inputs]
+            if isinstance(inputs, tuple):
+                tensors = [tensor for tensor in inputs if tensor is not None]
+
             def function(*tensors: torch.Tensor) -> Any:
                 bound = weak()
                 assert bound is not None
-                if isinstance(inputs, torch.Tensor):
-                    return bound(*tensors, *settings)
-                return bound(type(inputs)(*tensors), *settings)
+                if isinstance(inputs, tuple):
+                    return bound(type(inputs)(*tensors), *settings)
+                return bound(*tensors, *settings)
 
-            if isinstance(inputs, torch.Tensor):
-                return self.run((name, *settings), function, inputs)
-            tensors = [tensor for tensor in inputs if tensor is not None]
             return self.run((name, *settings), function, *tensors)
 
         return call
@@ -163,8 +162,6 @@ class CUDAGraphs:
 
         Where the function makes gradients, it sets them to None first: a graph writes to memory of its own.
         """
-        if not self.enabled:
-            return function(*inputs)
         key = (name, *(given.shape for given in inputs))
         if key not in self.graphs:
             if self.stream is None:

@@ -1,17 +1,16 @@
 """Checkpoints: named states in a folder that is whole or not there, checked byte by byte when it is read.
 
-A part is any object with `state_dict` and `load_state_dict`, whose state is plain data and tensors. One whose state is too
-large to be held twice also has `tensors()`: contiguous tensors, which are streamed to a compressed file of their own and,
-once `load_state_dict` has made room for them, filled in place.
+A part is any object with `state_dict` and `load_state_dict`, whose state is plain data and tensors. One whose
+state is too large to be held twice also has `tensors()`: contiguous tensors, which go to a compressed file of
+their own and, once `load_state_dict` has made room for them, are filled in place.
 
-Whatever other programs leave beside ours is passed over: in a run's folder only what is named as a checkpoint is one, and to
-a checkpoint belong only the files that its list of checksums names.
+Other programs' files are passed over: in a run's folder only what is named as a checkpoint is one, and to a
+checkpoint belong only the files that its list of checksums names.
 """
 
 import errno
 import hashlib
 import io
-import itertools
 import json
 import os
 import re
@@ -28,9 +27,9 @@ from support.machine import flush_to_disk
 from support.process import say
 from support.usage import UsageError, reading
 
-FORMAT = 5
+FORMAT = 6
 CHECKSUMS = "SHA256SUMS"  # of the other files, to be checked with `sha256sum -c` as well
-NEEDED = ("manifest.json", "state.pt")
+NEEDED = {"manifest.json", "state.pt"}
 FILE = re.compile(r"manifest\.json|state\.pt|\w+\.zst", re.ASCII)
 CHECKSUM = re.compile(rf"([0-9a-f]{{64}})  ({FILE.pattern})\n", re.ASCII)  # a line of SHA256SUMS
 FOLDER = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -45,19 +44,14 @@ class Checkpoint:
     path: Path
     meta: dict[str, Any]
     state: dict[str, Any]
-    files: Collection[str] = ()
-    """those that are verified"""
+    files: Collection[str] = ()  # that are verified
 
     @property
     def step(self) -> int:
         return self.meta["step"]
 
     def restore(self, parts: dict[str, Any]) -> None:
-        """Brings these parts, in their order, into the state they were saved in.
-
-        Raises:
-            UsageError: the checkpoint does not fit them: another version of the code wrote it.
-        """
+        """Brings these parts, in their order, into their saved state; UsageError where that does not fit."""
         with reading(self.path, "this run's checkpoint", "move it away, and go on from another"):
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
@@ -74,35 +68,26 @@ def save_checkpoint(
     """Writes `checkpoint-{step}` into `folder`, then removes older ones but for those of the steps in `keep`.
 
     It is written under another name, flushed to disk and renamed, so that a checkpoint is whole or not there.
-
-    Args:
-        meta: what JSON can hold
-
-    Raises:
-        OSError, MemoryError, zstandard.ZstdError: it cannot be written; all that was there before still is.
+    `meta` is what JSON can hold. Raises one of WRITE_ERRORS where it fails; what was there before still is
+    then.
     """
     final = folder / f"checkpoint-{step}"
+    partial = folder / f".{final.name}.partial"
     state = io.BytesIO()
     torch.save({name: part.state_dict() for name, part in parts.items()}, state)
+    manifest = {"format": FORMAT, "step": step, **meta}
     _remove_leftovers(folder)
-    partial = folder / f".{final.name}.partial"
     try:
         partial.mkdir()
-        manifest = {"format": FORMAT, "step": step, **meta}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         (partial / "state.pt").write_bytes(state.getbuffer())
         for name, part in parts.items():
             if hasattr(part, "tensors"):
-                compressor = zstandard.ZstdCompressor(level=1, threads=torch.get_num_threads())
-                with open(partial / f"{name}.zst", "wb") as file, compressor.stream_writer(file) as stream:
-                    for chunk in _chunks(part.tensors()):
-                        stream.write(chunk.cpu().numpy().data)
+                _stream(part.tensors(), partial / f"{name}.zst")
         (partial / CHECKSUMS).write_text(checksums(partial), encoding="utf-8")
-        for path in (*_own_files(partial), partial / CHECKSUMS, partial):
+        for path in (*_files_of(partial), partial / CHECKSUMS, partial):
             flush_to_disk(path)
-        if os.path.lexists(
-            final
-        ):  # a damaged one, or the run would have gone on from it; or somebody else's file
+        if os.path.lexists(final):  # a damaged one, which the run did not go on from; or somebody else's file
             final.rename(folder / f".{final.name}.damaged")
         _put_in_place(partial, final)
     except BaseException:
@@ -120,11 +105,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint after checking every byte of it. Runs no code from it.
-
-    Raises:
-        UsageError: it is truncated, damaged, incomplete, or no checkpoint; the message says which.
-    """
+    """A checkpoint of which every byte is right; UsageError where one is not. Runs no code from it."""
     with reading(path, "a checkpoint", "take another"):
         recorded = _read_checksums(path / CHECKSUMS)
         damaged = [name for name, checksum in recorded.items() if _checksum(path / name) != checksum]
@@ -138,11 +119,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
-    """The newest checkpoint of the run in `folder`, None if it has none; bad and foreign ones are named and passed over.
-
-    Raises:
-        UsageError: there are checkpoints, but no good one.
-    """
+    """The newest good checkpoint of this run in its folder, None without any; UsageError if all are bad."""
     paths = list_checkpoints(folder)
     for step, path in paths.items():
         try:
@@ -155,21 +132,15 @@ def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
         except UsageError as error:
             say(f"warning: {error}; falling back to an older one")
     if paths:
-        raise UsageError(
-            f"{folder} holds no good checkpoint to go on from: start the run again without --resume"
-        )
+        fix = "start the run again without --resume"
+        raise UsageError(f"{folder} holds no good checkpoint to go on from: {fix}")
     return None
 
 
 def read_identity(path: Path) -> dict[str, Any]:
-    """The "run", a number that tells its checkpoints from another's, and the "args" in a `run.json` or `manifest.json`.
-
-    Raises:
-        UsageError: it holds none.
-    """
-    with reading(
-        path, "a run's arguments", "give a run's folder to --resume, one of its checkpoints to --fork"
-    ):
+    """The "run" (an id) and "args" in a `run.json` or `manifest.json`; UsageError where there are none."""
+    fix = "give a run's folder to --resume, one of its checkpoints to --fork"
+    with reading(path, "a run's arguments", fix):
         identity = json.loads(path.read_text(encoding="utf-8"))
         args = dict(identity["args"])
         return {"run": identity.get("run"), "args": args}
@@ -188,10 +159,7 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
 def create_run_folder(folder: Path, identity: dict[str, Any]) -> Path:
     """A new folder of this name, or with a number after it where another run starts in the same second.
 
-    Its `run.json`, there as soon as the folder is, holds `identity`, of which "run" is drawn at random.
-
-    Raises:
-        UsageError: it cannot be written.
+    Its `run.json`, there as soon as the folder is, holds `identity`; UsageError where it cannot be written.
     """
     draft = folder.parent / f".{identity['run']}"
     target = folder
@@ -199,19 +167,18 @@ def create_run_folder(folder: Path, identity: dict[str, Any]) -> Path:
         draft.mkdir(parents=True)
         (draft / "run.json").write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
         flush_to_disk(draft / "run.json")
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
             try:
                 return draft.rename(target)
             except OSError:
                 if not target.exists():
                     raise
-                target = folder.with_name(f"{folder.name}-{attempt}")
-        raise AssertionError("unreachable")
+            attempt += 1
+            target = folder.with_name(f"{folder.name}-{attempt}")
     except OSError as error:
         fix = "start elsewhere"
-        if error.errno == errno.ENAMETOOLONG and os.path.lexists(
-            draft
-        ):  # where that could be, its name is too long
+        if error.errno == errno.ENAMETOOLONG and os.path.lexists(draft):  # not the path, the name is too long
             fix = "give a shorter --exp-name"
         shutil.rmtree(draft, ignore_errors=True)
         raise UsageError(f"cannot write run folder {target.absolute()} ({error.strerror}): {fix}") from None
@@ -219,10 +186,10 @@ def create_run_folder(folder: Path, identity: dict[str, Any]) -> Path:
 
 def checksums(checkpoint: Path) -> str:
     """One line a file of a checkpoint's own, in the form that `sha256sum` writes and checks."""
-    return "".join(f"{_checksum(path)}  {path.name}\n" for path in _own_files(checkpoint))
+    return "".join(f"{_checksum(path)}  {path.name}\n" for path in _files_of(checkpoint))
 
 
-def _own_files(checkpoint: Path) -> list[Path]:
+def _files_of(checkpoint: Path) -> list[Path]:
     """The files of a checkpoint that is being written, but for its list."""
     return sorted(path for path in checkpoint.iterdir() if FILE.fullmatch(path.name) and path.is_file())
 
@@ -233,16 +200,13 @@ def _checksum(path: Path) -> str:
 
 
 def _read_checksums(path: Path) -> dict[str, str]:
-    """{name: checksum} of the files that a checkpoint consists of.
-
-    Raises:
-        ValueError: the list is damaged.
-    """
+    """{name: checksum} of the files that a checkpoint consists of. Raises ValueError where it is damaged."""
     text = path.read_bytes().decode()
     lines = CHECKSUM.findall(text)
     recorded = {name: checksum for checksum, name in lines}
     others = CHECKSUM.sub("", text)
-    if others or len(recorded) < len(lines) or not recorded.keys() >= {*NEEDED}:
+    twice = len(recorded) < len(lines)
+    if others or twice or not recorded.keys() >= NEEDED:
         raise ValueError(f"{path.name} is damaged, it is no list of a checkpoint's files")
     return recorded
 
@@ -253,15 +217,24 @@ def _chunks(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         yield from tensor.view(-1).view(torch.uint8).split(2**24)
 
 
+def _stream(tensors: list[torch.Tensor], path: Path) -> None:
+    compressor = zstandard.ZstdCompressor(level=1, threads=torch.get_num_threads())
+    with open(path, "wb") as file, compressor.stream_writer(file) as stream:
+        for chunk in _chunks(tensors):
+            stream.write(chunk.cpu().numpy().data)
+
+
 def _fill(tensors: list[torch.Tensor], path: Path) -> None:
+    """Reads what `_stream` has written."""
     with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
         for chunk in _chunks(tensors):
             content = torch.empty(len(chunk), dtype=torch.uint8)
-            rest = content.numpy().data
-            while rest:
-                if not (count := stream.readinto(rest)):
+            empty = content.numpy().data
+            while empty:
+                count = stream.readinto(empty)
+                if count == 0:
                     raise EOFError(f"{path.name} is too short")
-                rest = rest[count:]
+                empty = empty[count:]
             chunk.copy_(content)
 
 

@@ -5,7 +5,7 @@
 
 from typing import Any, Literal
 
-import ale_py
+import ale_py  # which registers its games
 import gymnasium as gym
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from support.machine import usable_processors
 from support.process import say
 from support.usage import UsageError
 
-gym.register_envs(ale_py)
-ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner per emulator
-
 FRAME_SKIP = 4  # emulator frames per step
 FRAME_SIZE = 84  # pixels, both sides
 STACK = 4  # frames per observation
@@ -30,11 +27,7 @@ MAX_FRAMES = 108_000  # of a game
 
 
 def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
-    """The registration of an Atari id.
-
-    Raises:
-        UsageError: the id is unknown, not an Atari game, or has continuous actions or observations other than the screen.
-    """
+    """The registration of an Atari id; UsageError where it is none, or has other actions or observations."""
     try:
         spec = gym.spec(env_id)
     except (gym.error.Error, ImportError) as error:
@@ -42,18 +35,17 @@ def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     if spec.entry_point not in ("ale_py.env:AtariEnv", "ale_py:AtariEnv"):
         raise UsageError(f"env_id {env_id!r} is not an Atari game: try PhoenixNoFrameskip-v4")
     if spec.kwargs.get("continuous", False):
-        raise UsageError(
-            f"env_id {env_id!r} has continuous actions, DQN needs discrete ones: register it without them"
-        )
-    if spec.kwargs.get("obs_type", "rgb") != "rgb":
-        raise UsageError(
-            f"env_id {env_id!r} shows {spec.kwargs['obs_type']}, not the screen: register it without obs_type"
-        )
+        kind = "continuous actions, DQN needs discrete ones"
+        raise UsageError(f"env_id {env_id!r} has {kind}: register it without them")
+    obs_type = spec.kwargs.get("obs_type", "rgb")
+    if obs_type != "rgb":
+        shown = f"{obs_type}, not the screen"
+        raise UsageError(f"env_id {env_id!r} shows {shown}: register it without obs_type")
     return spec
 
 
 class LearnerView(VectorWrapper):
-    """What the learner sees of Atari games: clipped rewards, and life losses as terminal while the game goes on.
+    """What the learner sees of Atari games: clipped rewards, and lost lives as ends while the game goes on.
 
     `step`, or `send` and then `receive`, returns
         obs (N, 4, 84, 84) uint8: of the next decision; a row whose game ended shows the next game
@@ -61,21 +53,20 @@ class LearnerView(VectorWrapper):
         terminations (N,) bool: the game is over, or a life was lost and the game goes on
         truncations (N,) bool: the game was cut at its frame limit
         infos: "final_obs" (N, 4, 84, 84) uint8, the true successor, also where obs shows the next game;
-            where "_episode" is set, infos["episode"]["r"] is the whole game's raw score, ["l"] its length in steps
+            where "_episode" is set, infos["episode"]["r"] is the game's raw score, ["l"] its length in steps
 
-    ALE's vectoriser cannot be saved, but games repeat themselves: `state_dict` is the seed of the last reset and the
-    actions since, and `load_state_dict` plays them again.
+    ALE's vectoriser cannot be saved, but games repeat themselves: `state_dict` is the seed of the last reset
+    and the actions since, and `load_state_dict` plays them again.
     """
 
     single_observation_space: gym.spaces.Box
     single_action_space: gym.spaces.Discrete
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict]:
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         self.obs, infos = self.env.reset(seed=seed, options=options)
         self.lives = infos["lives"]
-        self.seed, self.played = seed, bytearray()
+        self.seed = seed
+        self.played = bytearray()  # all actions since
         return self.obs, infos
 
     @property
@@ -126,7 +117,7 @@ class LearnerView(VectorWrapper):
         return self.obs, rewards, terminations | life_lost, truncations & ~terminations, infos
 
     def render(self) -> tuple[np.ndarray, ...]:
-        """One RGB picture per game: the screen, or the agent's newest frame where ALE's vectoriser has no renderer."""
+        """An RGB picture per game: the screen, or the newest frame where ALE's vectoriser shows none."""
         if not isinstance(self.unwrapped, AtariVectorEnv):
             return self.env.render()  # type: ignore[return-value]
         zoom = 4
@@ -137,7 +128,7 @@ class LearnerView(VectorWrapper):
 class EagerAtariVectorEnv(AtariVectorEnv):
     """ALE's vectoriser, whose `step` only receives where `send` has gone ahead."""
 
-    sent = False
+    sent = False  # whether actions were sent whose outcome was not received yet
 
     def send(self, actions: np.ndarray) -> None:
         super().send(actions)
@@ -153,9 +144,8 @@ class EagerAtariVectorEnv(AtariVectorEnv):
 def make_env(spec: gym.envs.registration.EnvSpec, max_frames: int, render_mode: str | None) -> gym.Env:
     """One game behind Stable-Baselines3's wrappers, with raw rewards and whole games."""
     # the id's own frame skip and frame limit are undone, because the wrappers below apply them
-    env = gym.make(
-        spec, disable_env_checker=True, frameskip=1, max_num_frames_per_episode=None, render_mode=render_mode
-    )
+    raw = {"frameskip": 1, "max_num_frames_per_episode": None}
+    env = gym.make(spec, disable_env_checker=True, render_mode=render_mode, **raw)
     env = NoopResetEnv(env, noop_max=MAX_NOOPS)
     env = MaxAndSkipEnv(env, skip=FRAME_SKIP)
     env = WarpFrame(env, width=FRAME_SIZE, height=FRAME_SIZE)  # (84, 84, 1)
@@ -169,13 +159,13 @@ def make_atari_envs(
 ) -> LearnerView:
     """`num_envs` games; one that ends is replaced in the same step.
 
-    Both backends preprocess as DQN Zoo does: up to 30 no-ops at the start, each action for 4 frames, maximum of the
-    last two, grey, 84×84, 4 frames stacked on zeros, a limit on the frames of one game (108,000), no FIRE on reset.
-
-    Raises:
-        UsageError: see `atari_spec`; or the id asks for a game mode or difficulty, which ALE's vectoriser cannot set.
+    Both backends preprocess as DQN Zoo does: up to 30 no-ops at the start, each action for 4 frames, maximum
+    of the last two, grey, 84×84, 4 frames stacked on zeros, at most 108,000 frames a game, no FIRE on reset.
+    Emulators of this process say nothing but errors from now on. Raises UsageError as `atari_spec` does, and
+    where ALE's vectoriser cannot set the id's mode or difficulty.
     """
     spec = atari_spec(env_id)
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     kwargs = spec.kwargs
     max_frames = kwargs.get("max_num_frames_per_episode") or MAX_FRAMES
     if backend == "sb3":
@@ -183,9 +173,8 @@ def make_atari_envs(
         envs: VectorEnv = SyncVectorEnv(games, autoreset_mode=AutoresetMode.SAME_STEP)
     else:
         if kwargs.get("mode") is not None or kwargs.get("difficulty") is not None:
-            raise UsageError(
-                f"env_id {env_id!r} sets a mode or difficulty, which ALE's vectoriser cannot: --env-backend sb3"
-            )
+            unable = "sets a mode or difficulty, which ALE's vectoriser cannot"
+            raise UsageError(f"env_id {env_id!r} {unable}: --env-backend sb3")
         envs = EagerAtariVectorEnv(
             game=kwargs["game"],
             num_envs=num_envs,

@@ -17,23 +17,27 @@ from support.environments import FRAME_SIZE, FRAME_SKIP, LearnerView
 from support.usage import UsageError
 
 Stop = Callable[[], bool]
+Act = Callable[[np.ndarray], np.ndarray]  # observations (N, 4, 84, 84) uint8 to actions (N,) int64
 
 
 @torch.no_grad()
 def epsilon_greedy(
     q: Callable[[], torch.Tensor], shape: tuple[int, int], epsilon: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Actions (N,) int64 from Q-values of shape (N, num_actions): the best, or random. `rng` moves by the same in any case."""
-    explore = rng.random(shape[0]) < epsilon
-    actions = rng.integers(shape[1], size=shape[0])
-    return actions if explore.all() else np.where(explore, actions, q().argmax(dim=1).cpu().numpy())
+    """Actions (N,) int64, random or the best by q() (N, num_actions); `rng` moves by the same in any case."""
+    num_envs, num_actions = shape
+    explore = rng.random(num_envs) < epsilon
+    random_actions = rng.integers(num_actions, size=num_envs)
+    if explore.all():
+        return random_actions
+    best_actions = q().argmax(dim=1)
+    return np.where(explore, random_actions, best_actions.cpu().numpy())
 
 
-def player(
-    q_network: nn.Module, num_actions: int, epsilon: float, seed: int
-) -> Callable[[np.ndarray], np.ndarray]:
-    """ε-greedy actions (N,) int64 of a network for observations (N, 4, 84, 84) uint8, with random numbers of its own."""
-    rng, device = np.random.default_rng(seed), next(q_network.parameters()).device
+def player(q_network: nn.Module, num_actions: int, epsilon: float, seed: int) -> Act:
+    """ε-greedy play of a network, with random numbers of its own."""
+    rng = np.random.default_rng(seed)
+    device = next(q_network.parameters()).device
 
     def act(obs: np.ndarray) -> np.ndarray:
         return epsilon_greedy(lambda: q_network(upload(obs, device)), (len(obs), num_actions), epsilon, rng)
@@ -42,22 +46,18 @@ def player(
 
 
 def play_games(
-    act: Callable[[np.ndarray], np.ndarray],
+    act: Act,
     envs: LearnerView,
     seed: int,
     steps: int = 0,
     video: Path | None = None,
     stop: Stop = lambda: False,
 ) -> np.ndarray:
-    """Raw scores of whole games, (N,) float64, one per environment, so that none is favoured; or with `steps` those of the
-    first environment's games that end within so many steps, or else of the first (DQN Zoo).
+    """Raw scores of whole games, (N,) float64, one per environment, so that none is favoured.
 
-    Args:
-        act: actions (N,) int64 for observations (N, 4, 84, 84) uint8
-        envs: N environments, which are closed in the end
-        seed: of their games
-        video: where the first game is filmed to
-        stop: once it returns True, what is not over is left at NaN
+    With `steps` those of the first environment's games that end within so many steps, or else of the first
+    game (DQN Zoo). The first game is filmed to `video`. Once `stop` returns True, what is not over is left at
+    NaN. Environments are closed in the end.
     """
     games: list[list[float]] = [[] for _ in range(envs.num_envs)]  # scores, per environment
     played = 0
@@ -88,9 +88,8 @@ def play_games(
 def open_film(path: Path, width: int, height: int) -> cv2.VideoWriter:
     """A writer of an mp4 (VP9, which browsers play) with one picture per step, in the game's own time.
 
-    Raises:
-        UsageError: OpenCV writes none; builds and wheels differ in the encoders that they have.
-        OSError: there can be no such file.
+    Raises OSError where there can be no such file, UsageError where OpenCV, as built here, has no encoder for
+    it.
     """
     path.touch()
     film = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"vp09"), 60 / FRAME_SKIP, (width, height))
@@ -103,10 +102,7 @@ def open_film(path: Path, width: int, height: int) -> cv2.VideoWriter:
 
 
 def require_film() -> None:
-    """
-    Raises:
-        UsageError: no film can be written here.
-    """
+    """Raises UsageError where no film can be written."""
     with tempfile.TemporaryDirectory() as folder:
         open_film(Path(folder) / "probe.mp4", FRAME_SIZE, FRAME_SIZE).release()
 
@@ -114,13 +110,12 @@ def require_film() -> None:
 def print_scores(title: str, scores: np.ndarray) -> None:
     print(f"{title}: scores of {len(scores)} games")
     print(" ".join(f"{score:g}" for score in scores))
-    print(
-        f"mean {scores.mean():.1f}, standard deviation {scores.std():.1f}, min {scores.min():g}, max {scores.max():g}"
-    )
+    mean = f"mean {scores.mean():.1f}, standard deviation {scores.std():.1f}"
+    print(f"{mean}, min {scores.min():g}, max {scores.max():g}")
 
 
 def save_agent(path: Path, q_network: nn.Module, args: dict[str, Any], step: int) -> None:
-    """Writes a network and the arguments it was trained with to one file, which `torch.load` reads with `weights_only`."""
+    """Writes a network and the arguments it was trained with, for `torch.load` with `weights_only`."""
     saved = io.BytesIO()  # writing to `path` itself, PyTorch would turn a full disk into a RuntimeError
     torch.save({"q_network": q_network.state_dict(), "args": args, "step": step}, saved)
     path.write_bytes(saved.getbuffer())

@@ -61,7 +61,8 @@ class RunFlags:
         if (self.eval_episodes > 0) == (self.eval_steps > 0):
             raise UsageError(
                 f"eval_episodes is {self.eval_episodes} and eval_steps {self.eval_steps}, but one of them "
-                "says how long an evaluation is: give --eval-episodes 0 with --eval-steps, or the other way round"
+                "says how long an evaluation is: give --eval-episodes 0 with --eval-steps, "
+                "or the other way round"
             )
         if self.capture_video and self.eval_frequency == 0 and self.evaluate is None:
             raise UsageError("capture_video films evaluation games and there are none: give --eval-frequency")

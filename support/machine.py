@@ -25,17 +25,14 @@ from support.usage import UsageError, out_of_resources, reading
 
 
 def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
-    """The GPU when there is one and it is wanted; also sets PyTorch's switches for determinism and precision.
-
-    Raises:
-        UsageError: there is one that can run nothing.
-    """
+    """The GPU if it is wanted and there, UsageError if it can run nothing; also sets PyTorch's switches."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
     if not cuda or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda")
@@ -45,17 +42,17 @@ def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         if not out_of_resources(error) and "not compiled with CUDA" not in reason:
             raise
-        fix = "free it, choose another one by CUDA_VISIBLE_DEVICES, or hide it by CUDA_VISIBLE_DEVICES= to use the CPU"
-        raise UsageError(
-            f"a GPU is listed, but cannot be used ({type(error).__name__}: {reason}): {fix}"
-        ) from error
+        message = f"a GPU is listed, but cannot be used ({type(error).__name__}: {reason})"
+        fix = "choose another one by CUDA_VISIBLE_DEVICES, or hide it by CUDA_VISIBLE_DEVICES= to use the CPU"
+        raise UsageError(f"{message}: free it, {fix}") from error
     return device
 
 
 def try_out(device: torch.device) -> None:
-    """A product and a convolution, waited for: what a GPU that can run nothing fails at."""
+    """A convolution and a product, waited for: what a GPU that can run nothing fails at."""
     one = torch.ones(1, 1, 1, 1, device=device)
-    (torch.nn.functional.conv2d(one, one).flatten(1) @ one[0, 0]).item()
+    convolved = torch.nn.functional.conv2d(one, one)
+    (convolved[0, 0] @ one[0, 0]).item()
 
 
 def slow_bfloat16(device: torch.device) -> str | None:
@@ -74,101 +71,90 @@ def slow_bfloat16(device: torch.device) -> str | None:
 
 def idle_gpu(root: Path = Path("/")) -> str | None:
     """What shows that there is a GPU here, where PyTorch sees none although nobody hid it; else None."""
-    hidden = [
-        os.environ.get(f"{name}_VISIBLE_DEVICES", "?") in ("", "-1", "NoDevFiles")
-        for name in ("CUDA", "HIP", "ROCR")
-    ]
-    if torch.cuda.is_available() or any(hidden):
+    if torch.cuda.is_available():
         return None
-    found = [*root.glob("dev/nvidia[0-9]*"), *root.glob("proc/driver/nvidia/gpus/*"), *root.glob("dev/kfd")]
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        if os.environ.get(name) in ("", "-1", "NoDevFiles"):
+            return None
+    signs = [*root.glob("dev/nvidia[0-9]*"), *root.glob("proc/driver/nvidia/gpus/*"), *root.glob("dev/kfd")]
     for card in root.glob("sys/bus/pci/devices/*"):  # also where no driver is loaded
         with contextlib.suppress(OSError):
-            if (card / "vendor").read_text(encoding="utf-8").strip() == "0x10de" and (
-                card / "class"
-            ).read_text(encoding="utf-8").startswith("0x03"):
-                found.append(card)
-    if found:
-        return f"/{found[0].relative_to(root)}"
+            vendor = (card / "vendor").read_text(encoding="utf-8")
+            kind = (card / "class").read_text(encoding="utf-8")
+            if vendor.strip() == "0x10de" and kind.startswith("0x03"):
+                signs.append(card)
+    if signs:
+        return f"/{signs[0].relative_to(root)}"
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", timeout=20, check=True
-        ).stdout
-        return (
-            listed.partition("\n")[0].partition(" (")[0] or "nvidia-smi"
-            if "no devices" not in listed.lower()
-            else None
-        )
+        command = ["nvidia-smi", "-L"]
+        listed = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=20, check=True).stdout
+        if "no devices" not in listed.lower():
+            first_line = listed.partition("\n")[0]
+            return first_line.partition(" (")[0] or "nvidia-smi"
     return None
 
 
 def control_groups(root: Path) -> Iterator[tuple[str, Path]]:
-    """Folders of this process's control groups and of those around them (Slurm, Docker), each with its controller.
-
-    The controller of version 2 is "".
-    """
+    """(controller, folder) of this process's control groups and those around them; "" in version 2."""
     groups = root / "proc/self/cgroup"
-    for line in groups.read_text(encoding="utf-8").splitlines() if groups.exists() else ():
+    if not groups.exists():
+        return
+    for line in groups.read_text(encoding="utf-8").splitlines():
         _, controllers, name = line.split(":", 2)
         for controller in controllers.split(","):  # version 1 has several in one folder, with a link for each
             for place in {controller, controllers}:
                 group = root / "sys/fs/cgroup" / place / name.lstrip("/")
-                yield from ((controller, folder) for folder in (group, *group.parents))
+                for folder in (group, *group.parents):
+                    yield controller, folder
 
 
 def free_memory(root: Path = Path("/")) -> int:
     """Bytes this process may still take: the machine's, or its control group's where that is less."""
-    versions = {  # limit, usage, and what of the usage is file cache that the kernel gives back
+    files = {  # limit, usage, and what of the usage is file cache that the kernel gives back
         "": ("memory.max", "memory.current", "file"),
         "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
     }
     free = psutil.virtual_memory().available
     for controller, folder in control_groups(root):
-        with contextlib.suppress(
-            OSError, ValueError, KeyError
-        ):  # no control group, another one, or "max": no limit
-            limit, usage, cache = versions[controller]
-            statistics = dict(
-                entry.split() for entry in (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
-            )
-            used = int((folder / usage).read_text(encoding="utf-8")) - int(statistics[cache])
+        # there may be no control group, another controller's, or "max": no limit
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            limit, usage, cache = files[controller]
+            statistics = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+            cached = int(dict(line.split() for line in statistics)[cache])
+            used = int((folder / usage).read_text(encoding="utf-8")) - cached
             free = min(free, int((folder / limit).read_text(encoding="utf-8")) - used)
     return free
 
 
 def usable_processors(root: Path = Path("/")) -> int:
-    """How many processors this process may keep busy: its affinity's, or its control group's quota where that is less."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    versions = {"": ("cpu.max",), "cpu": ("cpu.cfs_quota_us", "cpu.cfs_period_us")}
+    """How many processors this process may keep busy, by its affinity and its control group's quota."""
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    files = {"": ["cpu.max"], "cpu": ["cpu.cfs_quota_us", "cpu.cfs_period_us"]}
     for controller, folder in control_groups(root):
-        with contextlib.suppress(
-            OSError, ValueError, KeyError
-        ):  # no control group, another one, or "max": no quota
-            quota, period = map(
-                int,
-                " ".join(
-                    (folder / name).read_text(encoding="utf-8") for name in versions[controller]
-                ).split(),
-            )
-            count = min(count, max(1, quota // period)) if quota > 0 else count
+        # there may be no control group, another controller's, or "max" or -1: no quota
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            text = " ".join((folder / name).read_text(encoding="utf-8") for name in files[controller])
+            quota, period = [int(number) for number in text.split()]
+            if quota > 0:
+                count = min(count, max(1, quota // period))
     return count
 
 
 def limit_threads() -> None:
-    """Has PyTorch compute in as many threads as there are processors to use, unless OMP_NUM_THREADS says how many."""
+    """Has PyTorch compute in a thread per processor to use, unless OMP_NUM_THREADS says in how many."""
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(min(torch.get_num_threads(), usable_processors()))
 
 
 def place_for(needed: int, steps: int, device: torch.device) -> torch.device:
-    """Where a replay of `needed` bytes for so many steps goes: to `device`, or to the CPU if it does not fit on that GPU.
-
-    Raises:
-        UsageError: it does not fit in the CPU's free memory either.
-    """
+    """Where a replay of so many bytes goes: to `device`, or to the CPU; UsageError if neither has room."""
     for_learning = 2 * 10**9  # networks, moments, graphs and the libraries' workspaces take less
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= needed + for_learning:
         return device
-    if needed > (free := free_memory()):
+    free = free_memory()
+    if needed > free:
         sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
         # a tenth is left for what else a run takes, and for room that does not shrink with the steps
         fits = int(0.9 * steps * free / needed)
@@ -179,27 +165,38 @@ def place_for(needed: int, steps: int, device: torch.device) -> torch.device:
     return torch.device("cpu")
 
 
-def code_version(script: Path) -> str:
-    """Hash of a script and of this folder, as they are on disk now."""
-    sources = (script, *sorted(Path(__file__).parent.glob("*.py")))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+def code_version(script: Path, *folders: Path) -> str:
+    """Hash of a script, of this folder's modules and of those in others, as they are on disk now."""
+    code = hashlib.sha256(script.read_bytes())
+    for folder in (Path(__file__).parent, *folders):
+        for module in sorted(folder.glob("*.py")):
+            code.update(module.read_bytes())
+    return code.hexdigest()[:12]
 
 
 def circumstances(device: torch.device, script: str) -> dict[str, str]:
     """What the bits of a run depend on besides its arguments; `script` is the version of its code."""
-    modules = {"torch": torch, "numpy": numpy, "gymnasium": gymnasium, "ale-py": ale_py, "opencv": cv2}
-    modules["stable-baselines3"] = stable_baselines3
-    cpuinfo = Path("/proc/cpuinfo")
-    models = (
-        re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.exists() else []
-    )
-    model = models[0] if models else platform.processor()
-    cpu = f"{model}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    else:
+        model = platform.processor()
+        with contextlib.suppress(OSError):
+            cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+            named = re.search(r"model name\s*: (.*)", cpuinfo)
+            if named is not None:
+                model = named[1]
+        capability = torch.backends.cpu.get_cpu_capability()
+        processor = f"{model}, {capability}, {torch.get_num_threads()} threads"
     return {
         "script": script,
         "python": platform.python_version(),
-        **{name: module.__version__ for name, module in modules.items()},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "gymnasium": gymnasium.__version__,
+        "ale-py": ale_py.__version__,
+        "opencv": cv2.__version__,
+        "stable-baselines3": stable_baselines3.__version__,
+        "device": processor,
     }
 
 
@@ -210,11 +207,7 @@ CANNOT_OPEN = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTTY}
 
 
 def flush_to_disk(path: Path) -> None:
-    """Has the operating system write a file, or a folder's list of names, to the disk itself, where the file system can.
-
-    Raises:
-        OSError: it failed.
-    """
+    """Writes a file, or a folder's list of names, to the disk itself; OSError where that fails."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -222,14 +215,13 @@ def flush_to_disk(path: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno not in (CANNOT | CANNOT_OPEN if path.is_dir() else CANNOT):
+        harmless = CANNOT | CANNOT_OPEN if path.is_dir() else CANNOT
+        if error.errno not in harmless:
             raise
 
 
 class FolderGone(FileNotFoundError):
     """A folder that this process writes to is nowhere to be found."""
-
-    FIX = "if it was moved to another disk, stop this run and --resume it there"
 
     def __init__(self, path: Path):
         super().__init__(f"{path} is no longer there")
@@ -238,7 +230,7 @@ class FolderGone(FileNotFoundError):
 def way_out(error: BaseException) -> str:
     """What to do where something cannot be written: only what the error itself tells."""
     if isinstance(error, FolderGone):
-        return FolderGone.FIX
+        return "if it was moved to another disk, stop this run and --resume it there"
     if isinstance(error, MemoryError):
         return "free some memory"
     if isinstance(error, OSError) and error.errno in FULL:
@@ -247,34 +239,28 @@ def way_out(error: BaseException) -> str:
 
 
 def path_of(descriptor: int) -> Path | None:
-    """Where the file or folder of an open descriptor is now, whatever it was called; None where no one can tell."""
+    """Where the file or folder of an open descriptor is now; None where no one can tell."""
     with contextlib.suppress(OSError):
         if hasattr(fcntl, "F_GETPATH"):  # macOS
-            return Path(os.fsdecode(fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")))
+            name = fcntl.fcntl(descriptor, fcntl.F_GETPATH, bytes(1024))
+            return Path(os.fsdecode(name.rstrip(b"\0")))
         return Path(os.readlink(f"/proc/self/fd/{descriptor}"))
     return None
 
 
 class HeldFolder:
-    """A folder that is found again where it was renamed or moved, within its file system, in the meantime.
-
-    `path` is where it was seen last.
-    """
+    """A folder that is found again where it was moved within its file system; `path` is where it was last."""
 
     def __init__(self, path: Path):
         self.path = path
         self.descriptor: int | None = None
-        with contextlib.suppress(
-            OSError
-        ):  # not every file system opens folders: there, it is what has the name
+        # not every file system opens folders: there, it is what has the name
+        with contextlib.suppress(OSError):
             self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
             weakref.finalize(self, os.close, self.descriptor)
 
     def find(self) -> Path | None:
-        """Its present path, a relative one where a relative one was given.
-
-        None where it was deleted, or moved to another file system; a new folder of its name is another one.
-        """
+        """Its present path, relative if it was given so; None where it is gone, or another has its name."""
         if self._is_at(self.path):
             return self.path
         moved = None if self.descriptor is None else path_of(self.descriptor)
@@ -284,11 +270,7 @@ class HeldFolder:
         return self.path
 
     def here(self) -> Path:
-        """Its present path, see `find`.
-
-        Raises:
-            FolderGone: there is none.
-        """
+        """Its present path, see `find`. Raises FolderGone where there is none."""
         found = self.find()
         if found is None:
             raise FolderGone(self.path)
@@ -307,12 +289,10 @@ class HeldFolder:
 def alone_in(
     folder: Path, file: str = "run.json", kind: str = "a run's folder", fix: str = "give one to --resume"
 ) -> Iterator[None]:
-    """Keeps other processes from running in `folder` during this block, or until this process ends in any other way.
+    """Keeps other processes from running in `folder` during this block; UsageError where one is.
 
-    The lock is on a file there, opened for writing, because NFS locks nothing else. Where there are no locks, it says so.
-
-    Raises:
-        UsageError: another process holds it, or there is no such folder or file.
+    The lock is on a file there, opened for writing, because NFS locks nothing else. It ends with the process.
+    Where there are no locks, a warning says so.
     """
     with reading(folder, kind, fix):
         descriptor = os.open(folder / file, os.O_RDWR)
@@ -321,9 +301,8 @@ def alone_in(
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UsageError(
-                    f"another process is running {folder}: wait for it, or stop it first"
-                ) from None
+                message = f"another process is running {folder}: wait for it, or stop it first"
+                raise UsageError(message) from None
             say(f"warning: {folder} cannot be locked ({error}): see to it that no other process resumes it")
         yield
     finally:

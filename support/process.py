@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from support.usage import UsageError, out_of_resources
 
-# how many processes a launcher has started alike, in a step or a group; the size of an allocation is none of these
+# how many processes a launcher has started alike, in a step or a group; an allocation's size is none of these
 GROUP_SIZES = (
     "SLURM_STEP_NUM_TASKS",  # srun
     "WORLD_SIZE",  # torchrun, DeepSpeed, Accelerate
@@ -27,10 +27,10 @@ GROUP_SIZES = (
 
 
 def begin_in_utf8() -> None:
-    """Begins this program once more in Python's UTF-8 mode, where the locale has names of files in another encoding.
+    """Begins this program once more in Python's UTF-8 mode, where the locale encodes files' names otherwise.
 
-    TensorBoard takes them in UTF-8, whatever the locale. What is printed stays in the locale's letters. To be called by
-    the file that is run, and by nothing that others import: all that went before is done a second time.
+    TensorBoard takes them in UTF-8 in any locale. What is printed stays in the locale's letters. To be called
+    by the file that is run, and by nothing that others import: all that went before is done a second time.
     """
     if sys.getfilesystemencoding() == "utf-8":
         return
@@ -41,7 +41,7 @@ def begin_in_utf8() -> None:
 
 
 def group_of_equals() -> tuple[str, int] | None:
-    """The variable that says that this process is one of several which were started alike, and how many; else None."""
+    """If several processes were started alike, the variable that says so and their number; else None."""
     for name in GROUP_SIZES:
         with contextlib.suppress(ValueError):  # no number: nobody's count
             size = int(os.environ.get(name, "1"))
@@ -51,7 +51,7 @@ def group_of_equals() -> tuple[str, int] | None:
 
 
 def say(line: str, write: Callable[[str], Any] = print) -> None:
-    """Prints a line, if anybody listens: a closed pipe, a full disk or a notebook's own stream is no reason to stop."""
+    """Prints a line, if anybody listens: a closed pipe, a full disk or a notebook is no reason to stop."""
     with contextlib.suppress(Exception):
         write(line)
         sys.stdout.flush()
@@ -86,9 +86,10 @@ def on_a_terminal() -> bool:
 class Signals:
     """Signals as requests to the training loop, for the time of a `with` block.
 
-    SIGTERM, SIGINT and SIGHUP ask it to stop. Launchers may deliver one request several times, so what comes within
-    `SAME_REQUEST` seconds belongs to the first; a later one ends the process with 128 + its number. SIGUSR1 and SIGUSR2, which
-    Slurm can send ahead of a time limit, ask for a checkpoint. A signal that was ignored before, as by nohup, stays ignored.
+    SIGTERM, SIGINT and SIGHUP ask it to stop. Launchers may deliver one request several times, so what comes
+    within `SAME_REQUEST` seconds belongs to the first; a later one ends the process with 128 + its number.
+    SIGUSR1 and SIGUSR2, which Slurm can send ahead of a time limit, ask for a checkpoint. What was ignored
+    before, as by nohup, stays ignored.
     """
 
     STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -97,15 +98,17 @@ class Signals:
 
     def __init__(self) -> None:
         self.stop: signal.Signals | None = None
+        self.asked = 0.0  # when it was set, on the monotonic clock
         self.checkpoint = False
-        self.at_once = self.ending = False
+        self.at_once = False
+        self.ending = False
 
     def __enter__(self) -> "Signals":
-        in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
-        noted = [
-            number for number in (*self.STOP, *self.CHECKPOINT) if signal.getsignal(number) != signal.SIG_IGN
-        ]
-        self.previous = {number: signal.signal(number, self._note) for number in noted if in_main}
+        self.previous: dict[signal.Signals, Any] = {}  # handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (*self.STOP, *self.CHECKPOINT):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -125,7 +128,8 @@ class Signals:
         if number in self.CHECKPOINT:
             self.checkpoint = True
         elif self.stop is None and not self.at_once:
-            self.stop, self.asked = signal.Signals(number), time.monotonic()
+            self.stop = signal.Signals(number)
+            self.asked = time.monotonic()
         elif not self.ending and (self.at_once or time.monotonic() - self.asked >= self.SAME_REQUEST):
             self.ending = True  # what comes now must not disturb the end
             sys.exit(128 + number)
@@ -133,7 +137,7 @@ class Signals:
 
 @contextlib.contextmanager
 def deaf_in_the_end() -> Iterator[None]:
-    """Around the last that a process does: a signal that comes once more must not change the status that it ends with."""
+    """Around the last that a process does: a signal that comes once more must not change its exit status."""
     try:
         yield
     finally:
@@ -146,7 +150,7 @@ def _nowhere(mode: str) -> IO[str]:
 
 
 def _keep_open() -> None:
-    """Gives standard streams that are closed a place to write to; the next file to be opened would get their output."""
+    """Gives closed standard streams a place to write to: the next file that is opened would be theirs."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
@@ -170,18 +174,15 @@ def _let_go() -> None:
 
 @contextlib.contextmanager
 def ends_in_one_line(training: bool = False) -> Iterator[None]:
-    """For the whole of a command: what it cannot do ends it with one line and status 1, Ctrl-C with status 130.
-
-    Args:
-        training: whether the command is a run, see `out_of_resources`
-    """
+    """Around a whole command: what it cannot do ends it with one line and status 1, Ctrl-C with 130."""
     _keep_open()
     try:
         yield
     except (UsageError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     except (RuntimeError, MemoryError) as error:
-        if (reason := out_of_resources(error, training)) is None:
+        reason = out_of_resources(error, training)
+        if reason is None:
             raise
         sys.exit(f"error: {reason}")
     except KeyboardInterrupt:

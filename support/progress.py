@@ -13,13 +13,7 @@ PROGRESS = "progress.json"
 
 
 class ProgressFile:
-    """A run's progress.json, whole at any moment. Where it cannot be written, the run goes on without.
-
-    Args:
-        place: the run's folder
-        first: step at which this process begins
-        total: step at which the run ends
-    """
+    """A run's progress.json, whole at any moment. Where it cannot be written, the run goes on without."""
 
     PAUSE_SECONDS = 2
 
@@ -35,7 +29,7 @@ class ProgressFile:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "began": time.time(),  # this process, seconds since 1970
-            "first": first,
+            "first": first,  # step at which this process began
             "time": None,  # of what is said here, seconds since 1970
         }
 

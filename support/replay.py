@@ -13,12 +13,13 @@ from support.acceleration import upload
 
 
 class FrameReplayBuffer(ReplayBuffer):
-    """Stable-Baselines3's replay buffer, holding each frame once: 7.3 GB instead of 56.4 GB for 1M transitions.
+    """Stable-Baselines3's replay buffer with each frame held once: 7.3 GB, not 56.4 GB, for 1M transitions.
 
-    An observation is a stack of S frames that shifts by one each step, so a transition spans S + 1 frames. They lie
-    in a pool, and a transition holds their S + 1 slot numbers. A transition whose obs equals the next_obs added before
-    it shares those slots; any other obs starts a new stack, whatever `done` said. Slot 0 is the all-zero frame that
-    stacks start on. Every sample equals what Stable-Baselines3's buffer holds, last frames of games included.
+    An observation is a stack of S frames that shifts by one each step, so a transition spans S + 1 frames.
+    They lie in a pool, and a transition holds their S + 1 slot numbers. One whose obs equals the next_obs
+    added before it shares those slots; any other obs starts a new stack, whatever `done` was. Slot 0 is the
+    all-zero frame that stacks start on. Every sample equals what Stable-Baselines3's buffer holds, games'
+    last frames included.
 
     Args:
         buffer_size: capacity in transitions over all environments
@@ -26,13 +27,13 @@ class FrameReplayBuffer(ReplayBuffer):
         action_space: Discrete
         device: where samples go
         n_envs: environments per `add`
-        optimize_memory_usage: Stable-Baselines3's way to save memory, refused: it loses the last frames of games
+        optimize_memory_usage: Stable-Baselines3's way to save memory, refused: it loses games' last frames
         handle_timeout_termination: sample done = 0 where infos[i]["TimeLimit.truncated"] is set
         generator: source of the sampled indices (Stable-Baselines3 takes NumPy's global one)
         storage: device of the frames; what else makes a transition stays in the CPU's memory, 40 bytes each
     """
 
-    SLACK = 32  # one spare slot per so many transitions holds the extra frames of stack starts; the pool grows if need be
+    SLACK = 32  # one spare slot per so many transitions, for stack starts; the pool grows if need be
 
     def __init__(
         self,
@@ -47,9 +48,8 @@ class FrameReplayBuffer(ReplayBuffer):
         storage: torch.device | str = "cpu",
     ):
         if optimize_memory_usage:
-            raise ValueError(
-                "FrameReplayBuffer stores each frame once as it is: leave out optimize_memory_usage"
-            )
+            message = "FrameReplayBuffer stores each frame once as it is: leave out optimize_memory_usage"
+            raise ValueError(message)
         # not ReplayBuffer's own constructor: it allocates every stack, twice
         BaseBuffer.__init__(self, buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.buffer_size = max(buffer_size // n_envs, 1)
@@ -75,53 +75,51 @@ class FrameReplayBuffer(ReplayBuffer):
     def bytes_needed(cls, buffer_size: int, observation_space: gym.spaces.Box, n_envs: int = 1) -> int:
         """Memory of a full buffer in bytes, of games that are not shorter than `SLACK` steps on average."""
         stack, *frame_shape = observation_space.shape
-        frames = (
-            cls.pool_size(buffer_size, n_envs, stack)
-            * int(np.prod(frame_shape))
-            * observation_space.dtype.itemsize
-        )
-        return frames + buffer_size * (4 * (stack + 1) + 8 + 3 * 4)
+        frames = cls.pool_size(buffer_size, n_envs, stack) + n_envs * stack  # those of the newest next_obs
+        frame = int(np.prod(frame_shape)) * observation_space.dtype.itemsize
+        transition = 4 * (stack + 1) + 8 + 3 * 4  # slots, action; reward, done, timeout
+        return frames * frame + buffer_size * transition
 
     def _pool(self, slots: int) -> torch.Tensor:
         """Zeros; on the CPU NumPy's, which take memory only as they are filled."""
         frames = torch.from_numpy(np.zeros((slots, *self.frame_shape), self.observation_space.dtype))
-        return frames if self.storage.type == "cpu" else torch.zeros_like(frames, device=self.storage)
+        if self.storage.type == "cpu":
+            return frames
+        return torch.zeros_like(frames, device=self.storage)
 
     def reset(self) -> None:
         """Forgets every transition."""
         super().reset()
         self._used = 1  # slots ever handed out; slot 0 stays all zero
         self._free: list[int] = []
-        self._last_next_obs: np.ndarray | None = None
-        self.slots[:] = 0
+        self._last_next_obs = np.zeros((self.n_envs, *self.obs_shape), self.observation_space.dtype)
+        self.slots[:] = 0  # also those of what came before the first transition, an all-zero stack
 
     def state_dict(self) -> dict[str, Any]:
-        """The small part of the state; the large one is in `arrays`."""
+        """The small part of the state; `tensors` is the large one."""
         return {
             "pos": self.pos,
             "full": self.full,
             "pool": len(self.frames),
             "used": self._used,
             "free": torch.tensor(self._free, dtype=torch.int32),
-            "last_next_obs": None if self._last_next_obs is None else torch.from_numpy(self._last_next_obs),
+            "last_next_obs": torch.from_numpy(self._last_next_obs),
             "generator": self.generator.bit_generator.state,
         }
 
     def tensors(self) -> list[torch.Tensor]:
-        """The frames in use and every transition's row, as contiguous views; filled after `load_state_dict`, they restore."""
+        """The frames in use and all transitions' rows, contiguous, to be filled after `load_state_dict`."""
         rows = (self.slots, self.actions, self.rewards, self.dones, self.timeouts)
-        return [self.frames[: self._used], *map(torch.from_numpy, rows)]
+        return [self.frames[: self._used], *(torch.from_numpy(row) for row in rows)]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(self.frames) != state["pool"]:
             self.frames = self._pool(state["pool"])
-        self.pos, self.full, self._used, self._free = (
-            state["pos"],
-            state["full"],
-            state["used"],
-            state["free"].tolist(),
-        )
-        self._last_next_obs = None if state["last_next_obs"] is None else state["last_next_obs"].numpy()
+        self.pos = state["pos"]
+        self.full = state["full"]
+        self._used = state["used"]
+        self._free = state["free"].tolist()
+        self._last_next_obs = state["last_next_obs"].numpy()
         self.generator.bit_generator.state = state["generator"]
 
     def add(
@@ -133,30 +131,28 @@ class FrameReplayBuffer(ReplayBuffer):
         done: np.ndarray,
         infos: list[dict],
     ) -> None:
-        """Adds one transition per environment: obs, next_obs (n_envs, S, H, W), the others (n_envs,).
-
-        Raises:
-            ValueError: next_obs is not obs shifted by one frame.
-        """
+        """Adds a transition per environment: obs, next_obs (n_envs, S, H, W), the others (n_envs,)."""
         if not np.array_equal(next_obs[:, :-1], obs[:, 1:]):
-            raise ValueError(
-                "next_obs must be obs shifted by one frame, also at a game's end: pass final_obs there"
-            )
+            message = "next_obs must be obs shifted by one frame, also at a game's end: pass final_obs there"
+            raise ValueError(message)
         slots = np.empty((self.n_envs, self.stack + 1), dtype=np.int32)
-        new: dict[int, np.ndarray] = {}
+        new: dict[int, np.ndarray] = {}  # frames by their slots
         for i in range(self.n_envs):
-            if self._last_next_obs is not None and np.array_equal(obs[i], self._last_next_obs[i]):
+            if np.array_equal(obs[i], self._last_next_obs[i]):
                 slots[i, :-1] = self.slots[self.pos - 1, i, 1:]
             else:
                 slots[i, :-1] = [self._slot(frame, new) for frame in obs[i]]
             slots[i, -1] = self._slot(next_obs[i, -1], new)
         if new:
             # one by one: a GPU's deterministic way to write by index waits for everything before it
-            for slot, frame in zip(new, upload(np.stack(list(new.values())), self.storage), strict=True):
+            frames = upload(np.stack(list(new.values())), self.storage)
+            for slot, frame in zip(new, frames, strict=True):
                 self.frames[slot].copy_(frame)
         self._last_next_obs = np.array(next_obs)
 
-        overwritten, self.slots[self.pos] = self.slots[self.pos].copy(), slots
+        # slots of what is overwritten are free, but for those shared by the next one, now the oldest
+        overwritten = self.slots[self.pos].copy()
+        self.slots[self.pos] = slots
         oldest = self.slots[(self.pos + 1) % self.buffer_size]
         still_used = (overwritten[:, :, None] == oldest[:, None, :]).any(axis=2)
         self._free.extend(overwritten[~still_used & (overwritten != 0)].tolist())
@@ -176,7 +172,8 @@ class FrameReplayBuffer(ReplayBuffer):
         if self._free:
             slot = self._free.pop()
         else:
-            slot, self._used = self._used, self._used + 1
+            slot = self._used
+            self._used += 1
             if slot == len(self.frames):  # many short games: more stack starts than the slack holds
                 self.frames = torch.cat([self.frames, self._pool(slot // 4 + 1)])
         new[slot] = frame
@@ -185,29 +182,28 @@ class FrameReplayBuffer(ReplayBuffer):
     def sample(
         self, batch_size: int, env: VecNormalize | None = None, batches: int = 1
     ) -> ReplayBufferSamples:
-        """A uniform batch, with replacement, on `device`, drawn from the buffer's own generator; or several in a row.
+        """A uniform batch, with replacement, on `device`, drawn by the buffer's generator; or several.
 
         Returns:
             observations, next_observations (B, S, H, W) uint8, channels last in memory; actions (B, 1) int64;
             rewards, dones (B, 1) float32; with B = batches · batch_size
 
-        Raises:
-            ValueError: `env` was given; what is stored is never normalised.
+        Raises ValueError where `env` is given: what is stored is never normalised.
         """
         if env is not None:
             raise ValueError("FrameReplayBuffer does not normalise: leave out env")
-        limits = (self.size(), self.n_envs)
-        draws = [
-            [self.generator.integers(limit, size=batch_size) for limit in limits] for _ in range(batches)
-        ]
-        return self.transitions(*np.concatenate(draws, axis=1))
+        rows = []
+        columns = []
+        for _ in range(batches):
+            rows.append(self.generator.integers(self.size(), size=batch_size))
+            columns.append(self.generator.integers(self.n_envs, size=batch_size))
+        return self.transitions(np.concatenate(rows), np.concatenate(columns))
 
     def transitions(self, rows: np.ndarray, columns: np.ndarray) -> ReplayBufferSamples:
-        """The transitions at these rows of these environments, both (B,) int, in the form that `sample` returns."""
+        """The transitions at these rows of these environments, both (B,) int, in the form of `sample`."""
         slots = upload(self.slots[rows, columns].ravel(), self.storage)
-        stacks = upload(self.frames.index_select(0, slots), self.device).view(
-            -1, self.stack + 1, *self.frame_shape
-        )
+        frames = upload(self.frames.index_select(0, slots), self.device)
+        stacks = frames.view(-1, self.stack + 1, *self.frame_shape)
         dones = self.dones[rows, columns] * (1 - self.timeouts[rows, columns])
         return ReplayBufferSamples(
             observations=stacks[:, :-1].contiguous(memory_format=torch.channels_last),

@@ -9,7 +9,7 @@ import types
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,9 +27,6 @@ from support.process import on_a_terminal, say
 from support.progress import ProgressFile
 from support.usage import reading
 
-logging.getLogger("tensorboard").setLevel(
-    logging.ERROR
-)  # that a resumed run purges what it logs again is no news
 # as SummaryWriter names them: a second, a host, a process and how many files it had begun; nothing after that
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{10,})\..*\.[1-9][0-9]*\.[0-9]+")
 AROUND_RECORD = 16  # bytes of a length and two checksums
@@ -50,35 +47,10 @@ SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in compari
 
 
 def event_files(folder: Path) -> list[Path]:
-    """A run's event files, in the order of their names, in which readers take them. Copies by other programs are none."""
+    """A run's event files, but no copies of them, in the order of their names, in which readers take them."""
     named = {path for path in folder.iterdir() if EVENT_FILE.fullmatch(path.name)}
     # NAME.1 could be a name that the writer gives, but beside NAME it is a copy
     return sorted(path for path in named if path.with_suffix("") not in named and path.is_file())
-
-
-class EventFile(LegacyEventFileLoader):
-    """TensorBoard's reader of one event file, which says what of it cannot be read.
-
-    A file that ends in something that is no record, as after a power cut or while it is written, is read up to there.
-    Where records follow, it is damaged: they would be missing in the middle of a curve.
-    """
-
-    def Load(self) -> Iterator[Event]:
-        path = Path(self._file_path)
-        whole = 0  # bytes of the records so far
-        try:
-            for record in self._iterator:
-                yield Event.FromString(record)
-                whole += AROUND_RECORD + len(record)
-        except tf.errors.DataLossError as error:
-            tail = path.read_bytes()[whole:]
-            if "truncated record" not in str(error):
-                of_nothing_else = whole == 0 and any(tail)
-                if of_nothing_else or holds_a_record(tail[1:]):
-                    raise ValueError(f"{path.name} is damaged, a checksum is another") from error
-            say(
-                f"warning: the last {len(tail):,} bytes of {path} are no whole point: all before them is read"
-            )
 
 
 def holds_a_record(content: bytes) -> bool:
@@ -90,6 +62,27 @@ def holds_a_record(content: bytes) -> bool:
     return False
 
 
+def read_events(path: Path) -> Iterator[Event]:
+    """The events in a file, and a warning about what of it cannot be read.
+
+    A file that ends in what is no record, as after a power cut or while it is written, is read up to there.
+    Where records follow, it is damaged, ValueError: they would be missing in the middle of a curve.
+    """
+    whole = 0  # bytes of the records so far
+    try:
+        for record in LegacyEventFileLoader(str(path))._iterator:
+            yield Event.FromString(record)
+            whole += AROUND_RECORD + len(record)
+    except tf.errors.DataLossError as error:
+        tail = path.read_bytes()[whole:]
+        if "truncated record" not in str(error):
+            no_event_file = whole == 0 and any(tail)
+            if no_event_file or holds_a_record(tail[1:]):
+                raise ValueError(f"{path.name} is damaged, a checksum is another") from error
+        unread = f"the last {len(tail):,} bytes of {path} are no whole point"
+        say(f"warning: {unread}: all before them is read")
+
+
 class EventFiles:
     """What `EventAccumulator` takes events from: one event file after the other, once."""
 
@@ -98,29 +91,30 @@ class EventFiles:
 
     def Load(self) -> Iterator[Event]:
         for path in event_files(self.folder):
-            yield from EventFile(str(path)).Load()
+            yield from read_events(path)
 
 
 def read_scalars(folder: Path, fix: str = "move that file away") -> dict[str, np.ndarray]:
-    """Every scalar in a folder's event files, {tag: (3, K) float64}: K steps, values and wall-clock times in seconds.
+    """The scalars in a folder's event files, {tag: (3, K) float64}: steps, values, wall-clock seconds.
 
-    What is at a file's end and no whole point is passed over, and said.
-
-    Raises:
-        UsageError: a file is damaged or cannot be read; the message ends with `fix`.
+    What is at a file's end and no whole point is passed over, with a warning. Raises UsageError, whose
+    message ends with `fix`, where a file is damaged or cannot be read.
     """
+    # that a resumed run replaces what it had logged beyond its checkpoint is no news
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     with reading(folder, "a run's curves", fix):
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 1})
         events._generator = EventFiles(folder)
         events.Reload()
-    points = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    return {
-        tag: np.array([(e.step, e.value, e.wall_time) for e in of_one]).T for tag, of_one in points.items()
-    }
+    curves = {}
+    for tag in events.Tags()["scalars"]:
+        points = [(point.step, point.value, point.wall_time) for point in events.Scalars(tag)]
+        curves[tag] = np.array(points).T
+    return curves
 
 
 def next_number(older: list[Path]) -> int:
-    """The number in a new event file's name: the second; where a clock was ahead, what comes after the newest file's.
+    """The number in a new event file's name: the second, or, where a clock was ahead, one after the newest's.
 
     Readers take files in the order of their names, as text, and the new one has to be the last.
     """
@@ -132,35 +126,36 @@ def next_number(older: list[Path]) -> int:
     return following if str(following) > newest else 10 * int(newest)
 
 
+class Point(NamedTuple):
+    """What is logged at a step of a run."""
+
+    step: int
+    wall_time: float  # seconds since 1970
+    content: Summary
+
+
 class Curves:
-    """A run's TensorBoard curves, which neither a crash nor a full disk nor a resume loses or doubles.
+    """A run's TensorBoard curves from `step` on, which no crash, full disk or resume loses or doubles.
 
-    Points wait in memory until `flush`. Those of the newest step stay there even then, since more of that step may follow:
-    a new event file, after a resume or a failed write, tells its readers to drop what older files hold from its first
-    point on (`purge_step`), and begins with all of these.
-
-    Args:
-        folder: where event files go, also where it is moved in the meantime
-        step: the step from which on this run logs
+    Points wait in memory until `flush`. Those of the newest step stay there even then, since more of that
+    step may follow: a new event file, after a resume or a failed write, tells its readers to drop what older
+    files hold from its first point on (`purge_step`), and begins with all of these.
     """
 
     def __init__(self, folder: Path, step: int):
-        self.place, self.step = HeldFolder(folder), step
-        self.points: list[tuple[int, float, Summary]] = []  # step, wall-clock time, content; steps never fall
+        self.place = HeldFolder(folder)
+        self.step = step
+        self.points: list[Point] = []  # steps never fall
         self.written = 0  # how many of them are in the event file
         self.writer: Any = None  # a SummaryWriter, once there is something to write
         self.written_to: Path | None = None  # its folder, which it opens by this name each time
 
     def add(self, content: Summary, step: int) -> None:
-        self.points.append((step, time.time(), content))
+        self.points.append(Point(step, time.time(), content))
         self.step = max(step, self.step)
 
     def flush(self) -> None:
-        """Writes what waits.
-
-        Raises:
-            OSError: it cannot be written; the next call tries again.
-        """
+        """Writes what waits. Raises OSError where it cannot be written; the next call tries again."""
         folder = self.place.here()
         try:
             self._write_to(folder)
@@ -168,7 +163,7 @@ class Curves:
             if self.place.here() == folder:
                 raise
             self.flush()  # it was moved just now
-        self.points = [point for point in self.points if point[0] >= self.step]
+        self.points = [point for point in self.points if point.step >= self.step]
         self.written = len(self.points)
 
     def _write_to(self, folder: Path) -> None:
@@ -176,16 +171,15 @@ class Curves:
             self.close()  # the event file has moved, too, and all of it is there
             self.writer = None
         before = event_files(folder)
-        report, threading.excepthook = (
-            threading.excepthook,
-            lambda _: None,
-        )  # the writer's thread tells this one as well
+        report = threading.excepthook
+        threading.excepthook = lambda _: None  # the writer's thread fails as this one does, which reports it
         try:
             if self.writer is None:
-                self.writer, self.written = self._new_file(before), 0
+                self.writer = self._new_file(before)
+                self.written = 0
                 self.written_to = Path(self.writer.log_dir)
-            for step, wall_time, content in self.points[self.written :]:
-                self.writer.file_writer.add_summary(content, step, wall_time)
+            for point in self.points[self.written :]:
+                self.writer.file_writer.add_summary(point.content, point.step, point.wall_time)
             self.writer.flush()
         except OSError:
             self.writer = None
@@ -196,15 +190,16 @@ class Curves:
             threading.excepthook = report
 
     def _new_file(self, older: list[Path]) -> SummaryWriter:
+        """An event file whose name comes after those of older ones: TensorBoard names it by the time."""
         number = next_number(older)
-        first = min([self.step, *(step for step, *_ in self.points)])
+        first = min([self.step, *(point.step for point in self.points)])
         clock = event_file_writer.time
 
-        def second_of_the_name() -> int:
+        def second_in_the_name() -> int:
             event_file_writer.time = clock  # what is asked after that is the time
             return number
 
-        event_file_writer.time = types.SimpleNamespace(time=second_of_the_name)
+        event_file_writer.time = types.SimpleNamespace(time=second_in_the_name)
         try:
             return SummaryWriter(str(self.place.here()), purge_step=first)
         finally:
@@ -215,24 +210,17 @@ class Curves:
             self.writer.close()
 
     def state_dict(self) -> list[tuple[int, float, str]]:
-        return [
-            (step, wall_time, content.SerializeToString().hex()) for step, wall_time, content in self.points
-        ]
+        points = self.points
+        return [(point.step, point.wall_time, point.content.SerializeToString().hex()) for point in points]
 
     def load_state_dict(self, state: list[tuple[int, float, str]]) -> None:
-        self.points = [
-            (step, wall_time, Summary.FromString(bytes.fromhex(content)))
-            for step, wall_time, content in state
-        ]
+        self.points.clear()
+        for step, wall_time, content in state:
+            self.points.append(Point(step, wall_time, Summary.FromString(bytes.fromhex(content))))
 
 
 class RunLog:
-    """A run's curves, progress and lines.
-
-    Args:
-        folder: of the run
-        step, total: where the run is and where it ends
-    """
+    """The curves, progress and lines of a run that is at `step` and ends at `total`."""
 
     PLAIN_LINE_SECONDS = 30
     FLUSH_SECONDS = 10
@@ -241,23 +229,13 @@ class RunLog:
         self.total = total
         self.curves = Curves(folder, step)
         self.progress = ProgressFile(self.curves.place, step, total)
-        self.bar = tqdm(
-            total=total, initial=step, unit="step", dynamic_ncols=True, disable=not on_a_terminal()
-        )
+        hidden = not on_a_terminal()
+        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=hidden)
         self.returns: deque[float] = deque(maxlen=100)
         self.start = self.interval_start = self.last_line = self.last_flush = time.perf_counter()
         self.interval_step = 0
         self.disk_full = False
         self.way_out = ""  # of what kept the curves from being written
-
-    @property
-    def folder(self) -> Path:
-        """That of the run, where it is now.
-
-        Raises:
-            FolderGone: it is nowhere.
-        """
-        return self.curves.place.here()
 
     def state_dict(self) -> dict[str, Any]:
         now = time.perf_counter()
@@ -274,37 +252,38 @@ class RunLog:
         self.curves.load_state_dict(state["points"])
         self.interval_step = state["interval_step"]
         now = time.perf_counter()
-        self.start, self.interval_start = now - state["seconds"], now - state["interval_seconds"]
+        self.start = now - state["seconds"]
+        self.interval_start = now - state["interval_seconds"]
 
     def take_over(self, curves: dict[str, np.ndarray], step: int) -> None:
         """Begins with these curves, see `read_scalars`, before `step`, once a checkpoint's state is taken up.
 
         Of what waits in that state it keeps the scalars: hyperparameters are logged anew.
         """
-        self.curves.points = [
-            point for point in self.curves.points if point[2].value[0].HasField("simple_value")
-        ]
-        held = [
-            (int(at), wall_time, summary.scalar(tag, value))
-            for tag, points in curves.items()
-            for at, value, wall_time in points.T
-            if at < min([step, *(later for later, *_ in self.curves.points)])
-        ]
-        self.curves.points = sorted(held, key=lambda point: point[0]) + self.curves.points
+        waiting = [point for point in self.curves.points if point.content.value[0].HasField("simple_value")]
+        first = min([step, *(point.step for point in waiting)])
+        earlier = []
+        for tag, points in curves.items():
+            for at, value, wall_time in points.T:
+                if at < first:
+                    earlier.append(Point(int(at), wall_time, summary.scalar(tag, value)))
+        earlier.sort(key=lambda point: point.step)
+        self.curves.points = earlier + waiting
 
     def hyperparameters(self, args: dict[str, Any], step: int) -> None:
         """Writes the arguments, as a text and for TensorBoard's HPARAMS, and what its CUSTOM SCALARS show."""
         table = "\n".join(f"|{name}|{value}|" for name, value in args.items())
         self.curves.add(summary.text("hyperparameters", f"|param|value|\n|-|-|\n{table}"), step)
-        plain = {name: value if type(value) in (int, float) else str(value) for name, value in args.items()}
-        for content in summary.hparams(
-            plain, dict.fromkeys(("charts/episodic_return", "eval/episodic_return"))
-        ):
+        plain = {}
+        for name, value in args.items():
+            plain[name] = value if type(value) in (int, float) else str(value)
+        metrics = {"charts/episodic_return": None, "eval/episodic_return": None}
+        for content in summary.hparams(plain, metrics):
             self.curves.add(content, step)
-        shown = {
-            title: tag for title, tag in SIDE_BY_SIDE.items() if args["eval_frequency"] or "eval" not in tag
-        }
-        charts = {title: ["Multiline", [f"^{tag}$"]] for title, tag in shown.items()}
+        charts = {}
+        for title, tag in SIDE_BY_SIDE.items():
+            if args["eval_frequency"] > 0 or not tag.startswith("eval/"):
+                charts[title] = ["Multiline", [f"^{tag}$"]]
         self.curves.add(summary.custom_scalars({"return and plasticity": charts}), step)
 
     def scalar(self, tag: str, value: float, step: int) -> None:
@@ -312,12 +291,13 @@ class RunLog:
         self.curves.add(summary.scalar(tag, value), step)
 
     def games(self, infos: dict[str, Any], previous: int) -> None:
-        """Logs the games that ended in the vector step after step `previous`, each at the step of its own decision.
+        """Logs the games that ended in the vector step after `previous`, each at its own decision's step.
 
-        TensorBoard keeps one point per curve and step. What was decided beyond the run's end is no part of it.
+        TensorBoard keeps one point per curve and step. What was decided beyond the run's end is left out.
         """
         for i in np.flatnonzero(infos.get("_episode", ())):
-            if (step := previous + 1 + int(i)) <= self.total:
+            step = previous + 1 + int(i)
+            if step <= self.total:
                 self.returns.append(float(infos["episode"]["r"][i]))
                 self.scalar("charts/episodic_return", self.returns[-1], step)
                 self.scalar("charts/episodic_length", int(infos["episode"]["l"][i]), step)
@@ -339,17 +319,17 @@ class RunLog:
         mean_return = float(np.mean(self.returns)) if self.returns else None
         self.progress.note(**{"step": step, "steps_per_second": recent, "return": mean_return})
         score = "-" if mean_return is None else f"{mean_return:,.0f}"
-        self.bar.set_postfix_str(f"{recent:,.0f} SPS, ε {epsilon:.2f}, return {score}", refresh=False)
+        state = f"ε {epsilon:.2f}, return {score}"
+        self.bar.set_postfix_str(f"{recent:,.0f} SPS, {state}", refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (now - self.last_line > self.PLAIN_LINE_SECONDS or step == self.total):
             left = tqdm.format_interval((self.total - step) / recent)
-            self.say(
-                f"step {step:,} of {self.total:,}, {recent:,.0f} SPS, {left} left, ε {epsilon:.2f}, return {score}"
-            )
+            self.say(f"step {step:,} of {self.total:,}, {recent:,.0f} SPS, {left} left, {state}")
             self.last_line = now
         if now - self.last_flush > self.FLUSH_SECONDS:
             self.flush()
-        self.interval_start, self.interval_step = now, step
+        self.interval_start = now
+        self.interval_step = step
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -369,15 +349,14 @@ class RunLog:
         try:
             self.curves.flush()
             if to_disk:
-                for path in event_files(self.folder):
+                for path in event_files(self.curves.place.here()):
                     flush_to_disk(path)
             self.disk_full = False
         except OSError as error:
             if not self.disk_full:
                 self.way_out = way_out(error)
-                self.say(
-                    f"warning: the curves cannot be written for now ({error}): {self.way_out}, training goes on"
-                )
+                failed = f"the curves cannot be written for now ({error})"
+                self.say(f"warning: {failed}: {self.way_out}, training goes on")
             self.disk_full = True
 
     def say(self, line: str) -> None:

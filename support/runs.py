@@ -3,12 +3,11 @@
 import contextlib
 import math
 import os
-import re
 import secrets
 import shlex
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,15 @@ from support.machine import FolderGone, HeldFolder, alone_in, idle_gpu, way_out
 from support.process import Signals, group_of_equals
 from support.run_log import RunLog, read_scalars
 from support.usage import UsageError, out_of_resources
-from support.versions import refuse_wrong_versions, unsupported_versions
+from support.versions import unsupported_versions
 from support.weights_and_biases import finish_wandb, let_go, require_wandb, start_wandb
 
 
 def check_machine(device: torch.device, cuda_graphs: bool, track: bool, film: bool) -> None:
-    """
-    Raises:
-        UsageError: something that a run is to use is not here, or gives wrong numbers.
-    """
-    refuse_wrong_versions()
+    """Raises UsageError where something that a run is to use is not here, or gives wrong numbers."""
     if cuda_graphs and device.type == "cpu":
-        raise UsageError(
-            "--cuda-graphs needs a GPU, and this run is on the CPU: --no-cuda-graphs, with --fork if it has begun"
-        )
+        fix = "--no-cuda-graphs, with --fork if it has begun"
+        raise UsageError(f"--cuda-graphs needs a GPU, and this run is on the CPU: {fix}")
     if track:
         require_wandb()
     if film:
@@ -55,16 +49,18 @@ class Origin:
 
     folder: Path | None = None  # of a run that is resumed
     run_id: str | None = None  # of that run
-    args: dict[str, Any] = field(default_factory=dict)  # of that run: its own, never those of another one
+    args: dict[str, Any] = field(default_factory=dict)  # of that run, also where it is a fork
     checkpoint: Checkpoint | None = None
-    curves: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # of the run that is forked, see `read_scalars`
+    curves: dict[str, np.ndarray] = field(default_factory=dict)  # of the run that is forked
 
     @property
     def nothing(self) -> bool:
         """Whether a new run begins."""
         return self.folder is None and self.checkpoint is None
+
+    @property
+    def step(self) -> int:
+        return 0 if self.checkpoint is None else self.checkpoint.step
 
     @property
     def forked(self) -> bool:
@@ -80,74 +76,44 @@ class Origin:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The runs that this one was before it had a folder of its own, see `history_of`."""
+        """The runs that this one was, newest first: "run" (an id), "folder" (a name), "seed", last "step"."""
         if self.checkpoint is None:
             return []
         meta = self.checkpoint.meta
         if not self.forked:
-            return history_of(meta)
+            return meta["history"]
         folder = self.checkpoint.path.resolve().parent.name
-        seed = meta["args"]["seed"]
-        forked_from = {"run": meta["run"], "folder": folder, "step": self.checkpoint.step, "seed": seed}
-        return [forked_from, *history_of(meta)]
-
-
-def history_of(identity: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs that a run was before, newest first: "run" (an id), "folder" (its name), "seed", and "step", up to which.
-
-    Empty for a run that was begun whole. Earlier versions noted no more than the path given to --fork: what is not
-    known is None there.
-
-    Args:
-        identity: what a run.json holds, or a checkpoint's manifest
-    """
-    if "history" in identity:
-        return list(identity["history"])
-    fork = identity["args"].get("fork")
-    if fork is None:
-        return []
-    unknown = {"run": None, "folder": None, "step": 0, "seed": None}
-    folder, _, step = "/".join(Path("..", fork).parts[-2:]).partition("/checkpoint-")
-    if folder == ".." or not step.isdigit():
-        return [unknown]
-    named = re.search(r"__(\d+)__\d+(-\d+)?$", folder)  # as `Run` names folders
-    return [unknown | {"folder": folder, "step": int(step), "seed": int(named[1]) if named else None}]
+        forked_run = {"run": meta["run"], "folder": folder, "step": self.step, "seed": meta["args"]["seed"]}
+        return [forked_run, *meta["history"]]
 
 
 def find_origin(resume: str | None, fork: str | None, stack: contextlib.ExitStack) -> Origin:
-    """Reads what a run goes on from; a folder that is resumed is this process's own until the stack unwinds.
+    """Reads what a run goes on from; a folder that is resumed is locked until the stack unwinds.
 
-    A run that was killed before its first checkpoint begins once more, at the checkpoint that it was forked from, if any.
-
-    Raises:
-        UsageError: it cannot be read, or another process is running it.
+    A run that was killed before its first checkpoint begins once more, at the one that it was forked from, if
+    any. Raises UsageError where it cannot be read, or another process is running it.
     """
-    if resume is None and fork is None:
-        return Origin()
     if resume is None:
-        return Origin(**_fork_point(fork))
+        return _fork_point(fork)
     folder = Path(resume)
     stack.enter_context(alone_in(folder))
     identity = read_identity(folder / "run.json")
     newest = newest_good_checkpoint(folder, identity["run"])
     if newest is not None:  # whose arguments have a checksum
         return Origin(folder, identity["run"], newest.meta["args"], newest)
-    fork_point = _fork_point(identity["args"].get("fork"))
-    begun = fork_point["checkpoint"].step if fork_point else 0
-    if any(points[0].max() > begun for points in read_scalars(folder).values()):
+    beginning = _fork_point(identity["args"].get("fork"))
+    if any(steps.max() > beginning.step for steps, _, _ in read_scalars(folder).values()):
         raise UsageError(f"{folder} holds no checkpoint to go on from: start the run again without --resume")
-    return Origin(**fork_point | {"folder": folder, "run_id": identity["run"], "args": identity["args"]})
+    return replace(beginning, folder=folder, run_id=identity["run"], args=identity["args"])
 
 
-def _fork_point(path: str | None) -> dict[str, Any]:
-    """What `Origin` holds of the checkpoint that a run is forked from; nothing for a run that is not."""
+def _fork_point(path: str | None) -> Origin:
+    """What a run goes on from that is forked from a checkpoint; nothing for a run that is not."""
     if path is None:
-        return {}
+        return Origin()
     checkpoint = load_checkpoint(Path(path))
-    curves = read_scalars(
-        checkpoint.path.parent, "move that file away, and the fork's curves begin at the checkpoint"
-    )
-    return {"checkpoint": checkpoint, "curves": curves}
+    fix = "move that file away, and the fork's curves begin at the checkpoint"
+    return Origin(checkpoint=checkpoint, curves=read_scalars(checkpoint.path.parent, fix))
 
 
 class Run:
@@ -157,8 +123,7 @@ class Run:
         origin: what it goes on from
         name: of its folder under `runs`, if it is new; the time comes after it
         version: of the script, for `run.json`
-        args: its arguments as plain data, for `run.json` and checkpoints; here "total_timesteps", "num_envs" and what is about
-            Weights & Biases are looked at
+        args: its arguments as plain data, for `run.json` and checkpoints
         parts: what checkpoints hold, by name, besides the log; restored here, in this order
         circumstances: what its bits depend on besides its arguments
         signals: what it is asked
@@ -176,55 +141,71 @@ class Run:
         signals: Signals,
         stack: contextlib.ExitStack,
     ):
-        self.args, self.signals = args, signals
-        self.total, self.num_envs = args["total_timesteps"], args["num_envs"]
-        self.parts, self.circumstances = parts, circumstances
-        folder = origin.folder or Path("runs") / f"{name}__{int(time.time())}".replace("/", "-")
-        if origin.folder is not None:
-            self.place = HeldFolder(folder)
-        checkpoint = origin.checkpoint
-        self.first = self.step = 0 if checkpoint is None else checkpoint.step
-        if checkpoint is not None:
-            with signals.nothing_to_save():
-                checkpoint.restore(parts)
+        self.args = args
+        self.parts = parts
+        self.circumstances = circumstances
+        self.signals = signals
+        self.total = args["total_timesteps"]
+        self.num_envs = args["num_envs"]
         self.id = origin.run_id or secrets.token_hex(8)
         self.history = origin.history
+        self.first = origin.step  # the step at which this process begins
+        self.step = origin.step
+        checkpoint = origin.checkpoint
+        self.saved: int | None = None  # step of its newest checkpoint
+        if checkpoint is not None and not origin.forked:
+            self.saved = checkpoint.step
+        self.way_out = ""  # of what kept the last checkpoint from being written
+
+        # its folder: that of a new run has only a name, until all that could refuse the run has been done
+        folder = origin.folder
+        if folder is None:
+            folder = Path("runs") / f"{name}__{int(time.time())}".replace("/", "-")
+        else:
+            self.place = HeldFolder(folder)
+
+        # what it goes on from, and its mirror in Weights & Biases
+        mirror = None
         with signals.nothing_to_save():
-            mirror = self._mirror(folder.name, stack) if args["track"] else None
+            if checkpoint is not None:
+                checkpoint.restore(parts)
+            if args["track"]:
+                mirror = self._start_mirror(folder.name, stack)
+
+        # the folder of a new run, in which no other process may run
         if origin.folder is None:
             identity = {"run": self.id, "version": version, "args": args, "history": self.history}
             folder = create_run_folder(folder, identity)
             self.place = HeldFolder(folder)
             stack.enter_context(alone_in(folder))
-        self.way_out = ""  # of what kept the last checkpoint from being written
-        self.saved = (
-            self.step if checkpoint is not None and not origin.forked else None
-        )  # step of the newest checkpoint
+
+        # its log, with the curves that neither the folder nor the mirror has yet
         stack.push(self._name_what_is_left)
         self.log = stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, self.total)))
         if checkpoint is not None:
             checkpoint.restore({"log": self.log})
-        anew = self.saved is None or (
-            mirror is not None and not mirror.resumed
-        )  # that mirror has none of the curves yet
-        if checkpoint is not None and anew:
-            self.log.take_over(origin.curves if origin.forked else read_scalars(self.folder), self.step)
-        if anew:
+        if self.saved is None or (mirror is not None and not mirror.resumed):
+            if checkpoint is not None:
+                earlier = origin.curves if origin.forked else read_scalars(self.folder)
+                self.log.take_over(earlier, self.step)
             self.log.hyperparameters(args, self.step)
         if mirror is not None:
             self.log.flush()
             let_go()
 
-    def _mirror(self, name: str, stack: contextlib.ExitStack) -> Any:
+    def _start_mirror(self, name: str, stack: contextlib.ExitStack) -> Any:
         """The run in Weights & Biases; it ends there with this one's exit status."""
-        mirror = start_wandb(
-            self.args["wandb_project_name"], self.args["wandb_entity"], name, self.id, self.args
-        )
+        args = self.args
+        mirror = start_wandb(args["wandb_project_name"], args["wandb_entity"], name, self.id, args)
 
         def finish(_: Any, error: BaseException | None, __: Any) -> None:
-            status = 0 if self.signals.stop is None else 128 + self.signals.stop
-            code = error.code if isinstance(error, SystemExit) else 1
-            finish_wandb(mirror, status if error is None else code)
+            if isinstance(error, SystemExit):
+                status = error.code
+            elif error is not None:
+                status = 1
+            else:
+                status = 0 if self.signals.stop is None else 128 + self.signals.stop
+            finish_wandb(mirror, status)
 
         if mirror is not None:
             stack.push(finish)
@@ -232,11 +213,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where it is now; it may be renamed or moved while the run goes on.
-
-        Raises:
-            FolderGone: it is nowhere, and nothing can be written.
-        """
+        """Where it is now: it may be moved while the run goes on. Raises FolderGone where it is nowhere."""
         return self.place.here()
 
     @property
@@ -245,8 +222,10 @@ class Run:
         return (self.step - 1) // self.num_envs * self.num_envs
 
     def due(self, period: int, after: int = 0) -> int:
-        """How many multiples of `period` lie in this vector step, previous < multiple ≤ step, and beyond `after`."""
-        return max(0, self.step // period - max(self.previous, after) // period) if period else 0
+        """How many multiples of `period` lie in this vector step, previous < it ≤ step, beyond `after`."""
+        if period == 0:
+            return 0
+        return max(0, self.step // period - max(self.previous, after) // period)
 
     @property
     def interrupted(self) -> bool:
@@ -254,20 +233,17 @@ class Run:
         return self.signals.stop is not None or (self.signals.checkpoint and self.saved != self.step)
 
     def save(self, keep: Collection[int]) -> None:
-        """Writes a checkpoint, unless there is one of this step, and says so; where it cannot, says that and changes nothing.
+        """Writes a checkpoint, unless there is one of this step, and says so, or says why it could not.
 
-        Args:
-            keep: steps whose checkpoints stay when this one is there
-
-        Raises:
-            OSError: it cannot be written, and the run was asked to stop.
+        Those of the steps in `keep` stay. Raises OSError where it cannot be written and the run is to stop.
         """
         self.signals.checkpoint = False
         if self.saved == self.step:
             return
-        stop, say = self.signals.stop, self.log.say
-        if stop is not None:
-            say(f"step {self.step:,}: {stop.name}, writing a checkpoint; once more ends the run without it")
+        step = f"step {self.step:,}"
+        say = self.log.say
+        if self.signals.stop is not None:
+            say(f"{step}: {self.signals.stop.name}, writing a checkpoint; once more ends the run without it")
         self.log.flush(to_disk=True)
         start = time.perf_counter()
         try:
@@ -275,33 +251,29 @@ class Run:
                 path = self._write_checkpoint(keep)
         except WRITE_ERRORS as error:
             if self.signals.stop is not None:  # it may have come just now
-                raise OSError(
-                    f"stopped at step {self.step:,} without a checkpoint ({error}): {self.kept}"
-                ) from error
+                message = f"stopped at {step} without a checkpoint ({error}): {self.kept}"
+                raise OSError(message) from error
             self.way_out = way_out(error)
-            say(
-                f"warning: no checkpoint at step {self.step:,} ({error}): {self.way_out}, the run will try again; {self.kept}"
-            )
-        else:
-            self.saved = self.step
-            self.log.progress.note(step=self.step)
-            self.log.progress.write()
-            seconds, size = time.perf_counter() - start, math.nan
-            with contextlib.suppress(OSError):
-                size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
-            say(f"step {self.step:,}: {path.name}, {size:,.0f} MB in {seconds:.1f} s")
+            fix = f"{self.way_out}, the run will try again"
+            say(f"warning: no checkpoint at {step} ({error}): {fix}; {self.kept}")
+            return
+        seconds = time.perf_counter() - start
+        self.saved = self.step
+        self.log.progress.note(step=self.step)
+        self.log.progress.write()
+        megabytes = math.nan
+        with contextlib.suppress(OSError):
+            megabytes = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+        say(f"{step}: {path.name}, {megabytes:,.0f} MB in {seconds:.1f} s")
 
     def _write_checkpoint(self, keep: Collection[int]) -> Path:
         """Writes it to the run's folder, and begins once more where that is moved in the meantime."""
         folder = self.folder
-        meta = {
-            "run": self.id,
-            "args": self.args,
-            "history": self.history,
-            "circumstances": self.circumstances,
-        }
+        parts = self.parts | {"log": self.log}
+        meta = {"run": self.id, "args": self.args, "history": self.history}
+        meta["circumstances"] = self.circumstances
         try:
-            return save_checkpoint(folder, self.step, self.parts | {"log": self.log}, meta, keep)
+            return save_checkpoint(folder, self.step, parts, meta, keep)
         except OSError:
             if self.folder == folder:
                 raise
@@ -317,18 +289,19 @@ class Run:
         return f"checkpoint-{self.saved} is still good"
 
     def _name_what_is_left(self, _: Any, error: BaseException | None, __: Any) -> None:
-        """Where memory or a GPU gives out in mid-run, says so in one line, with what there is to go on from."""
-        if error is not None and (reason := out_of_resources(error)):
+        """Where memory or a GPU gives out in mid-run, says so in one line, with what can be gone on from."""
+        reason = None if error is None else out_of_resources(error)
+        if reason is not None:
             folder = self.place.find() or self.place.path
-            raise OSError(
-                f"stopped at step {self.step:,}, {reason}; of {folder}, to --resume, {self.kept}"
-            ) from error
+            message = f"stopped at step {self.step:,}, {reason}; of {folder}, to --resume, {self.kept}"
+            raise OSError(message) from error
 
     def evaluate(self, play: Callable[[Path | None, Callable[[], bool]], np.ndarray], film: bool) -> bool:
-        """Logs the mean score of play(film's path, whether to stop). False where a signal cut it short, nothing logged then."""
+        """Logs the mean score of play(film's path, whether to stop); False, with no log, if it stopped."""
         with self.log.pause():
             try:
-                scores = play(self._film() if film else None, lambda: self.interrupted)
+                path = self._film_path() if film else None
+                scores = play(path, lambda: self.interrupted)
             except (UsageError, OSError) as error:
                 if not film:
                     raise
@@ -339,23 +312,19 @@ class Run:
         self.log.evaluation(scores, self.step)
         return True
 
-    def _film(self) -> Path:
-        """Where this evaluation is filmed to, in a folder that is there.
-
-        Raises:
-            OSError: it cannot be made.
-        """
+    def _film_path(self) -> Path:
+        """Where this evaluation is filmed to, in a folder made for it. Raises OSError where that fails."""
         videos = self.folder / "videos"
         videos.mkdir(exist_ok=True)
         return videos / f"step-{self.step}.mp4"
 
-    def introduce(self, what: str, device: torch.device, origin: Origin) -> None:
+    def introduce(self, games: str, device: torch.device, origin: Origin) -> None:
         """Says what runs where, and what of the circumstances is not as it should be, or as it was."""
-        threads = torch.get_num_threads()
         self.log.progress.note(device=device.type)
         self.log.progress.write()
-        where = f"{what} on {device}"
-        self.log.say(f"{where} with {threads} thread{'s' * (threads > 1)}, curves in {self.folder}")
+        count = torch.get_num_threads()
+        threads = "1 thread" if count == 1 else f"{count} threads"
+        self.log.say(f"{games} on {device} with {threads}, curves in {self.folder}")
         for remark in unsupported_versions():
             self.log.say(f"warning: {remark}")
         group = group_of_equals()
@@ -366,53 +335,54 @@ class Run:
             if origin.folder is None:  # a run that goes on has its seed
                 fix += ", or give each a --seed of its own"
             self.log.say(f"warning: {name} is {size}: {equal}; {fix}")
-        if self.args["cuda"] and (sign := idle_gpu()):
+        sign = idle_gpu() if self.args["cuda"] else None
+        if sign is not None:
             cannot = f"there is a GPU ({sign}), but PyTorch {torch.__version__} cannot use it"
-            self.log.say(
-                f"warning: {cannot}, and the CPU takes days: see to driver, PyTorch's build, CUDA_VISIBLE_DEVICES"
-            )
+            fix = "see to driver, PyTorch's build, CUDA_VISIBLE_DEVICES"
+            self.log.say(f"warning: {cannot}, and the CPU takes days: {fix}")
         if origin.checkpoint is not None:
-            self.log.say(
-                f"{'forked' if origin.forked else 'resumed'} at step {self.step:,} from {origin.checkpoint.path}"
-            )
-            then, now = origin.checkpoint.meta["circumstances"], self.circumstances
-            changed = [
-                f"{name} was {then.get(name)} and is {now[name]}"
-                for name in now
-                if now[name] != then.get(name)
-            ]
+            begun = "forked" if origin.forked else "resumed"
+            self.log.say(f"{begun} at step {self.step:,} from {origin.checkpoint.path}")
+            before = origin.checkpoint.meta["circumstances"]
+            changed = []
+            for name, value in self.circumstances.items():
+                if value != before.get(name):
+                    changed.append(f"{name} was {before.get(name)} and is {value}")
             if changed:
-                self.log.say(
-                    f"warning: bits may differ from an uninterrupted run, because {', '.join(changed)}"
-                )
+                reasons = ", ".join(changed)
+                self.log.say(f"warning: bits may differ from an uninterrupted run, because {reasons}")
 
     def command(self, script: str, flag: str) -> str:
         """What to type to have the script do something with this run."""
-        paths = (os.path.relpath(script), str(self.folder))
-        # what begins with a dash would be a flag, with a ~ somebody's home
-        plain = [os.path.join(os.curdir, path) if path[0] in "-~" else path for path in paths]
-        return f"python {shlex.quote(plain[0])} --{flag} {shlex.quote(plain[1])}"
+        paths = []
+        for path in (os.path.relpath(script), str(self.folder)):
+            if path.startswith(("-", "~")):  # it would be a flag, or somebody's home
+                path = os.path.join(os.curdir, path)
+            paths.append(shlex.quote(path))
+        return f"python {paths[0]} --{flag} {paths[1]}"
 
     def finish(self, complete: bool, script: str) -> None:
         """Says how to go on with a run that was stopped; makes sure of one that is complete.
 
-        Raises:
-            OSError: the curves or the last checkpoint of a complete run are not on disk.
+        Raises OSError where the curves or the last checkpoint of a complete run are not on disk.
         """
         if not complete:
-            self.log.say(
-                f"stopped at step {self.step:,} of {self.total:,}, go on with: {self.command(script, 'resume')}"
-            )
+            how = f"go on with: {self.command(script, 'resume')}"
+            self.log.say(f"stopped at step {self.step:,} of {self.total:,}, {how}")
             return
         self.signals.stop = None  # it came too late
         self.log.flush()
         folder = self.place.find()
         if folder is None:
-            raise OSError(
-                f"{FolderGone(self.place.path)}: the run is complete, and all that it saved was in there"
-            )
+            gone = FolderGone(self.place.path)
+            raise OSError(f"{gone}: the run is complete, and all that it saved was in there")
         unsaved = self.args["checkpoint_frequency"] > 0 and self.saved != self.step
-        if missing := ["last checkpoint"] * unsaved + ["curves"] * self.log.disk_full:
+        missing = []
+        if unsaved:
+            missing.append("last checkpoint")
+        if self.log.disk_full:
+            missing.append("curves")
+        if missing:
             lacking = " and ".join(missing)
             fix = self.way_out if unsaved else self.log.way_out
             raise OSError(f"{folder} is complete but for its {lacking}: {fix}, and --resume it if you can")

@@ -14,24 +14,18 @@ WITHOUT = "leave out --track, in a run that has begun by --fork with --no-track"
 
 
 def require_wandb() -> None:
-    """
-    Raises:
-        UsageError: Weights & Biases is not installed.
-    """
+    """Raises UsageError where Weights & Biases is not installed."""
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a folder named wandb is found, without an origin
-        raise UsageError(
-            f"--track needs Weights & Biases, which is not installed: pip install wandb, or {WITHOUT}"
-        )
+        missing = "--track needs Weights & Biases, which is not installed"
+        raise UsageError(f"{missing}: pip install wandb, or {WITHOUT}")
 
 
 def start_wandb(project: str, entity: str | None, name: str, run_id: str, config: dict[str, Any]) -> Any:
     """Mirrors everything that is written to TensorBoard from now on, in the run there that has this number.
 
     Returns that run; where its `resumed` is false, it has nothing of what a process before this one wrote.
-
-    Raises:
-        UsageError: no login, or no network. What Weights & Biases leaves is its own: wandb/, here or in WANDB_DIR.
+    Raises UsageError without a login or a network; a folder wandb/, here or in WANDB_DIR, stays even then.
     """
     os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds, not 90
     os.environ.setdefault("WANDB_SILENT", "true")  # what it has to say is said here
@@ -39,9 +33,8 @@ def start_wandb(project: str, entity: str | None, name: str, run_id: str, config
     try:
         import wandb
 
-        with open(
-            os.devnull, encoding="utf-8"
-        ) as sys.stdin:  # on a terminal it would ask for a login, and wait
+        with open(os.devnull, encoding="utf-8") as nothing:
+            sys.stdin = nothing  # on a terminal it would ask for a login, and wait
             run = wandb.init(
                 project=project,
                 entity=entity,
@@ -77,7 +70,7 @@ def sync_command(wandb_run: Any) -> str:
 
 
 def let_go() -> None:
-    """To be called once TensorBoard's first file is there: W&B follows its folder, and writing depends on W&B no more."""
+    """Once TensorBoard's first file is there: W&B follows its folder, and writing depends on W&B no more."""
     import wandb
 
     wandb.tensorboard.unpatch()  # type: ignore[attr-defined]

@@ -5,12 +5,10 @@ import signal
 import sys
 from typing import ClassVar
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before torch is imported; processes that tests start take it over
-os.environ.setdefault(
-    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-)  # read at a GPU's first product, whichever test makes it
+# before torch is imported; processes that tests start take it over
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# read at a GPU's first product, whichever test makes it
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import gymnasium as gym
 import numpy as np
@@ -28,9 +26,8 @@ torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: True  # type: ignore[attr-d
 torch.cpu._is_avx512_bf16_supported = lambda: True
 
 gc.disable()  # until all is collected: it need not look at a million objects of modules again and again
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # tests in the background, and so their runs, would ignore it
+# tests in the background, and so their runs, would ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
@@ -46,9 +43,9 @@ TINY_GAMES = variant("TinyPhoenix-v5", "PhoenixNoFrameskip-v4", max_num_frames_p
 
 
 class ReusedAtariVectorEnv(environments.EagerAtariVectorEnv):
-    """ALE's vectoriser. Where one in the same settings was closed before, it is that one: loading a ROM takes 0.1 s a game.
+    """ALE's vectoriser; where one in the same settings was closed before, that one.
 
-    A run seeds its games before it plays, and that loads their ROMs anew.
+    Loading a ROM takes 0.1 s a game. A run seeds its games before it plays, and that loads their ROMs anew.
     """
 
     closed_before: ClassVar[dict[tuple, list]] = {}
@@ -60,7 +57,8 @@ class ReusedAtariVectorEnv(environments.EagerAtariVectorEnv):
     def __init__(self, **settings):
         if "settings" not in vars(self):
             super().__init__(**settings)
-        self.settings, self.is_open = tuple(sorted(settings.items())), True
+        self.settings = tuple(sorted(settings.items()))
+        self.is_open = True
 
     def close(self, **_):
         if self.is_open and not self.sent:  # or its games are still playing
@@ -69,7 +67,8 @@ class ReusedAtariVectorEnv(environments.EagerAtariVectorEnv):
 
 
 def pytest_unconfigure():
-    ReusedAtariVectorEnv.closed_before.clear()  # emulators that live to the interpreter's end are reported as leaks
+    # emulators that live to the interpreter's end are reported as leaks
+    ReusedAtariVectorEnv.closed_before.clear()
 
 
 environments.EagerAtariVectorEnv = ReusedAtariVectorEnv  # type: ignore[misc, assignment]
@@ -114,9 +113,10 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def scalars(folder):
     """{tag: [(step, value), ...]} of a run's TensorBoard files."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
+    curves = {}
+    for tag in events.Tags()["scalars"]:
+        curves[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return curves
 
 
 ACTIONS = 6
@@ -142,13 +142,12 @@ def random_batch(rng=0, size=8):
 
 def joined(batches):
     """Several batches as one."""
-    return ReplayBufferSamples(
-        *(torch.cat(tensors) for tensors in zip(*(batch[:5] for batch in batches), strict=True))
-    )
+    fields = zip(*(batch[:5] for batch in batches), strict=True)
+    return ReplayBufferSamples(*map(torch.cat, fields))
 
 
 def status_of(main):
-    """The exit status that a script's `main` ends with; what Python itself would write to stderr then is written."""
+    """The exit status that a script's `main` ends with; its message goes to stderr, as Python has it."""
     try:
         main()
     except SystemExit as error:

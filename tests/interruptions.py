@@ -1,4 +1,4 @@
-"""Ways to interrupt what writes files: killed or failing before any of its lines, killed after a step, on a full disk."""
+"""Ways to interrupt what writes files: before any of its lines, after a step, on a full disk."""
 
 import contextlib
 import fcntl
@@ -23,7 +23,7 @@ from benchmarks.kill_test import content, differences
 from dqn_injection_atari import train
 from support.run_log import RunLog
 
-# 30 updates and a few games; the replay of 150 steps wraps around; no SVDs, which would take longer than all the rest
+# 30 updates and a few games; the replay of 150 steps wraps around; no SVDs, which would take longest of all
 SMALL = replace(
     BRIEF,
     total_timesteps=240,
@@ -52,7 +52,7 @@ def send(number):
 
 
 def before_line(number, module, action, most=math.inf):
-    """Has `action` called before the `number`-th line that is run of a module, from here until `sys.settrace(None)`.
+    """Has `action` called before the `number`-th line that is run of a module, until `sys.settrace(None)`.
 
     Of a line that is run often its first `most` times count.
     """
@@ -72,7 +72,8 @@ def before_line(number, module, action, most=math.inf):
 
 def dies(function):
     """Runs it in a process of its own; returns whether that was killed before it came to an end."""
-    if (child := os.fork()) == 0:
+    child = os.fork()
+    if child == 0:
         status = 1
         try:
             function()
@@ -87,7 +88,7 @@ def dies(function):
 
 
 def killed_before_every_line(function, *modules):
-    """Yields after each of many processes, of which the k-th is killed before the k-th line of the modules that it runs."""
+    """Yields after each of many processes; the k-th is killed before the k-th line that it runs of them."""
     for module in modules:
         for number in itertools.count(1):
 
@@ -117,7 +118,7 @@ def full_disk(size):
 
 
 def at_step(patch, step, action):
-    """Has `action` called once, at the end of the vector step that comes to `step`, before anything is saved."""
+    """Has `action` called once, at the end of the vector step that comes to `step`, before any saving."""
     original = script.Training.advance
     done = []
 
@@ -166,13 +167,14 @@ def assert_same_end(folder, reference, end=END):
 
 
 def uninterrupted_run(shared, args):
-    """The folder of a run in these arguments that nobody touched, made by the first process of a test session to ask."""
+    """The folder of a run in these arguments that nobody touched, made by the first process that asks."""
     place = shared / hashlib.sha256(repr(args).encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
     with open(place / "made", "a+", encoding="utf-8") as made, pytest.MonkeyPatch.context() as patch:
         fcntl.flock(made, fcntl.LOCK_EX)
         made.seek(0)
-        if not (name := made.read()):
+        name = made.read()
+        if not name:
             patch.chdir(place)
             name = str(train(args).absolute())
             made.write(name)
@@ -181,8 +183,8 @@ def uninterrupted_run(shared, args):
 
 @pytest.fixture(scope="session", name="uninterrupted")
 def uninterrupted_runs(tmp_path_factory):
-    """`uninterrupted(args)` is the folder of such a run, for the tests that share it: to be read, not changed."""
-    own = tmp_path_factory.getbasetemp()
-    return functools.partial(
-        uninterrupted_run, (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "uninterrupted"
-    )
+    """`uninterrupted(args)` is the folder of such a run, which tests share: to be read, not changed."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder of its own in there
+        shared = shared.parent
+    return functools.partial(uninterrupted_run, shared / "uninterrupted")

@@ -1,7 +1,8 @@
 """Stands in for CUDA graphs where there is no GPU, and behaves as they do.
 
-A capture takes note of PyTorch's operations and computes nothing. A replay runs these operations again, on the same memory:
-nothing of Python runs, numbers are what they were at the capture, and a tensor that has been replaced since stays as it is.
+A capture takes note of PyTorch's operations and computes nothing. A replay runs these operations again, on
+the same memory: nothing of Python runs, numbers are what they were at the capture, and a tensor that has been
+replaced since stays as it is.
 """
 
 import weakref
@@ -11,11 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-WAITS = {
-    "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::equal",
-}  # for the device, which no capture allows
+# for the device, which no capture allows
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
 ALLOCATES = ("aten::empty", "aten::new_empty")  # and computes nothing
 RANDOM = torch.Tag.nondeterministic_seeded
 
@@ -37,7 +35,7 @@ class RecordedGraph(TorchDispatchMode):
         super().__init__()
         self.calls = []  # (operation, arguments, outputs that have memory of their own)
         self.found = {}  # memory that was there before: its storage, and what that held
-        self.own = {}  # memory of the graph
+        self.memory = {}  # of the graph
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         given = (args, kwargs or {})
@@ -45,7 +43,7 @@ class RecordedGraph(TorchDispatchMode):
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({operation})")
         for tensor in (leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)):
             storage = tensor.untyped_storage()
-            if memory(tensor) not in self.own and memory(tensor) not in self.found:
+            if memory(tensor) not in self.memory and memory(tensor) not in self.found:
                 self.found[memory(tensor)] = (storage, storage.clone())
         arguments = aliases(given)
         result = operation(*given[0], **given[1])
@@ -55,26 +53,26 @@ class RecordedGraph(TorchDispatchMode):
             new = isinstance(leaf, torch.Tensor) and memory(leaf) not in inputs
             outputs.append(leaf.detach() if new else None)
             if new:
-                self.own[memory(leaf)] = leaf.untyped_storage()
+                self.memory[memory(leaf)] = leaf.untyped_storage()
         if not operation._schema.name.startswith(ALLOCATES):
             self.calls.append((operation, arguments, outputs))
         return result
 
     def forget_values(self):
-        """Undoes what recording has computed: what was there is as before, what is the graph's own makes no sense."""
+        """Undoes what recording has computed: what was there is as before, the graph's memory is NaN."""
         for storage, content in self.found.values():
             storage.copy_(content)
         self.found.clear()
-        for storage in self.own.values():
+        for storage in self.memory.values():
             storage.fill_(255)  # of a float, NaN
 
     @torch.no_grad()
     def replay(self):
         for operation, (args, kwargs), outputs in self.calls:
             results = tree_leaves(operation(*args, **kwargs))
-            for own, new in zip(outputs, results, strict=True):
-                if own is not None:
-                    own.copy_(new)
+            for output, result in zip(outputs, results, strict=True):
+                if output is not None:
+                    output.copy_(result)
 
 
 class Stream:
@@ -106,7 +104,8 @@ class OnStream:
         self.device, self.stream = device, stream
 
     def __enter__(self):
-        self.before, self.device.current = self.device.current, self.stream
+        self.before = self.device.current
+        self.device.current = self.stream
         self.device.used.append(self.stream)
 
     def __exit__(self, *_):
@@ -132,10 +131,10 @@ class Capture(OnStream):
 @pytest.fixture
 def stand_in(monkeypatch):
     """A `Device` in the place of a GPU, whose graphs run on the CPU."""
-    made = Device()
+    device = Device()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: made.current)
-    monkeypatch.setattr(torch.cuda, "stream", made.stream)
-    monkeypatch.setattr(torch.cuda, "graph", made.graph)
-    return made
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: device.current)
+    monkeypatch.setattr(torch.cuda, "stream", device.stream)
+    monkeypatch.setattr(torch.cuda, "graph", device.graph)
+    return device

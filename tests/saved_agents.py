@@ -29,7 +29,7 @@ SMALL = Args(
 
 
 def change(checkpoint, network=None, learner=None, **args):
-    """Rewrites a checkpoint: `network(q_network's state)` is called on what it holds, learner and arguments are replaced."""
+    """Rewrites a checkpoint: `network` changes its q_network's state; learner and arguments are replaced."""
     state = torch.load(checkpoint / "state.pt", weights_only=True)
     if network is not None:
         network(state["learner"]["q_network"])
@@ -44,13 +44,13 @@ def change(checkpoint, network=None, learner=None, **args):
 
 def make_fresh(q_network):
     torch.manual_seed(12345)
-    fresh = make_q_network(SMALL, len(q_network["theta.2.bias"]), CPU)
+    fresh = make_q_network(SMALL, len(q_network["head.theta.output.bias"]), CPU)
     q_network.update(fresh.state_dict())
 
 
 def kill_head(q_network):
     make_fresh(q_network)
-    q_network["theta.0.bias"][1:] = -1e3  # of 64 units 1 lives on
+    q_network["head.theta.hidden.bias"][1:] = -1e3  # of 64 units 1 lives on
 
 
 def kill_encoder(q_network):

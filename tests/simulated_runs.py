@@ -21,7 +21,7 @@ TETRIS = variant("TetrisNoFrameskip-v5", PHOENIX, game="tetris")  # of which no 
 
 
 def make_run(name, points, last=None, identity=None, **args):
-    """A run with `points` {tag: [(step, value), ...]}, whose log reaches step `last`, its end if not given."""
+    """A run with `points` {tag: [(step, value), ...]}, whose log reaches step `last`, or its end."""
     args = Args(**{"total_timesteps": TOTAL, "injection_step": (INJECTION,), **args})
     points = points | {"charts/SPS": [(args.total_timesteps if last is None else last, 100.0)]}
     scalars = {tag: np.array(pairs, float).T for tag, pairs in points.items() if pairs}
@@ -29,10 +29,9 @@ def make_run(name, points, last=None, identity=None, **args):
 
 
 def known(name, *history):
-    """The identity of a run in a folder, that was others before: (name, step, seed), the newest first; ids are names."""
-    return Identity(
-        f"id of {name}", name, tuple(Ancestor(f"id of {of}", of, step, seed) for of, step, seed in history)
-    )
+    """The identity of a run in a folder, that was others before: (name, step, seed), the newest first."""
+    ancestors = [Ancestor(f"id of {origin}", origin, step, seed) for origin, step, seed in history]
+    return Identity(f"id of {name}", name, tuple(ancestors))
 
 
 def write(run):
@@ -57,22 +56,26 @@ def write_run(name, points, last=None, **args):
 
 
 def games(seed, after, effect=0.0, upto=TOTAL):
-    """A game every 100 steps: the seed's own before the injection, of another generator (seed, after) later."""
-    before, later = np.random.default_rng(seed), np.random.default_rng([seed, after])
-    level = 10 * before.normal()
-    return [
-        (step, 100 + level + (before.normal() if step <= INJECTION else effect + later.normal()))
-        for step in range(100, upto + 1, 100)
-    ]
+    """A game every 100 steps: the seed's own before the injection, later of the generator (seed, after)."""
+    before = np.random.default_rng(seed)
+    later = np.random.default_rng([seed, after])
+    level = 100 + 10 * before.normal()
+    points = []
+    for step in range(100, upto + 1, 100):
+        change = before.normal() if step <= INJECTION else effect + later.normal()
+        points.append((step, level + change))
+    return points
 
 
 def make_arms(seeds=(1, 2, 3), effect=50.0, prefix="", **args):
     """Runs with and without injection, of one history per seed."""
-    return [
-        make_run(f"{prefix}{'injected' if injected else 'baseline'}-{seed}", {RETURN: games(seed, injected, effect * injected)},
-                 seed=seed, intervention="injection" if injected else "none", **args)
-        for seed in seeds for injected in (False, True)
-    ]  # fmt: skip
+    runs = []
+    for seed in seeds:
+        without = {RETURN: games(seed, False)}
+        injected = {RETURN: games(seed, True, effect)}
+        runs.append(make_run(f"{prefix}baseline-{seed}", without, seed=seed, intervention="none", **args))
+        runs.append(make_run(f"{prefix}injected-{seed}", injected, seed=seed, **args))
+    return runs
 
 
 def make_games(*env_ids, seeds=(1, 2, 3), **args):
@@ -85,14 +88,12 @@ def make_games(*env_ids, seeds=(1, 2, 3), **args):
 
 
 def make_norm_arms(firsts, upto=TOTAL):
-    """Runs without, and with injections {seed: steps} that the norm decided, of one history up to the seed's first."""
+    """Runs without, and with injections {seed: steps} that the norm decided, one up to the seed's first."""
     runs = []
     for seed, steps in firsts.items():
-        baseline, later, first = (
-            games(seed, 0, upto=upto),
-            games(seed, 1, 50.0, upto=upto),
-            min(steps, default=TOTAL),
-        )
+        baseline = games(seed, 0, upto=upto)
+        later = games(seed, 1, 50.0, upto=upto)
+        first = min(steps, default=TOTAL)
         points = {
             RETURN: baseline[: first // 100] + later[first // 100 :],
             "injection/step": [(step, step) for step in steps],

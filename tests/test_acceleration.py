@@ -220,13 +220,6 @@ print(torch.get_num_threads(), halves.view(torch.int32).count_nonzero().item())
     assert ended.stdout == "2 0\n"
 
 
-def test_without_graphs_functions_are_called_as_they_are():
-    graphs = CUDAGraphs(lambda: pytest.fail("nothing is captured"), enabled=False)
-    given = torch.ones(3)
-    out, also = graphs.run("name", lambda x, y: (x, y), given, given)
-    assert out is given and also is given and not graphs.graphs
-
-
 def test_what_is_on_the_gpu_is_not_uploaded_again_and_what_is_not_is():
     """On tensors without memory, which need no GPU. Its devices have numbers, arguments name none."""
     with FakeTensorMode():
@@ -422,7 +415,7 @@ def test_python_runs_in_warm_up_and_capture_only_and_outputs_stay_where_they_are
         total.add_(x)
         return total * 2
 
-    graphs = CUDAGraphs(lambda: [total], enabled=True)
+    graphs = CUDAGraphs(lambda: [total])
     given = torch.ones(2)
     first = graphs.run("add", add, given)
     assert first.tolist() == [2, 2] and len(calls) == CUDAGraphs.WARM_UP + 1 >= 4
@@ -452,7 +445,7 @@ class Summing:
 
 def test_a_wrapped_method_has_a_graph_for_each_shape_and_setting_and_does_not_keep_its_object(stand_in):
     summing = Summing()
-    graphs = CUDAGraphs(list, enabled=True)
+    graphs = CUDAGraphs(list)
     summed = graphs.wrap(summing.summed)
     ones = torch.ones(2)
     for _ in range(2):
@@ -471,7 +464,7 @@ def test_a_wrapped_method_has_a_graph_for_each_shape_and_setting_and_does_not_ke
 )
 def test_what_no_capture_allows_is_refused(stand_in, waits):
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        CUDAGraphs(list, enabled=True).run("name", waits, torch.ones(2))
+        CUDAGraphs(list).run("name", waits, torch.ones(2))
 
 
 def test_a_set_of_graphs_has_one_stream_for_warm_up_and_capture_and_the_next_set_another(stand_in):
@@ -514,7 +507,7 @@ def test_gradients_are_the_graphs_own(stand_in):
     _, learner = pair()
     learner.update(random_batch())
     graph = stand_in.captures[0][0]()
-    assert all(memory(p.grad) in graph.own for p in learner.q_network.parameters() if p.grad is not None)
+    assert all(memory(p.grad) in graph.memory for p in learner.q_network.parameters() if p.grad is not None)
 
 
 def test_pytorch_has_nothing_to_say_against_the_warm_up(stand_in, monkeypatch):

@@ -1,8 +1,5 @@
 """What an injection is compared with: one list gives flags, words and what a fork may change."""
 
-import re
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,13 +11,14 @@ import torch
 from conftest import make_learner, random_batch, status_of
 
 import dqn_injection_atari as script
-from alternatives import ALTERNATIVES, LIST
+from alternatives import ALTERNATIVES
 from alternatives.alternative import AgentParts, Alternative, NoSettings, Words
 from dqn_injection_atari import FORKABLE, INTERVENTIONS, OF_INTERVENTION, Args, Intervention
 from support.optimizers import moments_by_name
 from support.usage import OnlyWith, UsageError, conditions
 
 ROOT = Path(script.__file__).resolve().parent
+LIST = tuple(ALTERNATIVES.values())
 CHOICES = ("injection", *(alternative.name for alternative in LIST), "none")
 
 each_alternative = pytest.mark.parametrize("alternative", LIST, ids=lambda alternative: alternative.name)
@@ -95,7 +93,7 @@ WORDS = Words(log="nothing done", noun="nothing", plural="nothings", deed="doing
 
 
 def test_settings_are_picked_from_whatever_has_them_as_attributes_and_checked():
-    alternative = Alternative(name="halves", words=WORDS, apply=do_nothing, settings=Halves)
+    alternative = Alternative(name="halves", words=WORDS, apply=do_nothing, draws_head=False, settings=Halves)
     flags = SimpleNamespace(first=0.25, second=0.75, seed=3)
     assert alternative.settings_in(flags) == Halves(0.25, 0.75)
     flags.second = 0.5
@@ -105,10 +103,9 @@ def test_settings_are_picked_from_whatever_has_them_as_attributes_and_checked():
         alternative.settings_in(SimpleNamespace(first=0.25))
 
 
-def test_by_default_there_are_no_settings_and_the_head_is_drawn_anew():
-    alternative = Alternative(name="nothing", words=WORDS, apply=do_nothing)
+def test_by_default_there_are_no_settings():
+    alternative = Alternative(name="nothing", words=WORDS, apply=do_nothing, draws_head=False)
     assert alternative.settings_in(SimpleNamespace(seed=3)) == NoSettings()
-    assert alternative.draws_head
 
 
 # what it gets, and what is done for it
@@ -137,7 +134,9 @@ def test_it_gets_what_learns_and_makers_of_new_parts_that_move_no_other_random_n
         for _ in range(2):
             drawn.append((numbers(parts.draw_encoder()), numbers(parts.draw_head())))
 
-    learner = intervening(monkeypatch, Alternative(name="reset-head", words=WORDS, apply=apply))
+    learner = intervening(
+        monkeypatch, Alternative(name="reset-head", words=WORDS, apply=apply, draws_head=True)
+    )
     state = torch.get_rng_state()
     learner.intervene(step=10)
     assert torch.equal(torch.get_rng_state(), state)
@@ -151,7 +150,9 @@ def test_it_gets_what_learns_and_makers_of_new_parts_that_move_no_other_random_n
     learner.intervene(step=20)
     assert not torch.equal(drawn[0][1], drawn[2][1]), "and another one at the next intervention"
 
-    again = intervening(monkeypatch, Alternative(name="reset-head", words=WORDS, apply=apply))
+    again = intervening(
+        monkeypatch, Alternative(name="reset-head", words=WORDS, apply=apply, draws_head=True)
+    )
     again.intervene(step=10)
     for first, second in zip(drawn[0], drawn[4], strict=True):
         assert torch.equal(first, second), "which depends on the seed and their number alone"
@@ -173,65 +174,3 @@ def test_where_it_does_not_draw_the_head_anew_the_heads_moments_and_initial_norm
     assert torch.equal(numbers(learner.target_network.head.theta), 0.5 * before)
     assert set(moments_by_name(learner.optimizer, learner.q_network)) == known
     assert learner.norms.initial == initial
-
-
-# one more
-
-
-ANOTHER = '''
-from dataclasses import dataclass
-from typing import Annotated
-
-from alternatives.alternative import AgentParts, Alternative, Words
-from support.usage import OnlyWith, Share
-
-
-@dataclass(frozen=True)
-class ScaleHeadSettings:
-    """How small the head becomes."""
-
-    head_scale: Annotated[Share, OnlyWith("intervention", ("scale-head", "none"))] = 0.5
-    """share of the head's weights that scale-head keeps"""
-
-
-def scale_head(parts: AgentParts, settings: ScaleHeadSettings) -> None:
-    for parameter in parts.head.parameters():
-        parameter.mul_(settings.head_scale)
-
-
-SCALE_HEAD = Alternative(
-    name="scale-head",
-    words=Words(log="head scaled", noun="head scaling", plural="head scalings", deed="scaling the head"),
-    apply=scale_head,
-    settings=ScaleHeadSettings,
-    draws_head=False,
-)
-'''
-
-
-@pytest.mark.slow
-def test_another_alternative_takes_its_file_and_one_line(tmp_path):
-    shutil.copy(script.__file__, tmp_path)
-    for folder in ("alternatives", "support"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "alternatives" / "scale_head.py").write_text(ANOTHER, encoding="utf-8")
-    package = tmp_path / "alternatives" / "__init__.py"
-    text = package.read_text(encoding="utf-8")
-    text = text.replace("    RESET_HEAD,\n", "    RESET_HEAD,\n    SCALE_HEAD,\n")
-    text = text.replace(
-        "from alternatives.shrink", "from alternatives.scale_head import SCALE_HEAD\nfrom alternatives.shrink"
-    )
-    package.write_text(text, encoding="utf-8")
-
-    flags = """--env-id PhoenixNoFrameskip-v4 --env-backend ale --total-timesteps 60 --buffer-size 60
-    --learning-starts 20 --batch-size 4 --head-width 16 --checkpoint-frequency 0
-    --injection-step 40 --intervention scale-head --head-scale 0.25"""
-    command = [sys.executable, "dqn_injection_atari.py", *flags.split()]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=True)
-    (change,) = re.findall(r"^step 40: head scaled, largest change of Q .*: (.*)$", run.stdout, re.MULTILINE)
-    assert float(change) > 0
-
-    command = [sys.executable, "dqn_injection_atari.py", "--head-scale", "0.25", "--injection-step", "40"]
-    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
-    fix = "which only --intervention scale-head looks at: give that, or leave the flag out"
-    assert refused.stderr == f"error: head_scale is 0.25, {fix}\n"

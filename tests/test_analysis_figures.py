@@ -243,8 +243,9 @@ def test_differences_are_drawn_with_their_intervals_against_the_number_that_vari
     spans = [segment[:, 1].tolist() for segment in bars.get_segments()]
     np.testing.assert_allclose(spans, [(expected[rate].low, expected[rate].high) for rate in sorted(rates)])
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["injection at 1k (n = 3)"]
-    seeds = [difference for rate in sorted(rates) for pair in pairs for difference in pair.differences.values()
-             if pair.arms[1].setting["learning_rate"] == rate]  # fmt: skip
+    seeds = []
+    for pair in sorted(pairs, key=lambda pair: pair.arms[1].setting["learning_rate"]):
+        seeds += pair.differences.values()
     assert next(line for line in ax.lines if line.get_marker() == ".").get_ydata().tolist() == seeds
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from analysis.intervals import interval, iqm
+from analysis.intervals import geometric_interval, interval, iqm
 
 
 def test_intervals_of_curves_are_scipys_at_every_point():
@@ -16,6 +16,17 @@ def test_intervals_of_curves_are_scipys_at_every_point():
     centre, low, high = interval(values, "iqm")
     np.testing.assert_allclose(centre, np.sort(values, axis=0)[1:4].mean(axis=0))
     assert (low < centre).all() and (centre < high).all() and (low >= values.min(axis=0)).all()
+
+
+def test_a_geometric_interval_is_that_of_the_logs_and_never_reaches_0():
+    values = np.array([[0.05, 1.0], [0.1, 2.0], [0.9, 4.0]])
+    centre, low, high = geometric_interval(np.log(values))
+    np.testing.assert_allclose(centre, scipy.stats.gmean(values))
+    for i in range(2):
+        expected = scipy.stats.ttest_1samp(np.log(values[:, i]), 0).confidence_interval(0.95)
+        assert np.log((low[i], high[i])) == pytest.approx([*expected])
+    assert (low > 0).all() and interval(values)[1, 0] < 0
+    assert np.isnan(geometric_interval(np.log(values[:2]))[1:]).all(), "as all intervals, from three seeds on"
 
 
 def test_bootstrap_intervals_cover_95_percent_of_resampled_interquartile_means_and_are_always_the_same():
@@ -35,9 +46,8 @@ def test_an_interquartile_mean_cuts_a_quarter_rounded_down_off_both_ends():
 @pytest.mark.parametrize("aggregate", ["mean", "iqm"])
 def test_there_is_no_interval_below_three_seeds_or_without_points(aggregate):
     values = np.random.default_rng(0).normal(size=(3, 4))
-    assert (
-        np.isnan(interval(values[:2], aggregate)[1:]).all() and np.isfinite(interval(values, aggregate)).all()
-    )
+    assert np.isnan(interval(values[:2], aggregate)[1:]).all()
+    assert np.isfinite(interval(values, aggregate)).all()
     np.testing.assert_allclose(interval(values[:2], aggregate)[0], values[:2].mean(axis=0))
     equal = interval(np.column_stack((np.full(3, 0.1), np.zeros(3), values[:, 0])), aggregate)
     assert np.isnan(equal[1:, :2]).all() and np.isfinite(equal[1:, 2]).all(), "where all agree there is none"

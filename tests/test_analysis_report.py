@@ -21,7 +21,7 @@ from simulated_runs import (
 from analysis.arms import group
 from analysis.games import aggregates, normalised_mean
 from analysis.intervals import interval
-from analysis.report import aggregate_in_words, as_json, in_words, table
+from analysis.report import aggregate_in_words, as_json, in_words, other_causes, table
 from analysis.verdict import comparisons, show
 
 
@@ -46,19 +46,19 @@ def numbers_of(runs):
 
 
 def test_a_comparison_in_words_says_what_is_compared_the_verdict_the_window_and_the_method():
-    what, verdict, window, method = words(*make_arms())
-    assert what == f"{PHOENIX}: injection at 1k against no injection"
+    title, verdict, window, method = words(*make_arms())
+    assert title == f"{PHOENIX}: injection at 1k against no injection"
     assert verdict.startswith("injection raised the return by ") and verdict.endswith(
         ": evidence of lost plasticity"
     )
     points = f"60 points of {RETURN} without and 60 with injection"
     assert window == f"window 1,000 < step ≤ 3,000, {points}"
-    within = "95% t interval of the differences within 3 seeds (1, 2, 3), whose runs share their history up to the injection"
-    assert method == within
+    within = "95% t interval of the differences within 3 seeds (1, 2, 3)"
+    assert method == f"{within}, whose runs share their history up to the injection"
 
 
 @pytest.mark.parametrize(
-    ("effect", "cut", "said"),
+    ("effect", "cut", "warned"),
     [
         (50.0, (0, 0), False),
         (50.0, (2, 1), False),  # 150 may be 7.5 too low
@@ -69,16 +69,16 @@ def test_a_comparison_in_words_says_what_is_compared_the_verdict_the_window_and_
         (0.0, (9, 9), True),  # no evidence, and 45 might be hidden
     ],
 )
-def test_words_warn_where_games_without_a_return_could_carry_the_verdict(effect, cut, said):
+def test_words_warn_where_games_without_a_return_could_carry_the_verdict(effect, cut, warned):
     """Each arm has 3 runs of 20 games in the window."""
     runs = make_arms(effect=effect)
     for run in runs:
         run.scalars["charts/games_cut"] = np.array([[2_000.0], [cut[(run.args.intervention == "injection")]]])
     lines = [line for line in words(*runs) if line.startswith("caution")]
-    counts = f"{3 * cut[0]} of {3 * cut[0] + 60} games without and {3 * cut[1]} of {3 * cut[1] + 60} games with injection were cut"
-    assert len(lines) == said
-    if said:
-        assert counts in lines[0]
+    without, injected = (f"{3 * games} of {3 * games + 60} games" for games in cut)
+    assert len(lines) == warned
+    if warned:
+        assert f"{without} without and {injected} with injection were cut" in lines[0]
         assert lines[0].endswith(
             "carry this: give runs an --eval-frequency, and compare --metric eval/episodic_return"
         )
@@ -110,7 +110,7 @@ def test_words_warn_where_returns_are_about_0_and_where_half_of_an_arms_games_ar
 
 
 def test_words_warn_where_one_run_lacks_its_long_games():
-    """Few games may be missing, and much of what was played: steps count, too, and every run has its own share."""
+    """Few games may be missing, and much of what was played: steps count, and every run has its share."""
     runs = make_arms(effect=40.0)
     for run in runs:
         run.scalars["charts/games_cut"] = np.array([[3_000.0], [1.0]])
@@ -119,10 +119,8 @@ def test_words_warn_where_one_run_lacks_its_long_games():
     assert not [line for line in words(*runs) if line.startswith("caution")]
     runs[1].scalars["charts/episodic_length"][1] = 55.0
     (line,) = [line for line in words(*runs) if line.startswith("caution")]
-    assert (
-        "3 of 63 games without and 3 of 63 games with injection were cut or still going, up to 5% and 45% of a run's games"
-        in line
-    )
+    assert "3 of 63 games without and 3 of 63 games with injection were cut or still going" in line
+    assert "up to 5% and 45% of a run's games" in line
     assert numbers(*runs)["comparisons"][0]["with"]["share_unreported"] == pytest.approx(
         {"1": 0.45, "2": 0.05, "3": 0.05}
     )
@@ -130,9 +128,9 @@ def test_words_warn_where_one_run_lacks_its_long_games():
 
 def test_without_a_verdict_words_warn_where_the_difference_could_be_owed_to_missing_games():
     runs = make_arms(seeds=(1,))
-    for cut, said in ((2, False), (15, True)):
+    for cut, warned in ((2, False), (15, True)):
         runs[0].scalars["charts/games_cut"] = np.array([[2_000.0], [cut]])
-        assert any(line.startswith("caution") for line in words(*runs)) == said
+        assert any(line.startswith("caution") for line in words(*runs)) == warned
 
 
 def test_words_say_how_many_runs_share_a_history_where_they_are_too_few_to_pair():
@@ -150,8 +148,8 @@ def test_words_say_how_many_runs_share_a_history_where_they_are_too_few_to_pair(
 
 def test_words_name_the_run_that_ends_the_window_and_those_that_are_left_out():
     going = make_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
-    ends = "step ≤ 2,050, where runs/going is (a longer --window leaves it out), and the median run has 90% more steps, "
-    assert ends in words(*make_arms(), going)[2]
+    ends = "step ≤ 2,050, where runs/going is (a longer --window leaves it out)"
+    assert f"{ends}, and the median run has 90% more steps, " in words(*make_arms(), going)[2]
     almost = make_run("almost", {RETURN: games(4, 1, upto=2_900)}, last=TOTAL - 5, seed=4)
     lone = make_run("lone", {RETURN: games(5, 1)}, seed=5)
     strangers = [make_run(f"s{seed}", {RETURN: games(seed + 9, 1)}, seed=seed) for seed in (1, 2, 3)]
@@ -166,11 +164,52 @@ def test_words_name_the_run_that_ends_the_window_and_those_that_are_left_out():
 
 
 def test_words_warn_where_the_norm_injected_one_run_so_late_that_little_is_left():
-    said = "caution: of the 1,700 steps since the median run's first injection, the window has the last 100"
-    assert said in words(*make_norm_arms({1: [1_200], 2: [2_900], 3: [1_300]}))
+    line = "caution: of the 1,700 steps since the median run's first injection, the window has the last 100"
+    assert line in words(*make_norm_arms({1: [1_200], 2: [2_900], 3: [1_300]}))
     assert not [
         line for line in words(*make_norm_arms({1: [1_200], 2: [2_100], 3: [1_300]})) if "caution" in line
     ]
+
+
+MOMENTS = "what else could have caused this: fresh optimizer moments, as the new layers began with none"
+CAPACITY = "what else could have caused this: more capacity, as more parameters learn than before"
+CHANCE = "what else could have caused this: chance, as 1 of 20 such intervals over seeds excludes 0"
+WITHIN = "what else could have caused this: chance, as any effect within the interval is still possible"
+LIMIT = "what this does not show: that exploration, or anything else, is the limit; only that"
+
+
+@pytest.mark.parametrize(
+    ("effect", "how", "lines"),
+    [
+        (50.0, {}, [MOMENTS, CHANCE]),
+        (50.0, {"moments": "keep"}, [CHANCE]),
+        (50.0, {"injected_head_width": 1024}, [MOMENTS, CAPACITY, CHANCE]),
+        (50.0, {"injected_head_width": 64}, [MOMENTS, CHANCE]),
+        (50.0, {"freeze_heads": False, "moments": "keep"}, [CAPACITY, CHANCE]),
+        (-50.0, {}, [MOMENTS, CHANCE]),
+        (-50.0, {"freeze_heads": False}, [MOMENTS, CHANCE]),
+        (0.0, {}, [MOMENTS, WITHIN, f"{LIMIT} no lost plasticity was seen here"]),
+        (0.0, {"freeze_heads": False, "moments": "keep"}, [WITHIN, f"{LIMIT} no effect was seen here"]),
+    ],
+)
+def test_every_conclusion_comes_with_what_else_could_have_caused_it_or_does_not_follow(effect, how, lines):
+    arms, pairs = compared(*make_arms(effect=effect, **how))
+    found = other_causes(pairs[0])
+    assert len(found) == len(lines)
+    assert all(line.startswith(begin) for line, begin in zip(found, lines, strict=True))
+    text = table(arms, pairs, [], RETURN)
+    assert all(f"\n  - {line}.\n" in text for line in found)
+    assert numbers_of(make_arms(effect=effect, **how))[0]["other_causes"] == found
+
+
+def test_other_causes_are_named_of_other_interventions_too_and_of_no_verdict():
+    resets = []
+    for seed in (1, 2, 3):
+        resets.append(make_run(f"r{seed}", {RETURN: games(seed, 2)}, seed=seed, intervention="reset-head"))
+    _, (pair,) = compared(*make_arms()[::2], *resets)
+    assert other_causes(pair)[-1] == f"{LIMIT} no effect was seen here"
+    _, (few,) = compared(*make_arms((1, 2)))
+    assert other_causes(few) == []
 
 
 def test_words_say_how_many_verdicts_there_are_and_what_remains_of_each():
@@ -196,24 +235,23 @@ def test_words_say_when_the_norm_injected_and_which_intervention_it_was():
         make_run(f"r{seed}", {RETURN: games(seed, 2)}, seed=seed, intervention="reset-head")
         for seed in (1, 2, 3)
     ]
-    what, _, window, method = words(*make_arms()[::2], *reset)
-    assert what.endswith("head reset at 1k against no intervention") and window.endswith("with intervention")
+    title, _, window, method = words(*make_arms()[::2], *reset)
+    assert title.endswith("head reset at 1k against no intervention") and window.endswith("with intervention")
     assert method.endswith("up to the intervention")
 
 
 def test_words_say_that_an_interval_is_over_continuations_of_one_agent():
     history = games(7, 0)[: INJECTION // 100]
-    runs = [
-        make_run(f"c{seed}-{injected}", {RETURN: history + games(seed, injected, 50.0 * injected)[INJECTION // 100 :]},
-                 seed=seed, intervention="injection" if injected else "none", fork=f"runs/agent/checkpoint-{INJECTION}")
-        for seed in (1, 2, 3) for injected in (0, 1)
-    ]  # fmt: skip
+    runs = []
+    for seed in (1, 2, 3):
+        for injected, intervention in enumerate(("none", "injection")):
+            later = games(seed, injected, 50.0 * injected)[INJECTION // 100 :]
+            how = {"seed": seed, "intervention": intervention, "fork": f"runs/agent/checkpoint-{INJECTION}"}
+            runs.append(make_run(f"c{seed}-{injected}", {RETURN: history + later}, **how))
     _, sentence, _, method = words(*runs)
     assert sentence.endswith("over continuations of one agent, not over agents")
-    assert (
-        method
-        == "95% t interval of the differences within 3 seeds (1, 2, 3), continuations of one agent from the injection on"
-    )
+    within = "95% t interval of the differences within 3 seeds (1, 2, 3)"
+    assert method == f"{within}, continuations of one agent from the injection on"
     assert numbers(*runs)["comparisons"][0]["one_agent"] is True
     assert numbers(*make_arms())["comparisons"][0]["one_agent"] is False
 
@@ -233,8 +271,8 @@ def test_without_a_verdict_words_give_no_method():
 def test_an_aggregate_in_words_gives_scores_difference_games_and_method():
     _, pairs = compared(*make_games(PHOENIX, seeds=(1, 2, 3, 4)), *make_games(ALIEN, TETRIS))
     (total,) = aggregates(pairs)
-    what, scores, difference, over, left_out = aggregate_in_words(total)
-    assert what == "2 games: injection at 1k against no injection"
+    title, scores, difference, over, left_out = aggregate_in_words(total)
+    assert title == "2 games: injection at 1k against no injection"
     assert f"{show(*total.scores[0])} without and {show(*total.scores[1])} with" in scores
     assert show(*total.scores[2]) in difference
     windows = f"{PHOENIX} in 1,000 < step ≤ 3,000, {ALIEN} in 1,000 < step ≤ 3,000"

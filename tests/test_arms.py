@@ -12,6 +12,7 @@ import pytest
 from simulated_runs import INJECTION, NORM, RETURN, games, make_arms, make_run, write, write_run
 from torch.utils.tensorboard import summary
 
+from alternatives import AlternativeSettings
 from analysis.arms import (
     BOOKKEEPING,
     EVALUATION,
@@ -88,16 +89,25 @@ def test_an_injected_width_that_is_the_heads_own_makes_no_other_arm():
 
 
 def test_whatever_changes_a_curve_makes_another_arm_but_for_the_seed():
-    assert OTHER.keys() == {field.name for field in fields(Experiment)} - {"seed", "exp_name"}
+    names = [field.name for kind in (Experiment, AlternativeSettings) for field in fields(kind)]
+    assert OTHER.keys() == {*names} - {"seed", "exp_name"}
     for name, (value, needed) in OTHER.items():
         args = {"injection_step": (4,), **needed}
         assert setting(Args(**args)) != setting(Args(**args | {name: value})), name
 
 
 def test_names_hardware_logging_evaluation_and_length_make_no_other_arm():
-    same = [{"seed": 2}, {"exp_name": "b"}, {"cuda": False}, {"eval_frequency": 10}, {"plasticity_frequency": 0},
-            {"fork": "runs/x/checkpoint-5"}, {"eval_episodes": 0, "eval_steps": 100}, {"cuda_graphs": True},
-            {"total_timesteps": 30_000_000, "exploration_fraction": 0.05}]  # fmt: skip
+    same = [
+        {"seed": 2},
+        {"exp_name": "b"},
+        {"cuda": False},
+        {"cuda_graphs": True},
+        {"eval_frequency": 10},
+        {"eval_episodes": 0, "eval_steps": 100},
+        {"plasticity_frequency": 0},
+        {"fork": "runs/x/checkpoint-5"},
+        {"total_timesteps": 30_000_000, "exploration_fraction": 0.05},
+    ]
     assert all(setting(Args(**args)) == setting(Args()) for args in same)
     assert not BOOKKEEPING & OTHER.keys() and BOOKKEEPING | OTHER.keys() == {
         field.name for field in fields(Args)
@@ -183,6 +193,8 @@ def test_arms_are_named_by_their_injections_and_by_what_else_sets_them_apart():
     ]
     copied = AT | {"moments": "keep"}
     assert names(AT, copied)[1] == "injection at 5M, optimizer state copied"
+    kept = copied | {"intervention": "reset-head"}
+    assert names(kept) == ["head reset at 5M, optimizer state kept"]
     assert names(NORM, NORM | {"max_injections": 2})[1].endswith("3×, max injections 2")
     assert names({}, AT | {"injected_head_width": 1024})[1] == "injection at 5M, injected head width 1,024"
     assert names({}, AT | {"injected_head_width": 512})[1] == "injection at 5M"

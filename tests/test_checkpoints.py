@@ -473,7 +473,7 @@ def test_files_of_other_programs_that_come_and_go_while_a_checkpoint_is_written_
     monkeypatch,
 ):
     """As those of a file manager, or of a mounted share."""
-    original = checkpoints._own_files
+    original = checkpoints._files_of
 
     def while_it_is_listed(folder):
         litter(folder, BESIDE_FILES, BESIDE_FOLDERS)
@@ -484,7 +484,7 @@ def test_files_of_other_programs_that_come_and_go_while_a_checkpoint_is_written_
             shutil.rmtree(folder / name)
         return files
 
-    monkeypatch.setattr(checkpoints, "_own_files", while_it_is_listed)
+    monkeypatch.setattr(checkpoints, "_files_of", while_it_is_listed)
     path = save(7)
     assert sorted(file.name for file in path.iterdir()) == sorted(FILES)
     assert_good(path)
@@ -621,7 +621,8 @@ def test_a_checkpoint_that_fits_its_checksums_but_not_its_parts_is_refused_in_on
     FOREIGN[change](path)
     seal(path)
     checkpoint = load_checkpoint(path)
-    reason = r"^run/checkpoint-1 cannot be read as this run's checkpoint \(.+\): move it away, and go on from another$"
+    fix = "move it away, and go on from another"
+    reason = rf"^run/checkpoint-1 cannot be read as this run's checkpoint \(.+\): {fix}$"
     with pytest.raises(UsageError, match=reason) as error:
         checkpoint.restore(parts(0, rows=0))
     assert "\n" not in str(error.value)

@@ -21,7 +21,7 @@ SCRIPT = Path(compare.__file__)
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs the script's `main` with these arguments; returns its status and what it wrote to stdout and stderr."""
+    """Runs the script's `main` with these arguments; returns its status, and its stdout and stderr."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
@@ -95,6 +95,7 @@ def test_a_report_prints_its_verdict_and_writes_figures_table_and_numbers_that_a
     assert (
         found["verdict"] == "raised" and found["sentence"] in text and f"\n  {found['sentence']}\n" in printed
     )
+    assert all(f"\n  {line}\n" in printed for line in found["other_causes"]) and found["other_causes"]
     assert "window 1,000 < step ≤ 2,500" in printed and f"- {printed.splitlines()[0]}; " in text
     assert all(Path(f"img/new/{file}").read_bytes().startswith(b"\x89PNG") for file in files[:2])
 
@@ -164,7 +165,7 @@ def test_arms_that_were_evaluated_differently_get_figures_and_the_reason_why_the
 def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_only(command):
     folders = write_all(make_games(PHOENIX, ALIEN))
     _, printed, _ = command(*folders)
-    over = "over 2 games (PhoenixNoFrameskip-v4 in 1,000 < step ≤ 3,000, AlienNoFrameskip-v4 in 1,000 < step ≤ 3,000)"
+    over = f"over 2 games ({PHOENIX} in 1,000 < step ≤ 3,000, {ALIEN} in 1,000 < step ≤ 3,000)"
     assert over in printed and over in Path("comparison.md").read_text(encoding="utf-8")
     _, printed, _ = command(*folders[:6])
     (total,) = json.loads(Path("comparison.json").read_text(encoding="utf-8"))["aggregates"]
@@ -269,6 +270,16 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(package, m
         SystemExit,
         match=f"error: {package} is not installed: pip install -r requirements-dev.txt, in {SCRIPT.parent}$",
     ):
+        runpy.run_path(str(SCRIPT), run_name="without it")
+
+
+@pytest.mark.parametrize("folder", ["analysis", "alternatives"])
+def test_a_missing_folder_is_named_with_what_to_do(folder, monkeypatch):
+    imported_again = ("analysis", "dqn_injection_atari", "alternatives")
+    for name in [name for name in sys.modules if name.split(".")[0] in imported_again]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, folder, None)
+    with pytest.raises(SystemExit, match=f"error: {folder}.* is not beside this script: clone or copy"):
         runpy.run_path(str(SCRIPT), run_name="without it")
 
 

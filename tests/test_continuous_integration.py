@@ -1,4 +1,4 @@
-"""The workflow is one that GitHub can read, and covers what the README says; what it calls does what it says."""
+"""The workflow is one that GitHub can read, and covers what the README says; what it calls does its work."""
 
 import itertools
 import os
@@ -33,10 +33,8 @@ def test_linux_runs_the_whole_suite_and_macos_that_of_daily_work():
 def test_the_readme_names_the_pythons_that_the_workflow_runs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     oldest, newest = PYTHONS
-    assert (
-        f"Python {oldest} to {newest}" in readme
-        and f"Linux and macOS, each with {oldest} and {newest}" in readme
-    )
+    assert f"Python {oldest} to {newest}" in readme
+    assert f"Linux and macOS, each with {oldest} and {newest}" in readme
 
 
 @pytest.fixture

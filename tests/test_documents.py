@@ -16,28 +16,50 @@ import dqn_injection_atari
 from dqn_injection_atari import FORKABLE, PRESETS, Args, CommandLine, parse_args, plasticity_measures
 
 ROOT = Path(dqn_injection_atari.__file__).parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 OWN_FLAGS = {field.name for field in fields(CommandLine)}
-OTHERS_FLAGS = {"help", "logdir", "samples_per_plugin"}  # of TensorBoard; and everyone's
-
-OF_TOOLS = {  # flags of ruff, of Ray and of Slurm; and --arm, which is taken off the command line by hand
-    "developing.md": {"force_exclude", "abort"},
-    "sweeps.md": set(
-        "arm head port include_dashboard block nodes ntasks overlap exclusive gpus_per_node time requeue signal".split()
-    )
-    | {"ntasks_per_node"},
+OTHERS_FLAGS = {"help", "logdir", "samples_per_plugin"}  # everyone's, and of TensorBoard
+OF_RAY = {"head", "port", "include_dashboard", "block"}
+OF_SLURM = {"nodes", "ntasks", "ntasks_per_node", "overlap", "exclusive", "gpus_per_node"}
+OF_SLURM |= {"time", "requeue", "signal"}
+OF_ONE_PAGE = {
+    "developing.md": {"noise_scale"},  # of the alternative that it adds
+    "sweeps.md": OF_RAY | OF_SLURM | {"arm"},  # --arm is taken off the command line by hand
 }
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
+def text_of(path):
+    return path.read_text(encoding="utf-8")
+
+
 def commands(page):
     """The commands in a page's blocks of bash, one each."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = "\n".join(blocks).splitlines()
-    return [
-        part for line in lines for command in line.split("&&") if (part := command.split(" #")[0].strip())
-    ]
+    blocks = re.findall(r"```bash\n(.*?)```", text_of(page), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        for command in line.split("&&"):
+            without_comment = command.split(" #")[0].strip()
+            if without_comment:
+                found.append(without_comment)
+    return found
+
+
+def commands_of(script):
+    """The commands of all pages that start this script, in words."""
+    found = []
+    for page in PAGES:
+        for command in commands(page):
+            if script in command:
+                found.append(shlex.split(command))
+    return found
+
+
+def headings(page):
+    return re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
 
 
 def slug(heading):
@@ -45,59 +67,74 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-def trains(command):
-    return "dqn_injection_atari.py" in command and "--help" not in command
+def tables_in(text):
+    """The tables in a text, each a list of lines: its head, a ruler, and its rows."""
+    return [table.splitlines() for table in re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)]
 
 
 def in_tables(page, pattern):
     """What `pattern` finds in the first cells of a page's tables."""
-    return [
-        found
-        for cell in re.findall(r"^\|([^|]*)\|", page.read_text(encoding="utf-8"), re.MULTILINE)
-        for found in re.findall(pattern, cell)
-    ]
+    found = []
+    for first_cell in re.findall(r"^\|([^|]*)\|", text_of(page), re.MULTILINE):
+        found += re.findall(pattern, first_cell)
+    return found
 
 
 def flags_of_other_scripts():
-    """Names of the fields that compare.py and the benchmarks take from their command lines."""
-    sources = [
-        ROOT / "compare.py",
-        ROOT / "sweep.py",
-        *(ROOT / "analysis").glob("*.py"),
-        *(ROOT / "benchmarks").glob("*.py"),
-    ]
-    return {
-        name
-        for path in sources
-        for name in re.findall(r"^    (\w+): ", path.read_text(encoding="utf-8"), re.MULTILINE)
-    }
+    """Names of the fields that compare.py, sweep.py and the benchmarks take from their command lines."""
+    sources = [ROOT / "compare.py", ROOT / "sweep.py"]
+    for folder in ("analysis", "orchestration", "benchmarks"):
+        sources += (ROOT / folder).glob("*.py")
+    names = set()
+    for path in sources:
+        names.update(re.findall(r"^    (\w+): ", text_of(path), re.MULTILINE))
+    return names
 
 
 def test_there_is_a_page_per_question_and_the_readme_links_to_each():
-    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", PAGES[0].read_text(encoding="utf-8")))
-    assert linked == {f"docs/{page.name}" for page in PAGES[1:]} and len(linked) == 9
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", text_of(README)))
+    assert linked == {f"docs/{page.name}" for page in PAGES[1:]}
+    assert len(linked) == 10
+
+
+@each_page
+def test_no_line_is_wider_than_400_columns(page):
+    for number, line in enumerate(text_of(page).splitlines(), start=1):
+        assert len(line) <= 400, f"line {number}: {line[:60]}..."
+
+
+def test_the_readme_has_one_short_table_of_results_each_with_its_link():
+    results = text_of(README).partition("\n## Results so far\n")[2].partition("\n## ")[0]
+    (table,) = tables_in(results)
+    _head, _ruler, *rows = table
+    assert 1 <= len(rows) <= 6
+    for row in rows:
+        words = row.replace("|", " ").split()
+        assert len(words) <= 25, row
+        assert "](docs/" in row, row
 
 
 def test_every_training_command_parses(monkeypatch):
-    run, paper = asdict(Args()), asdict(Args(**PRESETS["paper"]))
-    for name in ("run.json", "checkpoint-5000000/manifest.json", "checkpoint-100000/manifest.json"):
-        Path("runs/FOLDER", name).parent.mkdir(parents=True, exist_ok=True)
-        Path("runs/FOLDER", name).write_text(json.dumps({"args": run}), encoding="utf-8")
-    Path("runs/FOLDER/checkpoint-12500000").mkdir()
-    Path("runs/FOLDER/checkpoint-12500000/manifest.json").write_text(
-        json.dumps({"args": paper}), encoding="utf-8"
-    )
-    parsed = [shlex.split(command) for page in PAGES for command in commands(page) if trains(command)]
-    assert len(parsed) >= 20
-    for words in parsed:
+    settings = {
+        "runs/FOLDER/run.json": Args(),
+        "runs/FOLDER/checkpoint-100000/manifest.json": Args(),
+        "runs/FOLDER/checkpoint-5000000/manifest.json": Args(),
+        "runs/FOLDER/checkpoint-12500000/manifest.json": Args(**PRESETS["paper"]),
+    }
+    for name, args in settings.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(json.dumps({"run": "abc", "args": asdict(args)}), encoding="utf-8")
+    trainings = [words for words in commands_of("dqn_injection_atari.py") if "--help" not in words]
+    assert len(trainings) >= 20
+    for words in trainings:
         monkeypatch.setattr(sys, "argv", words[words.index("dqn_injection_atari.py") :])
         parse_args()
 
 
 def test_every_comparing_command_parses():
-    parsed = [shlex.split(command) for page in PAGES for command in commands(page) if "compare.py" in command]
-    assert len(parsed) >= 4
-    for words in parsed:
+    comparisons = commands_of("compare.py")
+    assert len(comparisons) >= 4
+    for words in comparisons:
         tyro.cli(compare.Settings, args=words[words.index("compare.py") + 1 :])
 
 
@@ -112,57 +149,51 @@ def test_every_other_command_is_one_that_a_reader_has(page):
 
 @each_page
 def test_every_flag_that_is_named_exists(page):
-    named = {
-        flag.replace("-", "_")
-        for flag in re.findall(r"(?<![\w-])--([a-z][\w-]+)", page.read_text(encoding="utf-8"))
-    }
-    known = OWN_FLAGS | {f"no_{name}" for name in OWN_FLAGS} | flags_of_other_scripts() | OTHERS_FLAGS
-    assert named <= known | OF_TOOLS.get(page.name, set())
+    flags = re.findall(r"(?<![\w-])--([a-z][\w-]+)", text_of(page))
+    named = {flag.replace("-", "_") for flag in flags}
+    switched_off = {f"no_{name}" for name in OWN_FLAGS}
+    known = OWN_FLAGS | switched_off | flags_of_other_scripts() | OTHERS_FLAGS
+    assert named <= known | OF_ONE_PAGE.get(page.name, set())
 
 
 @each_page
 def test_every_file_and_section_that_is_linked_exists(page):
-    text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(((?!http)[^)]+)\)|src=\"((?!http)[^\"]+)\"", text)
-    for target in (a or b for a, b in links):
+    for in_markdown, in_html in re.findall(r"\]\(((?!http)[^)]+)\)|src=\"((?!http)[^\"]+)\"", text_of(page)):
+        target = in_markdown or in_html
         name, _, section = target.partition("#")
         path = page.parent / name if name else page
         assert path.exists(), target
         if section:
-            assert section in {
-                slug(h) for h in re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-            }, target
+            assert section in map(slug, headings(path)), target
 
 
 @each_page
 def test_no_placeholder_is_left(page):
-    assert not re.search(r"^[A-Z_]{4,}$|TODO|FIXME", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert not re.search(r"^[A-Z_]{4,}$|TODO|FIXME", text_of(page), re.MULTILINE)
 
 
 @each_page
 def test_every_row_of_a_table_has_as_many_cells_as_its_head(page):
-    for table in re.findall(r"(?:^\|.*\|\n)+", page.read_text(encoding="utf-8"), re.MULTILINE):
-        widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
-        assert len(widths) == 1, table.splitlines()[0]
+    for table in tables_in(text_of(page)):
+        widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table}
+        assert len(widths) == 1, table[0]
 
 
 def test_what_a_fork_may_change_is_listed_as_in_the_script():
-    text = (ROOT / "docs/nothing-is-lost.md").read_text(encoding="utf-8")
+    text = text_of(ROOT / "docs/nothing-is-lost.md")
     listed = text.partition("Only these may differ:")[2].partition(".\n")[0]
     assert tuple(re.findall(r"`(\w+)`", listed)) == FORKABLE
 
 
 def test_every_curve_of_training_and_evaluation_is_explained_and_no_other():
-    page, learner = ROOT / "docs/metrics.md", make_learner()
+    learner = make_learner()
     learner.update(random_batch())
-    sources = "".join(
-        path.read_text(encoding="utf-8")
-        for path in (ROOT / "dqn_injection_atari.py", *(ROOT / "support").glob("*.py"))
-    )
+    paths = [ROOT / "dqn_injection_atari.py", *(ROOT / "support").glob("*.py")]
+    sources = "".join(text_of(path) for path in paths)
     logged = set(re.findall(r'"((?:charts|injection|eval)/\w+)"', sources))
     logged |= {f"losses/{name}" for name in learner.losses.means(4, 4)}
     assert len(logged) == 12
-    assert set(in_tables(page, r"`((?:charts|injection|eval|losses)/\w+)`")) == logged
+    assert set(in_tables(ROOT / "docs/metrics.md", r"`((?:charts|injection|eval|losses)/\w+)`")) == logged
 
 
 def test_every_measure_of_plasticity_is_explained_and_no_other():
@@ -179,18 +210,16 @@ def test_every_measure_of_plasticity_is_explained_and_no_other():
         assert any(pattern.fullmatch(name) for name in measured), pattern
 
 
-@pytest.mark.parametrize("folder", ["support", "analysis", "benchmarks"])
+@pytest.mark.parametrize("folder", ["alternatives", "support", "analysis", "orchestration", "benchmarks"])
 def test_the_readmes_map_names_every_module_and_no_other(folder):
-    row = re.search(
-        rf"^\| \[`{folder}/`\]\({folder}\) \|(.*)\|$", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE
-    )
+    row = re.search(rf"^\| \[`{folder}/`\]\({folder}\) \|(.*)\|$", text_of(README), re.MULTILINE)
     assert row is not None
     named = set(re.findall(r"`(\w+\.py)`", row.group(1)))
     assert named == {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
 
 
 def test_the_presets_numbers_are_those_of_the_page_on_deviations():
-    text = (ROOT / "docs/deviations.md").read_text(encoding="utf-8")
+    text = text_of(ROOT / "docs/deviations.md")
     named = (
         "50M steps",
         "12.5M steps",
@@ -203,43 +232,35 @@ def test_the_presets_numbers_are_those_of_the_page_on_deviations():
     )
     assert all(name in text for name in named)
     paper = PRESETS["paper"]
-    assert (paper["total_timesteps"], paper["injection_step"]) == (50_000_000, (12_500_000,))
-    assert (paper["learning_rate"], paper["target_network_frequency"], paper["learning_starts"]) == (
-        2.5e-4,
-        30_000,
-        50_000,
-    )
-    assert (paper["eval_frequency"], paper["eval_steps"], paper["moments"]) == (
-        250_000,
-        125_000,
-        "keep",
-    )
+    assert paper["total_timesteps"] == 50_000_000
+    assert paper["injection_step"] == (12_500_000,)
+    assert paper["learning_rate"] == 2.5e-4
+    assert paper["target_network_frequency"] == 30_000
+    assert paper["learning_starts"] == 50_000
+    assert paper["eval_frequency"] == 250_000
+    assert paper["eval_steps"] == 125_000
+    assert paper["moments"] == "keep"
     assert paper["exploration_fraction"] * paper["total_timesteps"] == 1_000_000
 
 
 def test_the_first_run_of_the_readme_takes_as_long_as_it_says_and_has_every_part_in_it(monkeypatch):
-    """On two cores with AVX2 alone, which make 91 steps/s while learning with 8 games, 71 after an injection."""
-    (section,) = re.findall(
-        r"^## In two minutes\n(.*?)^## ", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
+    """On two cores with AVX2 alone: 91 steps/s while learning with 8 games, 71 after an injection."""
+    section = text_of(README).partition("\n## In two minutes\n")[2].partition("\n## ")[0]
     (command,) = re.findall(r"```bash\n(.*?)\n```", section)
     monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
     args = parse_args()
     (injection,) = args.injection_step
-    learning, injected = injection - args.learning_starts, args.total_timesteps - injection
-    assert (
-        learning > 0
-        and injected > 0
-        and args.save_model
-        and args.intervention == "injection"
-        and args.num_envs == 8
-    )
-    assert learning / 91 + injected / 71 < 90, (
-        "and half a minute to start, and to play before learning starts"
-    )
-    said = (
+    assert args.learning_starts < injection < args.total_timesteps
+    assert args.intervention == "injection"
+    assert args.save_model
+    assert args.num_envs == 8
+    # beside half a minute to start, and to play before learning starts
+    seconds = (injection - args.learning_starts) / 91 + (args.total_timesteps - injection) / 71
+    assert seconds < 90
+    for words in (
         f"step {injection:,}: plasticity injected",
         f"of {args.total_timesteps:,}",
         f"checkpoint-{args.total_timesteps}",
-    )
-    assert all(words in section for words in (*said, "--evaluate runs/"))
+        "--evaluate runs/",
+    ):
+        assert words in section

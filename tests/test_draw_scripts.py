@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import status_of
 from simulated_runs import RETURN, games, make_run, write
@@ -15,7 +16,7 @@ EVALUATED = "eval/episodic_return"
 
 @pytest.fixture
 def script(monkeypatch):
-    """Runs one with these arguments, where the terminal knows ASCII alone; returns its status and what it printed."""
+    """Runs one with these arguments in a terminal of ASCII alone; returns its status and what it printed."""
 
     def run(name, *arguments):
         printed = io.BytesIO()
@@ -42,15 +43,43 @@ def test_every_arm_is_in_the_table_and_in_the_figure_however_many_there_are(scri
     names = ["_a $x_1$", "δ", *"bcdefgh"]
     status, printed = script("draw_arms", "x.svg", *write_arms(names))
     header, _, *rows = printed.splitlines()
-    assert status == 0 and [cell.strip() for cell in header.strip("|").split("|")] == [
-        "step",
-        "_a $x_1$",
-        "?",
-        *"bcdefgh",
-    ]
+    assert status == 0
+    assert [cell.strip() for cell in header.strip("|").split("|")] == ["step", "_a $x_1$", "?", *"bcdefgh"]
     assert [row.count("3.5 [3.0, 4.0]") for row in rows] == [0, len(names)]
     figure = Path("x.svg").read_text(encoding="utf-8")
     assert all(f"<!-- {name}, mean of 2 -->" in figure for name in names)
+
+
+def three_ways(step):
+    """Three runs each that go on with an injection at a step, with a head reset, and without either."""
+    runs = []
+    for intervention in ("injection", "reset-head", "none"):
+        for seed in (1, 2, 3):
+            points = {RETURN: games(seed, step * (intervention != "none"))}
+            how = {"seed": seed, "intervention": intervention, "injection_step": (step,)}
+            runs.append(write(make_run(f"{intervention}-{seed}", points, **how)))
+    return runs
+
+
+def test_three_ways_to_go_on_are_drawn_by_name_and_are_one_curve_before(script, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("analysis.canvas.save", lambda figure, path: drawn.update({path: figure}))
+    assert script("draw_injection", "x.png", *three_ways(1_000)) == (0, "")
+    ax = drawn["x.png"].axes[0]
+    texts = [text.get_text() for text in ax.texts]
+    assert texts[:3] == ["no intervention", "head reset", "plasticity injection"]
+    assert texts[3] == "injection or reset \nat step 1,000 "
+    none, *others = [line for line in ax.lines if len(line.get_xdata()) > 2]
+    shown = [np.flatnonzero(np.isfinite(line.get_ydata())) for line in (none, *others)]
+    steps = [none.get_xdata()[of_line].min() for of_line in shown]
+    assert steps[0] < 200 and all(900 < step < 1_000 for step in steps[1:])
+    assert np.ptp([line.get_ydata()[shown[1][0]] for line in (none, *others)]) < 1e-9
+
+
+def test_what_is_not_three_ways_to_go_on_from_one_step_is_refused(script, capsys):
+    runs = three_ways(1_000)
+    assert script("draw_injection", "x.png", *runs[:6])[0] == 1
+    assert "give one arm each of none, injection, reset-head" in capsys.readouterr().err
 
 
 def test_a_runs_return_is_drawn(script, monkeypatch):
@@ -58,12 +87,8 @@ def test_a_runs_return_is_drawn(script, monkeypatch):
     run, *_ = write_arms(["a"])
     assert script("draw_return", f"~/{run}", "~/x.svg", "20.5") == (0, "")
     figure = Path("x.svg").read_text(encoding="utf-8")
-    for label in (
-        "mean of the last 20 training games",
-        "evaluation, mean of its games",
-        "random play (20.5)",
-        "plasticity injection",
-    ):
+    means = ["mean of the last 20 training games", "evaluation, mean of its games"]
+    for label in (*means, "random play (20.5)", "plasticity injection"):
         assert f"<!-- {label} -->" in figure
 
 
@@ -86,6 +111,7 @@ def test_a_runs_return_is_drawn(script, monkeypatch):
             "the figure is x, but must end in .png, .pdf or .svg: give another name",
         ),
         ("draw_return", ["nowhere", "x.png"], "nowhere is no run's folder, it has no run.json: give another"),
+        ("draw_injection", ["x.png"], "give a figure and the files of three arms"),
         ("draw_signs", [], "give the files of both arms"),
     ],
 )

@@ -16,26 +16,20 @@ RATES = (1e-4, 1e-3)
 
 
 def write_dose():
-    """Three agents at one learning rate, four at a larger one, where gains are larger. At each they fall as more is dormant."""
-    for rate in RATES:
-        for injected in (False, True):
+    """Three agents at one learning rate, four at a larger one. At each, gains fall as more is dormant.
+
+    At the larger one both are larger.
+    """
+    for rate, seeds, offset in ((1e-4, (1, 2, 3), 0), (1e-3, (1, 2, 3, 4), 1)):
+        for intervention, exp_name in (("none", f"none_{rate}"), ("injection", f"injection_{rate}")):
+            injected = intervention == "injection"
             runs = []
-            for seed in range(1, 5 if rate == 1e-3 else 4):
-                gain = injected * (1_000 * (rate == 1e-3) - 100 * seed)
-                measured = {
-                    "plasticity/dormant_fraction/head": [
-                        (INJECTION, seed / 10 + (rate == 1e-3)),
-                        (2_000, 0.0),
-                    ]
-                }
-                how = {
-                    "learning_rate": rate,
-                    "intervention": "injection" if injected else "none",
-                    "exp_name": f"{'in' * injected}none_{rate}",
-                }
-                runs.append(
-                    make_run(f"{seed}", {RETURN: games(seed, injected, gain), **measured}, seed=seed, **how)
-                )
+            for seed in seeds:
+                gain = 1_000 * offset - 100 * seed if injected else 0
+                dormant = [(INJECTION, seed / 10 + offset), (2_000, 0.0)]
+                measured = {RETURN: games(seed, injected, gain), "plasticity/dormant_fraction/head": dormant}
+                how = {"learning_rate": rate, "intervention": intervention, "exp_name": exp_name}
+                runs.append(make_run(f"{seed}", measured, seed=seed, **how))
             write_curves(runs, Path(f"{rate}_{injected}.csv"))
 
 

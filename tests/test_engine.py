@@ -1,4 +1,4 @@
-"""Ray as the engine of sweeps: how a job has ended. Whole sweeps, and addresses where nothing answers, are in test_sweep.py."""
+"""Ray as the engine of sweeps: its start, what it keeps free, how a job has ended. Sweeps: test_sweep.py."""
 
 import os
 import runpy
@@ -11,11 +11,13 @@ import pytest
 
 pytest.importorskip("ray")
 
+import ray
 from ray._private import ray_constants
 
-from orchestration import engine
-from orchestration import jobs
-from orchestration.engine import ray
+from dqn_injection_atari import Args
+from orchestration import engine, jobs
+from orchestration.engine import resources
+from orchestration.plan import PlannedRun
 from support.usage import UsageError
 
 
@@ -56,9 +58,10 @@ def no_cluster(monkeypatch):
 
 
 def test_a_signal_while_no_run_is_going_ends_it_with_the_status_of_that_signal(no_cluster, monkeypatch):
-    monkeypatch.setattr(
-        ray, "init", lambda *_, **__: signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
-    )
+    def init(*_, **__):
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray does first of all
+
+    monkeypatch.setattr(ray, "init", init)
     with pytest.raises(SystemExit) as ended, engine.cluster(None):
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 143
@@ -141,6 +144,15 @@ def test_a_path_that_the_locale_cannot_write_names_the_setting_that_helps(no_clu
         pass
 
 
+def test_importing_changes_nothing_in_the_process_and_needs_no_ray(monkeypatch):
+    for name in {**engine.SETTINGS, **engine.SETTINGS_UNLESS_THE_USER_HAS, "RAY_AUTH_MODE": ""}:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    before = dict(os.environ), [signal.getsignal(number) for number in signal.valid_signals()]
+    runpy.run_path(engine.__file__)
+    assert (dict(os.environ), [signal.getsignal(number) for number in signal.valid_signals()]) == before
+
+
 def test_rays_settings_are_ours_unless_the_user_has_set_them(monkeypatch):
     """By Ray's own name of the setting that has workers started by uv, which it reads when it is imported."""
     name = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
@@ -149,7 +161,7 @@ def test_rays_settings_are_ours_unless_the_user_has_set_them(monkeypatch):
         monkeypatch.setenv(name, given or "")
         if given is None:
             monkeypatch.delenv(name)
-        runpy.run_path(engine.__file__)
+        engine.ray_module()
         assert os.environ[name] == found
 
 
@@ -166,25 +178,59 @@ def test_a_cluster_that_asks_for_rays_token_gets_it_where_there_is_one(
     if token:
         (tmp_path / ".ray").mkdir()
         (tmp_path / ".ray" / "auth_token").touch()
-    runpy.run_path(engine.__file__)
+    engine.ray_module()
     assert os.environ.get("RAY_AUTH_MODE") == found
 
 
-# a job that fails when it gets SIGTERM, cancelled; Ray belongs into a process of its own, in which nothing of it is left
+RUN = PlannedRun("none", Args(), ())
+GB = 1e9
+LARGE = {"CPU": 64, "GPU": 8, "memory": 500 * GB}
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "needs"),
+    [
+        ((None, None, None), [{"CPU": 2, "memory": 20 * GB}], (1, 0)),
+        ((None, None, None), [LARGE], (8, 1)),
+        ((None, 0.5, None), [LARGE], (4, 0.5)),
+        ((None, 0, None), [LARGE], (1, 0)),
+        ((3, 2, 1), [{"CPU": 4, "memory": 9 * GB}, LARGE], (3, 2)),
+        ((None, None, None), [LARGE | {"CPU": 2}], (1, 1)),
+    ],
+)
+def test_a_run_gets_what_it_needs_and_the_machine_has(given, nodes, needs):
+    found = resources(RUN, *given, nodes)
+    assert (found["num_cpus"], found["num_gpus"]) == needs
+    assert found["memory"] == (GB if given[2] else RUN.memory + 1.5 * GB)
+
+
+def test_a_run_that_is_told_to_use_no_gpu_gets_none():
+    assert resources(PlannedRun("none", Args(cuda=False), ()), None, None, None, [LARGE])["num_gpus"] == 0
+
+
+@pytest.mark.parametrize("given", [(3, None, None), (None, 1, None), (None, None, 21)])
+def test_a_run_that_needs_more_than_any_machine_has_is_refused(given):
+    with pytest.raises(UsageError, match=r"no machine has that, but 2, 0 and 20\.0 GB.*lower --cpus-per-run"):
+        resources(RUN, *given, [{"CPU": 2, "memory": 20 * GB}])
+
+
+# a job that fails when it gets SIGTERM, cancelled; Ray has a process of its own, and nothing of it is left
 CANCEL = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, {"heard": signal.default_int_handler, "ignored": signal.SIG_IGN}[sys.argv[1]])
-from orchestration import engine
-from orchestration import jobs
-here, fails = Path().absolute(), ("bash", "-c", "trap 'exit 1' TERM; touch up; while :; do read -t 0.02 line < /dev/zero; done")
+from orchestration import engine, jobs
+here = Path().absolute()
+waits = "touch up; while :; do read -t 0.02 line < /dev/zero; done"
+fails = ("bash", "-c", "trap 'exit 1' TERM; " + waits)
 with engine.cluster(None):
     job = jobs.Job("x", fails, fails, str(here), str(here / "x.log"))
-    ref = engine.ray.remote(max_retries=0)(jobs.run).remote(job)
+    ray = engine.ray_module()
+    ref = ray.remote(max_retries=0)(jobs.run).remote(job)
     while not Path("up").exists():
         time.sleep(0.05)
-    engine.ray.cancel(ref)
-    print(engine.outcome(ref) if engine.ray.wait([ref], timeout=20)[0] else "it was not told")
+    ray.cancel(ref)
+    print(engine.outcome(ref) if ray.wait([ref], timeout=20)[0] else "it was not told")
 """
 
 

@@ -174,7 +174,7 @@ def test_a_game_at_its_frame_limit_is_truncated_and_not_terminal(backend):
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "num_envs", "seed"), [("sb3", 3, 22), ("ale", 3, 6)])
 def test_v5_keeps_its_sticky_actions_and_skips_four_frames_once(backend, num_envs, seed):
-    """Two of three games start on the same frame with these seeds, and go one way, but not with sticky actions."""
+    """With these seeds two of three games start on the same frame, and go one way but for sticky actions."""
 
     def equal_courses(env_id):
         envs = make_atari_envs(env_id, backend, num_envs)

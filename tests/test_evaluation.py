@@ -1,4 +1,4 @@
-"""Whole games played by an agent: which scores count, what is filmed, and agents that come back from a file."""
+"""Whole games played by an agent: which scores count, what is filmed, agents that come back from a file."""
 
 import os
 import sys
@@ -349,7 +349,8 @@ def test_what_playing_would_pass_over_is_refused_also_where_it_is_the_scripts_de
     "flags",
     [
         "",
-        f"--env-id {TINY_GAMES} --bf16 --head-width 16 --learning-rate 2e-4 --injection-step 10 --intervention reset-head",
+        f"--env-id {TINY_GAMES} --bf16 --head-width 16 --learning-rate 2e-4 --injection-step 10 "
+        "--intervention reset-head",
         "--seed 3 --no-cuda --no-torch-deterministic --no-tf32",
         "--eval-episodes 0 --eval-steps 40 --eval-epsilon 0.01",
     ],
@@ -371,7 +372,7 @@ def test_an_agent_that_was_saved_with_heads_that_it_never_used_plays(agent):
     torch.save(saved, agent)
     network, _, _ = load_agent(agent, "cpu")
     obs = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8)
-    assert torch.equal(network(obs), roomy(obs)) and len(network.theta_prime_1) == 0
+    assert torch.equal(network(obs), roomy(obs)) and len(network.head.theta_prime_1) == 0
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no agent", "other"])

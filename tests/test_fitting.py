@@ -9,6 +9,7 @@ import torch
 from conftest import TINY_GAMES
 from saved_agents import CPU, SMALL, change
 
+from alternatives import ALTERNATIVES
 from analysis import fitting
 from analysis.fitting import CONTENDERS, FRESH, fresh_subject, random_play, read_subject, saved_args
 from dqn_injection_atari import Learner, make_parts
@@ -57,7 +58,7 @@ def test_a_fresh_networks_head_is_as_wide_as_the_one_that_the_agent_learns_with(
         change(checkpoint, learner=learner, head_width=32, injected_head_width=96)
         saved = load_checkpoint(checkpoint)
         assert fitting.num_injections(saved) == injections
-        assert fitting.make_contender(FRESH, saved, 0, CPU).q_network.theta[0].out_features == width
+        assert fitting.make_contender(FRESH, saved, 0, CPU).q_network.head.theta.hidden.out_features == width
 
 
 def test_observations_come_from_replay_and_none_twice(checkpoint):
@@ -90,7 +91,8 @@ def test_the_learning_rate_is_the_one_that_is_given(checkpoint):
 
 def test_fresh_networks_differ_by_seed_and_have_the_actions_of_their_game():
     one, same, other = (fresh_subject(TINY_GAMES, seed, 5e-4) for seed in (1, 1, 2))
-    weights = [subject.state["learner"]["q_network"]["theta.0.weight"] for subject in (one, same, other)]
+    networks = [subject.state["learner"]["q_network"] for subject in (one, same, other)]
+    weights = [network["head.theta.hidden.weight"] for network in networks]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert fitting.num_actions(one) == 8 and fitting.num_injections(one) == 0 and one.step == 0
 
@@ -124,9 +126,9 @@ def test_random_play_shows_many_observations_and_always_the_same():
 def test_an_agent_of_a_run_that_adds_no_heads_can_be_injected_in_a_probe(changes):
     args = replace(SMALL, **changes)
     learner = Learner(args, 8, CPU)
-    learner.reset_head(180)
+    learner.apply(ALTERNATIVES["reset-head"], 180)
     saved = Checkpoint(Path("x"), {"step": 200, "args": asdict(args)}, {"learner": learner.state_dict()})
     obs = torch.randint(0, 256, (4, 4, 84, 84), dtype=torch.uint8)
     injected = fitting.make_contender("agent, injected", saved, 0, CPU)
-    assert injected.q_network.num_injections == 1 and injected.q_network.freeze_heads == args.freeze_heads
+    assert injected.q_network.num_injections == 1 and injected.q_network.head.freeze == args.freeze_heads
     assert torch.equal(injected.q_network(obs), learner.q_network(obs))

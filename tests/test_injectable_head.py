@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -375,7 +376,7 @@ def redraw(module, generator):
                 parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
 
 
-MAKERS = {"encoder": QNetwork.make_encoder}
+MAKERS: dict[str, Callable[[], torch.nn.Module]] = {"encoder": QNetwork.make_encoder}
 for width, num_actions, shared_bias in (
     (512, 18, False),
     (512, 6, True),

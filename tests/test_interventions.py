@@ -208,26 +208,26 @@ def test_norms_of_what_was_drawn_anew_count_from_then_on_and_those_of_the_encode
     encoder = learner.norms.initial["encoder"]
     learner.intervene(step=10)
     measures = plasticity_measures(learner, random_batch())
-    assert learner.norms.growth(learner.learning()) == measures["weight_norm_ratio/head"] == 1
+    assert learner.norms.growth(learner.growing()) == measures["weight_norm_ratio/head"] == 1
     assert learner.norms.initial["encoder"] == encoder and measures["weight_norm_ratio/encoder"] != 1
 
 
 def test_growth_is_the_norm_of_encoder_and_head_over_what_it_was_when_the_head_began():
     learner = make_learner()
-    assert learner.norms.growth(learner.learning()) == 1
+    assert learner.norms.growth(learner.growing()) == 1
     learned = [*learner.q_network.encoder.parameters(), *learner.q_network.head.theta.parameters()]
     numbers = torch.cat([parameter.detach().double().flatten() for parameter in learned])
-    assert learner.norms.norm(learner.learning()) == pytest.approx(numbers.norm().item(), rel=1e-6)
+    assert learner.norms.norm(learner.growing()) == pytest.approx(numbers.norm().item(), rel=1e-6)
     with torch.no_grad():
         for parameter in learned:
             parameter.mul_(2)
-    assert learner.norms.growth(learner.learning()) == pytest.approx(2, rel=1e-6)
+    assert learner.norms.growth(learner.growing()) == pytest.approx(2, rel=1e-6)
     learner.inject()
-    assert learner.norms.growth(learner.learning()) == 1, "the new head begins"
+    assert learner.norms.growth(learner.growing()) == 1, "the new head begins"
     with torch.no_grad():
         for parameter in learner.q_network.head.theta.parameters():
             parameter.mul_(5)
-    assert learner.norms.growth(learner.learning()) == 1, "a frozen head does not count"
+    assert learner.norms.growth(learner.growing()) == 1, "a frozen head does not count"
 
 
 NORM = replace(

@@ -263,7 +263,7 @@ def test_a_learner_comes_back_from_its_state_and_goes_on_the_same(injections, fr
     first.act(np.zeros((3, 4, 84, 84), np.uint8), 0.5)
     second.load_state_dict(first.state_dict())
     assert differences(flat(first.state_dict()), flat(second.state_dict())) == []
-    assert second.norms.growth(second.learning()) == first.norms.growth(first.learning())
+    assert second.norms.growth(second.growing()) == first.norms.growth(first.growing())
     assert len(second.interventions) == injections
     for one, other in zip(updates(first, 3, seed=5), updates(second, 3, seed=5), strict=True):
         assert float(one["td_loss"]) == float(other["td_loss"])

@@ -424,7 +424,8 @@ def test_pytorchs_threads_follow_what_is_usable_unless_the_user_chose(monkeypatc
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
 def test_the_first_line_of_a_run_names_the_threads_which_follow_the_affinity():
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    flags = "--env-backend ale --total-timesteps 4 --buffer-size 100 --checkpoint-frequency 0 --head-width 16 --no-cuda"
+    flags = "--env-backend ale --total-timesteps 4 --buffer-size 100 --checkpoint-frequency 0 --no-cuda"
+    flags += " --head-width 16"
     run = subprocess.run(
         [sys.executable, script.__file__, *flags.split()],
         env=environment,
@@ -481,19 +482,20 @@ def test_where_hardly_anything_is_free_no_size_is_named_that_would_be_no_use(mon
 
 def test_the_code_version_changes_with_every_file_of_the_code(tmp_path, monkeypatch):
     shutil.copy(script.__file__, tmp_path / "script.py")
-    shutil.copytree(
-        Path(machine.__file__).parent, tmp_path / "support", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    for folder in ("support", "alternatives"):
+        source = Path(script.__file__).parent / folder
+        shutil.copytree(source, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "support/machine.py"))
-    files = [tmp_path / "script.py", *(tmp_path / "support").glob("*.py")]
-    version = code_version(files[0])
+    alternatives = tmp_path / "alternatives"
+    files = [tmp_path / "script.py", *(tmp_path / "support").glob("*.py"), *alternatives.glob("*.py")]
+    version = code_version(files[0], alternatives)
     assert version == script.CODE_VERSION and len(files) > 10
     for file in files:
         content = file.read_bytes()
         file.write_bytes(content + b"\n")
-        assert code_version(files[0]) != version, file.name
+        assert code_version(files[0], alternatives) != version, file.name
         file.write_bytes(content)
-    assert code_version(files[0]) == version
+    assert code_version(files[0], alternatives) == version
 
 
 def test_circumstances_name_packages_processor_and_threads(monkeypatch):
@@ -721,7 +723,10 @@ def fail_with(number):
         (OSError(errno.EACCES, "Permission denied"), "see to that"),
         (OSError(errno.EIO, "Input/output error"), "see to that"),
         (MemoryError(), "free some memory"),
-        (machine.FolderGone(Path("runs/X")), machine.FolderGone.FIX),
+        (
+            machine.FolderGone(Path("runs/X")),
+            "if it was moved to another disk, stop this run and --resume it there",
+        ),
     ],
     ids=str,
 )

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import plan as planning
 from dqn_injection_atari import Args, parse_args
-from orchestration.plan import Asked, all_arms, plan
+from orchestration import plan as planning
+from orchestration.plan import Asked, all_arms, default_name, plan, plan_in_words
 from support.checkpoints import Checkpoint
 from support.usage import UsageError, changed_fields
 
@@ -20,16 +20,8 @@ STEP = 1004  # at the end of the vector step
 
 def asked(*interventions, own=None, grid=(), flags=FLAGS, seeds=(1, 2), **changes):
     arms = all_arms(interventions or ("injection", "none"), own or {})
-    return Asked(
-        **{
-            "env_ids": (PHOENIX,),
-            "seeds": seeds,
-            "arms": arms,
-            "grid": list(grid),
-            "flags": list(flags),
-            **changes,
-        }
-    )
+    found = Asked(env_ids=(PHOENIX,), seeds=seeds, arms=arms, grid=list(grid), flags=list(flags))
+    return replace(found, **changes)
 
 
 def begun(run, monkeypatch, trunk=None):
@@ -38,7 +30,9 @@ def begun(run, monkeypatch, trunk=None):
     if trunk is not None:
         checkpoint = Path("runs", trunk.name, f"checkpoint-{run.begins}")
         checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / "manifest.json").write_text(json.dumps({"args": asdict(trunk.args)}), encoding="utf-8")
+        (checkpoint / "manifest.json").write_text(
+            json.dumps({"run": "abc", "args": asdict(trunk.args)}), encoding="utf-8"
+        )
         flags += ["--fork", str(checkpoint)]
     monkeypatch.setattr(sys, "argv", ["script", *flags])
     return replace(parse_args(), fork=None)
@@ -52,9 +46,8 @@ def test_one_arm_per_game_and_seed_runs_whole_and_the_others_fork_from_it_at_the
         assert (game, arm, int(seed)) == (run.args.env_id.replace("/", "-"), run.arm, run.args.seed)
         assert run.trunk == (None if arm == "none" else f"{game}__none__{seed}")
         assert (run.begins, run.steps) == ((0, 9_000) if arm == "none" else (STEP, 9_000 - STEP))
-    assert [run.args.seed for run in runs[:4]] == [1, 1, 1, 2] and runs[0].arm == "none", (
-        "a trunk comes before its forks"
-    )
+    assert [run.args.seed for run in runs[:4]] == [1, 1, 1, 2]
+    assert runs[0].arm == "none", "a trunk comes before its forks"
     assert plan(asked("injection", "reset-head"))[0].arm == "injection", "without a baseline, the first"
 
 
@@ -66,7 +59,8 @@ OWN = {
 EACH = {
     **OWN,
     "none": "--intervention none",
-    **{arm: f"--intervention {arm}" for arm in ("injection", "shrink-perturb")},
+    "injection": "--intervention injection",
+    "shrink-perturb": "--intervention shrink-perturb",
 }
 
 
@@ -128,21 +122,20 @@ def test_the_disk_of_a_plan_counts_the_checkpoints_that_stay_and_the_heads_in_th
     assert one < 35e6 and disk(intervention="reset-head") == three
     norm = {"injection_step": (), "injection_trigger": "norm"}
     assert disk(**norm) == disk(injection_step=()) and disk(**norm, intervention="reset-head") == three
-    twice = disk(intervention="injection") - three
-    assert (
-        twice == 3 * 2 * (disk(intervention="injection", injection_step=(1000,)) - three) / 3 >= 3 * 2 * 38e6
-    )
+    two_pairs = disk(intervention="injection") - three
+    one_pair = disk(intervention="injection", injection_step=(1000,)) - three
+    assert two_pairs == 2 * one_pair >= 3 * 2 * 38e6
 
 
 @pytest.fixture
 def checkpoint(monkeypatch):
-    """One at step 2,000 of a run of 4,000, of which ε falls over 400; loading it is another module's affair."""
+    """One at step 2,000 of a run of 4,000, of which ε falls over 400. Loading is another module's affair."""
     args = Args(
         total_timesteps=4_000, injection_step=(3_000,), intervention="none", learning_rate=1e-3, seed=7
     )
     path = Path("runs/X/checkpoint-2000").absolute()
     path.mkdir(parents=True)
-    (path / "manifest.json").write_text(json.dumps({"args": asdict(args)}), encoding="utf-8")
+    (path / "manifest.json").write_text(json.dumps({"run": "abc", "args": asdict(args)}), encoding="utf-8")
     found = Checkpoint(path, {"step": 2_000, "args": asdict(args)}, {"learner": {"interventions": ()}})
     monkeypatch.setattr(planning, "load_checkpoint", lambda _: found)
     return found
@@ -154,13 +147,10 @@ def continued(checkpoint, *interventions, **changes):
 
 
 def test_arms_and_seeds_continue_one_checkpoint(checkpoint, monkeypatch):
-    runs = plan(
-        continued(checkpoint, "none", "injection", own={"all heads": "--no-freeze-heads"}, seeds=(1, 2))
-    )
-    assert [(run.arm, run.args.seed, run.trunk) for run in runs[::3]] == [
-        ("none", 1, None),
-        ("none", 2, None),
-    ]
+    own = {"all heads": "--no-freeze-heads"}
+    runs = plan(continued(checkpoint, "none", "injection", own=own, seeds=(1, 2)))
+    assert [(run.arm, run.args.seed) for run in runs[::3]] == [("none", 1), ("none", 2)]
+    assert all(run.trunk is None for run in runs)
     assert len(runs) == 6 and {run.begins for run in runs} == {2_000}
     for run in runs:
         args = begun(run, monkeypatch)
@@ -171,15 +161,14 @@ def test_arms_and_seeds_continue_one_checkpoint(checkpoint, monkeypatch):
 
 def test_arms_continue_one_checkpoint_with_its_own_seed(checkpoint, monkeypatch):
     own = {"all heads": "--no-freeze-heads", "not at all": "--intervention none"}
-    runs = plan(
-        continued(checkpoint, "none", "injection", own=own, flags=("--eval-frequency", "500"), seeds=(7,))
-    )
+    flags = ("--eval-frequency", "500")
+    runs = plan(continued(checkpoint, "none", "injection", own=own, flags=flags, seeds=(7,)))
     assert [begun(run, monkeypatch) for run in runs] == [run.args for run in runs]
     assert [run.args.intervention for run in runs] == ["none", "injection", "injection", "none"]
     assert [run.args.freeze_heads for run in runs] == [True, True, False, True]
-    assert {(run.begins, run.steps, run.args.eval_frequency, run.args.injection_step) for run in runs} == {
-        (2_000, 5_000, 500, (2_000,))
-    }
+    for run in runs:
+        assert (run.begins, run.steps, run.args.injection_step) == (2_000, 5_000, (2_000,))
+        assert run.args.eval_frequency == 500
 
 
 @pytest.mark.parametrize(
@@ -199,15 +188,12 @@ def test_what_cannot_continue_a_checkpoint_is_refused(checkpoint, changes, words
 
 def test_an_agent_that_was_injected_goes_on_with_another_injection_and_has_no_baseline(checkpoint):
     checkpoint.meta["args"] |= {"intervention": "injection", "injection_step": (1_000,)}
-    (checkpoint.path / "manifest.json").write_text(
-        json.dumps({"args": checkpoint.meta["args"]}), encoding="utf-8"
-    )
+    identity = json.dumps({"run": "abc", "args": checkpoint.meta["args"]})
+    (checkpoint.path / "manifest.json").write_text(identity, encoding="utf-8")
     checkpoint.state["learner"]["interventions"] = (1_000,)
     assert plan(continued(checkpoint, "injection"))[0].args.injection_step == (1_000, 2_000)
-    with pytest.raises(
-        UsageError,
-        match="lies after an injection, so arm none cannot go on from it: give an earlier checkpoint",
-    ):
+    words = "lies after an injection, so arm none cannot go on from it: give an earlier checkpoint"
+    with pytest.raises(UsageError, match=words):
         plan(continued(checkpoint, "none", "injection"))
 
 
@@ -233,7 +219,7 @@ def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(
             {"flags": ("--seed", "3")},
             "--seed after -- is what the sweep itself gives: leave it out, and give --seeds",
         ),
-        ({"flags": ("--intervention none",)}, "give --arms"),
+        ({"flags": ("--intervention", "none")}, "give --arms"),
         ({"flags": ("--resume", "runs/X")}, "--resume after --"),
         ({"flags": ()}, "arm injection would have no injection.*give --injection-step after --"),
         ({"flags": (*FLAGS, "--checkpoint-frequency", "0")}, "leaves nothing to fork arms from"),
@@ -304,9 +290,8 @@ def test_a_checkpoint_is_what_its_manifest_says_wherever_it_lies():
     assert planning.identity_of(None) is None
     for path in ("a/checkpoint-5", "b c/moved"):
         Path(path).mkdir(parents=True)
-        Path(path, "manifest.json").write_text(
-            json.dumps({"run": "abc", "step": 5, "args": {}}), encoding="utf-8"
-        )
+        identity = json.dumps({"run": "abc", "step": 5, "args": {}})
+        Path(path, "manifest.json").write_text(identity, encoding="utf-8")
         assert planning.identity_of(path) == {"run": "abc", "step": 5}
     with pytest.raises(UsageError, match="gone cannot be read as a checkpoint"):
         planning.identity_of("gone")
@@ -320,3 +305,30 @@ def test_arms_without_a_meaning_are_refused():
     ):
         with pytest.raises(UsageError, match=words):
             all_arms(interventions, own)
+
+
+def test_the_plan_in_words_has_steps_disk_and_hours():
+    runs = plan(asked("none", "injection", flags=("--injection-step", "5000", "--total-timesteps", "9000")))
+    lines = plan_in_words(runs, 1.0)
+    trunk = f"{PHOENIX}__none__1"
+    assert lines[:2] == [
+        f"{trunk}: whole, from step 0, 9,000 steps to 9,000",
+        f"{PHOENIX}__injection__1: forks from {trunk} at step 5,000, 4,000 steps to 9,000",
+    ]
+    assert lines[4] == "4 runs, 2 of them forks: 26,000 steps, 10,000 fewer than if each ran whole"
+    assert lines[6] == "hours: 7.2 of one run at a time at 1 steps per second, 2.5 at least"
+    assert "--speed" in plan_in_words(runs, None)[-1]
+
+
+def test_the_plan_in_words_of_a_continuation_forks_from_the_checkpoint(checkpoint):
+    lines = plan_in_words(plan(continued(checkpoint, "none", seeds=(1,))), 1.0)
+    assert lines[0].endswith("forks from the checkpoint at step 2,000, 5,000 steps to 7,000")
+    assert lines[-1].endswith("1.4 at least")
+
+
+def test_the_default_name_is_made_of_games_and_arms():
+    one = asked("none", "injection")
+    assert default_name(one, PHOENIX) == "Phoenix-v4_none_injection"
+    assert default_name(replace(one, env_ids=(PHOENIX, PONG)), PHOENIX) == "2-games_none_injection"
+    continued = replace(one, env_ids=(), from_checkpoint="/x/checkpoint-5000", steps=5)
+    assert default_name(continued, PONG) == "Pong-v5_checkpoint-5000_none_injection"

@@ -9,9 +9,10 @@ import pytest
 import torch
 from saved_agents import SMALL, change, kill_encoder, kill_head, make_fresh
 
+from analysis import fitting
 from analysis import probe as probing
-from analysis.fitting import num_actions, random_targets
-from analysis.probe import CONTENDERS, FRESH, probe, probe_checkpoint
+from analysis.fitting import CONTENDERS, FRESH, num_actions, random_targets
+from analysis.probe import probe, probe_checkpoint
 from dqn_injection_atari import Learner
 from support.checkpoints import load_checkpoint
 from support.usage import UsageError
@@ -54,7 +55,7 @@ def test_no_injection_helps_where_the_encoder_is_dead(checkpoint):
 def test_a_level_of_the_values_does_not_count(checkpoint):
     def lift(q_network):
         make_fresh(q_network)
-        q_network["theta.2.bias"] += 100
+        q_network["head.theta.output.bias"] += 100
 
     change(checkpoint, lift)
     errors = probe_checkpoint(checkpoint, **QUICK)["errors"]
@@ -66,8 +67,9 @@ def test_a_level_of_the_values_does_not_count(checkpoint):
 
 @pytest.fixture
 def fits(monkeypatch):
-    """What every call of `fit` was given and returned: (learner's parameters by name before, learner, *arguments, errors)."""
-    calls, original = [], probing.fit
+    """Of every call of `fit`: weights by name before it, learner, observations, targets, batches, errors."""
+    calls = []
+    original = fitting.fit
 
     def fit(learner, *arguments):
         before = {
@@ -77,7 +79,7 @@ def fits(monkeypatch):
         calls.append((before, learner, *arguments, errors))
         return errors
 
-    monkeypatch.setattr(probing, "fit", fit)
+    monkeypatch.setattr(fitting, "fit", fit)
     return calls
 
 
@@ -101,8 +103,8 @@ def test_seeds_differ_in_fresh_weights_and_injection(checkpoint, fits):
     probe_checkpoint(checkpoint, **QUICK)
     agent, injected, fresh = ((fits[i][0], fits[i + 3][0]) for i in range(3))
     assert all(torch.equal(agent[0][name], agent[1][name]) for name in agent[0])
-    assert not torch.equal(fresh[0]["theta.0.weight"], fresh[1]["theta.0.weight"])
-    assert not torch.equal(*(before["theta_prime_1.0.0.weight"] for before in injected))
+    assert not torch.equal(fresh[0]["head.theta.hidden.weight"], fresh[1]["head.theta.hidden.weight"])
+    assert not torch.equal(*(before["head.theta_prime_1.0.hidden.weight"] for before in injected))
 
 
 @pytest.mark.slow
@@ -115,9 +117,9 @@ def test_an_injection_does_not_change_the_first_error(checkpoint, injected_check
 def test_only_what_the_agent_would_train_moves(injected_checkpoint, fits):
     probe_checkpoint(injected_checkpoint, **ONCE)
     learning = (
-        "theta_prime_1.0.",
-        "theta_prime_1.1.",
-        "theta.",
+        "head.theta_prime_1.0.",
+        "head.theta_prime_1.1.",
+        "head.theta.",
     )  # the heads of agent, injected agent, fresh network
     for (before, learner, *_), head in zip(fits, learning, strict=True):
         moved = {name for name, p in learner.q_network.named_parameters() if not torch.equal(p, before[name])}
@@ -130,9 +132,12 @@ def test_the_learning_rate_is_the_probes_own_and_a_high_one_is_remarked_on(
 ):
     assert SMALL.learning_rate == 1e-3, "the run's does not matter"
     rates = []
-    monkeypatch.setattr(
-        probing, "fit", lambda learner, *_: rates.append(learner.args.learning_rate) or (1.0, 0.5)
-    )
+
+    def fit(learner, *_):
+        rates.append(learner.args.learning_rate)
+        return 1.0, 0.5
+
+    monkeypatch.setattr(fitting, "fit", fit)
     (result,) = probe([str(checkpoint)], **ONCE, rate=rate)
     assert result["learning_rate"] == used and rates == 3 * [used]
     printed = capsys.readouterr().out
@@ -161,7 +166,7 @@ def test_interventions_that_are_no_injections_are_not_counted_as_such(checkpoint
     learner = Learner(
         replace(SMALL, intervention="reset-head"), num_actions(load_checkpoint(checkpoint)), CPU
     )
-    learner.reset_head(180)
+    learner.intervene(180)
     change(checkpoint, learner=learner, intervention="reset-head")
     assert probe_checkpoint(checkpoint, **ONCE)["injections"] == 0
     assert [learner.q_network.num_injections for _, learner, *_ in fits] == [0, 1, 0]
@@ -224,7 +229,7 @@ def test_a_checkpoint_of_another_scripts_run_is_refused(checkpoint):
 
 def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
     def spoil(q_network):
-        q_network["theta.2.weight"].fill_(1e30)
+        q_network["head.theta.output.weight"].fill_(1e30)
 
     change(checkpoint, spoil)
     result = probe_checkpoint(checkpoint, **QUICK)

@@ -1,6 +1,7 @@
 """This process: signals, what it says, how it ends."""
 
 import io
+import json
 import os
 import re
 import runpy
@@ -366,7 +367,7 @@ def test_a_script_that_was_copied_alone_asks_for_its_folder_and_names_no_package
         pytest.importorskip("ray")
     copied = shutil.copy(ROOT / f"{name}.py", "copied.py")
     monkeypatch.setattr(sys, "argv", [copied])
-    for module in [module for module in sys.modules if module.partition(".")[0] == "analysis"]:
+    for module in [name for name in sys.modules if name.startswith(("analysis", "orchestration"))]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "analysis", None)
     with pytest.raises(SystemExit) as end:
@@ -381,3 +382,63 @@ def test_standard_streams_that_are_there_stay_as_they_are():
     with ends_in_one_line():
         assert before == (sys.stdin, sys.stdout, sys.stderr)
     assert before == (sys.stdin, sys.stdout, sys.stderr) and os.fstat(1)
+
+
+IMPORTS = """import ast, importlib, json, logging, os, signal, sys, warnings
+from pathlib import Path
+
+folder = Path(sys.argv[1])
+libraries = set()
+for path in folder.glob("*.py"):
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            libraries |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            libraries.add(node.module)
+for library in sorted(libraries):
+    if not library.startswith("support"):
+        importlib.import_module(library)
+
+import torch
+
+torch.set_num_threads(7)
+
+
+def state():
+    loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
+    return {
+        "threads": torch.get_num_threads(),
+        "keeps denormals": (torch.tensor(1e-310, dtype=torch.float64) * 1).item() != 0,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "switches": [torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32],
+        "environment": dict(os.environ),
+        "handlers": {number: str(signal.getsignal(number)) for number in signal.valid_signals()},
+        "streams": [(stream.encoding, stream.errors) for stream in (sys.stdin, sys.stdout, sys.stderr)],
+        "warnings": [str(rule) for rule in warnings.filters],
+        "loggers": {logger.name: logger.level for logger in loggers if logger.level},
+        "hooks": [str(hook) for hook in (sys.excepthook, sys.unraisablehook)],
+    }
+
+
+before = state()
+modules = [path.stem for path in folder.glob("*.py")]
+for module in modules:
+    importlib.import_module(f"support.{module}")
+print(json.dumps({"before": before, "after": state(), "modules": modules}))
+import ale_py
+
+ale_py.ALEInterface()  # prints its banner, as in any other process
+"""
+
+
+def test_importing_support_changes_nothing_in_the_process():
+    """What its libraries change, when they are imported, is theirs."""
+    command = [sys.executable, "-c", IMPORTS, str(ROOT / "support")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
+    assert ended.returncode == 0, ended.stderr
+    shown = json.loads(ended.stdout)
+    assert shown["after"] == shown["before"]
+    assert shown["before"]["threads"] == 7 and shown["before"]["keeps denormals"]
+    assert len(shown["modules"]) > 10
+    assert "Arcade Learning Environment" in ended.stderr

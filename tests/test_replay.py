@@ -19,7 +19,7 @@ ACTIONS = spaces.Discrete(5)
 
 
 def random_stream(rng, n_envs, length, reset_padding):
-    """What `add` receives from games with life losses (stack kept or restarted), game overs and truncations."""
+    """What `add` receives of games with life losses (stack kept or restarted), ends and truncations."""
 
     def frame():
         # every sixth frame is black, as games' screens sometimes are

@@ -8,7 +8,7 @@ import torch.nn as nn
 from conftest import make_learner, random_batch
 
 from alternatives.alternative import AgentParts, NoSettings
-from alternatives.reset_head import RESET_HEAD, reset_head
+from alternatives.reset_head import ALTERNATIVE, reset_head
 from dqn_injection_atari import Head, Stream
 from support.optimizers import moments_by_name
 from support.randomness import stream_seed
@@ -51,6 +51,7 @@ def test_the_head_gets_the_weights_of_a_new_one_in_place_and_the_encoder_is_left
         optimizer=optimizer,
         draw_encoder=lambda: pytest.fail("no new encoder is needed"),
         draw_head=lambda: new_head,
+        generator=torch.Generator(),
     )
     tensors = list(head.parameters())
     before = weights(encoder)
@@ -62,7 +63,7 @@ def test_the_head_gets_the_weights_of_a_new_one_in_place_and_the_encoder_is_left
 
 
 def test_it_draws_the_head_and_has_no_settings():
-    assert RESET_HEAD.draws_head and RESET_HEAD.settings is NoSettings
+    assert ALTERNATIVE.draws_head and ALTERNATIVE.settings is NoSettings
 
 
 def test_a_learners_head_is_drawn_anew_with_the_bits_of_its_seed_and_number_and_nothing_else_changes():

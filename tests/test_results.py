@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from simulated_runs import RETURN
 
 from analysis.arms import read_arms
+from analysis.intervals import t_interval
 from analysis.verdict import comparisons
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +62,7 @@ def test_documents_print_what_stays_after_correction_for_all_five_verdicts():
 def test_documents_print_what_the_probes_give(name):
     rows = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
     found = json.loads((ROOT / "results" / "dose" / f"probe_{name}.json").read_text(encoding="utf-8"))
-    own, injected = ("one network", "injected") if name == "tasks" else ("agent", "agent, injected")
+    agent, injected = ("one network", "injected") if name == "tasks" else ("agent", "agent, injected")
     ranges = []
     for rate in ("1e-4", "5e-4", "1e-3"):
         ratios = [
@@ -68,7 +70,37 @@ def test_documents_print_what_the_probes_give(name):
             for result in found
             if f"learning-rate-{rate}__" in result["checkpoint"]
         ]
-        left = [ratio[injected]["ratio"] / ratio[own]["ratio"] for ratio in ratios]
+        left = [ratio[injected]["ratio"] / ratio[agent]["ratio"] for ratio in ratios]
         assert len(left) == 5
         ranges.append(f"{min(left):.3g} to {max(left):.3g}")
     assert any(" | ".join(ranges) in row for row in rows), f"no row of docs/results.md has {ranges}"
+
+
+def with_interval(centre, interval, unit=""):
+    low, high = interval
+    return f"{centre:.3g}{unit} [{low:.3g}, {high:.3g}]"
+
+
+def test_documents_print_geometric_means_of_the_tasks_errors_with_the_intervals_of_their_logarithms():
+    (result,) = json.loads((ROOT / "results" / "tasks.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for name in ("one network", "injected", "head reset", "a fresh network for each task"):
+        errors = np.array(result["error"][name], float)
+        cells = []
+        for first, last in ((2, 6), (9, 13), (14, 14), (14, 21)):
+            logs = np.log(errors[:, first - 1 : last].mean(axis=1))
+            if np.isnan(logs).any():
+                cells.append("–")
+            else:
+                cells.append(with_interval(np.exp(logs.mean()), np.exp(t_interval(logs))))
+        assert f"| {name} | {' | '.join(cells)} |" in text
+
+
+@pytest.mark.parametrize(("file", "times"), [("tasks", ("at", "since")), ("tasks_six_seeds", ("since",))])
+def test_documents_print_the_tasks_errors_relative_to_the_one_networks_early_ones(file, times):
+    (result,) = json.loads((ROOT / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for name in ("one network", "injected", "head reset"):
+        for time in times:
+            relative = result["relative"][name][time]
+            assert with_interval(relative["ratio"], relative["interval"], unit="×") in text, (name, time)

@@ -1,4 +1,4 @@
-"""What a run says: every point of its curves once, in TensorBoard, after kills, forks and full disks; speed and progress."""
+"""What a run says: every point of its curves once, after kills, forks and full disks; speed and progress."""
 
 import contextlib
 import errno
@@ -68,9 +68,9 @@ def newest(states):
 
 
 def live(folder, args=ARGS, origin=None, full=(0, 0, 0)):
-    """A run, from its newest checkpoint on, else from the state and the folder it was forked from, else from the start.
+    """A run, from its newest checkpoint on, else from the state and folder it was forked from, else anew.
 
-    Its checkpoints are folder/states/{step}. On its disk there is no room beyond full[2] bytes from step full[0] to full[1].
+    Its checkpoints are folder/states/{step}. From step full[0] to full[1] there is room for full[2] bytes.
     """
     states = folder / "states"
     states.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def in_the_browser(view):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still but for sleeping: several lives of a run fall into one second, so nobody has to wait."""
+    """A clock that stands still but for sleeping: several lives of a run fall into one second, at once."""
     clock = types.SimpleNamespace(now=1_700_000_000.0)
     monkeypatch.setattr(time, "time", lambda: clock.now)
     monkeypatch.setattr(time, "sleep", lambda seconds: setattr(clock, "now", clock.now + seconds))
@@ -147,7 +147,7 @@ def clock(monkeypatch):
 
 
 def life(clock, rng, line, *given, **options):
-    """Runs `live` in a process of its own, which is killed before that line of support/run_log.py; returns whether it was."""
+    """Whether `live`, in a process of its own, is killed before that line of support/run_log.py."""
 
     def process():
         sys.stdout = sys.stderr = io.StringIO()
@@ -354,7 +354,7 @@ CLOCKS = {  # what a run's processes, one after the other, see on the clock; the
 def test_whatever_the_clock_says_a_process_that_goes_on_is_shown_after_those_before_it_and_waits_for_nothing(
     clock, monkeypatch, clocks
 ):
-    """In our reader, and in TensorBoard, also one that was open all the time. They go by the names of the files."""
+    """In our reader, and in TensorBoard, also one that was open all the time. They go by the files' names."""
     FOLDER.mkdir()
     view = BrowserView(str(FOLDER), size_guidance={"tensors": 0})
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
@@ -560,10 +560,12 @@ def test_an_event_file_that_is_all_zeros_hides_no_other(clock, capsys):
 
 NOT_OURS = (  # copies, archives, what editors and file managers leave, and names that are only similar
     "{}.bak|{}.gz|{}~|{} copy|{} (1)|{}.tmp|{}.swp|{}.1.orig|{}.profile-empty|{}.v2|{}-conflict|{}\n|"
-    "{}.1|{}.2|._{}|.{}.swp|.{}.aB3xYz|#{}#|Copy of {}|{}.sync-conflict-20240101-120000-ABCDEFG.0|notes on tfevents.md|"
+    "{}.1|{}.2|._{}|.{}.swp|.{}.aB3xYz|#{}#|Copy of {}|{}.sync-conflict-20240101-120000-ABCDEFG.0|"
+    "notes on tfevents.md|"
     "events.out.tfevents|events.out.tfevents.1900000000|events.out.tfevents.1900000000.host|"
     "events.out.tfevents.190000000.host.1.0|events.out.tfevents.١٩٠٠٠٠٠٠٠٠.host.1.0|"
-    "events.out.tfevents.x.host.1.0|events.out.tfevents.1900000000.host.0.0|events.out.tfevents.1900000000.host.1.0.csv"
+    "events.out.tfevents.x.host.1.0|events.out.tfevents.1900000000.host.0.0|"
+    "events.out.tfevents.1900000000.host.1.0.csv"
 ).split("|")
 
 

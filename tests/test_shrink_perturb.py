@@ -8,7 +8,7 @@ import torch.nn as nn
 from conftest import make_learner, random_batch
 
 from alternatives.alternative import AgentParts
-from alternatives.shrink_perturb import SHRINK_PERTURB, ShrinkPerturbSettings, shrink_perturb
+from alternatives.shrink_perturb import ALTERNATIVE, ShrinkPerturbSettings, shrink_perturb
 from dqn_injection_atari import Args, Head, QNetwork, Stream
 from support.optimizers import moments_by_name
 from support.randomness import stream_seed
@@ -53,6 +53,7 @@ def test_the_encoder_is_mixed_with_a_new_one_in_place_and_the_head_is_a_new_one(
         optimizer=torch.optim.Adam([*encoder.parameters(), *head.parameters()]),
         draw_encoder=lambda: new_encoder,
         draw_head=lambda: new_head,
+        generator=torch.Generator(),
     )
     tensors = [*encoder.parameters(), *head.parameters()]
     before = weights(encoder)
@@ -67,7 +68,7 @@ def test_the_encoder_is_mixed_with_a_new_one_in_place_and_the_head_is_a_new_one(
 
 
 def test_its_factor_is_a_share_that_only_it_and_a_baseline_take():
-    assert SHRINK_PERTURB.draws_head and SHRINK_PERTURB.settings is ShrinkPerturbSettings
+    assert ALTERNATIVE.draws_head and ALTERNATIVE.settings is ShrinkPerturbSettings
     assert Args(intervention="shrink-perturb", injection_step=(5,)).shrink_factor == 0.8
     for intervention in ("shrink-perturb", "none"):
         Args(intervention=intervention, injection_step=(5,), shrink_factor=0.5)

@@ -1,4 +1,4 @@
-"""One network that fits one random target after another: python compare.py --probe CHECKPOINT --probe-tasks ..."""
+"""A network that fits one random target after another: compare.py --probe CHECKPOINT --probe-tasks ..."""
 
 import json
 from dataclasses import make_dataclass, replace
@@ -11,7 +11,7 @@ from conftest import TINY_GAMES
 from saved_agents import CPU, SMALL, change, kill_encoder, kill_head
 
 from analysis import fitting, task_sequence
-from analysis.fitting import read_subject, relative_error, replayed_observations
+from analysis.fitting import make_contender, read_subject, relative_error, replayed_observations
 from analysis.task_sequence import (
     EACH_FRESH,
     INJECTED,
@@ -38,16 +38,18 @@ def narrow_heads(monkeypatch):
 @pytest.fixture
 def fits(monkeypatch):
     """Of every call of `fit`: weights before it, learner, observations, targets, batches, and its errors."""
-    calls, original = [], task_sequence.fit
+    calls = []
+    original = fitting.fit
 
     def fit(learner, *arguments):
         before = {
             name: parameter.detach().clone() for name, parameter in learner.q_network.named_parameters()
         }
-        calls.append((before, learner, *arguments, errors := original(learner, *arguments)))
+        errors = original(learner, *arguments)
+        calls.append((before, learner, *arguments, errors))
         return errors
 
-    monkeypatch.setattr(task_sequence, "fit", fit)
+    monkeypatch.setattr(fitting, "fit", fit)
     return calls
 
 
@@ -69,7 +71,7 @@ def test_the_copies_branch_off_where_the_injection_is_and_all_get_the_same_tasks
     assert [learner.q_network.num_injections for _, learner, *_ in second] == [0, 1, 0, 0]
     starts = [errors[0] for *_, errors in second]
     assert starts[0] == starts[1] != starts[2], "an injection does not change Q, a reset does"
-    head, encoder = "theta.0.weight", "encoder.0.weight"
+    head, encoder = "head.theta.hidden.weight", "encoder.0.weight"
     before = [weights for weights, *_ in second]
     assert torch.equal(before[0][head], before[1][head]) and not torch.equal(before[0][head], before[2][head])
     assert torch.equal(before[0][encoder], before[1][encoder]) and torch.equal(
@@ -81,14 +83,12 @@ def test_the_copies_branch_off_where_the_injection_is_and_all_get_the_same_tasks
 
 def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_the_encoder(checkpoint):
     subject = read_subject(checkpoint, 1e-3)
-    obs, learner = (
-        replayed_observations(subject, 16, CPU),
-        task_sequence.make_contender("agent", subject, 0, CPU),
-    )
+    obs = replayed_observations(subject, 16, CPU)
+    learner = make_contender("agent", subject, 0, CPU)
     learner.inject()
     with torch.no_grad():
-        learner.q_network.theta[0].bias.fill_(-1e3)
-        learner.q_network.theta_prime_1[0][0].bias[:16] = -1e3
+        learner.q_network.head.theta.hidden.bias.fill_(-1e3)
+        learner.q_network.head.theta_prime_1[0].hidden.bias[:16] = -1e3
         learner.q_network.encoder[4].bias[:16], learner.q_network.encoder[4].bias[16:] = -1e3, 1e3
     measured = task_sequence.unit_measures(learner, obs)
     assert measured["encoder_active"] == 48 / 64 and 16 / 64 <= measured["dormant"] < 1
@@ -107,14 +107,14 @@ def test_the_one_network_goes_its_way_whatever_is_done_to_its_copies(checkpoint)
 def test_a_twin_has_all_of_the_state_and_shares_none(checkpoint):
     saved = read_subject(checkpoint, 1e-3)
     obs, batches = replayed_observations(saved, 16, CPU), np.arange(16).reshape(2, 8)
-    one = task_sequence.make_contender("agent", saved, 0, CPU)
-    task_sequence.fit(one, obs, torch.rand(16, one.num_actions), batches)
+    one = make_contender("agent", saved, 0, CPU)
+    fitting.fit(one, obs, torch.rand(16, one.num_actions), batches)
     other = twin(one)
     before = {name: parameter.detach().clone() for name, parameter in one.q_network.named_parameters()}
     targets = torch.rand(16, one.num_actions)
-    after = task_sequence.fit(other, obs, targets, batches)
+    after = fitting.fit(other, obs, targets, batches)
     assert all(torch.equal(parameter, before[name]) for name, parameter in one.q_network.named_parameters())
-    assert task_sequence.fit(one, obs, targets, batches) == after, "moments included"
+    assert fitting.fit(one, obs, targets, batches) == after, "moments included"
 
 
 @pytest.mark.slow
@@ -142,10 +142,10 @@ def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits, narrow_h
         [call for call in fits if call[1] is fits[6][1]],
     )
     assert [len(calls) for calls in agents] == [2, 2]
-    assert not torch.equal(agents[0][0][0]["theta.0.weight"], agents[1][0][0]["theta.0.weight"]), (
-        "one for each seed"
-    )
-    assert not torch.equal(fits[0][0]["theta.0.weight"], fits[1][0]["theta.0.weight"]), (
+    assert not torch.equal(
+        agents[0][0][0]["head.theta.hidden.weight"], agents[1][0][0]["head.theta.hidden.weight"]
+    ), "one for each seed"
+    assert not torch.equal(fits[0][0]["head.theta.hidden.weight"], fits[1][0]["head.theta.hidden.weight"]), (
         "and another than the fresh one beside it"
     )
     assert (result["checkpoint"], result["run_seed"], result["step"], result["learning_rate"]) == (
@@ -159,7 +159,7 @@ def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits, narrow_h
 def test_agents_and_fresh_networks_learn_at_one_rate_whatever_the_runs_was(checkpoint, monkeypatch):
     rates = []
     for name in ("read_subject", "fresh_subject"):
-        monkeypatch.setattr(task_sequence, name, lambda *given: rates.append(given[-1]))
+        monkeypatch.setattr(fitting, name, lambda *given: rates.append(given[-1]))
     for path in (checkpoint, Path("fresh")):
         for rate in (None, 1e-3):
             with pytest.raises(AttributeError):  # there is no agent
@@ -188,16 +188,16 @@ def test_an_agent_that_has_grown_goes_on_with_its_wider_head(checkpoint, fits):
     change(checkpoint, learner=learner, head_width=32, injected_head_width=96)
     run_sequence(checkpoint, **HOW | {"seeds": 1})
     injected = fits[3][1].q_network
-    assert [head[0].out_features for head in injected.theta_prime_1] == [
+    assert [head.hidden.out_features for head in injected.head.theta_prime_1] == [
         96,
         96,
     ] and injected.num_injections == 2
-    assert injected.theta[0].out_features == 32
+    assert injected.head.theta.hidden.out_features == 32
 
 
 @pytest.mark.slow
 def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
-    change(checkpoint, lambda q_network: q_network["theta.2.weight"].fill_(1e30))
+    change(checkpoint, lambda q_network: q_network["head.theta.output.weight"].fill_(1e30))
     result = run_sequence(checkpoint, **HOW)
     assert result["error"][SAME] == [[None] * 3] * 2 and "diverged" in result["sentence"]
     assert "| one network | – |" in task_sequence.sequence_table(result)
@@ -206,7 +206,7 @@ def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
 
 
 def words(lost, injected=(0.5, [0.4, 0.6]), reset=(1.0, [0.9, 1.1]), end=0.1):
-    """The sentence on ratios and their intervals from the injection on; in its own task all are ten times as large."""
+    """The sentence on ratios and intervals from the injection on; in its task all are ten times as large."""
     relative = {}
     for name, (ratio, bounds) in ((SAME, lost), (INJECTED, injected), (RESET, reset)):
         since = {"per_seed": [ratio], "ratio": ratio, "interval": bounds}
@@ -220,15 +220,12 @@ def words(lost, injected=(0.5, [0.4, 0.6]), reset=(1.0, [0.9, 1.1]), end=0.1):
 
 
 def test_the_sentence_claims_what_the_intervals_support():
-    said = words((4.0, [2, 8.0]))
-    assert said.startswith(
-        "relative to the one network's own error in tasks 2 to 4: in tasks 5 to 9 it is 4× [2, 8] (plas"
+    assert words((4.0, [2, 8.0])) == (
+        "relative to the one network's own error in tasks 2 to 4: in tasks 5 to 9 it is "
+        "4× [2, 8] (plasticity was lost); with an injection before task 5 it is 5× [4, 6] (worse) in that "
+        "task and 0.5× [0.4, 0.6] (better) in tasks 5 to 9, with the head reset there "
+        "10× [9, 11] (worse) and 1× [0.9, 1.1] (no clear difference)"
     )
-    assert (
-        "with an injection before task 5 it is 5× [4, 6] (worse) in that task and 0.5× [0.4, 0.6] (better) in tasks"
-        in said
-    )
-    assert "with the head reset there 10× [9, 11] (worse) and 1× [0.9, 1.1] (no clear difference)" in said
     assert "4× [0.9, 9] (no clear loss of plasticity)" in words((4.0, [0.9, 9]))
     assert "4× (one seed, no interval)" in words((4.0, None))
     assert words((4.0, [2, 8.0]), end=0.46).startswith(
@@ -276,6 +273,22 @@ def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn, narrow_hea
 def test_an_injection_outside_of_the_sequence_is_refused(checkpoint, at):
     with pytest.raises(UsageError, match=f"probe_inject_at is {at}, but must be 2 to 3"):
         probe_sequence([str(checkpoint)], **HOW | {"inject_at": at}, out=Path("x.png"))
+
+
+def test_intervals_of_an_error_are_on_the_log_scale_and_what_is_dashed_has_a_name(monkeypatch):
+    folder = Path(__file__).parent.parent / "results"
+    results = json.loads((folder / "tasks.json").read_text(encoding="utf-8"))
+    row = task_sequence.sequence_table(results[0]).splitlines()[2]
+    assert row.startswith("| one network | 0.132 [0.0954, 0.184] | 0.155 [0.0524, 0.456] |")
+    drawn = []
+    monkeypatch.setattr("analysis.canvas.save", lambda figure, path: drawn.append(figure))
+    task_sequence.draw_sequences(results, Path("x.png"))
+    error, *_ = drawn[0].axes
+    bands = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in error.collections])
+    assert error.get_yscale() == "log" and 0 < bands.min() < 0.02
+    dashed = {line.get_label() for line in error.lines if line.get_linestyle() == "--"}
+    named = {text.get_text() for text in drawn[0].legends[0].get_texts()}
+    assert dashed == {EACH_FRESH, "injection or reset, before this task"} and dashed <= named
 
 
 def test_networks_are_told_apart_without_colours():

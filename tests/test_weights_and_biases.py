@@ -1,4 +1,4 @@
-"""Weights & Biases, the real package: without a login, without a network, offline, resumed, stopped, killed."""
+"""Weights & Biases, the real package: without a login or a network, offline, resumed, stopped, killed."""
 
 import functools
 import json
@@ -201,7 +201,7 @@ def rows(folder):
     import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
-    wandb.teardown()  # a process of its own writes the file, the last of it a moment after a run's finish has returned
+    wandb.teardown()  # a process of its own writes the file, the last of it a moment after a run's finish
     (path,) = folder.glob("*.wandb")
     data, at, record, curves, status = path.read_bytes(), 7, b"", {}, None
     while at + 7 <= len(data):
@@ -267,7 +267,7 @@ def test_a_forks_curves_are_whole_there_too(monkeypatch):
 
 
 def begun(flags, request, **options):
-    """A process that trains offline, once it has said where its curves are; it ends with the test at the latest."""
+    """A process that trains offline, once it has shown where its curves are; it ends with the test."""
     process = subprocess.Popen(
         [sys.executable, "-u", script.__file__, *flags.split()],
         stdout=subprocess.PIPE,
@@ -285,7 +285,8 @@ def begun(flags, request, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request):
-    flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --log-frequency 50 --learning-starts 100 --track"
+    flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --log-frequency 50 --track"
+    flags += " --learning-starts 100"
     flags += " --head-width 16"
     process = begun(flags, request, start_new_session=True)  # a group of its own
     os.killpg(process.pid, number)
@@ -302,7 +303,8 @@ def test_a_signal_to_every_process_of_a_job_ends_the_run_cleanly(number, request
 
 @pytest.mark.slow
 def test_where_it_dies_in_mid_run_the_run_goes_on_and_ends_as_it_should(request):
-    flags = "--env-backend ale --buffer-size 500 --total-timesteps 500 --log-frequency 50 --learning-starts 100 --track"
+    flags = "--env-backend ale --buffer-size 500 --total-timesteps 500 --log-frequency 50 --track"
+    flags += " --learning-starts 100"
     flags += " --head-width 16"
     process = begun(flags, request)
     (core,) = (

@@ -1,4 +1,4 @@
-"""A sweep under way without its engine: which runs may begin, what is noted of them, what they are to be given."""
+"""The book of a sweep under way: which runs may begin, what is noted of them, and what is said."""
 
 import json
 import shutil
@@ -6,20 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from orchestration.book import Book, Task
 from orchestration.manifest import read_manifest
 from orchestration.plan import Asked, all_arms, plan
-from orchestration.sweeps import Book, Task, default_name, plan_in_words, resources
-from support.usage import UsageError
 
 PHOENIX = "PhoenixNoFrameskip-v4"
 TRUNK, FORK = f"{PHOENIX}__none__1", f"{PHOENIX}__injection__1"
-GB = 1e9
 
 
-def asked(seeds=(1,), flags=(), **changes):
-    flags = ["--injection-step", "5000", "--total-timesteps", "9000", *flags]
-    return Asked(**{"env_ids": (PHOENIX,), "seeds": seeds, "arms": all_arms(("none", "injection"), {}), "grid": [],
-                    "flags": flags, **changes})  # fmt: skip
+ASKED = Asked(
+    env_ids=(PHOENIX,),
+    seeds=(1,),
+    arms=all_arms(("none", "injection"), {}),
+    grid=[],
+    flags=["--injection-step", "5000", "--total-timesteps", "9000"],
+)
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def book():
 
 
 def make_book():
-    return Book(Path(), [Task(run, Path(), "abc", {"num_cpus": 1, "num_gpus": 0}) for run in plan(asked())])
+    return Book(Path(), [Task(run, Path(), "abc", {"num_cpus": 1, "num_gpus": 0}) for run in plan(ASKED)])
 
 
 def say(name, process=1, **changes):
@@ -44,8 +45,12 @@ def say(name, process=1, **changes):
         "return": None,
         "device": "cpu",
         "host": "node3",
+        "pid": process,
+        "began": 1.5,
+        "first": 0,
+        "time": 2.5,
     }
-    said |= {"pid": process, "began": 1.5, "first": 0, "time": 2.5, **changes}
+    said |= changes
     (folder / "progress.json").write_text(json.dumps(said), encoding="utf-8")
 
 
@@ -73,13 +78,10 @@ def test_a_fork_waits_for_its_checkpoint_and_begins_with_it(book):
     checkpoint.mkdir()
     assert book.fork_point(fork) == (checkpoint, "ready")
     trunk.state = "queued"
-    assert book.fork_point(fork) == (None, "wait"), (
-        "no folder is looked for, hundreds of times a second, before it has begun"
-    )
+    assert book.fork_point(fork) == (None, "wait"), "no folder is looked for before it has begun"
     job = fork.job(checkpoint, 3)
-    assert job.begin[2:5] == ("--fork", str(checkpoint), "--intervention") and job.environment == {
-        "OMP_NUM_THREADS": "3"
-    }
+    assert job.begin[2:5] == ("--fork", str(checkpoint), "--intervention")
+    assert job.environment == {"OMP_NUM_THREADS": "3"}
     assert job.name == FORK and job.begin[-1] == "--no-cuda" and job.go_on == (*job.begin[:2], "--resume")
     fork.resources["num_gpus"] = 0.5
     assert "--no-cuda" not in fork.job(checkpoint, 3).begin
@@ -96,7 +98,7 @@ def test_a_fork_of_a_trunk_that_fails_before_it_never_begins(book):
 
 def test_a_killed_run_goes_on_after_a_growing_pause_until_its_retries_are_used_up(book, capsys, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("orchestration.sweeps.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("orchestration.book.time.monotonic", lambda: clock[0])
     pauses = []
     for _ in range(3):
         task = begin(book, TRUNK, "what is wrong")
@@ -105,27 +107,18 @@ def test_a_killed_run_goes_on_after_a_growing_pause_until_its_retries_are_used_u
         book.look()
         book.settle(task, "killed", "exit status 137", 2, 10.0)
         pauses.append(task.after - clock[0])
-    assert pauses[:2] == [10.0, 20.0] and [state for _, state in states()] == ["running", "killed"] * 2 + [
-        "running",
-        "failed",
-    ]
+    assert pauses[:2] == [10.0, 20.0]
+    assert [state for _, state in states()] == ["running", "killed"] * 2 + ["running", "failed"]
     printed = capsys.readouterr().out
-    assert (
-        printed.count("what is wrong") == 1 and "killed 3 times, with --retries 2; exit status 137" in printed
-    )
-    assert [change.attempt for change in read_manifest(Path())] == [
-        1,
-        1,
-        2,
-        2,
-        3,
-        3,
-    ] and book.open_tasks() == [book.tasks[FORK]]
+    assert printed.count("what is wrong") == 1
+    assert "killed 3 times, with --retries 2; exit status 137" in printed
+    assert [change.attempt for change in read_manifest(Path())] == [1, 1, 2, 2, 3, 3]
+    assert book.open_tasks() == [book.tasks[FORK]]
 
 
 def test_the_manifest_holds_steps_speed_and_hours_over_attempts_and_sweeps(book, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr("orchestration.sweeps.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("orchestration.book.time.monotonic", lambda: clock[0])
 
     def attempt(book, first, last, seconds, state):
         task = begin(book, TRUNK, first=first, step=last, steps_per_second=98.0)
@@ -176,7 +169,7 @@ def test_a_runs_folder_is_not_searched_for_among_many_before_its_process_has_beg
     task = book.tasks[TRUNK]
     task.begin()
     task.ref = object()
-    monkeypatch.setattr("orchestration.sweeps.find_folder", lambda *_: 1 / 0)
+    monkeypatch.setattr("orchestration.book.find_folder", lambda *_: 1 / 0)
     book.look()
     task.log.write_text("a line of the job's\n", encoding="utf-8")
     with pytest.raises(ZeroDivisionError):
@@ -193,61 +186,6 @@ def test_what_is_going_on_is_said_in_words_and_as_a_table(book):
         f"  {FORK}: step 6,000 of 9,000, 98 SPS, 00:30 left, return 2",
     ]
     table = book.table(1)
-    assert [list(column.cells) for column in table.columns] == [
-        [FORK],
-        ["running"],
-        ["6,000 of 9,000"],
-        ["98"],
-        ["00:30"],
-        ["2"],
-    ]
+    (row,) = zip(*(column.cells for column in table.columns), strict=True)
+    assert row == (FORK, "running", "6,000 of 9,000", "98", "00:30", "2")
     assert table.caption == "1 queued, 1 running" and book.table(9).row_count == 2
-
-
-@pytest.mark.parametrize(
-    ("given", "nodes", "needs"),
-    [
-        ((None, None, None), [{"CPU": 2, "memory": 20 * GB}], (1, 0)),
-        ((None, None, None), [{"CPU": 64, "GPU": 8, "memory": 500 * GB}], (8, 1)),
-        ((None, 0.5, None), [{"CPU": 64, "GPU": 8, "memory": 500 * GB}], (4, 0.5)),
-        ((None, 0, None), [{"CPU": 64, "GPU": 8, "memory": 500 * GB}], (1, 0)),
-        ((3, 2, 1), [{"CPU": 4, "memory": 9 * GB}, {"CPU": 64, "GPU": 8, "memory": 500 * GB}], (3, 2)),
-        ((None, None, None), [{"CPU": 2, "GPU": 8, "memory": 500 * GB}], (1, 1)),
-    ],
-)
-def test_a_run_gets_what_it_needs_and_the_machine_has(given, nodes, needs):
-    (run, _) = plan(asked())
-    found = resources(run, *given, nodes)
-    assert (found["num_cpus"], found["num_gpus"]) == needs
-    assert found["memory"] == (GB if given[2] else run.memory + 1.5 * GB)
-
-
-def test_a_run_that_is_told_to_use_no_gpu_gets_none():
-    (run, _) = plan(asked(flags=["--no-cuda"]))
-    assert resources(run, None, None, None, [{"CPU": 64, "GPU": 8, "memory": 500 * GB}])["num_gpus"] == 0
-
-
-@pytest.mark.parametrize("given", [(3, None, None), (None, 1, None), (None, None, 21)])
-def test_a_run_that_needs_more_than_any_machine_has_is_refused(given):
-    (run, _) = plan(asked())
-    with pytest.raises(UsageError, match=r"no machine has that, but 2, 0 and 20\.0 GB.*lower --cpus-per-run"):
-        resources(run, *given, [{"CPU": 2, "memory": 20 * GB}])
-
-
-def test_the_plan_in_words_has_steps_disk_and_hours():
-    runs = plan(asked(seeds=(1, 2)))
-    lines = plan_in_words(runs, 1.0)
-    assert lines[:2] == [
-        f"{TRUNK}: whole, from step 0, 9,000 steps to 9,000",
-        f"{FORK}: forks from {TRUNK} at step 5,000, 4,000 steps to 9,000",
-    ]
-    assert lines[4] == "4 runs, 2 of them forks: 26,000 steps, 10,000 fewer than if each ran whole"
-    assert lines[6] == "hours: 7.2 of one run at a time at 1 steps per second, 2.5 at least"
-    assert "--speed" in plan_in_words(runs, None)[-1]
-
-
-def test_the_default_name_is_made_of_games_and_arms():
-    assert default_name(asked(), PHOENIX) == "Phoenix-v4_none_injection"
-    assert default_name(asked(env_ids=(PHOENIX, "ALE/Pong-v5")), PHOENIX) == "2-games_none_injection"
-    continued = asked(env_ids=(), from_checkpoint="/x/checkpoint-5000", steps=5)
-    assert default_name(continued, "ALE/Pong-v5") == "Pong-v5_checkpoint-5000_none_injection"

@@ -1,0 +1,81 @@
+"""Draws how agents go on with an injection, with a head reset, and without either.
+
+    python img/draw_injection.py img/NAME.png RUNS_OR_FILES_OF_THE_THREE_ARMS ...
+
+Mean return over seeds and its 95% interval, in stretches of steps. Up to the injection the arms are one.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from analysis.arms import TRAINING_RETURN, Arm, read_arms, short
+from analysis.canvas import COLOURS, DASHED, INK, Figure, Look, check_name, drawing, plot_broken, save
+from analysis.figures import curve
+from analysis.intervals import interval
+from support.process import ends_in_one_line
+from support.usage import UsageError, words_given
+
+STRETCHES = 32  # of equal length, from step 0 to the end
+LOOKS = {
+    "none": ("no intervention", Look(INK, "-", "")),
+    "injection": ("plasticity injection", Look(COLOURS[0], "-", "s")),
+    "reset-head": ("head reset", Look(COLOURS[1], "--", "^", shift=0.5)),
+}
+
+
+@drawing()
+def draw(target: str, arms: list[Arm], at: int) -> None:
+    """The figure of arms that are one up to step `at`."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    ax = figure.subplots()
+    edges = np.linspace(0, max(run.last_step for arm in arms for run in arm.runs), STRETCHES + 1)
+    middles = (edges[:-1] + edges[1:]) / 2
+    for arm in arms:
+        intervention = arm.setting["intervention"]
+        label, style = LOOKS[intervention]
+        curves = [curve(run.scalars[TRAINING_RETURN], edges) for run in arm.runs]
+        mean, low, high = interval(np.array(curves))
+        if intervention != "none":
+            mean[edges[1:] < at] = np.nan  # it begins in the last stretch of what the arms share
+        drawn = ~np.isnan(mean)
+        plot_broken(ax, middles, mean, **style.line, lw=2.5)
+        ax.fill_between(middles[drawn], low[drawn], high[drawn], color=style.colour, alpha=0.15, lw=0)
+        ax.text(1.005 * edges[-1], mean[drawn][-1], label, color=style.colour, fontsize=13, va="center")
+    ax.axvline(at, **DASHED)
+    intervened = f"injection or reset \nat step {at:,} "
+    ax.text(at, 1, intervened, transform=ax.get_xaxis_transform(), fontsize=12, ha="right", va="top")
+    ax.set_xlabel("training step (1 step = 4 frames)", fontsize=12)
+    ax.set_ylabel("score of a game", fontsize=12)
+    ax.set_xlim(0, edges[-1])
+    ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_formatter(lambda step, _: short(step))
+    ax.yaxis.set_major_formatter(lambda score, _: f"{score:,.0f}")
+    ax.tick_params(labelsize=11)
+    seeds = min(len(arm.runs) for arm in arms)
+    title = f"{arms[0].game}: mean of {seeds} seeds; shaded: 95% interval"
+    ax.set_title(title, fontsize=12, loc="left")
+    save(figure, target)
+
+
+def main() -> None:
+    with ends_in_one_line():
+        target, *files = words_given() or [""]
+        if not files:
+            example = "python img/draw_injection.py NAME.png ARM.csv ARM.csv ARM.csv"
+            raise UsageError(f"give a figure and the files of three arms: {example}")
+        check_name(target)
+        arms, _ = read_arms(files, TRAINING_RETURN)
+        games = {arm.game for arm in arms}
+        steps = {step for arm in arms for step in arm.injection}
+        interventions = sorted(arm.setting["intervention"] for arm in arms)
+        if len(games) != 1 or len(steps) != 1 or interventions != sorted(LOOKS):
+            raise UsageError(f"give one arm each of {', '.join(LOOKS)}, of one game and at one step")
+        draw(target, arms, steps.pop())
+
+
+if __name__ == "__main__":
+    main()
