@@ -62,6 +62,7 @@ def no_library(*given):
     raise AssertionError("the allocator is set where a run begins")
 
 
+print("begun", flush=True)
 before = state()
 ctypes.CDLL = no_library
 import dqn_injection_atari
@@ -71,8 +72,10 @@ print(json.dumps({name: [before[name], after[name]] for name in before if before
 
 
 def run(code, folder):
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), PYTHONIOENCODING="latin-1")
-    environment.pop("OMP_NUM_THREADS", None)  # where it is not given, a run says how many threads there are
+    # nothing of this process, which has imported the script: a change would be there before
+    environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    # where the locale's letters are ASCII, the script itself begins once more in UTF-8
+    environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -86,7 +89,8 @@ def run(code, folder):
 def test_importing_the_script_changes_nothing_in_the_process(tmp_path):
     ended = run(OBSERVED, tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout) == {} and ended.stderr == ""
+    begun, changes = ended.stdout.splitlines()
+    assert begun == "begun" and json.loads(changes) == {} and ended.stderr == ""
 
 
 WRONG = """
