@@ -48,7 +48,7 @@ try:
     from analysis.arms import file_names, runs_in
     from analysis.canvas import FORMATS
     from analysis.curves import write_curves
-    from analysis.fitting import NO_CHECKPOINT
+    from analysis.fitting import NO_CHECKPOINT, PROBE_LEARNING_RATE, TASKS_LEARNING_RATE, ProbeSettings
     from analysis.probe import probe
     from analysis.report import report
     from analysis.task_sequence import probe_sequence
@@ -158,29 +158,21 @@ def main() -> None:
         tasks = settings.probe_tasks
         if tasks is None and NO_CHECKPOINT in settings.probe:
             tasks = 21
+        updates = 1_000 if tasks is None else 200
+        learning_rate = PROBE_LEARNING_RATE if tasks is None else TASKS_LEARNING_RATE
+        how = ProbeSettings(
+            observations=settings.probe_observations,
+            updates=settings.probe_updates or updates,
+            seeds=settings.probe_seeds,
+            learning_rate=settings.probe_learning_rate or learning_rate,
+        )
         if not settings.probe:
             compare_runs(settings, out)
         elif tasks is None:
-            probe(
-                settings.probe,
-                settings.probe_observations,
-                settings.probe_updates or 1_000,
-                settings.probe_seeds,
-                settings.probe_learning_rate,
-                out,
-            )
+            probe(settings.probe, how, out)
         else:
-            probe_sequence(
-                settings.probe,
-                settings.env_id,
-                tasks,
-                settings.probe_inject_at,
-                settings.probe_observations,
-                settings.probe_updates or 200,
-                settings.probe_seeds,
-                settings.probe_learning_rate,
-                out or Path("tasks.png"),
-            )
+            place = out or Path("tasks.png")
+            probe_sequence(settings.probe, settings.env_id, tasks, settings.probe_inject_at, how, place)
 
 
 if __name__ == "__main__":
