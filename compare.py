@@ -32,7 +32,7 @@ checkpoint, three fresh networks do that.
 
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,7 +45,7 @@ try:
 
     if __name__ == "__main__":
         exit_with_wrong_versions()
-    from analysis.arms import file_names, runs_in
+    from analysis.arms import Arm, readable
     from analysis.canvas import FORMATS
     from analysis.curves import write_curves
     from analysis.fitting import NO_CHECKPOINT, PROBE_LEARNING_RATE, TASKS_LEARNING_RATE, ProbeSettings
@@ -62,6 +62,8 @@ except ModuleNotFoundError as error:
 
 from support.process import begin_in_utf8, ends_in_one_line
 from support.usage import Count, UsageError, changed_fields, check_bounds, flags_given, words_given
+
+LONGEST_FILE_NAME = 240  # characters; file systems allow 255, and a number and the ending come after it
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,34 @@ def check(settings: Settings, named: Collection[str] = ()) -> None:
         raise UsageError(f"export keeps curves of runs, a probe has none: {fix}")
     if settings.out is not None and Path(settings.out).suffix not in FORMATS:
         raise UsageError(f"out is {settings.out}, but must end in .png, .pdf or .svg: change --out")
+
+
+def runs_in(folders: Sequence[str]) -> tuple[tuple[str, ...], Path]:
+    """The folders of runs, a sweep's standing for those in it; and the folder for a comparison of them."""
+    runs: list[str] = []
+    place = Path()
+    for folder in folders:
+        if not Path(folder, "sweep.json").is_file():
+            runs.append(folder)
+            continue
+        runs += sorted(map(str, Path(folder, "runs").glob("[!.]*")))
+        if len(folders) == 1:
+            place = Path(folder)
+    return tuple(runs), place
+
+
+def file_names(arms: Iterable[Arm]) -> list[str]:
+    """A name for a file of each arm, short enough for any file system, and no two alike."""
+    names: list[str] = []
+    for arm in arms:
+        first_choice = readable(f"{arm.game}_{arm.name}")[:LONGEST_FILE_NAME]
+        name = first_choice
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{first_choice}-{number}"
+        names.append(name)
+    return names
 
 
 def compare_runs(settings: Settings, out: Path | None) -> None:

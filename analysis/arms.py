@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", *OF_IN
 IN_WORDS = {"env_id", "intervention", "injection", "injection_trigger", "injection_norm_ratio"}
 IN_WORDS |= {"freeze_heads", "moments"}
 MOST_STEPS = 4  # of one arm that are named one by one
-LONGEST_FILE_NAME = 240  # characters; file systems allow 255, and a number and the ending come after it
 
 
 @dataclass(frozen=True)
@@ -57,20 +56,6 @@ class Arm:
             return self.planned_steps
         steps, _ = run.between("injection/step", -1, math.inf)
         return tuple(map(int, steps))
-
-
-def runs_in(folders: Sequence[str]) -> tuple[tuple[str, ...], Path]:
-    """The folders of runs, a sweep's standing for those in it; and the folder for a comparison of them."""
-    runs: list[str] = []
-    place = Path()
-    for folder in folders:
-        if not Path(folder, "sweep.json").is_file():
-            runs.append(folder)
-            continue
-        runs += sorted(map(str, Path(folder, "runs").glob("[!.]*")))
-        if len(folders) == 1:
-            place = Path(folder)
-    return tuple(runs), place
 
 
 def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
@@ -145,20 +130,6 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
     if setting["freeze_heads"] is False:
         words.append("all heads trained")
     return ", ".join(words)
-
-
-def file_names(arms: Iterable[Arm]) -> list[str]:
-    """A name for a file of each arm, short enough for any file system, and no two alike."""
-    names: list[str] = []
-    for arm in arms:
-        first_choice = readable(f"{arm.game}_{arm.name}")[:LONGEST_FILE_NAME]
-        name = first_choice
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{first_choice}-{number}"
-        names.append(name)
-    return names
 
 
 def group(runs: list[RecordedRun], metric: str = TRAINING_RETURN) -> tuple[list[Arm], dict[str, str]]:

@@ -17,7 +17,6 @@ from analysis.arms import (
     BOOKKEEPING,
     EVALUATION,
     RecordedRun,
-    file_names,
     group,
     read_arms,
     read_run,
@@ -25,6 +24,7 @@ from analysis.arms import (
     short,
 )
 from analysis.curves import lineage_in
+from compare import file_names
 from dqn_injection_atari import Args, Experiment
 from support.flags import RunFlags
 from support.run_log import Curves
