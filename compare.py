@@ -201,8 +201,9 @@ def main() -> None:
         elif tasks is None:
             probe(settings.probe, how, out)
         else:
+            env_id = settings.env_id or ""
             place = out or Path("tasks.png")
-            probe_sequence(settings.probe, settings.env_id, tasks, settings.probe_inject_at, how, place)
+            probe_sequence(settings.probe, env_id, tasks, settings.probe_inject_at, how, place)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from analysis.intervals import CONFIDENCE, MIN_SEEDS, RESAMPLES, iqm, no_spread
-from analysis.verdict import Comparison, Window
+from analysis.verdict import Comparison, Side, Window
 from support.environments import atari_spec
 from support.usage import UsageError
 
@@ -65,10 +65,10 @@ def human_normalised(env_id: str, score: float) -> float | None:
     return (score - random) / (human - random)
 
 
-def normalised_mean(pair: Comparison, side: int) -> float | None:
-    """Human-normalised mean over the runs of one side."""
-    means = list(pair.means[side].values())
-    return human_normalised(pair.game, float(np.mean(means))) if means else None
+def normalised_mean(side: Side) -> float | None:
+    """Human-normalised mean over the runs of one side; None without runs."""
+    means = list(side.means.values())
+    return human_normalised(side.arm.game, float(np.mean(means))) if means else None
 
 
 def aggregate_scores(

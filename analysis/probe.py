@@ -113,9 +113,8 @@ def probe_in_words(result: dict[str, Any]) -> str:
 def probe_table(result: dict[str, Any]) -> str:
     """A line per contender: error at start and end, averaged over seeds, as a multiple of a fresh one's."""
 
-    def mean(errors: list[float | None]) -> str:
-        finite = [error for error in errors if error is not None]
-        return f"{np.mean(finite):.3g}" if len(finite) == len(errors) else "diverged"
+    def mean(errors: list) -> str:
+        return "diverged" if None in errors else f"{np.mean(errors):.3g}"
 
     rows = [["", "error at start", "at end", "relative to fresh [95%]", "per seed"]]
     for name, errors in result["errors"].items():

@@ -12,35 +12,15 @@ from analysis.arms import TRAINING_RETURN, Arm, read_arms
 from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import MIN_SEEDS, interval
-from analysis.verdict import (
-    LEAST_SHARE,
-    Comparison,
-    comparisons,
-    conclusion,
-    not_compared,
-    noun,
-    show,
-    varied,
-)
+from analysis.verdict import LEAST_SHARE, Comparison, Side, comparisons, not_compared, noun, show, varied
 from support.usage import UsageError
 
 HEAD = ["game", "arm", "seeds", "n", "mean return in the window", "difference", "verdict", "human-normalised"]
 
 
-def carried(pair: Comparison) -> bool:
-    """Whether games without a return could carry the verdict: were one arm's mean off by its reach alone."""
-    reach = max(side.reach for side in pair.sides)
-    low = pair.judgement.low
-    high = pair.judgement.high
-    if math.isnan(low):
-        low = high = pair.judgement.difference
-    shifted = {conclusion(low + shift, high + shift) for shift in (-reach, reach)}
-    return shifted != {conclusion(low, high)}
-
-
 def caution(pair: Comparison, metric: str) -> list[str]:
     """A line where training games that have no return could carry the verdict, and where to look instead."""
-    if metric != TRAINING_RETURN or not carried(pair):
+    if metric != TRAINING_RETURN or not pair.hinges_on_missing_games:
         return []
     games = []
     shares = []
@@ -171,17 +151,16 @@ def aggregate_in_words(total: Aggregate) -> list[str]:
     ]
 
 
-def row_of(pair: Comparison, i: int, difference: str, verdict: str) -> list[str]:
-    """The row of the table for the arm without (i = 0) or with the intervention (1)."""
-    means = pair.means[i]
+def row_of(side: Side, difference: str, verdict: str) -> list[str]:
+    """The row of the table for one arm of a comparison."""
+    means = side.means
     mean = "–"
     if means:
         mean = show(*interval(np.array([*means.values()])))
-    score = normalised_mean(pair, i)
+    score = normalised_mean(side)
     normalised = "–" if score is None else show(score)
     seeds = ", ".join(map(str, means))
-    arm = pair.arms[i]
-    return [arm.game, arm.name, seeds, str(len(means)), mean, difference, verdict, normalised]
+    return [side.arm.game, side.arm.name, seeds, str(len(means)), mean, difference, verdict, normalised]
 
 
 def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], metric: str) -> str:
@@ -190,8 +169,8 @@ def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], met
     for pair in pairs:
         judged = pair.judgement
         difference = show(judged.difference, judged.low, judged.high) if all(pair.means) else "–"
-        rows.append(row_of(pair, 0, "", ""))
-        rows.append(row_of(pair, 1, difference, judged.verdict))
+        rows.append(row_of(pair.sides[0], "", ""))
+        rows.append(row_of(pair.sides[1], difference, judged.verdict))
     for arm in arms:
         if not any(arm in pair.arms for pair in pairs):
             seeds = sorted(str(run.args.seed) for run in arm.runs)
@@ -228,15 +207,14 @@ def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
     }
 
 
-def side_as_json(pair: Comparison, i: int) -> dict[str, Any]:
-    side = pair.sides[i]
+def side_as_json(side: Side) -> dict[str, Any]:
     return {
         "arm": side.arm.name,
         "means": side.means,
         "points": side.points,
         "games_unreported": side.unreported,
         "share_unreported": side.missing,
-        "human_normalised": normalised_mean(pair, i),
+        "human_normalised": normalised_mean(side),
     }
 
 
@@ -244,8 +222,8 @@ def comparison_as_json(pair: Comparison) -> dict[str, Any]:
     judged = pair.judgement
     return {
         "game": pair.game,
-        "without": side_as_json(pair, 0),
-        "with": side_as_json(pair, 1),
+        "without": side_as_json(pair.sides[0]),
+        "with": side_as_json(pair.sides[1]),
         "first_injections": pair.firsts,
         "window": {"after": pair.window.after, "upto": pair.window.upto, "ended_by": pair.window.ended_by},
         "paired": pair.paired,
@@ -270,11 +248,7 @@ def arm_as_json(arm: Arm) -> dict[str, Any]:
 
 
 def as_json(
-    arms: list[Arm],
-    pairs: list[Comparison],
-    totals: list[Aggregate],
-    remarks: dict[str, dict[str, str]],
-    metric: str,
+    arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], remarks: dict[str, Any], metric: str
 ) -> str:
     """All that was found; null stands for what is not a number."""
     content = {

@@ -231,12 +231,7 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def probe_sequence(
-    paths: Iterable[str],
-    env_id: str | None,
-    tasks: int,
-    inject_at: int | None,
-    settings: ProbeSettings,
-    out: Path,
+    paths: Iterable[str], env_id: str, tasks: int, inject_at: int | None, settings: ProbeSettings, out: Path
 ) -> list[dict[str, Any]]:
     """Prints, draws, writes and returns `run_sequence` of every checkpoint."""
     at = max(2, tasks * 2 // 3) if inject_at is None else inject_at
@@ -245,7 +240,7 @@ def probe_sequence(
         raise UsageError(f"probe_inject_at is {at}, but must be 2 to {tasks}: {fix}")
 
     def measure(path: Path) -> dict[str, Any]:
-        return run_sequence(path, env_id or "", tasks, at, settings)
+        return run_sequence(path, env_id, tasks, at, settings)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []

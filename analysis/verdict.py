@@ -17,6 +17,15 @@ from dqn_injection_atari import INTERVENTIONS
 LEAST_SHARE = 0.5  # of the steps that the median run has after the intervention: fewer would cut off too much
 
 
+def conclusion(low: float, high: float) -> Literal["raised", "no evidence", "lowered"]:
+    """What the 95% interval of a difference in return says."""
+    if low > 0:
+        return "raised"
+    if high < 0:
+        return "lowered"
+    return "no evidence"
+
+
 @dataclass(frozen=True)
 class Judgement:
     """Difference of mean returns, with − without, and the verdict; 95% interval and p, NaN without them."""
@@ -88,6 +97,17 @@ class Comparison:
         without, intervened = self.means
         return {seed: intervened[seed] - mean for seed, mean in without.items() if seed in intervened}
 
+    @property
+    def hinges_on_missing_games(self) -> bool:
+        """Whether games without a return could carry the verdict: were one arm's mean off by its reach."""
+        low = self.judgement.low
+        high = self.judgement.high
+        if math.isnan(low):
+            low = high = self.judgement.difference
+        reach = max(side.reach for side in self.sides)
+        shifted = {conclusion(low + shift, high + shift) for shift in (-reach, reach)}
+        return shifted != {conclusion(low, high)}
+
 
 def show(value: float, low: float = math.nan, high: float = math.nan) -> str:
     """`value [low, high]`, or the value alone without an interval; the largest has three digits or more."""
@@ -107,21 +127,8 @@ def noun(intervention: str) -> str:
     return "injection" if intervention == "injection" else "intervention"
 
 
-def conclusion(low: float, high: float) -> Literal["raised", "no evidence", "lowered"]:
-    """What the 95% interval of a difference in return says."""
-    if low > 0:
-        return "raised"
-    if high < 0:
-        return "lowered"
-    return "no evidence"
-
-
 def judge(
-    without: np.ndarray,
-    intervened: np.ndarray,
-    paired: bool,
-    intervention: str = "injection",
-    same_capacity: bool = True,
+    without: np.ndarray, intervened: np.ndarray, paired: bool, intervention: str, same_capacity: bool
 ) -> Judgement:
     """The verdict, for an injection on plasticity, from one mean return per run.
 

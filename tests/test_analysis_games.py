@@ -49,7 +49,7 @@ def test_the_mean_of_a_side_is_normalised_where_it_has_one():
     (phoenix,) = compared(*make_games(PHOENIX))
     for side in (0, 1):
         score = (np.mean(list(phoenix.means[side].values())) - 761.4) / (7242.6 - 761.4)
-        assert normalised_mean(phoenix, side) == pytest.approx(score)
+        assert normalised_mean(phoenix.sides[side]) == pytest.approx(score)
     (early,) = compared(
         *(
             make_run(str(i), {RETURN: [(1, 1.0)]}, last=1, intervention="injection" if i else "none")
@@ -57,7 +57,7 @@ def test_the_mean_of_a_side_is_normalised_where_it_has_one():
         )
     )
     (tetris,) = compared(*make_games(TETRIS))
-    assert normalised_mean(early, 0) is None and normalised_mean(tetris, 1) is None
+    assert normalised_mean(early.sides[0]) is None and normalised_mean(tetris.sides[1]) is None
 
 
 def plain_iqm(values):

@@ -18,9 +18,10 @@ from simulated_runs import (
     make_run,
 )
 
+from analysis import verdict as verdicts
 from analysis.arms import Arm, RecordedRun, group
 from analysis.curves import lineage_in
-from analysis.verdict import compare_arms, comparisons, holm, judge, not_compared, share_history, show, varied
+from analysis.verdict import compare_arms, comparisons, holm, not_compared, share_history, show, varied
 from dqn_injection_atari import Args
 
 EVALUATED = "eval/episodic_return"
@@ -37,6 +38,10 @@ def verdict(*runs, **settings):
 
 
 # what the numbers say
+
+
+def judge(without, intervened, paired, intervention="injection"):
+    return verdicts.judge(without, intervened, paired, intervention, same_capacity=True)
 
 
 def synthetic(rng, n, paired, effect):

@@ -257,7 +257,7 @@ def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
     )
     command("--probe", "fresh", "--env-id", PHOENIX, "--out", "d.png")
     assert given == [
-        (("a",), None, 4, 3, ProbeSettings(5, 200, 3, 0.1), Path("tasks.png")),
+        (("a",), "", 4, 3, ProbeSettings(5, 200, 3, 0.1), Path("tasks.png")),
         (("fresh",), PHOENIX, 21, None, ProbeSettings(512, 200, 3, 5e-4), Path("d.png")),
     ]
 
