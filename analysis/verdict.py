@@ -324,7 +324,7 @@ def count_agents_once(candidates: Candidates, before: int) -> bool:
 
 
 def pair_up(candidates: Candidates, firsts: dict[int, int]) -> set[int]:
-    """Seeds whose runs were one up to their first injection; if they are enough, others are left out."""
+    """Seeds whose runs were one up to their first intervention; if they are enough, others are left out."""
     without, intervened = candidates.sides
     both = without.keys() & intervened.keys()
     shared = {seed for seed in both if share_history(without[seed], intervened[seed], firsts[seed])}
