@@ -32,7 +32,7 @@ checkpoint, three fresh networks do that.
 
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,10 +45,10 @@ try:
 
     if __name__ == "__main__":
         exit_with_wrong_versions()
-    from analysis.arms import file_names, runs_in
+    from analysis.arms import Arm, readable
     from analysis.canvas import FORMATS
     from analysis.curves import write_curves
-    from analysis.fitting import NO_CHECKPOINT
+    from analysis.fitting import NO_CHECKPOINT, PROBE_LEARNING_RATE, TASKS_LEARNING_RATE, ProbeSettings
     from analysis.probe import probe
     from analysis.report import report
     from analysis.task_sequence import probe_sequence
@@ -62,6 +62,8 @@ except ModuleNotFoundError as error:
 
 from support.process import begin_in_utf8, ends_in_one_line
 from support.usage import Count, UsageError, changed_fields, check_bounds, flags_given, words_given
+
+LONGEST_FILE_NAME = 240  # characters; file systems allow 255, and a number and the ending come after it
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,34 @@ def check(settings: Settings, named: Collection[str] = ()) -> None:
         raise UsageError(f"out is {settings.out}, but must end in .png, .pdf or .svg: change --out")
 
 
+def runs_in(folders: Sequence[str]) -> tuple[tuple[str, ...], Path]:
+    """The folders of runs, a sweep's standing for those in it; and the folder for a comparison of them."""
+    runs: list[str] = []
+    place = Path()
+    for folder in folders:
+        if not Path(folder, "sweep.json").is_file():
+            runs.append(folder)
+            continue
+        runs += sorted(map(str, Path(folder, "runs").glob("[!.]*")))
+        if len(folders) == 1:
+            place = Path(folder)
+    return tuple(runs), place
+
+
+def file_names(arms: Iterable[Arm]) -> list[str]:
+    """A name for a file of each arm, short enough for any file system, and no two alike."""
+    names: list[str] = []
+    for arm in arms:
+        first_choice = readable(f"{arm.game}_{arm.name}")[:LONGEST_FILE_NAME]
+        name = first_choice
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{first_choice}-{number}"
+        names.append(name)
+    return names
+
+
 def compare_runs(settings: Settings, out: Path | None) -> None:
     """Reports on runs, and keeps the curves of their arms where --export says."""
     folders, place = runs_in(settings.runs)
@@ -158,29 +188,22 @@ def main() -> None:
         tasks = settings.probe_tasks
         if tasks is None and NO_CHECKPOINT in settings.probe:
             tasks = 21
+        updates = 1_000 if tasks is None else 200
+        learning_rate = PROBE_LEARNING_RATE if tasks is None else TASKS_LEARNING_RATE
+        how = ProbeSettings(
+            observations=settings.probe_observations,
+            updates=settings.probe_updates or updates,
+            seeds=settings.probe_seeds,
+            learning_rate=settings.probe_learning_rate or learning_rate,
+        )
         if not settings.probe:
             compare_runs(settings, out)
         elif tasks is None:
-            probe(
-                settings.probe,
-                settings.probe_observations,
-                settings.probe_updates or 1_000,
-                settings.probe_seeds,
-                settings.probe_learning_rate,
-                out,
-            )
+            probe(settings.probe, how, out)
         else:
-            probe_sequence(
-                settings.probe,
-                settings.env_id,
-                tasks,
-                settings.probe_inject_at,
-                settings.probe_observations,
-                settings.probe_updates or 200,
-                settings.probe_seeds,
-                settings.probe_learning_rate,
-                out or Path("tasks.png"),
-            )
+            env_id = settings.env_id or ""
+            place = out or Path("tasks.png")
+            probe_sequence(settings.probe, env_id, tasks, settings.probe_inject_at, how, place)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", *OF_IN
 IN_WORDS = {"env_id", "intervention", "injection", "injection_trigger", "injection_norm_ratio"}
 IN_WORDS |= {"freeze_heads", "moments"}
 MOST_STEPS = 4  # of one arm that are named one by one
-LONGEST_FILE_NAME = 240  # characters; file systems allow 255, and a number and the ending come after it
 
 
 @dataclass(frozen=True)
@@ -43,43 +42,26 @@ class Arm:
         return self.setting["env_id"]
 
     @property
-    def injection(self) -> tuple[int, ...]:
+    def intervention(self) -> str:
+        return self.setting["intervention"]
+
+    @property
+    def planned_steps(self) -> tuple[int, ...]:
+        """Steps of its interventions; () where it has none, or the norm decides."""
         return self.setting["injection"]
 
-    def injections(self, run: RecordedRun) -> tuple[int, ...]:
-        """Steps of a run's injections: those planned or, where the norm decides, those logged so far."""
-        if self.injection:
-            return self.injection
+    def intervention_steps(self, run: RecordedRun) -> tuple[int, ...]:
+        """Those planned or, where the norm decides, those that a run has logged so far."""
+        if self.planned_steps:
+            return self.planned_steps
         steps, _ = run.between("injection/step", -1, math.inf)
         return tuple(map(int, steps))
-
-
-def runs_in(folders: Iterable[str]) -> tuple[tuple[str, ...], Path]:
-    """The folders of runs, a sweep's standing for those in it; and the folder for a comparison of them."""
-    given = list(folders)
-    sweeps = [folder for folder in given if Path(folder, "sweep.json").is_file()]
-    runs: list[str] = []
-    for folder in given:
-        if folder in sweeps:
-            runs += sorted(map(str, Path(folder, "runs").glob("[!.]*")))
-        else:
-            runs.append(folder)
-    if len(given) == 1 and sweeps:
-        return tuple(runs), Path(given[0])
-    return tuple(runs), Path()
-
-
-def evaluation(args: Args, metric: str) -> dict[str, Any]:
-    """The arguments that change `metric` and nothing that is learned: none for the return of training."""
-    names = EVALUATION if metric.startswith("eval/") else ()
-    return {name: getattr(args, name) for name in names}
 
 
 def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     """The arguments that change what is learned or `metric`; those that come to the same are equal here.
 
-    "intervention" is what the run does, "injection" the steps at which, () where it does nothing or the norm
-    decides; what the run does not look at is None.
+    "injection" has the steps of what it does, () where the norm decides; what it does not look at is None.
     """
     by_norm = args.injection_trigger == "norm"
     planned = args.planned_interventions
@@ -93,7 +75,8 @@ def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     shared["intervention"] = args.intervention if happens else "none"
     shared["injection"] = planned if happens else ()
     shared["injection_trigger"] = "norm" if by_norm and happens else None
-    shared |= evaluation(args, metric)
+    if metric.startswith("eval/"):
+        shared |= {name: values[name] for name in EVALUATION}
     for name in CONDITIONS:
         shared[name] = None if name in unused else values[name]
     return shared
@@ -108,10 +91,7 @@ def short(step: float) -> str:
 
 
 def at_steps(intervention: str, steps: tuple[int, ...]) -> str:
-    """An intervention and its steps: injections at 1k and 2k.
-
-    Of many in equal distances the first two and the last.
-    """
+    """Injections at 1k and 2k; of many in equal distances the first two and the last."""
     words = INTERVENTIONS[intervention]
     shown = [short(step) for step in steps]
     if len(steps) == 1:
@@ -152,20 +132,6 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
     return ", ".join(words)
 
 
-def file_names(arms: Iterable[Arm]) -> list[str]:
-    """A name for a file of each arm, short enough for any file system, and no two alike."""
-    names: list[str] = []
-    for arm in arms:
-        first_choice = readable(f"{arm.game}_{arm.name}")[:LONGEST_FILE_NAME]
-        name = first_choice
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{first_choice}-{number}"
-        names.append(name)
-    return names
-
-
 def group(runs: list[RecordedRun], metric: str = TRAINING_RETURN) -> tuple[list[Arm], dict[str, str]]:
     """Arms, those of a game together, the one without injection first; and {folder: reason} of runs left out.
 
@@ -197,17 +163,13 @@ def group(runs: list[RecordedRun], metric: str = TRAINING_RETURN) -> tuple[list[
     games = list(dict.fromkeys(arm.game for arm in arms))
 
     def order(arm: Arm) -> tuple:
-        return games.index(arm.game), arm.setting["intervention"] != "none", arm.injection, arm.name
+        return games.index(arm.game), arm.intervention != "none", arm.planned_steps, arm.name
 
     return sorted(arms, key=order), left_out
 
 
 def read_arms(folders: Iterable[str], metric: str) -> tuple[list[Arm], dict[str, dict[str, str]]]:
-    """The arms, and {"left_out": {folder: reason}, "unfinished": {folder: how far it is}}.
-
-    Raises:
-        UsageError: no run is usable.
-    """
+    """The arms, and {"left_out": {folder: reason}, "unfinished": {folder: how far}}; UsageError if none."""
     runs: list[RecordedRun] = []
     left_out = {}
     for folder in dict.fromkeys(folders):

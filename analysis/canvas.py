@@ -127,10 +127,7 @@ def look(number: int) -> Look:
 def plot_broken(
     ax: Axes, x: np.ndarray, y: np.ndarray, marker: str = "", shift: float = 0.0, **style: Any
 ) -> None:
-    """A line with gaps where `y` (B,) is NaN, a dot where a value is between two gaps.
-
-    A marker is at about `MARKED` places.
-    """
+    """A line with gaps where `y` (B,) is NaN, dots between two gaps, and markers at about `MARKED` places."""
     gaps = np.pad(np.isnan(y), 1, constant_values=True)
     alone = ~gaps[1:-1] & gaps[:-2] & gaps[2:]
     marked = set(np.flatnonzero(alone).tolist())

@@ -32,7 +32,7 @@ class Ancestor:
 
     run: str | None
     folder: str | None
-    step: float
+    step: float  # infinity for the run itself
     seed: int | None
 
     def is_run(self, other: "Ancestor") -> bool:
@@ -40,15 +40,6 @@ class Ancestor:
         if self.run is not None and other.run is not None:
             return self.run == other.run
         return self.folder is not None and self.folder == other.folder
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What tells a run from others: its id, its folder's name, the runs that it was before, newest first."""
-
-    run: str | None
-    folder: str | None
-    history: tuple[Ancestor, ...]
 
 
 def ancestors_on(path: str | None) -> tuple[Ancestor, ...]:
@@ -63,37 +54,23 @@ def ancestors_on(path: str | None) -> tuple[Ancestor, ...]:
     return (Ancestor(run=None, folder=place[1], step=int(place[2]), seed=seed),)
 
 
-def identity_in(written: dict[str, Any], folder: str | None, fork: str | None) -> Identity:
-    """The identity of a run, from what its run.json or a CSV file holds, or from the path of a fork alone."""
+def lineage_in(written: dict[str, Any], args: Args) -> tuple[Ancestor, ...]:
+    """A run, then those that it was before, from what a file holds, or from the path of a fork alone."""
+    itself = Ancestor(written.get("run"), written.get("folder"), math.inf, args.seed)
     if "history" not in written:
-        return Identity(written.get("run"), folder, ancestors_on(fork))
-    history = tuple(Ancestor(**before) for before in written["history"])
-    return Identity(written.get("run"), folder, history)
+        return (itself, *ancestors_on(args.fork))
+    return (itself, *(Ancestor(**before) for before in written["history"]))
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run has logged: {tag: (2, K) float64}, K steps and K values in the order of logging.
-
-    Without an identity it is known by its folder's name, and by the path that --fork was given.
-    """
+    """What a run has logged: {tag: (2, K) float64}, K steps and K values in the order of logging."""
 
     folder: str
     args: Args
     scalars: dict[str, np.ndarray]
-    identity: Identity | None = None
-
-    @functools.cached_property
-    def known_as(self) -> Identity:
-        if self.identity is not None:
-            return self.identity
-        return identity_in({}, Path(self.folder).resolve().name, self.args.fork)
-
-    @functools.cached_property
-    def lineage(self) -> tuple[Ancestor, ...]:
-        """Itself, then the runs that it was before, the newest first."""
-        itself = Ancestor(self.known_as.run, self.known_as.folder, math.inf, self.args.seed)
-        return (itself, *self.known_as.history)
+    lineage: tuple[Ancestor, ...]
+    """itself, then the runs that it was before, the newest first"""
 
     @functools.cached_property
     def last_step(self) -> int:
@@ -138,13 +115,9 @@ class RecordedRun:
 
 
 def read_run(folder: str, metric: str, end: str = "the run is left out") -> RecordedRun:
-    """The arguments and scalars of a run.
+    """What a run has logged. A UsageError where it is no run's folder, or damaged, or see `check_metric`.
 
-    Args:
-        end: of an error's message: what becomes of the run, or what to do
-
-    Raises:
-        UsageError: it is no run's folder, it is damaged, or `check_metric` refuses it.
+    `end` is of the error's message: what becomes of the run, or what to do.
     """
     path = Path(folder) / "run.json"
     if not path.is_file():
@@ -152,17 +125,13 @@ def read_run(folder: str, metric: str, end: str = "the run is left out") -> Reco
     with reading(path, "a run's arguments", end):
         written = json.loads(path.read_text(encoding="utf-8"))
         args = Args(**written["args"])
-        identity = identity_in(written, path.resolve().parent.name, args.fork)
+        lineage = lineage_in(written | {"folder": path.resolve().parent.name}, args)
     scalars = {tag: points[:2] for tag, points in read_scalars(path.parent, end).items()}
-    return check_metric(RecordedRun(folder, args, scalars, identity), metric, end)
+    return check_metric(RecordedRun(folder, args, scalars, lineage), metric, end)
 
 
 def check_metric(run: RecordedRun, metric: str, end: str = "the run is left out") -> RecordedRun:
-    """The run, if it can be compared.
-
-    Raises:
-        UsageError: it has logged no `metric` yet, or one that is not finite.
-    """
+    """The run; a UsageError where it has logged no `metric` yet, or one that is not finite."""
     if metric not in run.scalars:
         raise UsageError(f"{run.folder} has logged no {metric} yet: {end}")
     if not np.isfinite(run.scalars[metric]).all():
@@ -190,12 +159,12 @@ def in_digits(tag: str, value: float) -> str:
 
 
 def header_of(run: RecordedRun) -> dict[str, Any]:
-    """What a file of `write_curves` says of a run beside its curves: its arguments and its identity."""
-    fork = None
+    """What a file of `write_curves` says of a run beside its curves: its arguments and its lineage."""
+    header = asdict(run.args)
     if run.args.fork is not None:
-        fork = "/".join(Path(run.args.fork).parts[-2:])  # without the folders of this machine
-    identity = asdict(run.known_as)  # "run", "folder", "history"
-    return asdict(run.args) | {"fork": fork} | identity
+        header["fork"] = "/".join(Path(run.args.fork).parts[-2:])  # without the folders of this machine
+    itself, *history = run.lineage
+    return header | {"run": itself.run, "folder": itself.folder, "history": list(map(asdict, history))}
 
 
 def rows_of(curves: dict[str, np.ndarray]) -> list[tuple[int, dict[str, str]]]:
@@ -216,9 +185,6 @@ def write_curves(runs: Sequence[RecordedRun], path: Path) -> None:
     A line `# {...}` for each run holds its `header_of`, as JSON. Below them is a table: `seed`, `step`, and a
     column for each curve, those with most points first and the speed last, measures of plasticity with six
     digits. A field is empty where that curve has no point, and left out where all further ones are empty.
-
-    Raises:
-        OSError: it cannot be written.
     """
     curves = [curves_to_write(run) for run in runs]
     points = Counter[str]()
@@ -243,9 +209,7 @@ def lines_of(path: Path) -> list[str]:
     """The lines of a file of `write_curves`, whatever ends them.
 
     They are without what changes no number: a byte-order mark, empty lines and columns, spaces around cells.
-
-    Raises:
-        OSError, ValueError: it cannot be read, or a spreadsheet has saved it and may have changed numbers.
+    A ValueError where a spreadsheet has saved it and may have changed numbers.
     """
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -265,8 +229,7 @@ def run_in(line: str, path: Path) -> RecordedRun:
     header = json.loads(line.removeprefix("# "))
     written = {name: header.pop(name) for name in ("run", "folder", "history") if name in header}
     args = Args(**header)
-    identity = identity_in(written, written.get("folder"), args.fork)
-    return RecordedRun(f"{path} (seed {args.seed})", args, {}, identity)
+    return RecordedRun(f"{path} (seed {args.seed})", args, {}, lineage_in(written, args))
 
 
 def points_in(table: Iterable[str], seeds: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:
@@ -290,11 +253,7 @@ def points_in(table: Iterable[str], seeds: Iterable[int]) -> dict[int, dict[str,
 
 
 def read_curves(path: Path, metric: str) -> list[RecordedRun]:
-    """The runs in a file of `write_curves`.
-
-    Raises:
-        UsageError: it is none, or damaged, or a run in it has logged no `metric`.
-    """
+    """The runs in a file of `write_curves`; a UsageError where it is none, damaged, or see `check_metric`."""
     with reading(path, "curves of runs", "give the file that compare.py --export wrote"):
         lines = lines_of(path)
         runs = [run_in(line, path) for line in lines if line.startswith("# ")]

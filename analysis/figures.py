@@ -68,7 +68,7 @@ def draw_arm(
     aggregated = np.full((3, len(middles)), np.nan)
     aggregated[:, common] = interval(curves[:, common], aggregate)
     centre, low, high = aggregated
-    above = 3 if arm.setting["intervention"] == "none" else 2  # it also shows what the arms share
+    above = 3 if arm.intervention == "none" else 2  # it also shows what the arms share
     for one_run in curves:
         canvas.plot_broken(ax, middles, one_run, color=style.colour, lw=0.6, alpha=0.45, zorder=above)
     label = f"{arm.name} (n = {len(curves)})"
@@ -90,8 +90,8 @@ def draw(
     for arm in arms:
         draw_arm(ax, arm, looks[arm.name], tag, edges, aggregate)
         for run in arm.runs:
-            steps.update(arm.injections(run))
-    interventions = {arm.setting["intervention"] for arm in arms} - {"none"}
+            steps.update(arm.intervention_steps(run))
+    interventions = {arm.intervention for arm in arms} - {"none"}
     label = noun(*interventions) if len(interventions) == 1 else "intervention"
     for step in sorted(steps):
         ax.axvline(step, **canvas.DASHED, label=label)
@@ -146,8 +146,8 @@ def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: s
         runs = [run for arm in shown for run in arm.runs]
         num_points = np.mean([run.scalars[metric].shape[1] for run in runs])
         draw(ax, shown, looks, metric, int(np.clip(num_points / GAMES_PER_BIN, 20, MAX_BINS)), aggregate)
-        windows = {(pair.after, pair.upto) for pair in pairs if pair.game == game and all(pair.counts)}
-        for after, upto in sorted(windows):
+        judged = [pair for pair in pairs if pair.game == game and all(pair.means)]
+        for after, upto in sorted({(pair.window.after, pair.window.upto) for pair in judged}):
             ax.axvspan(after, upto, color=canvas.INK, alpha=0.06, lw=0, label="window of the verdict")
         ax.set(xlabel=STEP, ylabel=f"return of {played}")
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:,g}".replace("-", "−"))
@@ -207,12 +207,9 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     values = sorted({value_of(pair) for pair in pairs})
     lines: dict[str, list[Comparison]] = defaultdict(list)
     for pair in pairs:
-        setting = pair.arms[1].setting
-        name = (
-            INTERVENTIONS[setting["intervention"]].noun
-            if number == "injection"
-            else describe(setting, (), "")
-        )
+        name = describe(pair.arms[1].setting, (), "")
+        if number == "injection":
+            name = INTERVENTIONS[pair.intervention].noun
         lines[f"{pair.game}, {name}" if len(games) > 1 else name].append(pair)
     figure = canvas.Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
@@ -223,18 +220,16 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
         difference = np.array([pair.judgement.difference for pair in line])
         below = difference - [pair.judgement.low for pair in line]  # NaN, and not drawn, without an interval
         above = [pair.judgement.high for pair in line] - difference
-        seed_x: list[float] = []
-        seed_differences: list[float] = []
-        for at, pair in zip(x, line, strict=True):
-            if pair.paired:
-                seed_x += [at + 0.6 * apart] * len(pair.differences)
-                seed_differences += pair.differences.values()
         counts = sorted({len(means) for pair in line for means in pair.means})
         seeds = "–".join(str(count) for count in counts)
         point = canvas.look(i).point
         name = folded(f"{label} (n = {seeds})", figure.get_figwidth())
         ax.errorbar(x, difference, np.array([below, above]), **point, ls="", lw=1.5, capsize=4, label=name)
-        ax.plot(seed_x, seed_differences, ".", color=point["color"], alpha=0.5)
+        seed_points: list[tuple[float, float]] = []
+        for at, pair in zip(x + 0.6 * apart, line, strict=True):
+            if pair.paired:
+                seed_points += [(at, seed_difference) for seed_difference in pair.differences.values()]
+        ax.plot(*np.reshape(seed_points, (-1, 2)).T, ".", color=point["color"], alpha=0.5)
     ax.axhline(0, color=canvas.INK, lw=0.8)
     ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
     ax.margins(x=0.15)

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,16 @@ NO_CHECKPOINT = "fresh"  # in its place: a fresh network and random play
 # that had most to gain; at 1e-4 the probe saw them (docs/results.md)
 PROBE_LEARNING_RATE = 1e-4
 TASKS_LEARNING_RATE = 5e-4  # a task of a sequence has few updates, in which 1e-4 learns hardly anything
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How checkpoints are probed."""
+
+    observations: int
+    updates: int  # at each target
+    seeds: int
+    learning_rate: float  # of all networks, whatever the run's was
 
 
 def saved_args(checkpoint: Checkpoint) -> Args:
@@ -122,7 +132,7 @@ def observations_for(subject: Checkpoint, count: int) -> torch.Tensor:
     return replayed_observations(subject, count, device)
 
 
-def measured_on(subject: Checkpoint, observations: int, updates: int, seeds: int) -> dict[str, Any]:
+def measured_on(subject: Checkpoint, settings: ProbeSettings) -> dict[str, Any]:
     """How a result begins: what was probed, and how."""
     args = saved_args(subject)
     return {
@@ -131,11 +141,11 @@ def measured_on(subject: Checkpoint, observations: int, updates: int, seeds: int
         "run_seed": None if subject.path == Path(NO_CHECKPOINT) else args.seed,
         "step": subject.step,
         "injections": num_injections(subject),
-        "learning_rate": args.learning_rate,
+        "learning_rate": settings.learning_rate,
         "batch_size": args.batch_size,
-        "probe_observations": observations,
-        "probe_updates": updates,
-        "probe_seeds": seeds,
+        "probe_observations": settings.observations,
+        "probe_updates": settings.updates,
+        "probe_seeds": settings.seeds,
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from analysis.intervals import CONFIDENCE, MIN_SEEDS, RESAMPLES, iqm, no_spread
-from analysis.verdict import Comparison
+from analysis.verdict import Comparison, Side, Window
 from support.environments import atari_spec
 from support.usage import UsageError
 
@@ -41,7 +41,7 @@ class Aggregate:
 
     names: tuple[str, str]
     games: list[str]
-    windows: list[tuple[int, int]]  # of each game: after, upto
+    windows: list[Window]  # of each game
     runs: tuple[int, int]
     scores: np.ndarray  # (3, 3), see `aggregate_scores`; NaN where there is no interval
     left_out: dict[str, str]  # game: reason
@@ -65,43 +65,40 @@ def human_normalised(env_id: str, score: float) -> float | None:
     return (score - random) / (human - random)
 
 
-def normalised_mean(pair: Comparison, side: int) -> float | None:
-    """Human-normalised mean over the runs of one side."""
-    means = list(pair.means[side].values())
-    return human_normalised(pair.game, float(np.mean(means))) if means else None
+def normalised_mean(side: Side) -> float | None:
+    """Human-normalised mean over the runs of one side; None without runs."""
+    means = list(side.means.values())
+    return human_normalised(side.arm.game, float(np.mean(means))) if means else None
 
 
 def aggregate_scores(
-    without: Sequence[np.ndarray],
-    injected: Sequence[np.ndarray],
-    joint: Sequence[bool],
-    resamples: int = RESAMPLES,
+    without: Sequence[np.ndarray], intervened: Sequence[np.ndarray], joint: Sequence[bool]
 ) -> np.ndarray:
     """Interquartile means over the runs of all games, and 95% intervals (Agarwal et al. 2021).
 
     They are by stratified bootstrap: a resample draws from each game as many runs as it has.
 
     Args:
-        without, injected: per game g, scores (n_g,) and (m_g,), at least one each
+        without, intervened: per game g, scores (n_g,) and (m_g,), at least one each
         joint: per game, whether n_g = m_g and the scores at one index are drawn together
 
     Returns:
-        (3, 3) float64: of without, of injected and of their difference, the value and its interval
+        (3, 3) float64: of without, of intervened and of their difference, the value and its interval
     """
     rng = np.random.default_rng(0)
     drawn_without = []
     drawn_injected = []
-    for ours, theirs, together in zip(without, injected, joint, strict=True):
-        rows = rng.integers(len(ours), size=(resamples, len(ours)))
+    for ours, theirs, together in zip(without, intervened, joint, strict=True):
+        rows = rng.integers(len(ours), size=(RESAMPLES, len(ours)))
         drawn_without.append(ours[rows])
         if not together:
-            rows = rng.integers(len(theirs), size=(resamples, len(theirs)))
+            rows = rng.integers(len(theirs), size=(RESAMPLES, len(theirs)))
         drawn_injected.append(theirs[rows])
     tail = (1 - CONFIDENCE) / 2
-    values = [iqm(np.concatenate(side)) for side in (without, injected)]
+    values = [iqm(np.concatenate(side)) for side in (without, intervened)]
     values.append(values[1] - values[0])
     samples = [iqm(np.concatenate(side, axis=1), axis=1) for side in (drawn_without, drawn_injected)]
-    samples.append(samples[1] - samples[0])  # three of (resamples,)
+    samples.append(samples[1] - samples[0])  # three of (RESAMPLES,)
     return np.column_stack((values, np.quantile(samples, (tail, 1 - tail), axis=1).T))
 
 
@@ -141,15 +138,15 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
         if not usable:
             continue
         without = [scores(pair, 0) for pair in usable]
-        injected = [scores(pair, 1) for pair in usable]
+        intervened = [scores(pair, 1) for pair in usable]
         joint = [pair.shared == len(pair.means[0]) == len(pair.means[1]) for pair in usable]
-        fewest = min(len(scores_of_game) for scores_of_game in (*without, *injected))
+        fewest = min(len(scores_of_game) for scores_of_game in (*without, *intervened))
         total = Aggregate(
             names=(usable[0].arms[0].name, usable[0].arms[1].name),
             games=[pair.game for pair in usable],
-            windows=[(pair.after, pair.upto) for pair in usable],
-            runs=(sum(map(len, without)), sum(map(len, injected))),
-            scores=without_points(aggregate_scores(without, injected, joint), fewest),
+            windows=[pair.window for pair in usable],
+            runs=(sum(map(len, without)), sum(map(len, intervened))),
+            scores=without_points(aggregate_scores(without, intervened, joint), fewest),
             left_out=left_out,
             fewest=fewest,
         )

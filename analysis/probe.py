@@ -10,32 +10,30 @@ import numpy as np
 from tqdm import tqdm
 
 from analysis import fitting
+from analysis.fitting import ProbeSettings
 from support.acceleration import prepare_process
 from support.usage import UsageError
 
 
-def probe_checkpoint(
-    path: Path, observations: int, updates: int, seeds: int, rate: float | None = None
-) -> dict[str, Any]:
+def probe_checkpoint(path: Path, settings: ProbeSettings) -> dict[str, Any]:
     """Fitting capacity of the agent in a checkpoint, as it is and injected anew, against a fresh network's.
 
     With each seed all three get the same observations, targets (but for `fit`'s offset) and batches. An
-    injection does not change Q, so both errors of the agent before the first update are one number. All learn
-    at `rate`, by default `PROBE_LEARNING_RATE`, whatever the run's was.
+    injection does not change Q, so both errors of the agent before the first update are one number.
 
     Returns:
         plain data: "errors" {contender: {"start": (seeds,), "end": (seeds,)}}, mean squared, None where not
         finite; "relative_to_fresh" {contender: see `relative_error`}, of the errors at the end; "sentence";
         "remark", None where there is none; and `measured_on`
     """
-    checkpoint = fitting.read_subject(path, fitting.PROBE_LEARNING_RATE if rate is None else rate)
-    obs = fitting.observations_for(checkpoint, observations)
+    checkpoint = fitting.read_subject(path, settings.learning_rate)
+    obs = fitting.observations_for(checkpoint, settings.observations)
     errors: dict[str, dict[str, list[float]]] = {}
     for name in fitting.CONTENDERS:
         errors[name] = {"start": [], "end": []}
-    for seed in tqdm(range(seeds), desc=f"probing {path}", leave=False, disable=None):
+    for seed in tqdm(range(settings.seeds), desc=f"probing {path}", leave=False, disable=None):
         rng = np.random.default_rng(seed)
-        targets, batches, for_contenders = fitting.next_task(checkpoint, obs, updates, rng)
+        targets, batches, for_contenders = fitting.next_task(checkpoint, obs, settings.updates, rng)
         for name in fitting.CONTENDERS:
             learner = fitting.make_contender(name, checkpoint, for_contenders, obs.device)
             start, end = fitting.fit(learner, obs, targets, batches)
@@ -44,9 +42,9 @@ def probe_checkpoint(
     relative = {}
     for name in ("agent", "agent, injected"):
         relative[name] = fitting.relative_error(errors[name]["end"], errors[fitting.FRESH]["end"])
-    result = fitting.measured_on(checkpoint, observations, updates, seeds)
+    result = fitting.measured_on(checkpoint, settings)
     result |= {"errors": plain(errors), "relative_to_fresh": relative}
-    return result | {"sentence": probe_in_words(result), "remark": remark(result["learning_rate"])}
+    return result | {"sentence": probe_in_words(result), "remark": remark(settings.learning_rate)}
 
 
 def plain(data: Any) -> Any:
@@ -115,9 +113,8 @@ def probe_in_words(result: dict[str, Any]) -> str:
 def probe_table(result: dict[str, Any]) -> str:
     """A line per contender: error at start and end, averaged over seeds, as a multiple of a fresh one's."""
 
-    def mean(errors: list[float | None]) -> str:
-        finite = [error for error in errors if error is not None]
-        return f"{np.mean(finite):.3g}" if len(finite) == len(errors) else "diverged"
+    def mean(errors: list) -> str:
+        return "diverged" if None in errors else f"{np.mean(errors):.3g}"
 
     rows = [["", "error at start", "at end", "relative to fresh [95%]", "per seed"]]
     for name, errors in result["errors"].items():
@@ -131,11 +128,7 @@ def probe_table(result: dict[str, Any]) -> str:
 
 
 def each_probed(paths: Iterable[str], measure: Callable[[Path], dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What is measured at each checkpoint, once; those that cannot be probed are named and left out.
-
-    Raises:
-        UsageError: no checkpoint can be probed.
-    """
+    """What is measured at each checkpoint, once; those that fail are named, and a UsageError if all do."""
     prepare_process()
     reasons = []
     checkpoints = list(dict.fromkeys(map(Path, paths)))
@@ -152,22 +145,10 @@ def each_probed(paths: Iterable[str], measure: Callable[[Path], dict[str, Any]])
         raise UsageError(f"no checkpoint to probe; {reason}")
 
 
-def probe(
-    paths: Iterable[str],
-    observations: int,
-    updates: int,
-    seeds: int,
-    rate: float | None = None,
-    out: Path | None = None,
-) -> list[dict[str, Any]]:
-    """Prints and returns `probe_checkpoint` of every checkpoint; with `out`, also as JSON beside it.
-
-    Raises:
-        UsageError: no checkpoint can be probed.
-        OSError: the results cannot be written.
-    """
+def probe(paths: Iterable[str], settings: ProbeSettings, out: Path | None = None) -> list[dict[str, Any]]:
+    """Prints and returns `probe_checkpoint` of every checkpoint; with `out`, also as JSON beside it."""
     results = []
-    for result in each_probed(paths, lambda path: probe_checkpoint(path, observations, updates, seeds, rate)):
+    for result in each_probed(paths, lambda path: probe_checkpoint(path, settings)):
         results.append(result)
         count = result["injections"]
         injections = "1 injection" if count == 1 else f"{count} injections"

@@ -12,32 +12,15 @@ from analysis.arms import TRAINING_RETURN, Arm, read_arms
 from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import MIN_SEEDS, interval
-from analysis.verdict import LEAST_SHARE, Comparison, comparisons, not_compared, noun, show, varied
+from analysis.verdict import LEAST_SHARE, Comparison, Side, comparisons, not_compared, noun, show, varied
 from support.usage import UsageError
 
-CONCLUSIONS = ("raised", "no evidence", "lowered")
 HEAD = ["game", "arm", "seeds", "n", "mean return in the window", "difference", "verdict", "human-normalised"]
-
-
-def carried(pair: Comparison) -> bool:
-    """Whether games without a return could carry the verdict: were one arm's mean off by its reach alone."""
-    reach = max(pair.sides[0].reach, pair.sides[1].reach)
-    low = pair.judgement.low
-    high = pair.judgement.high
-    if math.isnan(low):
-        low = high = pair.judgement.difference
-    if low > 0:
-        changed = low - reach <= 0
-    elif high < 0:
-        changed = high + reach >= 0
-    else:
-        changed = low + reach > 0 or high - reach < 0
-    return reach > 0 and changed
 
 
 def caution(pair: Comparison, metric: str) -> list[str]:
     """A line where training games that have no return could carry the verdict, and where to look instead."""
-    if metric != TRAINING_RETURN or not carried(pair):
+    if metric != TRAINING_RETURN or not pair.hinges_on_missing_games:
         return []
     games = []
     shares = []
@@ -45,9 +28,10 @@ def caution(pair: Comparison, metric: str) -> list[str]:
     for side in pair.sides:
         games.append(f"{side.unreported:,} of {side.unreported + side.points:,} games")
         shares.append(f"{max(side.missing.values(), default=0):.0%}")
-        counted = [run for run in side.arm.runs if run.args.seed in side.means]
-        if any(run.between("eval/episodic_return", pair.after, pair.upto).size == 0 for run in counted):
-            fix = "give runs an --eval-frequency, and compare --metric eval/episodic_return"
+        for run in side.arm.runs:
+            evaluations = run.between("eval/episodic_return", pair.window.after, pair.window.upto)
+            if run.args.seed in side.means and evaluations.size == 0:
+                fix = "give runs an --eval-frequency, and compare --metric eval/episodic_return"
     lacking = f"{games[0]} without and {games[1]} with {noun(pair.intervention)} were cut or still going"
     most = f"up to {shares[0]} and {shares[1]} of a run's games or steps"
     return [f"caution: {lacking}, {most}; they are the long ones, and what they lack could carry this: {fix}"]
@@ -55,9 +39,9 @@ def caution(pair: Comparison, metric: str) -> list[str]:
 
 def other_causes(pair: Comparison) -> list[str]:
     """Where there is a conclusion, lines on what else could have caused it, and on what it does not show."""
-    verdict = pair.judgement.verdict
-    if verdict not in CONCLUSIONS:
+    if math.isnan(pair.judgement.low):
         return []
+    verdict = pair.judgement.verdict
     args = pair.arms[1].runs[0].args
     causes = []
     if pair.arms[1].setting["moments"] == "fresh":
@@ -79,11 +63,11 @@ def other_causes(pair: Comparison) -> list[str]:
 
 def ending(pair: Comparison) -> str:
     """Which run ends the window, and how much of the others' runs is lost by that."""
-    if pair.ended_by is None:
+    if pair.window.ended_by is None:
         return ""
-    end = f", where {pair.ended_by} is (a longer --window leaves it out)"
-    if pair.beyond > 1.005:
-        end += f", and the median run has {pair.beyond - 1:.0%} more steps"
+    end = f", where {pair.window.ended_by} is (a longer --window leaves it out)"
+    if pair.window.beyond > 1.005:
+        end += f", and the median run has {pair.window.beyond - 1:.0%} more steps"
     return end
 
 
@@ -95,13 +79,13 @@ def correction(pair: Comparison) -> list[str]:
     return [f"one of {pair.verdicts} verdicts here: {numbers}"]
 
 
-def late_injection(pair: Comparison) -> list[str]:
+def late_intervention(pair: Comparison) -> list[str]:
     """A line where the norm injected one run so late that little is left of what others have after theirs."""
     firsts = [step for seed, step in pair.firsts.items() if seed in pair.means[1]]
     if not firsts:
         return []
-    window = pair.upto - pair.after
-    available = pair.upto - float(np.median(firsts))
+    window = pair.window.upto - pair.window.after
+    available = pair.window.upto - float(np.median(firsts))
     if window >= LEAST_SHARE * available:
         return []
     since = f"since the median run's first {noun(pair.intervention)}"
@@ -112,7 +96,7 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
     """A comparison in four lines, arms, verdict, window, method; then cautions, and runs left out."""
     word = noun(pair.intervention)
     seeds = [f"{len(means)} seeds ({', '.join(map(str, means)) or 'none'})" for means in pair.means]
-    if pair.judgement.verdict not in CONCLUSIONS:
+    if math.isnan(pair.judgement.low):
         method = "no interval"
     elif pair.paired:
         method = f"95% t interval of the differences within {seeds[0]}"
@@ -126,9 +110,10 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
             verb = "shares" if pair.shared == 1 else "share"
             related = f"of which {pair.shared} {verb} a history, too few to pair"
         method = f"95% Welch interval, {seeds[0]} without and {seeds[1]} with {word}, {related}"
-    window = f"window {pair.after:,} < step ≤ {pair.upto:,}{ending(pair)}"
-    points = f"{pair.counts[0]:,} points of {metric} without and {pair.counts[1]:,} with {word}"
-    if pair.firsts and not pair.arms[1].injection:
+    window = f"window {pair.window.after:,} < step ≤ {pair.window.upto:,}{ending(pair)}"
+    counts = [side.points for side in pair.sides]
+    points = f"{counts[0]:,} points of {metric} without and {counts[1]:,} with {word}"
+    if pair.firsts and not pair.arms[1].planned_steps:
         begins = ", ".join(f"{step:,} with seed {seed}" for seed, step in sorted(pair.firsts.items()))
         points += f"; first {word} at {begins}"
     return [
@@ -137,7 +122,7 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
         f"{window}, {points}",
         method,
         *correction(pair),
-        *late_injection(pair),
+        *late_intervention(pair),
         *caution(pair, metric),
         *(f"not in this comparison: {reason}" for reason in pair.left_out.values()),
     ]
@@ -145,7 +130,7 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
 
 def aggregate_in_words(total: Aggregate) -> list[str]:
     """An aggregate in four lines, what, scores, difference and method; then one per game left out."""
-    without, injected, difference = (show(*row) for row in total.scores)
+    without, intervened, difference = (show(*row) for row in total.scores)
     if np.isfinite(total.scores).all(axis=1).any():
         kind = "95% stratified bootstrap intervals"
         brackets = f"brackets are {kind}, which cover less than that with few runs per game"
@@ -154,29 +139,28 @@ def aggregate_in_words(total: Aggregate) -> list[str]:
     else:
         brackets = "no interval: runs of a game do not differ"
     games = []
-    for game, (after, upto) in zip(total.games, total.windows, strict=True):
-        games.append(f"{game} in {after:,} < step ≤ {upto:,}")
+    for game, window in zip(total.games, total.windows, strict=True):
+        games.append(f"{game} in {window.after:,} < step ≤ {window.upto:,}")
     runs = f"{total.runs[0]} runs without and {total.runs[1]} with"
     return [
         f"{len(games)} games: {total.names[1]} against {total.names[0]}",
-        f"human-normalised return, interquartile mean over runs: {without} without and {injected} with",
+        f"human-normalised return, interquartile mean over runs: {without} without and {intervened} with",
         f"difference {difference}, where 0 is random play and 1 a human's",
         f"over {len(games)} games ({', '.join(games)}) and {runs}; {brackets}",
         *(f"not in this aggregate: {game}, {reason}" for game, reason in total.left_out.items()),
     ]
 
 
-def row_of(pair: Comparison, i: int, difference: str, verdict: str) -> list[str]:
-    """The row of the table for the arm without (i = 0) or with the intervention (1)."""
-    means = pair.means[i]
+def row_of(side: Side, difference: str, verdict: str) -> list[str]:
+    """The row of the table for one arm of a comparison."""
+    means = side.means
     mean = "–"
     if means:
         mean = show(*interval(np.array([*means.values()])))
-    score = normalised_mean(pair, i)
+    score = normalised_mean(side)
     normalised = "–" if score is None else show(score)
     seeds = ", ".join(map(str, means))
-    arm = pair.arms[i]
-    return [arm.game, arm.name, seeds, str(len(means)), mean, difference, verdict, normalised]
+    return [side.arm.game, side.arm.name, seeds, str(len(means)), mean, difference, verdict, normalised]
 
 
 def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], metric: str) -> str:
@@ -184,9 +168,9 @@ def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], met
     rows = [HEAD, ["---"] * len(HEAD)]
     for pair in pairs:
         judged = pair.judgement
-        difference = show(judged.difference, judged.low, judged.high) if all(pair.counts) else "–"
-        rows.append(row_of(pair, 0, "", ""))
-        rows.append(row_of(pair, 1, difference, judged.verdict))
+        difference = show(judged.difference, judged.low, judged.high) if all(pair.means) else "–"
+        rows.append(row_of(pair.sides[0], "", ""))
+        rows.append(row_of(pair.sides[1], difference, judged.verdict))
     for arm in arms:
         if not any(arm in pair.arms for pair in pairs):
             seeds = sorted(str(run.args.seed) for run in arm.runs)
@@ -214,7 +198,7 @@ def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
         rows.append({"iqm": value, "interval": [finite(low), finite(high)]})
     return {
         "games": total.games,
-        "windows": [{"after": after, "upto": upto} for after, upto in total.windows],
+        "windows": [{"after": window.after, "upto": window.upto} for window in total.windows],
         "without": {"arm": total.names[0], "runs": total.runs[0], **rows[0]},
         "with": {"arm": total.names[1], "runs": total.runs[1], **rows[1]},
         "difference": rows[2]["iqm"],
@@ -223,15 +207,14 @@ def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
     }
 
 
-def side_as_json(pair: Comparison, i: int) -> dict[str, Any]:
-    side = pair.sides[i]
+def side_as_json(side: Side) -> dict[str, Any]:
     return {
         "arm": side.arm.name,
         "means": side.means,
         "points": side.points,
         "games_unreported": side.unreported,
         "share_unreported": side.missing,
-        "human_normalised": normalised_mean(pair, i),
+        "human_normalised": normalised_mean(side),
     }
 
 
@@ -239,10 +222,10 @@ def comparison_as_json(pair: Comparison) -> dict[str, Any]:
     judged = pair.judgement
     return {
         "game": pair.game,
-        "without": side_as_json(pair, 0),
-        "with": side_as_json(pair, 1),
+        "without": side_as_json(pair.sides[0]),
+        "with": side_as_json(pair.sides[1]),
         "first_injections": pair.firsts,
-        "window": {"after": pair.after, "upto": pair.upto, "ended_by": pair.ended_by},
+        "window": {"after": pair.window.after, "upto": pair.window.upto, "ended_by": pair.window.ended_by},
         "paired": pair.paired,
         "one_agent": pair.one_agent,
         "difference": finite(judged.difference),
@@ -265,11 +248,7 @@ def arm_as_json(arm: Arm) -> dict[str, Any]:
 
 
 def as_json(
-    arms: list[Arm],
-    pairs: list[Comparison],
-    totals: list[Aggregate],
-    remarks: dict[str, dict[str, str]],
-    metric: str,
+    arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], remarks: dict[str, Any], metric: str
 ) -> str:
     """All that was found; null stands for what is not a number."""
     content = {
@@ -286,16 +265,12 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
     """Compares runs, prints the verdicts and writes figures, table and numbers. Returns the arms.
 
     `folders` are of runs, or files of `write_curves`; the others are as in compare.py's `Settings`.
-
-    Raises:
-        UsageError: a setting cannot work, or no run is usable.
-        OSError: something cannot be written.
     """
     if not folders:
         raise UsageError("nothing to compare: give folders of runs, python compare.py runs/A runs/B ...")
     arms, remarks = read_arms(folders, metric)
     pairs = comparisons(arms, metric, window)
-    remarks["not_compared"] = not_compared(arms, pairs, metric)
+    remarks["not_compared"] = not_compared(arms, pairs)
     totals = aggregates(pairs)
     over_games = [total for total in totals if len(total.games) > 1]
     for kind, reasons in remarks.items():

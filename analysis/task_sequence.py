@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from alternatives import ALTERNATIVES
 from analysis import canvas, fitting
+from analysis.fitting import ProbeSettings
 from analysis.intervals import geometric_interval, interval
 from analysis.probe import each_probed, judged, plain, times, write_json
 from dqn_injection_atari import Learner
@@ -93,18 +94,9 @@ def run_tasks(
 
 
 def run_sequence(
-    path: Path,
-    env_id: str,
-    tasks: int,
-    inject_at: int,
-    observations: int,
-    updates: int,
-    seeds: int,
-    rate: float | None,
+    path: Path, env_id: str, tasks: int, inject_at: int, settings: ProbeSettings
 ) -> dict[str, Any]:
     """`run_tasks` with several seeds, for an agent, or for fresh networks on frames of random play.
-
-    All learn at `rate`, by default `TASKS_LEARNING_RATE`, whatever the run's was.
 
     Returns:
         plain data: what is `MEASURED` {name: (seeds, tasks)}, None where there is none or it is not finite;
@@ -112,23 +104,23 @@ def run_sequence(
         from there on, as a multiple of the one network's mean in its `early` tasks; "relative_to_fresh"
         {name: ...}, its mean as a multiple of the fresh networks'; "sentence"; and `measured_on`
     """
-    if rate is None:
-        rate = fitting.TASKS_LEARNING_RATE
+    seeds = settings.seeds
     if path == Path(fitting.NO_CHECKPOINT):
-        subjects = [fitting.fresh_subject(env_id, seed, rate) for seed in range(seeds)]
+        subjects = [fitting.fresh_subject(env_id, seed, settings.learning_rate) for seed in range(seeds)]
     else:
-        subjects = [fitting.read_subject(path, rate)] * seeds
-    obs = fitting.observations_for(subjects[0], observations)
+        subjects = [fitting.read_subject(path, settings.learning_rate)] * seeds
+    obs = fitting.observations_for(subjects[0], settings.observations)
     curves: dict[str, dict[str, np.ndarray]] = {}
     for measure in MEASURED:
         curves[measure] = {name: np.full((seeds, tasks), math.nan) for name in NAMES}
     with tqdm(total=seeds * tasks, desc=f"tasks of {path}", leave=False, disable=None) as progress:
         for seed, subject in enumerate(subjects):
-            for task, measured in enumerate(run_tasks(subject, obs, tasks, inject_at, updates, seed)):
+            course = run_tasks(subject, obs, tasks, inject_at, settings.updates, seed)
+            for task, measured in enumerate(course):
                 for name, measure in itertools.product(measured, MEASURED):
                     curves[measure][name][seed, task] = measured[name][measure]
                 progress.update()
-    result = fitting.measured_on(subjects[0], observations, updates, seeds)
+    result = fitting.measured_on(subjects[0], settings)
     result |= {"probe_tasks": tasks, "probe_inject_at": inject_at}
     for measure, by_name in curves.items():
         result[measure] = {name: plain(values.tolist()) for name, values in by_name.items()}
@@ -239,29 +231,16 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def probe_sequence(
-    paths: Iterable[str],
-    env_id: str | None,
-    tasks: int,
-    inject_at: int | None,
-    observations: int,
-    updates: int,
-    seeds: int,
-    rate: float | None,
-    out: Path,
+    paths: Iterable[str], env_id: str, tasks: int, inject_at: int | None, settings: ProbeSettings, out: Path
 ) -> list[dict[str, Any]]:
-    """Prints, draws, writes and returns `run_sequence` of every checkpoint.
-
-    Raises:
-        UsageError: a setting cannot work, or no checkpoint can be probed.
-        OSError: something cannot be written.
-    """
+    """Prints, draws, writes and returns `run_sequence` of every checkpoint."""
     at = max(2, tasks * 2 // 3) if inject_at is None else inject_at
     if not 1 < at <= tasks:
         fix = "change --probe-inject-at or --probe-tasks"
         raise UsageError(f"probe_inject_at is {at}, but must be 2 to {tasks}: {fix}")
 
     def measure(path: Path) -> dict[str, Any]:
-        return run_sequence(path, env_id or "", tasks, at, observations, updates, seeds, rate)
+        return run_sequence(path, env_id, tasks, at, settings)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []

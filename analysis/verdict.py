@@ -2,19 +2,28 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import scipy.stats
 
-from analysis.arms import EVALUATION, OF_INTERVENTION, Arm, evaluation
+from analysis.arms import EVALUATION, OF_INTERVENTION, Arm
 from analysis.curves import TRAINING_RETURN, RecordedRun
 from analysis.intervals import CONFIDENCE, MIN_SEEDS
 from dqn_injection_atari import INTERVENTIONS
 
 LEAST_SHARE = 0.5  # of the steps that the median run has after the intervention: fewer would cut off too much
+
+
+def conclusion(low: float, high: float) -> Literal["raised", "no evidence", "lowered"]:
+    """What the 95% interval of a difference in return says."""
+    if low > 0:
+        return "raised"
+    if high < 0:
+        return "lowered"
+    return "no evidence"
 
 
 @dataclass(frozen=True)
@@ -29,34 +38,36 @@ class Judgement:
     p: float = math.nan
 
 
+@dataclass(frozen=True)
+class Window:
+    """The steps of a comparison, after < step ≤ upto."""
+
+    after: int
+    upto: int
+    ended_by: str | None = None  # the run whose last step is `upto`, where others have got further
+    beyond: float = 1.0  # steps that the median run has after the intervention, as a multiple of the window
+
+
 @dataclass
 class Side:
-    """The runs of an arm that count in a comparison."""
+    """The runs of an arm that count in a comparison, and what they have in its window."""
 
     arm: Arm
-    means: dict[int, float] = field(default_factory=dict)  # seed: mean return of its run in the window
+    means: dict[int, float] = field(default_factory=dict)  # seed: mean return of its run
     points: int = 0  # returns in those means
-    unreported: int = (
-        0  # training games in the window without a return: cut by new ones, or going on at its end
-    )
-    missing: dict[int, float] = field(
-        default_factory=dict
-    )  # seed: share of its games, or steps, in no return
+    unreported: int = 0  # training games without a return: cut by new ones, or going on at the end
+    missing: dict[int, float] = field(default_factory=dict)  # seed: share of games, or steps, in no return
     reach: float = 0.0  # by how much the mean over runs may be off for want of those
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms that differ in the intervention alone, over after < step ≤ upto; pairs are (without, with)."""
+    """Two arms that differ in the intervention alone; pairs are (without, with)."""
 
     sides: tuple[Side, Side]
-    intervention: str
-    firsts: dict[int, int]  # seed: step of its run's first injection
-    after: int
-    upto: int
-    ended_by: str | None  # the run whose last step is `upto`, where others have got further
-    beyond: float  # steps that the median run has after the intervention, as a multiple of the window
-    shared: int  # seeds whose runs were one up to the injection
+    firsts: dict[int, int]  # seed: step of its run's first intervention
+    window: Window
+    shared: int  # seeds whose runs were one up to the intervention
     paired: bool
     one_agent: bool  # all runs continue one agent, each with a seed of its own
     judgement: Judgement
@@ -69,6 +80,10 @@ class Comparison:
         return self.arms[0].game
 
     @property
+    def intervention(self) -> str:
+        return self.arms[1].intervention
+
+    @property
     def arms(self) -> tuple[Arm, Arm]:
         return self.sides[0].arm, self.sides[1].arm
 
@@ -77,14 +92,21 @@ class Comparison:
         return self.sides[0].means, self.sides[1].means
 
     @property
-    def counts(self) -> tuple[int, int]:
-        return self.sides[0].points, self.sides[1].points
-
-    @property
     def differences(self) -> dict[int, float]:
         """{seed: with − without} of the seeds that both arms have."""
-        without, injected = self.means
-        return {seed: injected[seed] - mean for seed, mean in without.items() if seed in injected}
+        without, intervened = self.means
+        return {seed: intervened[seed] - mean for seed, mean in without.items() if seed in intervened}
+
+    @property
+    def hinges_on_missing_games(self) -> bool:
+        """Whether games without a return could carry the verdict: were one arm's mean off by its reach."""
+        low = self.judgement.low
+        high = self.judgement.high
+        if math.isnan(low):
+            low = high = self.judgement.difference
+        reach = max(side.reach for side in self.sides)
+        shifted = {conclusion(low + shift, high + shift) for shift in (-reach, reach)}
+        return shifted != {conclusion(low, high)}
 
 
 def show(value: float, low: float = math.nan, high: float = math.nan) -> str:
@@ -106,46 +128,39 @@ def noun(intervention: str) -> str:
 
 
 def judge(
-    without: np.ndarray,
-    injected: np.ndarray,
-    paired: bool,
-    intervention: str = "injection",
-    nothing_else: bool = True,
+    without: np.ndarray, intervened: np.ndarray, paired: bool, intervention: str, same_capacity: bool
 ) -> Judgement:
     """The verdict, for an injection on plasticity, from one mean return per run.
 
     Args:
-        without, injected: (n,) and (m,); if paired, n = m and the values at one index are of one seed
+        without, intervened: (n,) and (m,); if paired, n = m and the values at one index are of one seed
         intervention: what sets them apart, as in Args
-        nothing_else: whether as many parameters learn as before; where more do, a gain may come from those
+        same_capacity: whether as many parameters learn as before; where more do, a gain may come from those
     """
-    counts = (len(without), len(injected))
-    difference = float(injected.mean() - without.mean()) if min(counts) > 0 else math.nan
+    counts = (len(without), len(intervened))
+    difference = float(intervened.mean() - without.mean()) if min(counts) > 0 else math.nan
     if min(counts) < MIN_SEEDS:
         few = f"{counts[0]} without and {counts[1]} with {noun(intervention)}, it takes {MIN_SEEDS} of each"
         return Judgement(difference, "too few seeds", f"too few seeds to say: {few}")
-    spread = np.ptp(injected - without) if paired else np.ptp(without) + np.ptp(injected)
-    if spread <= 1e-9 * max(abs(without).max(), abs(injected).max()):
+    spread = np.ptp(intervened - without) if paired else np.ptp(without) + np.ptp(intervened)
+    if spread <= 1e-9 * max(abs(without).max(), abs(intervened).max()):
         same = f"the return changed by {show(difference)} with every seed, no spread to judge that by"
         return Judgement(difference, "no interval", f"no interval: {same}")
     if paired:
-        result = scipy.stats.ttest_rel(injected, without)
+        result = scipy.stats.ttest_rel(intervened, without)
     else:
-        result = scipy.stats.ttest_ind(injected, without, equal_var=False)
+        result = scipy.stats.ttest_ind(intervened, without, equal_var=False)
     low, high = map(float, result.confidence_interval(CONFIDENCE))
     deed = INTERVENTIONS[intervention].deed
-    on_plasticity = intervention == "injection" and nothing_else
-    verdict: Literal["raised", "lowered", "no evidence"]
-    if low > 0:
-        verdict = "raised"
+    on_plasticity = intervention == "injection" and same_capacity
+    verdict = conclusion(low, high)
+    if verdict == "raised":
         sentence = f"{deed} raised the return by {show(difference, low, high)}"
         if on_plasticity:
             sentence += ": evidence of lost plasticity"
-    elif high < 0:
-        verdict = "lowered"
+    elif verdict == "lowered":
         sentence = f"{deed} lowered the return by {show(-difference, -high, -low)}"
     else:
-        verdict = "no evidence"
         changed = f"changed by {show(difference, low, high)}"
         sentence = f"no evidence that {deed} changed the return: it {changed}"
         if on_plasticity:
@@ -210,16 +225,6 @@ def share_history(run: RecordedRun, other: RecordedRun, upto: int) -> bool:
     if any(seed is None for _, seed in ours + theirs):  # a path did not tell the seed of what was forked
         one_course = run.args.seed == other.args.seed
     return one_course and (step >= 0 or games.size > 0)
-
-
-@dataclass(frozen=True)
-class Window:
-    """The steps of a comparison, after < step ≤ upto."""
-
-    after: int
-    upto: int
-    ended_by: str | None = None  # see `Comparison`
-    beyond: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -319,12 +324,10 @@ def count_agents_once(candidates: Candidates, before: int) -> bool:
 
 
 def pair_up(candidates: Candidates, firsts: dict[int, int]) -> set[int]:
-    """Seeds whose runs were one up to their first injection; if they are enough, others are left out."""
-    without, injected = candidates.sides
-    shared = set()
-    for seed in without.keys() & injected.keys():
-        if share_history(without[seed], injected[seed], firsts[seed]):
-            shared.add(seed)
+    """Seeds whose runs were one up to their first intervention; if they are enough, others are left out."""
+    without, intervened = candidates.sides
+    both = without.keys() & intervened.keys()
+    shared = {seed for seed in both if share_history(without[seed], intervened[seed], firsts[seed])}
     if len(shared) >= MIN_SEEDS:
         for run in candidates.runs:
             if run.args.seed not in shared:
@@ -358,20 +361,22 @@ def measure(arm: Arm, runs: dict[int, RecordedRun], metric: str, window: Window)
     return side
 
 
-def compare_arms(without: Arm, injected: Arm, metric: str, window: int | None) -> Comparison:
+def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None) -> Comparison:
     """The verdict on two arms that differ in nothing but the intervention."""
-    intervention = injected.runs[0].args.intervention
+    intervention = intervened.intervention
     baselines = {run.args.seed: run for run in without.runs}
-    candidates = Candidates((baselines, {run.args.seed: run for run in injected.runs}))
+    candidates = Candidates((baselines, {run.args.seed: run for run in intervened.runs}))
     firsts = {}
-    for run in injected.runs:
-        steps = injected.injections(run)
+    for run in intervened.runs:
+        steps = intervened.intervention_steps(run)
         if steps:
             firsts[run.args.seed] = steps[0]
         else:
             yet = "not been injected yet" if intervention == "injection" else "had no intervention yet"
             candidates.leave_out(run, f"has {yet}: the verdict is on runs that had")
-    begin = f"the {noun(intervention)}" if injected.injection else f"the latest first {noun(intervention)}"
+    begin = f"the {noun(intervention)}"
+    if not intervened.planned_steps:
+        begin = f"the latest first {noun(intervention)}"
     if window is None:
         span = common_window(candidates, firsts, begin)
     else:
@@ -384,33 +389,25 @@ def compare_arms(without: Arm, injected: Arm, metric: str, window: int | None) -
     paired = len(shared) >= MIN_SEEDS
     sides = (
         measure(without, candidates.sides[0], metric, span),
-        measure(injected, candidates.sides[1], metric, span),
+        measure(intervened, candidates.sides[1], metric, span),
     )
     means = [np.array([*side.means.values()]) for side in sides]
-    judgement = judge(means[0], means[1], paired, intervention, nothing_else=not changes_capacity(injected))
+    args = intervened.runs[0].args
+    same_capacity = args.freeze_heads and args.injected_head_width in (None, args.head_width)
+    judgement = judge(means[0], means[1], paired, intervention, same_capacity)
     if one_agent:
         sentence = f"{judgement.sentence}; over continuations of one agent, not over agents"
         judgement = replace(judgement, sentence=sentence)
     return Comparison(
         sides=sides,
-        intervention=intervention,
         firsts=firsts,
-        after=span.after,
-        upto=span.upto,
-        ended_by=span.ended_by,
-        beyond=span.beyond,
+        window=span,
         shared=len(shared),
         paired=paired,
         one_agent=one_agent,
         judgement=judgement,
         left_out=candidates.left_out,
     )
-
-
-def changes_capacity(injected: Arm) -> bool:
-    """Whether more parameters, or fewer, learn after the injection than before it."""
-    args = injected.runs[0].args
-    return not args.freeze_heads or args.injected_head_width not in (None, args.head_width)
 
 
 def number_in(setting: dict[str, Any], name: str) -> Any:
@@ -433,14 +430,13 @@ def varied(pairs: list[Comparison]) -> str | None:
     return name if all(type(value) in (int, float) for value in values) else None
 
 
-def evaluated_differently(arms: Iterable[Arm], metric: str) -> str:
-    """`eval_epsilon 0.01 and 0.1`, where the runs of these arms were evaluated differently; else nothing."""
-    runs = [run for arm in arms for run in arm.runs]
+def evaluated_differently(without: Arm, intervened: Arm) -> str:
+    """`eval_epsilon 0.01 and 0.1`, where two arms' metric was evaluated differently; else nothing."""
     differing = []
-    for name in evaluation(runs[0].args, metric):
-        values = dict.fromkeys(str(getattr(run.args, name)) for run in runs)
-        if len(values) > 1:
-            differing.append(f"{name} {' and '.join(values)}")
+    for name in EVALUATION:
+        values = (without.setting.get(name), intervened.setting.get(name))
+        if values[0] != values[1]:
+            differing.append(f"{name} {values[0]} and {values[1]}")
     return ", ".join(differing)
 
 
@@ -451,20 +447,20 @@ def counterparts(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
     def in_common(arm: Arm) -> dict[str, Any]:
         return {name: arm.setting[name] for name in arm.setting if name not in not_in_common}
 
-    baselines = [arm for arm in arms if arm.setting["intervention"] == "none"]
     pairs = []
-    for injected in arms:
-        if injected.setting["intervention"] != "none":
-            pairs += [(arm, injected) for arm in baselines if in_common(arm) == in_common(injected)]
+    for intervened, without in itertools.product(arms, arms):
+        alike = in_common(without) == in_common(intervened)
+        if intervened.intervention != "none" and without.intervention == "none" and alike:
+            pairs.append((without, intervened))
     return pairs
 
 
 def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Comparison]:
     """One for every arm with an intervention that has a counterpart without, evaluated in the same way."""
     pairs = []
-    for without, injected in counterparts(arms):
-        if not evaluated_differently((without, injected), metric):
-            pairs.append(compare_arms(without, injected, metric, window))
+    for without, intervened in counterparts(arms):
+        if not evaluated_differently(without, intervened):
+            pairs.append(compare_arms(without, intervened, metric, window))
     judged = [i for i, pair in enumerate(pairs) if not math.isnan(pair.judgement.p)]
     corrected = holm([pairs[i].judgement.p for i in judged])
     for i, p in zip(judged, corrected, strict=True):
@@ -472,13 +468,13 @@ def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Compar
     return pairs
 
 
-def not_compared(arms: list[Arm], pairs: list[Comparison], metric: str) -> dict[str, str]:
+def not_compared(arms: list[Arm], pairs: list[Comparison]) -> dict[str, str]:
     """{arms: reason} of those of which one is in no comparison, since they were evaluated differently."""
     compared = [arm for pair in pairs for arm in pair.arms]
     reasons = {}
-    for without, injected in counterparts(arms):
-        difference = evaluated_differently((without, injected), metric)
-        if difference and (without not in compared or injected not in compared):
-            names = f"{injected.game}: {injected.name} against {without.name}"
+    for without, intervened in counterparts(arms):
+        difference = evaluated_differently(without, intervened)
+        if difference and (without not in compared or intervened not in compared):
+            names = f"{intervened.game}: {intervened.name} against {without.name}"
             reasons[names] = f"{names}, evaluated differently: {difference}"
     return reasons

@@ -35,11 +35,10 @@ def draw(target: str, arms: list[Arm], at: int) -> None:
     edges = np.linspace(0, max(run.last_step for arm in arms for run in arm.runs), STRETCHES + 1)
     middles = (edges[:-1] + edges[1:]) / 2
     for arm in arms:
-        intervention = arm.setting["intervention"]
-        label, style = LOOKS[intervention]
+        label, style = LOOKS[arm.intervention]
         curves = [curve(run.scalars[TRAINING_RETURN], edges) for run in arm.runs]
         mean, low, high = interval(np.array(curves))
-        if intervention != "none":
+        if arm.intervention != "none":
             mean[edges[1:] < at] = np.nan  # it begins in the last stretch of what the arms share
         drawn = ~np.isnan(mean)
         plot_broken(ax, middles, mean, **style.line, lw=2.5)
@@ -70,8 +69,8 @@ def main() -> None:
         check_name(target)
         arms, _ = read_arms(files, TRAINING_RETURN)
         games = {arm.game for arm in arms}
-        steps = {step for arm in arms for step in arm.injection}
-        interventions = sorted(arm.setting["intervention"] for arm in arms)
+        steps = {step for arm in arms for step in arm.planned_steps}
+        interventions = sorted(arm.intervention for arm in arms)
         if len(games) != 1 or len(steps) != 1 or interventions != sorted(LOOKS):
             raise UsageError(f"give one arm each of {', '.join(LOOKS)}, of one game and at one step")
         draw(target, arms, steps.pop())

@@ -85,7 +85,9 @@ def agents_in(files: list[str]) -> Agents:
                 twice = f"two agents have the exp_name {key[0]} and seed {seed}"
                 raise UsageError(f"{twice}: draw them one by one")
             gain = pair.differences[seed]
-            agents[key] = Agent(run.args.learning_rate, pair.after, gain, measures_at(run, pair.after))
+            agents[key] = Agent(
+                run.args.learning_rate, pair.window.after, gain, measures_at(run, pair.window.after)
+            )
     return agents
 
 

@@ -9,7 +9,7 @@ from conftest import variant
 from torch.utils.tensorboard import summary
 
 from analysis.arms import RecordedRun
-from analysis.curves import Ancestor, Identity
+from analysis.curves import lineage_in
 from dqn_injection_atari import Args
 from support.run_log import Curves
 
@@ -21,26 +21,32 @@ TETRIS = variant("TetrisNoFrameskip-v5", PHOENIX, game="tetris")  # of which no 
 
 
 def make_run(name, points, last=None, identity=None, **args):
-    """A run with `points` {tag: [(step, value), ...]}, whose log reaches step `last`, or its end."""
+    """A run with `points` {tag: [(step, value), ...]}, whose log reaches step `last`, or its end.
+
+    `identity` is what its run.json says of where it comes from; without one its folder is known.
+    """
     args = Args(**{"total_timesteps": TOTAL, "injection_step": (INJECTION,), **args})
     points = points | {"charts/SPS": [(args.total_timesteps if last is None else last, 100.0)]}
     scalars = {tag: np.array(pairs, float).T for tag, pairs in points.items() if pairs}
-    return RecordedRun(f"runs/{name}", args, scalars, identity)
+    return RecordedRun(f"runs/{name}", args, scalars, lineage_in(identity or {"folder": name}, args))
 
 
 def known(name, *history):
     """The identity of a run in a folder, that was others before: (name, step, seed), the newest first."""
-    ancestors = [Ancestor(f"id of {origin}", origin, step, seed) for origin, step, seed in history]
-    return Identity(f"id of {name}", name, tuple(ancestors))
+    ancestors = []
+    for origin, step, seed in history:
+        ancestors.append({"run": f"id of {origin}", "folder": origin, "step": step, "seed": seed})
+    return {"run": f"id of {name}", "folder": name, "history": ancestors}
 
 
 def write(run):
     """Writes a run's folder as training does, and returns it."""
     folder = Path(run.folder)
     folder.mkdir(parents=True)
-    written = {"run": folder.name, "args": asdict(run.args)}
-    if run.identity is not None:
-        written |= {"run": run.identity.run, "history": [asdict(before) for before in run.identity.history]}
+    itself, *history = run.lineage
+    written = {"run": itself.run or folder.name, "args": asdict(run.args)}
+    if itself.run is not None:
+        written["history"] = [asdict(before) for before in history]
     (folder / "run.json").write_text(json.dumps(written), encoding="utf-8")
     curves = Curves(folder, 0)
     points = [(int(step), tag, value) for tag, pairs in run.scalars.items() for step, value in pairs.T]

@@ -18,7 +18,7 @@ from simulated_runs import (
 
 from analysis.arms import group
 from analysis.games import HUMAN_SCORES, aggregate_scores, aggregates, human_normalised, normalised_mean
-from analysis.verdict import comparisons
+from analysis.verdict import Window, comparisons
 
 
 def compared(*runs):
@@ -49,7 +49,7 @@ def test_the_mean_of_a_side_is_normalised_where_it_has_one():
     (phoenix,) = compared(*make_games(PHOENIX))
     for side in (0, 1):
         score = (np.mean(list(phoenix.means[side].values())) - 761.4) / (7242.6 - 761.4)
-        assert normalised_mean(phoenix, side) == pytest.approx(score)
+        assert normalised_mean(phoenix.sides[side]) == pytest.approx(score)
     (early,) = compared(
         *(
             make_run(str(i), {RETURN: [(1, 1.0)]}, last=1, intervention="injection" if i else "none")
@@ -57,7 +57,7 @@ def test_the_mean_of_a_side_is_normalised_where_it_has_one():
         )
     )
     (tetris,) = compared(*make_games(TETRIS))
-    assert normalised_mean(early, 0) is None and normalised_mean(tetris, 1) is None
+    assert normalised_mean(early.sides[0]) is None and normalised_mean(tetris.sides[1]) is None
 
 
 def plain_iqm(values):
@@ -66,7 +66,8 @@ def plain_iqm(values):
     return sum(kept) / len(kept)
 
 
-def test_aggregates_are_those_of_a_plain_loop_over_resamples_and_games():
+def test_aggregates_are_those_of_a_plain_loop_over_resamples_and_games(monkeypatch):
+    monkeypatch.setattr("analysis.games.RESAMPLES", 300)
     source, rng = np.random.default_rng(1), np.random.default_rng(0)
     without, injected = ([source.normal(size=n) for n in sizes] for sizes in ((3, 5, 1, 4), (3, 5, 2, 4)))
     joint = [True, False, False, True]
@@ -84,7 +85,7 @@ def test_aggregates_are_those_of_a_plain_loop_over_resamples_and_games():
         samples.append((a, b, b - a))
     a, b = (plain_iqm(np.concatenate(side)) for side in (without, injected))
     expected = np.column_stack(((a, b, b - a), np.percentile(samples, (2.5, 97.5), axis=0).T))
-    np.testing.assert_allclose(aggregate_scores(without, injected, joint, 300), expected)
+    np.testing.assert_allclose(aggregate_scores(without, injected, joint), expected)
 
 
 def test_aggregates_of_runs_that_do_not_spread_within_their_games_have_no_width():
@@ -121,7 +122,9 @@ def test_comparisons_of_several_games_are_aggregated_with_the_runs_of_a_seed_dra
     ]
     np.testing.assert_array_equal(total.scores, aggregate_scores(*sides, [True, True]))
     assert total.games == [PHOENIX, ALIEN] and total.runs == (7, 7) and not total.left_out
-    assert total.names == ("no injection", "injection at 1k") and total.windows == 2 * [(INJECTION, TOTAL)]
+    assert total.names == ("no injection", "injection at 1k") and total.windows == 2 * [
+        Window(INJECTION, TOTAL)
+    ]
 
 
 @pytest.mark.parametrize(("seeds", "others"), [((1,), (1,)), ((1, 2), (1, 2, 3)), ((1, 2, 3), (1, 2))])

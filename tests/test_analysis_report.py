@@ -324,7 +324,7 @@ def test_the_table_has_two_rows_a_comparison_with_means_difference_verdict_and_h
     assert head[0] == "game" and head[-1] == "human-normalised" and len(rows) == 4
     for i, pair in enumerate(pairs):
         for side in (0, 1):
-            means, score = np.array(list(pair.means[side].values())), normalised_mean(pair, side)
+            means, score = np.array(list(pair.means[side].values())), normalised_mean(pair.sides[side])
             normalised = "–" if score is None else show(score)
             judged = pair.judgement
             verdict = [show(judged.difference, judged.low, judged.high), "raised"] if side else ["", ""]

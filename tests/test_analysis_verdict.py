@@ -18,9 +18,10 @@ from simulated_runs import (
     make_run,
 )
 
+from analysis import verdict as verdicts
 from analysis.arms import Arm, RecordedRun, group
-from analysis.curves import Identity
-from analysis.verdict import compare_arms, comparisons, holm, judge, not_compared, share_history, show, varied
+from analysis.curves import lineage_in
+from analysis.verdict import compare_arms, comparisons, holm, not_compared, share_history, show, varied
 from dqn_injection_atari import Args
 
 EVALUATED = "eval/episodic_return"
@@ -37,6 +38,10 @@ def verdict(*runs, **settings):
 
 
 # what the numbers say
+
+
+def judge(without, intervened, paired, intervention="injection"):
+    return verdicts.judge(without, intervened, paired, intervention, same_capacity=True)
 
 
 def synthetic(rng, n, paired, effect):
@@ -56,8 +61,10 @@ def synthetic(rng, n, paired, effect):
         for seed in range(n):
             after = levels[seed] + changes[seed] + 50 * rng.normal(size=10)
             points = np.array([steps, np.concatenate((histories[seed], after))])
-            runs.append(RecordedRun(f"{seed}", ARGS[seed], {RETURN: points}))
-        arms.append(Arm("", {"injection": (INJECTION,) if injected else ()}, runs))
+            lineage = lineage_in({"folder": f"{seed}"}, ARGS[seed])
+            runs.append(RecordedRun(f"{seed}", ARGS[seed], {RETURN: points}, lineage))
+        intervention = {"intervention": "injection", "injection": (INJECTION,)}
+        arms.append(Arm("", intervention if injected else {"intervention": "none", "injection": ()}, runs))
     return arms
 
 
@@ -376,13 +383,13 @@ def evaluated(name, injected, **args):
 def test_arms_that_were_evaluated_differently_get_no_verdict_on_evaluations_and_it_is_said_why(how, words):
     runs = [*evaluated("b", False), *evaluated("i", True, **how)]
     arms, _ = group(runs, EVALUATED)
-    assert comparisons(arms, EVALUATED, None) == [] == comparisons(group(runs)[0], EVALUATED, None)
-    (reason,) = not_compared(arms, [], EVALUATED).values()
+    assert comparisons(arms, EVALUATED, None) == []
+    (reason,) = not_compared(arms, []).values()
     assert reason.startswith(f"{PHOENIX}: injection at 1k, ") and reason.endswith(
         f", evaluated differently: {words}"
     )
     assert len({arm.name for arm in arms}) == 2 and all("eval " in arm.name for arm in arms)
-    assert len(compared(*runs)) == 1 and not not_compared(*[group(runs)[0], compared(*runs)], RETURN), (
+    assert len(compared(*runs)) == 1 and not not_compared(group(runs)[0], compared(*runs)), (
         "of training games"
     )
 
@@ -392,11 +399,11 @@ def test_seeds_of_an_arm_that_were_evaluated_differently_are_not_averaged():
     found = verdict(*runs, metric=EVALUATED)
     assert set(found.means[1]) == {1, 2} and found.judgement.verdict == "too few seeds"
     arms = group(runs, EVALUATED)[0]
-    (reason,) = not_compared(arms, [found], EVALUATED).values()
+    (reason,) = not_compared(arms, [found]).values()
     assert "injection at 1k, eval epsilon 0.1 against no injection" in reason
     everyone = [*runs, *evaluated("c", False, eval_epsilon=0.1)]
     found = compared(*everyone, metric=EVALUATED)
-    assert len(found) == 2 and not not_compared(group(everyone, EVALUATED)[0], found, EVALUATED)
+    assert len(found) == 2 and not not_compared(group(everyone, EVALUATED)[0], found)
 
 
 # which runs are pairs
@@ -491,8 +498,8 @@ def test_ids_say_more_than_games_and_games_more_than_names():
     whole = [(500, 1.0), (1_500, 2.0)]
     ours = make_run("a", {RETURN: whole}, identity=WHOLE)
     assert share_history(ours, make_run("b", {RETURN: whole[1:]}, identity=FORKED), INJECTION)
-    named = Identity(None, "b", FORKED.history)
-    named = replace(named, history=(replace(FORKED.history[0], run=None),))
+    (origin,) = FORKED["history"]
+    named = {"folder": "b", "history": [origin | {"run": None}]}
     assert not share_history(ours, make_run("b", {RETURN: whole[1:]}, identity=named), INJECTION)
     assert share_history(ours, make_run("b", {RETURN: whole[:1]}, identity=named), INJECTION)
 
@@ -520,13 +527,12 @@ def test_of_whole_runs_of_one_seed_the_games_decide():
         (("renamed", "another"), (1, 1), True),
     ],
 )
-@pytest.mark.parametrize("identity", [None, Identity(None, None, ())], ids=["folder", "file"])
+@pytest.mark.parametrize("identity", [None, {"folder": None}], ids=["folder", "file"])
 def test_of_earlier_versions_runs_the_path_of_a_fork_and_equal_games_decide(origins, seeds, one, identity):
     runs = []
     for origin, seed in zip(origins, seeds, strict=True):
         fork = origin and f"runs/{origin}/checkpoint-{INJECTION}"
-        run = make_run(f"x{seed}", {RETURN: [(500, 1.0)]}, seed=seed, fork=fork)
-        runs.append(replace(run, identity=identity and replace(identity, history=run.known_as.history)))
+        runs.append(make_run(f"x{seed}", {RETURN: [(500, 1.0)]}, identity=identity, seed=seed, fork=fork))
     assert share_history(*runs, INJECTION) == share_history(*runs[::-1], INJECTION) == one
 
 
@@ -565,18 +571,20 @@ def test_the_window_begins_after_the_injection_and_ends_with_its_last_step(windo
         ),
         window=window,
     )
-    assert (found.after, found.upto, found.ended_by) == (INJECTION, end, None)
-    assert found.means[0] == found.means[1] == {1: 15.0, 2: 15.0, 3: 15.0} and found.counts == (6, 6)
+    assert (found.window.after, found.window.upto, found.window.ended_by) == (INJECTION, end, None)
+    assert found.means[0] == found.means[1] == {1: 15.0, 2: 15.0, 3: 15.0} and [
+        side.points for side in found.sides
+    ] == [6, 6]
 
 
 def test_the_window_of_several_injections_begins_at_the_first():
-    assert verdict(*make_arms(injection_step=(INJECTION, 2_000))).after == INJECTION
+    assert verdict(*make_arms(injection_step=(INJECTION, 2_000))).window.after == INJECTION
 
 
 def test_the_window_begins_at_the_end_of_the_vector_step_in_which_the_injection_lies():
     runs = make_arms(injection_step=(INJECTION - 3,), num_envs=8)
     found = verdict(*runs)
-    assert found.after == 1_000 and found.firsts == {1: 1_000, 2: 1_000, 3: 1_000}
+    assert found.window.after == 1_000 and found.firsts == {1: 1_000, 2: 1_000, 3: 1_000}
     assert found.paired, "the game at step 1,000 is one that both runs played before"
 
 
@@ -584,20 +592,25 @@ def test_an_unfinished_run_ends_the_window_of_all_and_is_named():
     going = make_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
     whole = make_run("whole", {RETURN: games(4, 0)}, seed=4, intervention="none")
     found = verdict(*make_arms(), going, whole)
-    assert (found.upto, found.ended_by) == (2_050, going.folder) and set(found.means[1]) == {1, 2, 3, 4}
+    assert (found.window.upto, found.window.ended_by) == (2_050, going.folder) and set(found.means[1]) == {
+        1,
+        2,
+        3,
+        4,
+    }
 
 
 def test_a_run_that_stopped_just_after_the_injection_is_left_out_and_named():
     stopped = make_run("stopped", {RETURN: games(4, 1, upto=1_100)}, last=1_110, seed=4)
     whole = make_run("whole", {RETURN: games(4, 0)}, seed=4, intervention="none")
     found = verdict(*make_arms(), stopped, whole)
-    assert (found.upto, found.ended_by) == (TOTAL, None) and set(found.means[1]) == {1, 2, 3}
+    assert (found.window.upto, found.window.ended_by) == (TOTAL, None) and set(found.means[1]) == {1, 2, 3}
     where = "is at step 1,110, 110 steps beyond the injection at 1,000"
     median = "where the median run of an arm has 2,000 or more"
     fix = "let it go on, or give a --window of 110 or less"
     assert found.left_out[stopped.folder] == f"{stopped.folder} {where}, {median}: {fix}"
     found = verdict(*make_arms(), stopped, whole, window=110)
-    assert set(found.means[1]) == {1, 2, 3, 4} and found.upto == 1_110, "the fix that is named"
+    assert set(found.means[1]) == {1, 2, 3, 4} and found.window.upto == 1_110, "the fix that is named"
 
 
 def test_a_run_that_was_planned_too_short_cannot_go_on():
@@ -640,20 +653,20 @@ def test_runs_that_are_under_way_count_unless_they_would_take_most_of_the_window
         runs.append(make_run(f"i{seed}", {RETURN: games(seed, 1, 50.0, upto=i)}, i, seed=seed))
     found = verdict(*runs)
     late = [folder for folder, reason in found.left_out.items() if "the median run" in reason]
-    assert found.upto == upto and late == [f"runs/{name}" for name in left_out]
+    assert found.window.upto == upto and late == [f"runs/{name}" for name in left_out]
 
 
 def test_where_a_run_is_left_out_whose_norm_came_last_the_window_begins_at_the_latest_of_the_others():
     late = make_norm_arms({4: [2_000]}, upto=2_010)[0]
     found = verdict(*make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}), late)
-    assert (found.after, found.upto) == (1_700, TOTAL) and list(found.left_out) == [late.folder]
+    assert (found.window.after, found.window.upto) == (1_700, TOTAL) and list(found.left_out) == [late.folder]
 
 
 def test_a_run_that_has_not_reached_the_end_of_a_stated_window_is_left_out_and_named():
     going = make_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
     found = verdict(*make_arms(), going, window=1_500)
     reason = f"{going.folder} is at step 2,050 and has not got to the window's end at 2,500"
-    assert found.left_out == {going.folder: reason} and found.upto == 2_500
+    assert found.left_out == {going.folder: reason} and found.window.upto == 2_500
     assert (
         "shares its history with no run" in verdict(*make_arms(), going, window=1_050).left_out[going.folder]
     )
@@ -663,7 +676,7 @@ def test_a_run_before_its_injection_neither_counts_nor_shortens_the_window():
     early = make_run("early", {RETURN: games(4, 1, upto=900)}, last=INJECTION, seed=4)
     found = verdict(*make_arms(), early)
     reason = f"{early.folder} is at step 1,000 and has not got beyond the injection at 1,000"
-    assert found.left_out == {early.folder: reason} and found.upto == TOTAL
+    assert found.left_out == {early.folder: reason} and found.window.upto == TOTAL
 
 
 def test_before_any_injection_there_are_too_few_seeds_and_every_run_is_named():
@@ -705,13 +718,13 @@ def test_a_run_without_a_game_in_the_window_is_left_out_and_named():
     found = verdict(*make_arms(), silent)
     assert (
         found.left_out == {silent.folder: f"{silent.folder} has logged no {RETURN} in the window"}
-        and found.upto == TOTAL
+        and found.window.upto == TOTAL
     )
 
 
 def test_where_the_norm_decides_the_window_begins_at_the_latest_first_injection_of_all_runs():
     found = verdict(*make_norm_arms({1: [1_200, 2_600], 2: [1_700], 3: [1_500, 2_900]}))
-    assert (found.after, found.upto, found.ended_by) == (
+    assert (found.window.after, found.window.upto, found.window.ended_by) == (
         1_700,
         TOTAL,
         None,
@@ -737,7 +750,7 @@ def test_a_run_that_the_norm_has_not_injected_yet_is_left_out_named_and_does_not
     assert found.left_out == {
         early.folder: f"{early.folder} has not been injected yet: the verdict is on runs that had"
     }
-    assert found.upto == TOTAL and set(found.means[1]) == {1, 2, 3}
+    assert found.window.upto == TOTAL and set(found.means[1]) == {1, 2, 3}
     assert verdict(*make_norm_arms({5: []})).judgement.verdict == "too few seeds"
     reset = make_run("reset", {RETURN: games(1, 1)}, intervention="reset-head", **NORM)
     baseline = make_run("baseline", {RETURN: games(1, 0)}, intervention="none", **NORM)

@@ -17,13 +17,14 @@ from analysis.arms import (
     BOOKKEEPING,
     EVALUATION,
     RecordedRun,
-    file_names,
     group,
     read_arms,
     read_run,
     setting,
     short,
 )
+from analysis.curves import lineage_in
+from compare import file_names
 from dqn_injection_atari import Args, Experiment
 from support.flags import RunFlags
 from support.run_log import Curves
@@ -34,9 +35,10 @@ AT = {"injection_step": (5_000_000,)}
 
 def arms_of(*args):
     """Arms of runs in memory, one for each of these arguments."""
-    return group(
-        [RecordedRun(str(i), Args(**one), {RETURN: np.array([[1.0], [0.0]])}) for i, one in enumerate(args)]
-    )[0]
+    runs = []
+    for i, one in enumerate(args):
+        runs.append(RecordedRun(str(i), Args(**one), {RETURN: np.array([[1.0], [0.0]])}, lineage=()))
+    return group(runs)[0]
 
 
 def names(*args):
@@ -152,15 +154,15 @@ def test_how_a_run_is_evaluated_makes_another_arm_where_evaluations_are_compared
 def test_everything_about_an_intervention_that_never_comes_is_no_difference(args):
     assert setting(Args(**args)) == setting(Args())
     (arm,) = arms_of(args, {"seed": 2})
-    assert (arm.name, len(arm.runs), arm.injection) == ("no injection", 2, ())
+    assert (arm.name, len(arm.runs), arm.planned_steps) == ("no injection", 2, ())
 
 
 def test_interventions_in_one_vector_step_come_to_the_same_and_stand_at_its_end():
     one, other = ({"injection_step": (step,), "num_envs": 8} for step in (1_001, 1_007))
     (arm,) = arms_of(one, other | {"seed": 2})
     assert (
-        arm.injection == (1_008,)
-        and arm.injections(arm.runs[0]) == (1_008,)
+        arm.planned_steps == (1_008,)
+        and arm.intervention_steps(arm.runs[0]) == (1_008,)
         and arm.name == "injection at 1.008k"
     )
 
@@ -168,7 +170,7 @@ def test_interventions_in_one_vector_step_come_to_the_same_and_stand_at_its_end(
 def test_what_the_norm_decided_stands_where_it_was_logged():
     run = make_run("a", {RETURN: [(1, 0.0)], "injection/step": [(1_200, 1_200.0), (2_600, 2_600.0)]}, **NORM)
     ((arm,), _) = group([run])
-    assert arm.injection == () and arm.injections(run) == (1_200, 2_600)
+    assert arm.planned_steps == () and arm.intervention_steps(run) == (1_200, 2_600)
 
 
 # what it is called
@@ -444,6 +446,7 @@ def test_six_runs_of_a_twentieth_of_full_length_are_read_in_a_twentieth_of_the_t
                 injection_step=(INJECTION,),
             ),
             scalars,
+            lineage_in({}, Args()),
         )
         for seed, i in arms
     ]

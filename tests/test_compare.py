@@ -15,6 +15,7 @@ from conftest import status_of
 from simulated_runs import ALIEN, PHOENIX, RETURN, games, make_arms, make_games, write, write_run
 
 import compare
+from analysis.fitting import ProbeSettings
 
 SCRIPT = Path(compare.__file__)
 
@@ -237,9 +238,9 @@ def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
     command("--probe", "a")
     command("--probe", "a", "--probe-learning-rate", 0.1, "--out", "d.png")
     assert given == [
-        (("a", "b"), 5, 6, 7, None, None),
-        (("a",), 512, 1_000, 3, None, None),
-        (("a",), 512, 1_000, 3, 0.1, Path("d.png")),
+        (("a", "b"), ProbeSettings(5, 6, 7, 1e-4), None),
+        (("a",), ProbeSettings(512, 1_000, 3, 1e-4), None),
+        (("a",), ProbeSettings(512, 1_000, 3, 0.1), Path("d.png")),
     ]
     given.clear()
     command(
@@ -256,8 +257,8 @@ def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
     )
     command("--probe", "fresh", "--env-id", PHOENIX, "--out", "d.png")
     assert given == [
-        (("a",), None, 4, 3, 5, 200, 3, 0.1, Path("tasks.png")),
-        (("fresh",), PHOENIX, 21, None, 512, 200, 3, None, Path("d.png")),
+        (("a",), "", 4, 3, ProbeSettings(5, 200, 3, 0.1), Path("tasks.png")),
+        (("fresh",), PHOENIX, 21, None, ProbeSettings(512, 200, 3, 5e-4), Path("d.png")),
     ]
 
 

@@ -269,7 +269,7 @@ def test_what_a_folder_says_of_a_run_is_in_its_file():
     assert (run.lineage[0].run, run.lineage[0].folder) == ("2e", "fork")
     write_curves([run], Path("x.csv"))
     (back,) = read_curves(Path("x.csv"), RETURN)
-    assert back.known_as == run.known_as and back.lineage == run.lineage
+    assert back.lineage == run.lineage
     for tag in (RETURN, "eval/episodic_return"):
         assert np.array_equal(back.scalars[tag], run.scalars[tag])
     (folder / "run.json").write_text(json.dumps(written | {"history": [{"run": "x"}]}), encoding="utf-8")

@@ -11,7 +11,7 @@ from saved_agents import SMALL, change, kill_encoder, kill_head, make_fresh
 
 from analysis import fitting
 from analysis import probe as probing
-from analysis.fitting import CONTENDERS, FRESH, num_actions, random_targets
+from analysis.fitting import CONTENDERS, FRESH, ProbeSettings, num_actions, random_targets
 from analysis.probe import probe, probe_checkpoint
 from dqn_injection_atari import Learner
 from support.checkpoints import load_checkpoint
@@ -19,9 +19,9 @@ from support.usage import UsageError
 
 AGENT, INJECTED, _ = CONTENDERS
 CPU = torch.device("cpu")
-QUICK = {"observations": 16, "updates": 5, "seeds": 2}
-ONCE = QUICK | {"seeds": 1}
-ENOUGH = ONCE | {"observations": 8, "updates": 60, "rate": 1e-3}
+QUICK = ProbeSettings(observations=16, updates=5, seeds=2, learning_rate=1e-4)
+ONCE = replace(QUICK, seeds=1)
+ENOUGH = ProbeSettings(observations=8, updates=60, seeds=1, learning_rate=1e-3)
 
 
 def ratios(result):
@@ -34,7 +34,7 @@ def ratios(result):
 @pytest.mark.slow
 def test_a_network_like_a_fresh_one_has_a_ratio_of_about_1(checkpoint):
     change(checkpoint, make_fresh)
-    result = probe_checkpoint(checkpoint, **ENOUGH)
+    result = probe_checkpoint(checkpoint, ENOUGH)
     assert np.mean(result["errors"][FRESH]["end"]) < 0.5 * np.mean(result["errors"][FRESH]["start"])
     assert 0.5 < ratios(result)[0] < 2
 
@@ -42,14 +42,14 @@ def test_a_network_like_a_fresh_one_has_a_ratio_of_about_1(checkpoint):
 @pytest.mark.slow
 def test_a_dead_head_has_lost_capacity_and_an_injection_restores_it(checkpoint):
     change(checkpoint, kill_head)
-    agent, injected = ratios(probe_checkpoint(checkpoint, **ENOUGH))
+    agent, injected = ratios(probe_checkpoint(checkpoint, ENOUGH))
     assert agent > 3.5 and injected < 2.5
 
 
 @pytest.mark.slow
 def test_no_injection_helps_where_the_encoder_is_dead(checkpoint):
     change(checkpoint, kill_encoder)
-    assert min(ratios(probe_checkpoint(checkpoint, **ENOUGH))) > 5
+    assert min(ratios(probe_checkpoint(checkpoint, ENOUGH))) > 5
 
 
 def test_a_level_of_the_values_does_not_count(checkpoint):
@@ -58,7 +58,7 @@ def test_a_level_of_the_values_does_not_count(checkpoint):
         q_network["head.theta.output.bias"] += 100
 
     change(checkpoint, lift)
-    errors = probe_checkpoint(checkpoint, **QUICK)["errors"]
+    errors = probe_checkpoint(checkpoint, QUICK)["errors"]
     assert errors[AGENT]["start"] == pytest.approx(errors[FRESH]["start"], rel=0.1)
 
 
@@ -84,7 +84,7 @@ def fits(monkeypatch):
 
 
 def test_contenders_share_observations_targets_and_batches_and_seeds_differ(checkpoint, fits):
-    probe_checkpoint(checkpoint, **QUICK)
+    probe_checkpoint(checkpoint, QUICK)
     (first, *others), (second, *_) = fits[:3], fits[3:]
     assert len(fits) == 6
     for other in others:
@@ -100,7 +100,7 @@ def test_contenders_share_observations_targets_and_batches_and_seeds_differ(chec
 
 
 def test_seeds_differ_in_fresh_weights_and_injection(checkpoint, fits):
-    probe_checkpoint(checkpoint, **QUICK)
+    probe_checkpoint(checkpoint, QUICK)
     agent, injected, fresh = ((fits[i][0], fits[i + 3][0]) for i in range(3))
     assert all(torch.equal(agent[0][name], agent[1][name]) for name in agent[0])
     assert not torch.equal(fresh[0]["head.theta.hidden.weight"], fresh[1]["head.theta.hidden.weight"])
@@ -110,12 +110,12 @@ def test_seeds_differ_in_fresh_weights_and_injection(checkpoint, fits):
 @pytest.mark.slow
 def test_an_injection_does_not_change_the_first_error(checkpoint, injected_checkpoint):
     for path in (checkpoint, injected_checkpoint):
-        errors = probe_checkpoint(path, **QUICK)["errors"]
+        errors = probe_checkpoint(path, QUICK)["errors"]
         assert errors[AGENT]["start"] == errors[INJECTED]["start"] != errors[INJECTED]["end"]
 
 
 def test_only_what_the_agent_would_train_moves(injected_checkpoint, fits):
-    probe_checkpoint(injected_checkpoint, **ONCE)
+    probe_checkpoint(injected_checkpoint, ONCE)
     learning = (
         "head.theta_prime_1.0.",
         "head.theta_prime_1.1.",
@@ -126,11 +126,10 @@ def test_only_what_the_agent_would_train_moves(injected_checkpoint, fits):
         assert moved == {name for name in before if name.startswith(("encoder.", head))}
 
 
-@pytest.mark.parametrize(("rate", "used"), [(None, 1e-4), (5e-5, 5e-5), (1e-3, 1e-3)])
+@pytest.mark.parametrize("rate", [1e-4, 5e-5, 1e-3])
 def test_the_learning_rate_is_the_probes_own_and_a_high_one_is_remarked_on(
-    checkpoint, capsys, monkeypatch, rate, used
+    checkpoint, capsys, monkeypatch, rate
 ):
-    assert SMALL.learning_rate == 1e-3, "the run's does not matter"
     rates = []
 
     def fit(learner, *_):
@@ -138,8 +137,8 @@ def test_the_learning_rate_is_the_probes_own_and_a_high_one_is_remarked_on(
         return 1.0, 0.5
 
     monkeypatch.setattr(fitting, "fit", fit)
-    (result,) = probe([str(checkpoint)], **ONCE, rate=rate)
-    assert result["learning_rate"] == used and rates == 3 * [used]
+    (result,) = probe([str(checkpoint)], replace(ONCE, learning_rate=rate))
+    assert result["learning_rate"] == rate and rates == 3 * [rate], "the run's does not matter"
     printed = capsys.readouterr().out
     if rate == 1e-3:
         assert printed.splitlines()[-1] == f"remark: {result['remark']}"
@@ -152,13 +151,13 @@ def test_the_learning_rate_is_the_probes_own_and_a_high_one_is_remarked_on(
 
 def test_runs_in_bfloat16_are_probed_in_float32(checkpoint, fits):
     change(checkpoint, bf16=True)
-    probe_checkpoint(checkpoint, **ONCE)
+    probe_checkpoint(checkpoint, ONCE)
     assert all(p.dtype == torch.float32 for _, learner, *_ in fits for p in learner.online.parameters())
 
 
 def test_runs_that_the_norm_injects_are_probed(checkpoint, fits):
     change(checkpoint, injection_trigger="norm", injection_norm_ratio=2.0, injection_step=())
-    assert probe_checkpoint(checkpoint, **ONCE)["injections"] == 0
+    assert probe_checkpoint(checkpoint, ONCE)["injections"] == 0
     assert [learner.q_network.num_injections for _, learner, *_ in fits] == [0, 1, 0]
 
 
@@ -168,14 +167,14 @@ def test_interventions_that_are_no_injections_are_not_counted_as_such(checkpoint
     )
     learner.intervene(180)
     change(checkpoint, learner=learner, intervention="reset-head")
-    assert probe_checkpoint(checkpoint, **ONCE)["injections"] == 0
+    assert probe_checkpoint(checkpoint, ONCE)["injections"] == 0
     assert [learner.q_network.num_injections for _, learner, *_ in fits] == [0, 1, 0]
 
 
 def test_a_bias_that_all_actions_share_does_not_make_them_one(checkpoint, fits):
     actions = num_actions(load_checkpoint(checkpoint))
     change(checkpoint, learner=Learner(replace(SMALL, shared_bias=True), actions, CPU), shared_bias=True)
-    probe_checkpoint(checkpoint, **ONCE)
+    probe_checkpoint(checkpoint, ONCE)
     assert [targets.shape for _, _, _, targets, *_ in fits] == 3 * [(16, actions)]
 
 
@@ -186,7 +185,7 @@ def test_a_bias_that_all_actions_share_does_not_make_them_one(checkpoint, fits):
 def test_twice_gives_the_same_numbers_and_leaves_the_checkpoint_as_it_is(checkpoint, capsys):
     content = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in checkpoint.iterdir()}
     torch.use_deterministic_algorithms(False)
-    once, again = (probe([str(checkpoint), f"{checkpoint}/"], **QUICK) for _ in range(2))
+    once, again = (probe([str(checkpoint), f"{checkpoint}/"], QUICK) for _ in range(2))
     assert once == again and len(once) == 1 and torch.are_deterministic_algorithms_enabled()
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in checkpoint.iterdir()} == content
     assert json.loads(json.dumps(once, allow_nan=False)) == once
@@ -199,24 +198,24 @@ def test_damaged_and_missing_checkpoints_are_named_and_left_out(checkpoint, tmp_
     with open(damaged / "replay.zst", "r+b") as file:
         file.write(b"?")
     given = (str(damaged), str(tmp_path / "missing"), str(checkpoint))
-    (result,) = probe(given, **QUICK)
+    (result,) = probe(given, QUICK)
     assert result["checkpoint"] == str(checkpoint)
     left_out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
     assert len(left_out) == 2 and "replay.zst is damaged" in left_out[0] and "missing" in left_out[1]
     with pytest.raises(UsageError, match=r"no checkpoint to probe.*replay\.zst is damaged"):
-        probe(given[:2], **QUICK)
+        probe(given[:2], QUICK)
 
 
 def test_too_few_observations_are_refused(checkpoint):
     with pytest.raises(
         UsageError, match="holds 180 observations and not 181: lower --probe-observations to 180"
     ):
-        probe_checkpoint(checkpoint, **QUICK | {"observations": 181})
+        probe_checkpoint(checkpoint, replace(QUICK, observations=181))
 
 
 def test_without_checkpoints_there_is_nothing_to_probe():
     with pytest.raises(UsageError, match="no checkpoint to probe; give checkpoints"):
-        probe((), **QUICK)
+        probe((), QUICK)
 
 
 def test_a_checkpoint_of_another_scripts_run_is_refused(checkpoint):
@@ -224,7 +223,7 @@ def test_a_checkpoint_of_another_scripts_run_is_refused(checkpoint):
     with pytest.raises(
         UsageError, match=r"checkpoint-180 cannot be read as a checkpoint \(TypeError: .*colour.*take another"
     ):
-        probe_checkpoint(checkpoint, **QUICK)
+        probe_checkpoint(checkpoint, QUICK)
 
 
 def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
@@ -232,7 +231,7 @@ def test_a_network_that_diverges_is_said_to_and_has_no_number(checkpoint):
         q_network["head.theta.output.weight"].fill_(1e30)
 
     change(checkpoint, spoil)
-    result = probe_checkpoint(checkpoint, **QUICK)
+    result = probe_checkpoint(checkpoint, QUICK)
     assert result["errors"][AGENT]["end"] == [None, None] and result["relative_to_fresh"][AGENT] is None
     assert "diverged" in probing.probe_table(result)
     json.dumps(result, allow_nan=False)

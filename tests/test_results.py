@@ -30,7 +30,10 @@ def test_documents_print_what_the_curves_give(files, seeds, verdicts):
     assert [pair.judgement.verdict for pair in pairs] == verdicts and not any(remarks.values())
     for pair in pairs:
         judged = pair.judgement
-        assert list(pair.means[0]) == list(pair.means[1]) == seeds and (pair.after, pair.upto) == (
+        assert list(pair.means[0]) == list(pair.means[1]) == seeds and (
+            pair.window.after,
+            pair.window.upto,
+        ) == (
             160_000,
             320_000,
         )

@@ -11,7 +11,13 @@ from conftest import TINY_GAMES
 from saved_agents import CPU, SMALL, change, kill_encoder, kill_head
 
 from analysis import fitting, task_sequence
-from analysis.fitting import make_contender, read_subject, relative_error, replayed_observations
+from analysis.fitting import (
+    ProbeSettings,
+    make_contender,
+    read_subject,
+    relative_error,
+    replayed_observations,
+)
 from analysis.task_sequence import (
     EACH_FRESH,
     INJECTED,
@@ -25,7 +31,9 @@ from analysis.task_sequence import (
 from dqn_injection_atari import Args, Learner
 from support.usage import UsageError
 
-HOW = {"env_id": "", "tasks": 3, "inject_at": 2, "observations": 16, "updates": 3, "seeds": 2, "rate": None}
+TWICE = ProbeSettings(observations=16, updates=3, seeds=2, learning_rate=5e-4)
+ONCE = replace(TWICE, seeds=1)
+HOW = {"env_id": "", "tasks": 3, "inject_at": 2, "settings": TWICE}
 
 
 @pytest.fixture
@@ -54,7 +62,7 @@ def fits(monkeypatch):
 
 
 def test_the_copies_branch_off_where_the_injection_is_and_all_get_the_same_tasks(checkpoint, fits):
-    result = run_sequence(checkpoint, **HOW | {"seeds": 1})
+    result = run_sequence(checkpoint, **HOW | {"settings": ONCE})
     first, second, third = fits[:2], fits[2:6], fits[6:]
     same, injected, reset, fresh = (learner for _, learner, *_ in second)
     assert [learner for _, learner, *_ in third[:3]] == [same, injected, reset] and first[0][1] is same
@@ -136,7 +144,7 @@ def test_seeds_differ_and_twice_gives_the_same_numbers(checkpoint):
 
 @pytest.mark.slow
 def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits, narrow_heads):
-    result = run_sequence(Path("fresh"), **HOW | {"env_id": TINY_GAMES, "rate": 1e-3, "tasks": 2})
+    result = run_sequence(Path("fresh"), **HOW | {"env_id": TINY_GAMES, "tasks": 2})
     agents = (
         [call for call in fits if call[1] is fits[0][1]],
         [call for call in fits if call[1] is fits[6][1]],
@@ -152,7 +160,7 @@ def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits, narrow_h
         "fresh",
         None,
         0,
-        1e-3,
+        5e-4,
     )
 
 
@@ -161,17 +169,17 @@ def test_agents_and_fresh_networks_learn_at_one_rate_whatever_the_runs_was(check
     for name in ("read_subject", "fresh_subject"):
         monkeypatch.setattr(fitting, name, lambda *given: rates.append(given[-1]))
     for path in (checkpoint, Path("fresh")):
-        for rate in (None, 1e-3):
-            with pytest.raises(AttributeError):  # there is no agent
-                run_sequence(path, **HOW | {"seeds": 1, "rate": rate})
-    assert rates == [5e-4, 1e-3, 5e-4, 1e-3]
+        with pytest.raises(AttributeError):  # there is no agent
+            run_sequence(path, **HOW | {"settings": ONCE})
+    assert rates == [5e-4, 5e-4] != [SMALL.learning_rate] * 2
 
 
 @pytest.mark.slow
 def test_a_dead_head_has_lost_plasticity_and_an_injection_restores_it_but_not_where_the_encoder_is_dead(
     checkpoint,
 ):
-    how = HOW | {"observations": 8, "updates": 60, "seeds": 1, "tasks": 2, "rate": 1e-3}
+    settings = ProbeSettings(observations=8, updates=60, seeds=1, learning_rate=1e-3)
+    how = HOW | {"tasks": 2, "settings": settings}
     for kill, restored in ((kill_head, True), (kill_encoder, False)):
         change(checkpoint, kill)
         result = run_sequence(checkpoint, **how)
@@ -186,7 +194,7 @@ def test_an_agent_that_has_grown_goes_on_with_its_wider_head(checkpoint, fits):
     learner = Learner(grown, 8, CPU)
     learner.inject(180)
     change(checkpoint, learner=learner, head_width=32, injected_head_width=96)
-    run_sequence(checkpoint, **HOW | {"seeds": 1})
+    run_sequence(checkpoint, **HOW | {"settings": ONCE})
     injected = fits[3][1].q_network
     assert [head.hidden.out_features for head in injected.head.theta_prime_1] == [
         96,
