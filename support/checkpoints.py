@@ -88,11 +88,7 @@ def save_checkpoint(
             flush_to_disk(path)
         if os.path.lexists(final):  # a damaged one, which the run did not go on from; or somebody else's file
             final.rename(folder / f".{final.name}.damaged")
-        try:
-            partial.rename(final)
-        except OSError:
-            if partial.exists() or not final.exists():  # over a network it may have been done all the same
-                raise
+        _put_in_place(partial, final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -234,6 +230,14 @@ def _fill(tensors: list[torch.Tensor], path: Path) -> None:
             if stream.readinto(content.numpy().data) < len(chunk):
                 raise EOFError(f"{path.name} is too short")
             chunk.copy_(content)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    try:
+        partial.rename(final)
+    except OSError:
+        if partial.exists() or not final.exists():  # over a network it may have been done all the same
+            raise
 
 
 def _remove_leftovers(folder: Path) -> None:
