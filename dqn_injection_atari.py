@@ -16,6 +16,9 @@ with the plasticity of a new head.
     tensorboard --logdir runs --samples_per_plugin scalars=100000000
 
 Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
+
+The method is `InjectableHead`, `td_loss`, `Learner` and `Training.advance`, in this order. What follows
+`train` says what is refused, plays with saved agents, and reads the command line.
 """
 
 import contextlib
@@ -84,7 +87,7 @@ from support.usage import Count, OnlyWith, Positive, Share, Steps, UsageError, c
 
 __version__ = "0.9.0"
 
-# of the code that runs, edits come later
+# a hash, taken before anybody can edit the code that runs
 CODE_VERSION = code_version(Path(__file__), Path(__file__).parent / "alternatives")
 
 INJECTION = Words(
@@ -101,15 +104,17 @@ else:
     Intervention = Literal["injection", *ALTERNATIVES, "none"]
 
 # a baseline may have the flags of the arm that it belongs to
-DRAW_A_HEAD = ("injection", *(name for name, other in ALTERNATIVES.items() if other.draws_head), "none")
-OF_INJECTION = OnlyWith("intervention", ("injection", "none"))
-OF_NEW_HEADS = OnlyWith("intervention", DRAW_A_HEAD)
-OF_NORM = OnlyWith("injection_trigger", ("norm",))
+WITH_INJECTION = OnlyWith("intervention", ("injection", "none"))
+WITH_NEW_HEAD = OnlyWith(
+    "intervention",
+    ("injection", *(name for name, other in ALTERNATIVES.items() if other.draws_head), "none"),
+)
+WITH_NORM = OnlyWith("injection_trigger", ("norm",))
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What changes a number in a curve. In brackets is where a value or a knob comes from."""
+    """What changes a number in a curve. Brackets name where a setting or its value comes from."""
 
     env_id: str = "PhoenixNoFrameskip-v4"
     """Atari id of Gymnasium; ALE/NAME-v5 has sticky actions, NAMENoFrameskip-v4 none"""
@@ -128,22 +133,22 @@ class Experiment:
     """steps at which plasticity is injected (paper: 12_500_000 = 50M frames)"""
     intervention: Intervention = "injection"
     """what is done then; none leaves it out and nothing else: the baseline (paper)"""
-    freeze_heads: Annotated[bool, OF_INJECTION] = True
+    freeze_heads: Annotated[bool, WITH_INJECTION] = True
     """freeze θ and θ′₂ at injection, or train all three heads (paper, appendix)"""
-    moments: Annotated[Literal["fresh", "keep"], OF_NEW_HEADS] = "fresh"
+    moments: Annotated[Literal["fresh", "keep"], WITH_NEW_HEAD] = "fresh"
     """the optimizer's state of a head drawn anew: none, or that of the head before (paper, Fig. 9)"""
     injection_trigger: Literal["step", "norm"] = "step"
     """inject at --injection-step, or when the weights have grown (paper, appendix)"""
-    injection_norm_ratio: Annotated[Positive, OF_NORM] = 3.0
+    injection_norm_ratio: Annotated[Positive, WITH_NORM] = 3.0
     """growth of ‖w‖ of encoder and learning head that triggers (paper)"""
-    injection_check_frequency: Annotated[PositivePeriod, OF_NORM] = 1_000
+    injection_check_frequency: Annotated[PositivePeriod, WITH_NORM] = 1_000
     """steps between checks of that norm"""
-    max_injections: Annotated[Count, OF_NORM] = 1
+    max_injections: Annotated[Count, WITH_NORM] = 1
     """most injections that the norm may trigger, those before a fork included"""
 
     head_width: Count = 512
     """units of the head's hidden layer (paper; more: naive width scaling)"""
-    injected_head_width: Annotated[int | None, Ge(1), OF_INJECTION] = None
+    injected_head_width: Annotated[int | None, Ge(1), WITH_INJECTION] = None
     """the same of the heads that injections add, as the head's if not given: growth (paper)"""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """adam: eps 1.5e-4; rmsprop: centered, decay 0.95, eps 0.01/32² in the root (paper)"""
@@ -176,7 +181,7 @@ class Experiment:
     bf16: bool = False
     """act and learn in bfloat16; weights, outputs, TD targets, evaluation stay fp32"""
     tf32: bool = True
-    """multiply with 10-bit mantissas on a GPU, about twice as fast"""
+    """multiply with 10-bit mantissas on a GPU, which is faster"""
     overlap: bool = False
     """let games play on while the network learns; new transitions wait for the updates"""
     checkpoint_frequency: Period = 1_000_000
@@ -194,59 +199,9 @@ class Args(RunFlags, AlternativeSettings, Experiment):
             object.__setattr__(self, name, tuple(steps))
         check_bounds(self)
         self.check_flags()
-        self._check_injection_steps()
-        self._check_intervention()
-        self._check_kept_checkpoints()
-
-    def _check_injection_steps(self) -> None:
-        steps = self.injection_step
-        # where the last vector step begins
-        last = (self.total_timesteps - 1) // self.num_envs * self.num_envs
-        if steps and last == 0:
-            raise UsageError(
-                f"injection_step is {steps}, but the run is over after its first step: "
-                f"give a --total-timesteps of {self.num_envs + 1} or more"
-            )
-        earlier = 0
-        for planned in self.planned_interventions:
-            if not earlier < planned <= last:
-                increasing = "increasing"
-                if self.num_envs > 1:
-                    increasing = f"increasing by num_envs ({self.num_envs}) or more"
-                raise UsageError(
-                    f"injection_step is {steps}, but must be {increasing} and within 1 ... {last}, "
-                    "before the run's end at --total-timesteps: change --injection-step"
-                )
-            earlier = planned
-
-    def _check_intervention(self) -> None:
-        by_norm = self.injection_trigger == "norm"
-        if by_norm and self.injection_step:
-            raise UsageError(
-                "injection_trigger norm decides when to inject: give --injection-step without a number"
-            )
-        if self.intervention in ALTERNATIVES:
-            ALTERNATIVES[self.intervention].settings_in(self)
-            if not by_norm and not self.injection_step:
-                raise UsageError(
-                    f"intervention {self.intervention} would never happen: "
-                    "give --injection-step, or --injection-trigger norm"
-                )
-        if self.moments == "keep" and self.injected_head_width not in (None, self.head_width):
-            raise UsageError("a head of another width has no moments to copy: give --moments fresh")
-
-    def _check_kept_checkpoints(self) -> None:
-        steps = self.keep_checkpoints
-        if any(not 0 <= step <= self.total_timesteps for step in steps):
-            raise UsageError(
-                f"keep_checkpoints is {steps}, but must be within 0 ... {self.total_timesteps}, "
-                "the run's steps: change --keep-checkpoints"
-            )
-        if steps and self.checkpoint_frequency == 0:
-            fix = "give --keep-checkpoints without a number"
-            if self.fork is None:  # which writes checkpoints as often as its origin
-                fix = "give a --checkpoint-frequency, or --keep-checkpoints without a number"
-            raise UsageError(f"keep_checkpoints is {steps}, but checkpoint_frequency 0 writes none: {fix}")
+        check_injection_steps(self)
+        check_intervention(self)
+        check_kept_checkpoints(self)
 
     def end_of_vector_step(self, step: int) -> int:
         """Where the vector step of num_envs steps ends in which `step` lies."""
@@ -275,53 +230,6 @@ class Args(RunFlags, AlternativeSettings, Experiment):
             return self.max_injections
         return len(self.injection_step)
 
-
-# what playing with a saved agent looks at; the rest is as the agent was trained
-PLAYING = (
-    "seed",
-    "cuda",
-    "torch_deterministic",
-    "tf32",
-    "capture_video",
-    "eval_episodes",
-    "eval_steps",
-    "eval_epsilon",
-    "evaluate",
-)
-# what an intervention does: not to be changed in a fork that begins after one
-OF_INTERVENTION = (
-    "intervention",
-    "freeze_heads",
-    "moments",
-    "injected_head_width",
-    *(field.name for field in fields(AlternativeSettings)),
-)
-# what a fork may change: nothing of this changes what lies before a checkpoint, or `check_fork` sees to it
-FORKABLE = (
-    *OF_INTERVENTION,
-    "injection_step",
-    "injection_trigger",
-    "injection_norm_ratio",
-    "injection_check_frequency",
-    "max_injections",
-    "total_timesteps",
-    "exploration_fraction",
-    "seed",
-    "exp_name",
-    "cuda",
-    "cuda_graphs",
-    "plasticity_frequency",
-    "eval_frequency",
-    "eval_episodes",
-    "eval_steps",
-    "eval_epsilon",
-    "capture_video",
-    "save_model",
-    "keep_checkpoints",
-    "track",
-    "wandb_project_name",
-    "wandb_entity",
-)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -363,6 +271,9 @@ def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None =
     return environments.make_atari_envs(args.env_id, args.env_backend, num_envs, render_mode)
 
 
+NUM_FEATURES = 64 * 7 * 7  # of the encoder's last convolution
+
+
 class Head(nn.Module):
     """Features (B, 3136) → Q-values (B, num_actions), by a hidden layer of `width` units.
 
@@ -372,7 +283,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int, num_actions: int, shared_bias: bool = False):
         super().__init__()
-        self.hidden = HiddenLayer(3136, width)
+        self.hidden = HiddenLayer(NUM_FEATURES, width)
         self.relu = nn.ReLU(inplace=True)
         self.output = nn.Linear(width, num_actions)
         if shared_bias:
@@ -386,13 +297,16 @@ class Head(nn.Module):
 class InjectableHead(torch.nn.Module):
     """A head into which plasticity can be injected (Nikishin et al. 2023): θ and pairs of heads (θ′₁, θ′₂).
 
-        θ(φ) + Σ_k [θ′₁[k](φ) − θ′₂[k](φ)] over the injections that there were
-
-    It needs nothing but PyTorch and a function that makes a head. To inject plasticity into an agent of your
-    own, copy this class.
+        h_θ(φ) + Σ_k [h_θ′₁ₖ(φ) − h_θ′₂ₖ(φ)], over the injections that there were
 
     All pairs exist from the start, so that an optimizer that is made once holds them all. Those that are not
     in use are zero, are not evaluated and get no gradient.
+
+    It needs nothing but PyTorch and a function that makes a head. To inject plasticity into an agent of your
+    own, copy this class, and
+    - make the optimizer once, over all parameters
+    - after `inject()`, bring the target network along: `target.load_state_dict(online.state_dict())`, not its
+      parameters alone, since the state says which heads are in use; then `target.requires_grad_(False)`
 
     Args:
         make_head: makes a head, any module that maps features to outputs
@@ -503,26 +417,29 @@ class InjectableHead(torch.nn.Module):
         self.num_injections = int(state)
         self.set_trainable()
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *settings: list) -> None:
-        """PyTorch's hook for loading: the state may have more or fewer pairs that are not in use."""
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others: list) -> None:
+        """PyTorch's hook for loading. The state may have more or fewer pairs that are not in use.
+
+        PyTorch passes a copy of what belongs to this module, whose names begin with `prefix`. Its parts then
+        load from that copy.
+        """
         num_injections = int(state_dict.get(f"{prefix}_extra_state", self.num_injections))
         if num_injections > len(self.theta_prime_1):
-            *_, error_messages = settings
-            error_messages.append(
+            raise RuntimeError(
                 f"{prefix}theta_prime_1.{num_injections - 1} is in use, and there are "
                 f"{len(self.theta_prime_1)} pairs of heads: build it with a larger max_injections"
             )
-            return
-        in_use = [f"{prefix}theta.", f"{prefix}_extra_state"]
+        pairs = (f"{prefix}theta_prime_1.", f"{prefix}theta_prime_2.")
+        in_use = []
         for k in range(num_injections):
             in_use += [f"{prefix}theta_prime_1.{k}.", f"{prefix}theta_prime_2.{k}."]
         for name in list(state_dict):
-            if not name.startswith(tuple(in_use)):
+            if name.startswith(pairs) and not name.startswith(tuple(in_use)):
                 del state_dict[name]
         for name, value in self.state_dict(prefix=prefix).items():
-            if not name.startswith(tuple(in_use)):
+            if name.startswith(pairs) and not name.startswith(tuple(in_use)):
                 state_dict[name] = torch.zeros_like(value)
-        super()._load_from_state_dict(state_dict, prefix, *settings)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class QNetwork(nn.Module):
@@ -590,6 +507,19 @@ class QNetwork(nn.Module):
         """The path of the head that learns: head.theta, or head.theta_prime_1.0 and so on."""
         return f"head.{self.head.newest()}"
 
+    @staticmethod
+    def num_actions_in(state_dict: dict[str, Tensor]) -> int:
+        """Of the network whose state this is."""
+        return len(state_dict["head.theta.output.weight"])
+
+    def relus(self) -> dict[str, str]:
+        """{path: name} of the ReLUs whose outputs are measured. The head that learns is called head."""
+        names = {"encoder.1": "conv1", "encoder.3": "conv2", "encoder.5": "conv3"}
+        for path in self.head.in_use():
+            names[f"head.{path}.relu"] = path.replace(".", "_")
+        names[f"{self.newest_head()}.relu"] = "head"
+        return names
+
     def in_use(self) -> dict[str, nn.Module]:
         """The modules that are evaluated, by path: encoder, head.theta, head.theta_prime_1.0 and so on."""
         paths = ["encoder"]
@@ -614,7 +544,11 @@ def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> 
 def td_loss(
     q_network: nn.Module, target_network: nn.Module, batch: ReplayBufferSamples, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """Double DQN's loss (van Hasselt et al. 2016), Huber with δ = 1, and Q: means over the batch, 0-d."""
+    """Double DQN's loss (van Hasselt et al. 2016), Huber with δ = 1, and Q: means over the batch, 0-d.
+
+    Rewards are clipped to ±1. `dones` is 1 where a game or a life ended, and 0 where a game was cut, which
+    bootstraps (`support/environments.py`).
+    """
     with torch.no_grad():
         next_actions = q_network(batch.next_observations).argmax(dim=1, keepdim=True)  # (B, 1)
         next_values = target_network(batch.next_observations).gather(1, next_actions)  # (B, 1)
@@ -705,7 +639,7 @@ class Learner:
 
     def _begin(self) -> None:
         """Makes anew what derives from the networks: initial norms, bf16 copies, captured graphs."""
-        self.norms.begin(self.q_network.in_use(), self.learning())
+        self.norms.begin(self.q_network.in_use(), self.growing())
         self.online = self.q_network
         self.target = self.target_network
         if self.args.bf16:
@@ -716,8 +650,8 @@ class Learner:
     def newest_head(self) -> nn.Module:
         return self.q_network.get_submodule(self.q_network.newest_head())
 
-    def learning(self) -> list[nn.Module]:
-        """The encoder and the newest head; with --no-freeze-heads older heads learn, too."""
+    def growing(self) -> list[nn.Module]:
+        """What --injection-trigger norm watches: encoder and newest head, also with --no-freeze-heads."""
         return [self.q_network.encoder, self.newest_head()]
 
     def captured_tensors(self) -> list[Tensor]:
@@ -793,7 +727,7 @@ class Learner:
             encoder=self.q_network.encoder,
             head=head,
             optimizer=self.optimizer,
-            draw_encoder=lambda: InjectableHead.draw(QNetwork.make_encoder, for_others),
+            draw_encoder=lambda: InjectableHead.draw(self.q_network.make_encoder, for_others),
             draw_head=lambda: self.q_network.head.draw_like_newest(for_heads),
             generator=for_others,
         )
@@ -844,17 +778,10 @@ class Learner:
 def plasticity_measures(learner: Learner, batch: ReplayBufferSamples) -> dict[str, float]:
     """The state of the online network, in float32, on one batch. docs/metrics.md explains the names."""
     network = learner.q_network
-    # the output of every ReLU: the encoder's, and those of the heads, of which the one that learns is "head"
-    names = {"encoder": "encoder"}
-    relus = {"encoder.1": "conv1", "encoder.3": "conv2", "encoder.5": "conv3"}
-    for path in network.head.in_use():
-        names[f"head.{path}"] = path.replace(".", "_")
+    names = {path: path.removeprefix("head.").replace(".", "_") for path in network.in_use()}
     names[network.newest_head()] = "head"
-    for path, name in names.items():
-        if path != "encoder":
-            relus[f"{path}.relu"] = name
     loss, _ = td_loss(network, learner.target_network, batch, learner.args.gamma)
-    q_values, layers = measures.activations(network, relus, batch.observations)
+    q_values, layers = measures.activations(network, network.relus(), batch.observations)
     features = {"encoder": layers["conv3"].flatten(start_dim=1), "head": layers["head"]}
     values: dict[str, Any] = {
         **measures.unit_measures(layers, learning=("conv1", "conv2", "conv3", "head")),
@@ -985,7 +912,7 @@ class Training:
             for name, value in plasticity_measures(learner, batch).items():
                 run.log.scalar(f"plasticity/{name}", value, run.step)
         if args.injection_trigger == "norm" and run.due(args.injection_check_frequency):
-            run.log.scalar("injection/norm_growth", learner.norms.growth(learner.learning()), run.step)
+            run.log.scalar("injection/norm_growth", learner.norms.growth(learner.growing()), run.step)
 
     def receive(self, obs: np.ndarray, actions: np.ndarray) -> None:
         """Takes the games' answers to actions (N,) at obs (N, 4, 84, 84) into the replay and the log."""
@@ -1035,7 +962,7 @@ class Training:
             return False
         if len(self.learner.interventions) >= args.max_injections:
             return False
-        return self.learner.norms.growth(self.learner.learning()) > args.injection_norm_ratio
+        return self.learner.norms.growth(self.learner.growing()) > args.injection_norm_ratio
 
     def intervene(self) -> None:
         """Does what --intervention names, and logs how far that changed Q: an injection not at all."""
@@ -1124,7 +1051,103 @@ def train(args: Args, signals: Signals | None = None) -> Path:
     return run.folder
 
 
+# What a run may be
+
+
+def check_injection_steps(args: Args) -> None:
+    """Raises UsageError where injections cannot be made at the steps that are planned."""
+    steps = args.injection_step
+    # where the last vector step begins
+    last = (args.total_timesteps - 1) // args.num_envs * args.num_envs
+    if steps and last == 0:
+        raise UsageError(
+            f"injection_step is {steps}, but the run is over after its first step: "
+            f"give a --total-timesteps of {args.num_envs + 1} or more"
+        )
+    earlier = 0
+    for planned in args.planned_interventions:
+        if not earlier < planned <= last:
+            order = ""
+            if len(steps) > 1:
+                order = "increasing and "
+            if len(steps) > 1 and args.num_envs > 1:
+                order = f"increasing by num_envs ({args.num_envs}) or more and "
+            raise UsageError(
+                f"injection_step is {steps}, but must be {order}within 1 ... {last}, "
+                "before the run's end at --total-timesteps: change --injection-step"
+            )
+        earlier = planned
+
+
+def check_intervention(args: Args) -> None:
+    """Raises UsageError for an intervention that would never happen or contradicts its settings."""
+    by_norm = args.injection_trigger == "norm"
+    if by_norm and args.injection_step:
+        raise UsageError(
+            "injection_trigger norm decides when to inject: give --injection-step without a number"
+        )
+    if args.intervention in ALTERNATIVES:
+        ALTERNATIVES[args.intervention].settings_in(args)
+        if not by_norm and not args.injection_step:
+            raise UsageError(
+                f"intervention {args.intervention} would never happen: "
+                "give --injection-step, or --injection-trigger norm"
+            )
+    if args.moments == "keep" and args.injected_head_width not in (None, args.head_width):
+        raise UsageError("a head of another width has no moments to copy: give --moments fresh")
+
+
+def check_kept_checkpoints(args: Args) -> None:
+    """Raises UsageError where checkpoints are to be kept that will not be written."""
+    steps = args.keep_checkpoints
+    if any(not 0 <= step <= args.total_timesteps for step in steps):
+        raise UsageError(
+            f"keep_checkpoints is {steps}, but must be within 0 ... {args.total_timesteps}, "
+            "the run's steps: change --keep-checkpoints"
+        )
+    if steps and args.checkpoint_frequency == 0:
+        fix = "give --keep-checkpoints without a number"
+        if args.fork is None:  # which writes checkpoints as often as its origin
+            fix = "give a --checkpoint-frequency, or --keep-checkpoints without a number"
+        raise UsageError(f"keep_checkpoints is {steps}, but checkpoint_frequency 0 writes none: {fix}")
+
+
 # What a fork may be
+
+# what an intervention does: not to be changed in a fork that begins after one
+OF_INTERVENTION = (
+    "intervention",
+    "freeze_heads",
+    "moments",
+    "injected_head_width",
+    *(field.name for field in fields(AlternativeSettings)),
+)
+# what a fork may change: nothing of this changes what lies before a checkpoint, or `check_fork` sees to it
+FORKABLE = (
+    *OF_INTERVENTION,
+    "injection_step",
+    "injection_trigger",
+    "injection_norm_ratio",
+    "injection_check_frequency",
+    "max_injections",
+    "total_timesteps",
+    "exploration_fraction",
+    "seed",
+    "exp_name",
+    "cuda",
+    "cuda_graphs",
+    "plasticity_frequency",
+    "eval_frequency",
+    "eval_episodes",
+    "eval_steps",
+    "eval_epsilon",
+    "capture_video",
+    "save_model",
+    "keep_checkpoints",
+    "track",
+    "wandb_project_name",
+    "wandb_entity",
+)
 
 
 def refuse_unforkable(given: dict[str, Any], saved: Args, where: str) -> None:
@@ -1232,6 +1255,19 @@ def interventions_fix(args: Args, earlier: tuple[int, ...], step: int) -> str:
 
 # Playing with a saved agent
 
+# what playing with a saved agent looks at; the rest is as the agent was trained
+PLAYING = (
+    "seed",
+    "cuda",
+    "torch_deterministic",
+    "tf32",
+    "capture_video",
+    "eval_episodes",
+    "eval_steps",
+    "eval_epsilon",
+    "evaluate",
+)
+
 
 def load_agent(path: Path, device: torch.device | str) -> tuple[QNetwork, Args, int]:
     """The network, arguments and step of a saved agent. Runs no code from the file.
@@ -1242,7 +1278,7 @@ def load_agent(path: Path, device: torch.device | str) -> tuple[QNetwork, Args, 
     with reading(path, "an agent", "give an agent.pt from --save-model"):
         saved = torch.load(path, map_location=device, weights_only=True)
         args = Args(**saved["args"])
-        num_actions = len(saved["q_network"]["head.theta.output.weight"])
+        num_actions = QNetwork.num_actions_in(saved["q_network"])
         q_network = make_q_network(args, num_actions, device)
         q_network.load_state_dict(saved["q_network"])
         return q_network, args, int(saved["step"])
@@ -1366,6 +1402,7 @@ def refuse_idle(given: dict[str, Any], args: Args) -> None:
     """
     no_evaluations = args.eval_frequency == 0
     no_interventions = args.injection_trigger == "step" and not args.injection_step
+    unused = usage.unused_fields(args)
     names_by_fix: dict[str, list[str]] = {}
     for name in given:
         fix = None
@@ -1375,6 +1412,8 @@ def refuse_idle(given: dict[str, Any], args: Args) -> None:
             fix = "--track"
         if name in OF_INTERVENTION and name != "intervention" and no_interventions:
             fix = "--injection-step, or --injection-trigger norm"
+        if name in unused:
+            fix = f"{flag(unused[name].field)} {unused[name].values[0]}"
         if fix is not None:
             names_by_fix.setdefault(fix, []).append(name)
     for fix, names in names_by_fix.items():

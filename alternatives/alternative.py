@@ -59,10 +59,10 @@ class Alternative:
     words: Words
     apply: Callable[[AgentParts, Any], None]
     """changes the parts; called without gradients, with `settings` as the second argument"""
+    draws_head: bool
+    """whether that draws the learning head anew, so that --moments decides on its moments"""
     settings: type = NoSettings
     """a frozen dataclass; its fields are flags of the training script, and `__post_init__` may check them"""
-    draws_head: bool = True
-    """whether the learning head is drawn anew"""
 
     def settings_in(self, flags: Any) -> Any:
         """Its settings, out of an object that has them as attributes, and others besides.

@@ -21,4 +21,5 @@ ALTERNATIVE = Alternative(
         deed="resetting the head",
     ),
     apply=reset_head,
+    draws_head=True,
 )

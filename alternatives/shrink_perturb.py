@@ -20,7 +20,7 @@ class ShrinkPerturbSettings:
 
 
 def shrink_perturb(parts: AgentParts, settings: ShrinkPerturbSettings) -> None:
-    """encoder ← factor · encoder + (1 − factor) · new, whose moments stay; and a new head."""
+    """encoder ← factor · encoder + (1 − factor) · new, and a new head. The encoder's moments stay."""
     kept_share = settings.shrink_factor
     new_encoder = parts.draw_encoder()
     for old, new in zip(parts.encoder.parameters(), new_encoder.parameters(), strict=True):
@@ -37,5 +37,6 @@ ALTERNATIVE = Alternative(
         deed="shrink and perturb",
     ),
     apply=shrink_perturb,
+    draws_head=True,
     settings=ShrinkPerturbSettings,
 )

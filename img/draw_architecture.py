@@ -77,8 +77,8 @@ def main() -> None:
         "before the injection:  Q = θ(φ)",
         [
             (f"head θ\n{layers}", TRAINED, "+"),
-            ("θ′₁: not live yet", ABSENT, ""),
-            ("θ′₂: not live yet", ABSENT, ""),
+            ("θ′₁: not in use yet", ABSENT, ""),
+            ("θ′₂: not in use yet", ABSENT, ""),
         ],
     )
     network(
@@ -94,7 +94,7 @@ def main() -> None:
     for x, colour, text in (
         (0.0, TRAINED, "trained"),
         (1.7, FROZEN, "frozen, still passes gradient to φ"),
-        (6.6, ABSENT, "dashed: not live yet, not evaluated"),
+        (6.6, ABSENT, "dashed: not in use yet, not evaluated"),
     ):
         ax.add_patch(
             FancyBboxPatch(

@@ -4,13 +4,14 @@ import copy
 import ctypes
 import gc
 import os
-import re
 import resource
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -23,7 +24,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.kill_test import differences, flat
 from dqn_injection_atari import Args, FrameReplayBuffer, Learner
-from support.acceleration import CUDAGraphs, HiddenLayer, copy_gradients, in_bfloat16, upload
+from support.acceleration import (
+    CUDAGraphs,
+    HiddenLayer,
+    copy_gradients,
+    copy_parameters,
+    in_bfloat16,
+    prepare_process,
+    upload,
+)
 from support.machine import pick_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,19 +49,16 @@ def test_hidden_layers_have_the_value_and_gradients_of_linear_layers():
     torch.manual_seed(0)
     layer = HiddenLayer(3136, 512)
     x = torch.randn(8, 3136, requires_grad=True)
-    weight, bias = (parameter.detach().double().requires_grad_() for parameter in layer.parameters())
-    reference = x.detach().double().requires_grad_()
+    reference = torch.nn.Linear(3136, 512).double()
+    reference.load_state_dict(layer.state_dict())
+    x64 = x.detach().double().requires_grad_()
     up = torch.randn(8, 512)
     layer(x).backward(up)
-    expected = torch.nn.functional.linear(reference, weight, bias)
+    expected = reference(x64)
     expected.backward(up.double())
     assert torch.allclose(layer(x), expected.float(), atol=1e-5)
-    for got, want in (
-        (x.grad, reference.grad),
-        (layer.weight.grad, weight.grad),
-        (layer.bias.grad, bias.grad),
-    ):
-        assert torch.allclose(got, want.float(), atol=1e-4, rtol=1e-5)
+    for tensor, exact in ((x, x64), (layer.weight, reference.weight), (layer.bias, reference.bias)):
+        assert torch.allclose(tensor.grad, exact.grad.float(), atol=1e-4, rtol=1e-5)
     layer.requires_grad_(False)
     layer.zero_grad()
     layer(x).backward(up)
@@ -60,10 +66,14 @@ def test_hidden_layers_have_the_value_and_gradients_of_linear_layers():
 
 
 def test_hidden_layers_go_by_onednn_in_float32_on_a_cpu_only(monkeypatch):
-    layer, calls = HiddenLayer(8, 4), []
-    monkeypatch.setattr(
-        "support.acceleration.OneDNNLinear.apply", lambda *given: calls.append(given) or torch.zeros(1)
-    )
+    layer = HiddenLayer(8, 4)
+    calls = []
+
+    def apply(*given):
+        calls.append(given)
+        return torch.zeros(1)
+
+    monkeypatch.setattr("support.acceleration.OneDNNLinear.apply", apply)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         layer.to(dtype)(torch.ones(2, 8, dtype=dtype))
         assert len(calls) == 1 and calls[0][1] is layer.weight
@@ -79,25 +89,33 @@ def test_the_working_copy_computes_in_bfloat16_but_for_its_output_layers():
     copy = in_bfloat16(network)
     assert [parameter.dtype for parameter in copy.parameters()] == [torch.bfloat16] * 4 + [torch.float32] * 2
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
-    assert torch.equal(copy[0].weight, network[0].weight.bfloat16()) and torch.equal(
-        copy[3].weight, network[3].weight
-    )
+    assert torch.equal(copy[0].weight, network[0].weight.bfloat16())
+    assert torch.equal(copy[3].weight, network[3].weight)
     copy[3].weight.data.zero_()
     assert network[3].weight.any()
 
 
 def test_gradients_are_copied_in_float32_to_memory_that_stays():
-    trained, working = (
-        torch.nn.Parameter(torch.zeros(3)),
-        torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)),
-    )
+    target = torch.nn.Linear(3, 1)
+    target.bias.requires_grad_(False)
+    source = copy.deepcopy(target).to(torch.bfloat16)
     addresses = set()
     for value in (0.5, -2.0):
-        working.grad = torch.full((3,), value, dtype=torch.bfloat16)
-        copy_gradients([working], [trained])
-        assert trained.grad.dtype == torch.float32 and trained.grad.tolist() == [value] * 3
-        addresses.add(trained.grad.data_ptr())
+        source.weight.grad = torch.full((1, 3), value, dtype=torch.bfloat16)
+        copy_gradients(source, target)
+        assert target.weight.grad.dtype == torch.float32 and target.weight.grad.tolist() == [[value] * 3]
+        addresses.add(target.weight.grad.data_ptr())
     assert len(addresses) == 1
+    assert target.bias.grad is None, "what is frozen has none in either"
+
+
+def test_parameters_are_copied_in_the_targets_precision_to_where_they_are():
+    source = torch.nn.Linear(3, 2)
+    target = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    weight = target.weight
+    copy_parameters(source, target)
+    assert target.weight is weight and torch.equal(weight, source.weight.bfloat16())
+    assert torch.equal(target.bias, source.bias.bfloat16()) and weight.requires_grad
 
 
 @pytest.mark.parametrize("injections", [0, 1])
@@ -113,10 +131,10 @@ def test_bf16_gives_nearly_the_same_values_and_gradients(injections):
         if expected.grad is not None:
             assert got.grad.dtype == torch.float32
             error = (got.grad - expected.grad).norm() / expected.grad.norm()
-            assert 0 < error < 0.1, (
-                "rounding alone gives 0.004, units that it moves across ReLU's kink the rest"
-            )
-    q_plain, q_low = plain.online(obs.observations), low.online(obs.observations)
+            # rounding alone gives 0.004, units that it moves across ReLU's kink the rest
+            assert 0 < error < 0.1
+    q_plain = plain.online(obs.observations)
+    q_low = low.online(obs.observations)
     assert q_low.dtype == torch.float32 and 0 < (q_plain - q_low).abs().max() < 0.01
 
 
@@ -130,14 +148,10 @@ def test_bf16_keeps_weights_in_float32_and_its_working_copies_follow_them():
             assert working.num_injections == network.num_injections
             layers = zip(network.named_parameters(), working.named_parameters(), strict=True)
             for (name, exact), (_, rounded) in layers:
-                output = re.search(r"theta.*\.2\.(weight|bias)$", name)
-                assert exact.dtype == torch.float32 and rounded.dtype == (
-                    torch.float32 if output else torch.bfloat16
-                )
-                assert (
-                    torch.equal(exact.to(rounded.dtype), rounded)
-                    and exact.requires_grad == rounded.requires_grad
-                )
+                expected = torch.float32 if ".output." in name else torch.bfloat16
+                assert exact.dtype == torch.float32 and rounded.dtype == expected
+                assert torch.equal(exact.to(rounded.dtype), rounded)
+                assert exact.requires_grad == rounded.requires_grad
         return True
 
     assert follows()
@@ -162,7 +176,8 @@ def test_bf16_keeps_weights_in_float32_and_its_working_copies_follow_them():
 
 def test_bf16_goes_on_from_a_float32_state_and_back():
     """What is saved are the float32 weights, whichever of the two wrote it."""
-    plain, low = make_learner(), make_learner(bf16=True, seed=3)
+    plain = make_learner()
+    low = make_learner(bf16=True, seed=3)
     updates(plain, 2)
     low.load_state_dict(plain.state_dict())
     assert differences(flat(plain.state_dict()), flat(low.state_dict())) == []
@@ -178,8 +193,10 @@ def test_acting_in_bf16_asks_the_working_copy():
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
 @pytest.mark.parametrize("bf16", [False, True])
 def test_an_update_takes_its_memory_from_what_earlier_ones_freed(bf16):
-    """Where the system has to give new pages, an update of 32 faults 700 of them in, which takes a tenth of its time."""
-    learner, batch = make_learner(bf16=bf16), random_batch(np.random.default_rng(0), 32)
+    """Where the system has to give new pages, an update of 32 faults 700 in: a tenth of its time."""
+    prepare_process()
+    learner = make_learner(bf16=bf16)
+    batch = random_batch(0, 32)
     for _ in range(5):
         learner.update(batch)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -191,28 +208,23 @@ def test_an_update_takes_its_memory_from_what_earlier_ones_freed(bf16):
 @pytest.mark.slow
 def test_denormals_are_flushed_in_every_thread():
     code = """
-import dqn_injection_atari, torch
+import torch
+from support.acceleration import prepare_process
+prepare_process()
 halves = torch.full((4_000_000,), torch.finfo(torch.float32).tiny) * 0.5
 print(torch.get_num_threads(), halves.view(torch.int32).count_nonzero().item())
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True, env=environment
-    ).stdout
-    assert out == "2 0\n"
-
-
-def test_without_graphs_functions_are_called_as_they_are():
-    graphs = CUDAGraphs(lambda: pytest.fail("nothing is captured"), enabled=False)
-    given = torch.ones(3)
-    out, also = graphs.run("name", lambda x, y: (x, y), given, given)
-    assert out is given and also is given and not graphs.graphs
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", check=True, env=environment)
+    assert ended.stdout == "2 0\n"
 
 
 def test_what_is_on_the_gpu_is_not_uploaded_again_and_what_is_not_is():
-    """On tensors without memory, which need no GPU; its devices have numbers, those that arguments name have none."""
+    """On tensors without memory, which need no GPU. Its devices have numbers, arguments name none."""
     with FakeTensorMode():
-        there, here = torch.zeros(3, device="cuda"), torch.zeros(3)
+        there = torch.zeros(3, device="cuda")
+        here = torch.zeros(3)
         assert upload(there, torch.device("cuda")) is there
         assert upload(here, torch.device("cpu")) is here
 
@@ -220,9 +232,8 @@ def test_what_is_on_the_gpu_is_not_uploaded_again_and_what_is_not_is():
 @pytest.mark.gpu
 def test_an_upload_arrives():
     array = np.arange(1000)
-    assert upload(array, torch.device("cuda")).is_cuda and np.array_equal(
-        upload(array, torch.device("cuda")).cpu(), array
-    )
+    uploaded = upload(array, torch.device("cuda"))
+    assert uploaded.is_cuda and np.array_equal(uploaded.cpu(), array)
 
 
 # CUDA graphs: on a GPU, and here by what stands in for them
@@ -242,7 +253,8 @@ def pair(where="cpu", **settings):
 
 def unequal(eager, captured, count=1, rounds=2, rng=0):
     """What is not bitwise equal after some updates of both, `count` in each call, and decisions."""
-    found, rng = set(), np.random.default_rng(rng)
+    found = set()
+    rng = np.random.default_rng(rng)
     for _ in range(rounds):
         batch = joined([random_batch(rng) for _ in range(count)])
         batch = ReplayBufferSamples(*(tensor.to(eager.device) for tensor in batch[:5]))
@@ -256,8 +268,9 @@ def unequal(eager, captured, count=1, rounds=2, rng=0):
     found |= set(differences(flat(eager.state_dict()), flat(captured.state_dict())))
     trained = zip(eager.q_network.named_parameters(), captured.q_network.named_parameters(), strict=True)
     for (name, parameter), (_, other) in trained:
-        one, another = parameter.grad, other.grad
-        if (one is None) != (another is None) or (one is not None and not torch.equal(one, another)):
+        if parameter.grad is None and other.grad is None:
+            continue
+        if parameter.grad is None or other.grad is None or not torch.equal(parameter.grad, other.grad):
             found.add(f"gradient of {name}")
     return found
 
@@ -285,13 +298,11 @@ CASES = {  # updates in each call, and settings
     "bf16": (2, {"bf16": True, "moments": "keep"}),
     "the paper's optimizer": (2, {"optimizer": "rmsprop", "learning_rate": 2.5e-4, "shared_bias": True}),
 }
-each_case = pytest.mark.parametrize(
-    ("count", "settings"),
-    [
-        pytest.param(*case, id=name, marks=() if name in ("plain", "bf16") else pytest.mark.slow)
-        for name, case in CASES.items()
-    ],
-)
+PARAMETERS = []
+for name, case in CASES.items():
+    marks = () if name in ("plain", "bf16") else pytest.mark.slow
+    PARAMETERS.append(pytest.param(*case, id=name, marks=marks))
+each_case = pytest.mark.parametrize(("count", "settings"), PARAMETERS)
 
 
 @each_case
@@ -299,9 +310,8 @@ def test_captured_updates_and_actions_equal_eager_ones_where_graphs_are_stood_in
     stand_in, count, settings
 ):
     check_equality(*pair(**settings), count)
-    assert len(stand_in.captures) == 2 * 4, (
-        "act and update, at first, after each injection and after the load"
-    )
+    # act and update, at first, after each injection and after the load
+    assert len(stand_in.captures) == 2 * 4
 
 
 @pytest.mark.gpu
@@ -324,9 +334,8 @@ def test_graphs_of_several_sizes_share_what_they_train(stand_in):
     learners = pair()
     for count in (2, 1, 2, 3, 1):
         found = unequal(*learners, count=count, rounds=1)
-        assert {name for name in found if not name.startswith("gradient")} == set(), (
-            "each keeps its own gradients"
-        )
+        # each graph keeps its own gradients
+        assert [name for name in found if not name.startswith("gradient")] == []
 
 
 def test_losses_are_summed_across_captured_updates_and_begin_at_zero_after_they_were_read(stand_in):
@@ -352,12 +361,23 @@ def replace_moment(learner):
 
 
 def replace_sum_of_losses(learner):
-    learner.losses.totals = learner.losses.totals.clone()
+    learner.losses.sums = learner.losses.sums.clone()
 
 
-@pytest.mark.parametrize(
-    "replace", [replace_weight, replace_weight_of_target, replace_moment, replace_sum_of_losses]
-)
+def replace_count_of_losses(learner):
+    learner.losses.counts = learner.losses.counts.clone()
+
+
+REPLACEMENTS = [
+    replace_weight,
+    replace_weight_of_target,
+    replace_moment,
+    replace_sum_of_losses,
+    replace_count_of_losses,
+]
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS)
 def test_a_tensor_that_is_replaced_after_the_capture_is_noticed(stand_in, replace):
     learners = pair()
     assert unequal(*learners, rounds=1) == set()
@@ -387,27 +407,56 @@ def test_a_capture_that_computes_what_it_records_would_be_noticed(stand_in, monk
 
 
 def test_python_runs_in_warm_up_and_capture_only_and_outputs_stay_where_they_are(stand_in):
-    calls, total = [], torch.zeros(2)
+    calls = []
+    total = torch.zeros(2)
 
     def add(x):
         calls.append(x)
         total.add_(x)
         return total * 2
 
-    graphs = CUDAGraphs(lambda: [total], enabled=True)
+    graphs = CUDAGraphs(lambda: [total])
     given = torch.ones(2)
     first = graphs.run("add", add, given)
     assert first.tolist() == [2, 2] and len(calls) == CUDAGraphs.WARM_UP + 1 >= 4
     second = graphs.run("add", add, torch.full((2,), 5.0))
-    assert (
-        second is first
-        and first.tolist() == [12, 12]
-        and total.tolist() == [6, 6]
-        and len(calls) == CUDAGraphs.WARM_UP + 1
-    )
+    assert second is first and first.tolist() == [12, 12] and total.tolist() == [6, 6]
+    assert len(calls) == CUDAGraphs.WARM_UP + 1
     assert given.tolist() == [1, 1], "inputs are copied: what was given first is not overwritten later"
     graphs.run("add", add, torch.ones(1))
     assert len(calls) == 2 * (CUDAGraphs.WARM_UP + 1), "of another shape"
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor | None = None
+
+
+class Summing:
+    """What `wrap` wraps: a method of a named tuple, with a setting."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def summed(self, pair, factor=1):
+        self.calls += 1
+        return (pair.first + pair.second) * factor if pair.second is not None else pair.first * factor
+
+
+def test_a_wrapped_method_has_a_graph_for_each_shape_and_setting_and_does_not_keep_its_object(stand_in):
+    summing = Summing()
+    graphs = CUDAGraphs(list)
+    summed = graphs.wrap(summing.summed)
+    ones = torch.ones(2)
+    for _ in range(2):
+        assert summed(Pair(ones, ones)).tolist() == [2, 2]
+        assert summed(Pair(ones, ones), 3).tolist() == [6, 6]
+        assert summed(Pair(torch.ones(3), torch.ones(3))).tolist() == [2, 2, 2]
+        assert summed(Pair(ones)).tolist() == [1, 1]
+    assert len(stand_in.captures) == 4 and summing.calls == 4 * (CUDAGraphs.WARM_UP + 1)
+    gone = weakref.ref(summing)
+    del summing
+    assert gone() is None
 
 
 @pytest.mark.parametrize(
@@ -415,7 +464,7 @@ def test_python_runs_in_warm_up_and_capture_only_and_outputs_stay_where_they_are
 )
 def test_what_no_capture_allows_is_refused(stand_in, waits):
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        CUDAGraphs(list, enabled=True).run("name", waits, torch.ones(2))
+        CUDAGraphs(list).run("name", waits, torch.ones(2))
 
 
 def test_a_set_of_graphs_has_one_stream_for_warm_up_and_capture_and_the_next_set_another(stand_in):
@@ -426,9 +475,8 @@ def test_a_set_of_graphs_has_one_stream_for_warm_up_and_capture_and_the_next_set
         learner.update(random_batch())
         learner.act(obs, 0.0)
         (stream,) = set(stand_in.used)
-        assert [captured_on for _, captured_on in stand_in.captures] == [
-            stream
-        ] * 2 and stand_in.current is not stream
+        assert [captured_on for _, captured_on in stand_in.captures] == [stream, stream]
+        assert stand_in.current is not stream
         streams.append(stream)
         learner.inject()
         stand_in.used.clear()
@@ -459,16 +507,15 @@ def test_gradients_are_the_graphs_own(stand_in):
     _, learner = pair()
     learner.update(random_batch())
     graph = stand_in.captures[0][0]()
-    assert all(memory(p.grad) in graph.own for p in learner.q_network.parameters() if p.grad is not None)
+    assert all(memory(p.grad) in graph.memory for p in learner.q_network.parameters() if p.grad is not None)
 
 
 def test_pytorch_has_nothing_to_say_against_the_warm_up(stand_in, monkeypatch):
-    """Of an optimizer that is capturable, and runs uncaptured, it warns where the optimizer was copied or unpickled."""
+    """Where a capturable optimizer was copied or unpickled, it warns that this one runs uncaptured."""
     warned = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
-    monkeypatch.setattr(
-        torch.accelerator, "current_stream", lambda: SimpleNamespace(is_capturing=lambda: False)
-    )
+    stream = SimpleNamespace(is_capturing=lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
     monkeypatch.setattr(warnings, "warn", lambda message, *_, **__: warned.append(message))
     _, learner = pair()
     learner.update(random_batch())

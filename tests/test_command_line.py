@@ -1,6 +1,7 @@
 """The command line: every flag explained, presets and forks completed, bad input refused in one line."""
 
 import ast
+import inspect
 import itertools
 import json
 import re
@@ -15,8 +16,9 @@ import pytest
 from conftest import TINY_GAMES, status_of
 
 import dqn_injection_atari as script
+from alternatives import ALTERNATIVES
 from dqn_injection_atari import (
-    OF_KIND,
+    OF_INTERVENTION,
     PRESETS,
     Args,
     CommandLine,
@@ -30,9 +32,9 @@ from support import flags, weights_and_biases
 from support.usage import UsageError
 
 SCRIPT = Path(script.__file__)
-CLEANRL = """exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity capture_video save_model env_id
-total_timesteps learning_rate num_envs buffer_size gamma tau target_network_frequency batch_size start_e end_e
-exploration_fraction learning_starts train_frequency""".split()
+CLEANRL = """exp_name seed torch_deterministic cuda track wandb_project_name wandb_entity capture_video
+save_model env_id total_timesteps learning_rate num_envs buffer_size gamma tau target_network_frequency
+batch_size start_e end_e exploration_fraction learning_starts train_frequency""".split()
 
 
 def parse(monkeypatch, *flags):
@@ -126,7 +128,7 @@ def test_single_flags_override_a_preset_also_with_values_that_are_defaults(monke
         ),
         ("--injection-trigger norm --max-injections 3", {"max_injections": 3, "injection_step": ()}),
         ("--intervention none", {"intervention": "none", "moments": "keep"}),
-        ("--intervention none", {"intervention": "none", "moments": "keep"}),
+        ("--intervention reset-head", {"intervention": "reset-head", "moments": "keep"}),
         ("--eval-frequency 0 --num-envs 8", {"num_envs": 8, "eval_steps": 125_000}),
     ],
 )
@@ -136,8 +138,6 @@ def test_a_preset_takes_another_intervention_or_trigger_and_leaves_out_what_noth
     args = parse(monkeypatch, "--preset", "paper", *flags.split())
     assert {name: getattr(args, name) for name in kept} == kept
     assert args.optimizer == "rmsprop" and args.shared_bias
-    if args.intervention in ("reset-head", "shrink-perturb"):
-        assert args.moments == "fresh"
 
 
 def test_every_preset_is_one_of_arguments_that_work_and_names_no_default():
@@ -155,10 +155,6 @@ def test_a_run_that_goes_on_takes_no_preset(monkeypatch, flag):
 @pytest.mark.parametrize(
     ("args", "fix"),
     [
-        (
-            {"intervention": "reset-head", "injection_step": (5,), "intervention": "none"},
-            "give --intervention none",
-        ),
         ({"intervention": "shrink-perturb"}, "give --injection-step, or --injection-trigger norm"),
         ({"injection_trigger": "norm", "injection_step": (5,)}, "give --injection-step without a number"),
         ({"injection_norm_ratio": 2.0, "injection_step": (5,)}, "only --injection-trigger norm looks at"),
@@ -169,9 +165,10 @@ def test_a_run_that_goes_on_takes_no_preset(monkeypatch, flag):
             "only --intervention injection",
         ),
         (
-            {"intervention": "reset-head", "injection_step": (5,), "moments": "keep"},
+            {"intervention": "reset-head", "injection_step": (5,), "injected_head_width": 1024},
             "only --intervention injection",
         ),
+        ({"moments": "keep", "injected_head_width": 1024}, "give --moments fresh"),
         ({"shrink_factor": 0.5, "injection_step": (5,)}, "only --intervention shrink-perturb"),
         ({"intervention": "reset"}, "one of injection, reset-head, shrink-perturb, none"),
         ({"moments": "copy", "injection_step": (5,)}, "one of fresh, keep"),
@@ -255,16 +252,13 @@ def test_a_baseline_may_have_the_flags_of_the_arm_it_belongs_to():
 
 def field_docstrings(source, name):
     """{field: docstring} of a class, read off its source."""
-    body = next(
-        node
-        for node in ast.parse(source.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == name
-    ).body
-    return {
-        field.target.id: doc.value.value
-        for field, doc in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
-    }
+    docstrings = {}
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for field, docstring in itertools.pairwise(node.body):
+                if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr):
+                    docstrings[field.target.id] = docstring.value.value
+    return docstrings
 
 
 def test_help_explains_every_flag_in_the_order_in_which_a_user_meets_them(monkeypatch, capsys):
@@ -273,7 +267,11 @@ def test_help_explains_every_flag_in_the_order_in_which_a_user_meets_them(monkey
     assert status_of(main) == 0
     out = capsys.readouterr().out
     plain = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
-    explanations = field_docstrings(SCRIPT, "Experiment") | field_docstrings(Path(flags.__file__), "RunFlags")
+    explanations = field_docstrings(SCRIPT, "Experiment")
+    for alternative in ALTERNATIVES.values():
+        source = Path(inspect.getfile(alternative.settings))
+        explanations |= field_docstrings(source, alternative.settings.__name__)
+    explanations |= field_docstrings(Path(flags.__file__), "RunFlags")
     assert list(explanations) == [field.name for field in fields(Args)]
     explanations |= field_docstrings(SCRIPT, "CommandLine")
     assert list(explanations) == [field.name for field in fields(CommandLine)]
@@ -457,7 +455,6 @@ def test_interventions_are_planned_for_the_ends_of_their_vector_steps(num_envs, 
         ({"injection_trigger": "norm"}, 1),
         ({"injection_trigger": "norm", "max_injections": 4}, 4),
         ({"injection_step": (5, 10), "intervention": "none"}, 0),
-        ({"injection_step": (5, 10), "intervention": "none"}, 0),
         ({"injection_step": tuple(range(1, 51)), "intervention": "reset-head"}, 0),
         ({"injection_step": (5,), "intervention": "shrink-perturb"}, 0),
         ({"injection_trigger": "norm", "max_injections": 4, "intervention": "reset-head"}, 0),
@@ -465,7 +462,7 @@ def test_interventions_are_planned_for_the_ends_of_their_vector_steps(num_envs, 
     ids=str,
 )
 def test_a_network_has_room_for_all_injections_that_will_be_made_and_for_no_other(args, pairs):
-    assert len(make_q_network(Args(**args), 6, "cpu").theta_prime_1) == pairs
+    assert len(make_q_network(Args(**args), 6, "cpu").head.theta_prime_1) == pairs
 
 
 @pytest.mark.parametrize("given,kept", [(5, (5,)), ([5, 0], (5, 0)), ((), ())])
@@ -481,7 +478,7 @@ def test_args_keeps_one_checkpoint_or_several_each_at_the_end_of_its_vector_step
 def test_what_may_differ_in_a_fork_are_fields():
     forkable = set(script.FORKABLE)
     assert len(forkable) == len(script.FORKABLE) and forkable <= {field.name for field in fields(Args)}
-    assert forkable >= OF_KIND
+    assert forkable.issuperset(OF_INTERVENTION)
     assert not forkable & {"env_id", "num_envs", "learning_rate", "checkpoint_frequency", "log_frequency"}
 
 

@@ -4,16 +4,22 @@ from dataclasses import fields
 
 import pytest
 
+from alternatives import AlternativeSettings
 from dqn_injection_atari import Args, Experiment
 from support.flags import RunFlags
 from support.usage import UsageError
 
 
-def test_the_fields_of_a_run_are_those_of_the_experiment_and_then_those_of_every_run():
-    names = [[field.name for field in fields(of)] for of in (Experiment, RunFlags, Args)]
-    assert names[2] == [*names[0], *names[1]] and not set(names[0]) & set(names[1])
-    assert names[0][:6] == ["env_id", "seed", "exp_name", "total_timesteps", "num_envs", "env_backend"]
-    assert names[0][6] == "injection_step", "what this script is about comes next"
+def names(settings):
+    return [field.name for field in fields(settings)]
+
+
+def test_the_fields_of_a_run_are_those_of_the_experiment_of_the_alternatives_and_of_every_run():
+    assert names(Args) == [*names(Experiment), *names(AlternativeSettings), *names(RunFlags)]
+    assert len(set(names(Args))) == len(names(Args))
+    first = ["env_id", "seed", "exp_name", "total_timesteps", "num_envs", "env_backend"]
+    assert names(Experiment)[:6] == first
+    assert names(Experiment)[6] == "injection_step", "what this script is about comes next"
 
 
 CONTRADICTIONS = [

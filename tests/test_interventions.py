@@ -1,6 +1,7 @@
 """What is done against lost plasticity, when, and to which tensors; and the paper's settings around it."""
 
 import contextlib
+import copy
 import io
 import math
 import re
@@ -11,6 +12,7 @@ import torch
 from conftest import BRIEF, make_learner, random_batch, scalars
 
 from dqn_injection_atari import PRESETS, Args, Training, plasticity_measures, train
+from support.optimizers import moments_by_name
 
 # 20 updates before the injection and as many after it
 SMALL = replace(BRIEF, total_timesteps=240, learning_starts=60, checkpoint_frequency=0, injection_step=(141,))
@@ -36,13 +38,8 @@ def parameters(learner):
 
 
 def moments(learner):
-    """{parameter: {moment: tensor}} of those that have any."""
-    names = {parameter: name for name, parameter in learner.q_network.named_parameters()}
-    return {
-        names[parameter]: {name: value.clone() for name, value in of_one.items()}
-        for parameter, of_one in learner.optimizer.state.items()
-        if of_one
-    }
+    """{parameter: {moment: tensor}} of those that have any, as copies."""
+    return copy.deepcopy(moments_by_name(learner.optimizer, learner.q_network))
 
 
 def same(a, b):
@@ -65,20 +62,25 @@ def test_an_injection_leaves_all_moments_and_gives_the_new_head_those_that_the_f
     learner = trained(moments=choice, optimizer=optimizer, freeze_heads=freeze_heads)
     before = moments(learner)
     learner.inject()
-    after, network = moments(learner), learner.q_network
-    encoder, theta, new = (names(network, module) for module in ("encoder", "theta", "theta_prime_1.0"))
+    after = moments(learner)
+    encoder = names(learner.q_network, "encoder")
+    theta = names(learner.q_network, "head.theta")
+    new = names(learner.q_network, "head.theta_prime_1.0")
     assert set(before) == encoder | theta
-    assert set(after) == encoder | theta | (new if choice == "keep" else set())
     assert all(same(after[name], before[name]) for name in before)
-    if choice == "keep":
+    if choice == "fresh":
+        assert set(after) == encoder | theta
+    else:
+        assert set(after) == encoder | theta | new
         for name in new:
             assert same(after[name], before[name.replace("theta_prime_1.0", "theta")])
     learner.update(random_batch(9))
-    steps = {name: of_one.get("step") for name, of_one in moments(learner).items()}
+    after_update = moments(learner)
     if optimizer == "adam":
-        assert all(steps[name] == 4 for name in encoder | (theta if not freeze_heads else set()))
-        assert all(steps[name] == (4 if choice == "keep" else 1) for name in new)
-    kept = same(moments(learner)["head.theta.hidden.weight"], before["head.theta.hidden.weight"])
+        assert {after_update[name]["step"].item() for name in encoder} == {4}
+        assert {after_update[name]["step"].item() for name in theta} == {3 if freeze_heads else 4}
+        assert {after_update[name]["step"].item() for name in new} == {1 if choice == "fresh" else 4}
+    kept = same(after_update["head.theta.hidden.weight"], before["head.theta.hidden.weight"])
     assert kept == freeze_heads, "the new head's copy is its own, and frozen heads rest"
 
 
@@ -103,50 +105,7 @@ def test_copied_moments_move_the_new_head_where_none_would_not():
     assert not torch.allclose(steps["fresh"], steps["keep"], atol=1e-5)
 
 
-# resets
-
-
-def test_resetting_the_head_draws_its_two_layers_anew_and_nothing_else():
-    learner = trained(intervention="reset-head", head_width=512)
-    before, moments_before = parameters(learner), moments(learner)
-    learner.intervene(step=10)
-    after, network = parameters(learner), learner.q_network
-    assert {name for name in after if not torch.equal(after[name], before[name])} == names(network, "theta")
-    for layer, fan_in in ((0, 3136), (2, 512)):
-        weight = after[f"theta.{layer}.weight"]
-        assert weight.abs().max() <= fan_in**-0.5 and weight.std() == pytest.approx(
-            (3 * fan_in) ** -0.5, rel=0.05
-        )
-    assert set(moments(learner)) == names(network, "encoder")
-    assert all(same(moments(learner)[name], moments_before[name]) for name in names(network, "encoder"))
-    assert network.num_injections == 0 and all(
-        parameter.requires_grad for parameter in network.head.theta.parameters()
-    )
-
-
-def test_shrink_and_perturb_mixes_the_encoder_with_a_new_one_and_resets_the_head():
-    learner = trained(intervention="shrink-perturb", shrink_factor=0.7)
-    before, moments_before = parameters(learner), moments(learner)
-    learner.intervene(step=10)
-    after, network = parameters(learner), learner.q_network
-    for name in names(network, "encoder"):
-        fan_in = after[name.replace("bias", "weight")][0].numel()
-        new = (after[name] - 0.7 * before[name]) / 0.3
-        assert new.abs().max() <= fan_in**-0.5 * (1 + 1e-4) and not torch.equal(after[name], before[name])
-        if "weight" in name:
-            assert new.std() == pytest.approx((3 * fan_in) ** -0.5, rel=0.05)
-    assert all(not torch.equal(after[name], before[name]) for name in names(network, "theta"))
-    assert set(moments(learner)) == names(network, "encoder")
-    assert all(same(moments(learner)[name], moments_before[name]) for name in names(network, "encoder"))
-
-
-def test_shrinking_by_nothing_leaves_the_encoder_as_it_is():
-    learner = trained(intervention="shrink-perturb", shrink_factor=1.0)
-    before = parameters(learner)
-    learner.intervene(step=10)
-    assert all(
-        torch.equal(parameters(learner)[name], before[name]) for name in names(learner.q_network, "encoder")
-    )
+# whatever the intervention
 
 
 @pytest.mark.parametrize("intervention", ["injection", "reset-head", "shrink-perturb"])
@@ -160,10 +119,11 @@ def test_the_target_mirrors_whatever_was_done_and_learning_goes_on(intervention,
     obs = random_batch(1).observations
     with torch.no_grad():
         assert torch.equal(learner.online(obs), learner.target(obs)), "the working copies, too"
-    before, head = parameters(learner), learner.q_network.newest_head()
+    before = parameters(learner)
     learner.update(random_batch(5))
     moved = {name for name, value in parameters(learner).items() if not torch.equal(value, before[name])}
-    assert moved == names(learner.q_network, "encoder") | names(learner.q_network, head)
+    newest_head = learner.q_network.newest_head()
+    assert moved == names(learner.q_network, "encoder") | names(learner.q_network, newest_head)
 
 
 @pytest.mark.parametrize("intervention", ["injection", "reset-head", "shrink-perturb"])
@@ -173,7 +133,7 @@ def test_what_is_drawn_depends_on_seed_and_count_alone(intervention):
         for _ in range(times):
             torch.rand(updates + 1)  # the global generator is not asked
             learner.intervene(step=10)
-        return parameters(learner)[f"{learner.q_network.newest_head()}.0.weight"]
+        return parameters(learner)[f"{learner.q_network.newest_head()}.hidden.weight"]
 
     assert torch.equal(drawn(1, 1, 1), drawn(3, 1, 1))
     assert not torch.equal(drawn(1, 1, 1), drawn(1, 2, 1)) and not torch.equal(drawn(1, 1, 1), drawn(1, 1, 2))
@@ -188,10 +148,11 @@ INTERVENTIONS = {
 
 @pytest.fixture(scope="module")
 def arms(tmp_path_factory):
-    """{intervention: (curves, what was printed, [(step, parameters) when it began])}, of runs with one seed."""
+    """{intervention: (curves, printed text, [(step, parameters) when it began])}, of runs with one seed."""
     runs = {}
     for intervention in ("none", *INTERVENTIONS):
-        begun, printed = [], io.StringIO()
+        begun = []
+        printed = io.StringIO()
         intervene = Training.intervene
 
         def noted(run, begun=begun, intervene=intervene):
@@ -201,11 +162,8 @@ def arms(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.chdir(tmp_path_factory.mktemp(intervention))
             patch.setattr(Training, "intervene", noted)
-            runs[intervention] = (
-                scalars(train(replace(SMALL, intervention=intervention, total_timesteps=200))),
-                printed.getvalue(),
-                begun,
-            )
+            folder = train(replace(SMALL, intervention=intervention, total_timesteps=200))
+            runs[intervention] = (scalars(folder), printed.getvalue(), begun)
     return runs
 
 
@@ -217,10 +175,9 @@ def test_a_run_does_at_its_step_what_was_asked_for_and_says_so(arms, interventio
     assert curves["injection/step"] == [(142, 142)]
     ((step, delta),) = curves["injection/max_abs_delta_q"]
     assert step == 142 and (delta == 0) == (intervention == "injection")
-    (line,) = re.findall(
-        f"^step 142: {INTERVENTIONS[intervention]}, largest change of Q .* observations: (.*)$", out, re.M
-    )
-    assert float(line) == pytest.approx(delta, rel=1e-3) and "baseline arm" not in out
+    line = f"^step 142: {INTERVENTIONS[intervention]}, largest change of Q .* observations: (.*)$"
+    (printed,) = re.findall(line, out, re.MULTILINE)
+    assert float(printed) == pytest.approx(delta, rel=1e-3) and "baseline arm" not in out
 
 
 @pytest.mark.slow
@@ -232,13 +189,12 @@ def test_a_baseline_does_nothing_and_says_so(arms):
 @pytest.mark.slow
 def test_arms_with_one_seed_are_bitwise_equal_up_to_the_intervention_and_differ_after_it(arms):
     first, *others = (arms[name][2][0][1] for name in INTERVENTIONS)
-    shared = {name: value for name, value in first.items() if not name.startswith("theta_prime_")}
+    shared = {name: value for name, value in first.items() if "theta_prime_" not in name}
     assert all(same(shared, other) for other in others)
-    assert not any(value.any() for name, value in first.items() if name not in shared), (
-        "its new heads are not in use"
-    )
+    new_heads = [value for name, value in first.items() if name not in shared]
+    assert new_heads and not any(value.any() for value in new_heads), "they are not in use"
     losses = [dict(curves["losses/td_loss"]) for curves, *_ in arms.values()]
-    assert len({of_one[120] for of_one in losses}) == 1 and len({of_one[200] for of_one in losses}) == 4
+    assert len({curve[120] for curve in losses}) == 1 and len({curve[200] for curve in losses}) == 4
 
 
 # when the norm has grown
@@ -252,26 +208,26 @@ def test_norms_of_what_was_drawn_anew_count_from_then_on_and_those_of_the_encode
     encoder = learner.norms.initial["encoder"]
     learner.intervene(step=10)
     measures = plasticity_measures(learner, random_batch())
-    assert learner.norms.growth(learner.learning()) == measures["weight_norm_ratio/head"] == 1
+    assert learner.norms.growth(learner.growing()) == measures["weight_norm_ratio/head"] == 1
     assert learner.norms.initial["encoder"] == encoder and measures["weight_norm_ratio/encoder"] != 1
 
 
 def test_growth_is_the_norm_of_encoder_and_head_over_what_it_was_when_the_head_began():
     learner = make_learner()
-    assert learner.norms.growth(learner.learning()) == 1
+    assert learner.norms.growth(learner.growing()) == 1
     learned = [*learner.q_network.encoder.parameters(), *learner.q_network.head.theta.parameters()]
-    expected = math.sqrt(sum(parameter.detach().double().square().sum().item() for parameter in learned))
-    assert learner.norms.norm(learner.learning()) == pytest.approx(expected, rel=1e-6)
+    numbers = torch.cat([parameter.detach().double().flatten() for parameter in learned])
+    assert learner.norms.norm(learner.growing()) == pytest.approx(numbers.norm().item(), rel=1e-6)
     with torch.no_grad():
         for parameter in learned:
             parameter.mul_(2)
-    assert learner.norms.growth(learner.learning()) == pytest.approx(2, rel=1e-6)
+    assert learner.norms.growth(learner.growing()) == pytest.approx(2, rel=1e-6)
     learner.inject()
-    assert learner.norms.growth(learner.learning()) == 1, "the new head begins"
+    assert learner.norms.growth(learner.growing()) == 1, "the new head begins"
     with torch.no_grad():
         for parameter in learner.q_network.head.theta.parameters():
             parameter.mul_(5)
-    assert learner.norms.growth(learner.learning()) == 1, "a frozen head does not count"
+    assert learner.norms.growth(learner.growing()) == 1, "a frozen head does not count"
 
 
 NORM = replace(
@@ -288,13 +244,14 @@ NORM = replace(
 @pytest.mark.slow
 @pytest.mark.parametrize("num_envs", [1, 4])
 def test_an_injection_is_made_at_the_first_check_at_which_the_norm_has_grown_enough(num_envs):
-    folder = train(replace(NORM, num_envs=num_envs, checkpoint_frequency=240 if num_envs == 4 else 0))
+    checkpoint_frequency = 240 if num_envs == 4 else 0
+    args = replace(NORM, num_envs=num_envs, checkpoint_frequency=checkpoint_frequency)
+    folder = train(args)
     curves = scalars(folder)
     growth = dict(curves["injection/norm_growth"])
-    ends = [-(-step // num_envs) * num_envs for step in range(15, 241, 15)]
-    assert list(growth) == ends and growth[ends[3]] == 1, (
-        "checked in every vector step that holds a multiple; learning begins"
-    )
+    ends = [args.end_of_vector_step(step) for step in range(15, 241, 15)]
+    assert list(growth) == ends, "checked in every vector step that holds a multiple"
+    assert growth[ends[3]] == 1, "learning begins"
     due = [step for step, value in growth.items() if value > 1.0001][:2]
     assert [step for step, _ in curves["injection/step"]] == due and len(due) == 2
     assert {value for _, value in curves["injection/max_abs_delta_q"]} == {0}
@@ -303,31 +260,28 @@ def test_an_injection_is_made_at_the_first_check_at_which_the_norm_has_grown_eno
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes", [{"injection_norm_ratio": 3.0}, {"intervention": "none"}, {"intervention": "none"}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"injection_norm_ratio": 3.0}, {"intervention": "none"}], ids=str)
 def test_no_injection_is_made_below_the_ratio_or_in_a_baseline(changes):
     curves = scalars(train(replace(NORM, total_timesteps=150, **changes)))
-    assert (
-        "injection/step" not in curves and max(value for _, value in curves["injection/norm_growth"]) > 1.0001
-    )
+    assert "injection/step" not in curves
+    assert max(value for _, value in curves["injection/norm_growth"]) > 1.0001
 
 
 @pytest.mark.slow
 def test_the_norm_triggers_any_intervention_no_more_than_max_injections_times():
     curves = scalars(train(replace(NORM, intervention="reset-head", max_injections=1)))
     assert len(curves["injection/step"]) == 1 and curves["injection/max_abs_delta_q"][0][1] > 0
-    (first, _), last = curves["injection/step"][0], curves["injection/norm_growth"][-1]
-    assert first < 200 and last[1] > 1.0001, "it had grown enough for another one"
+    first_step, _ = curves["injection/step"][0]
+    _, last_growth = curves["injection/norm_growth"][-1]
+    assert first_step < 200 and last_growth > 1.0001, "it had grown enough for another one"
 
 
 @pytest.mark.slow
 def test_the_norm_triggers_nothing_at_the_end_of_a_run():
     args = replace(NORM, injection_check_frequency=240, intervention="reset-head")
     curves = scalars(train(args))
-    assert (
-        curves["injection/norm_growth"][-1][1] > args.injection_norm_ratio and "injection/step" not in curves
-    )
+    assert curves["injection/norm_growth"][-1][1] > args.injection_norm_ratio
+    assert "injection/step" not in curves
 
 
 # the paper's settings
@@ -383,11 +337,9 @@ def test_a_run_that_grows_says_from_how_many_trainable_parameters_to_how_many(ca
 def test_an_agent_grows_and_goes_on_learning_in_every_setting(changes):
     curves = scalars(train(replace(SMALL, **changes | {"head_width": 16, "injected_head_width": 32})))
     ((step, change),) = curves["injection/max_abs_delta_q"]
-    assert (
-        change == 0.0
-        and curves["losses/td_loss"][-1][0] > step
-        and math.isfinite(curves["losses/td_loss"][-1][1])
-    )
+    assert change == 0.0
+    last_step, last_loss = curves["losses/td_loss"][-1]
+    assert last_step > step and math.isfinite(last_loss)
 
 
 def test_moments_are_not_copied_to_a_head_of_another_width():

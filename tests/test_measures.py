@@ -1,5 +1,6 @@
-"""Measures of plasticity and learning: each against an answer known in closed form, and what measuring leaves alone."""
+"""Measures of plasticity and learning, against answers known in closed form; measuring changes nothing."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -31,15 +32,13 @@ SMALL = replace(
 
 
 def test_a_unit_is_dormant_when_its_mean_activation_is_at_most_tau_of_the_layers():
-    layer = torch.tensor(
-        [[2.0, 0.5, 0.0, 0.0], [2.0, 0.0, 4.0, 0.0]]
-    )  # means 2, 0.25, 2, 0 and 1.0625 over all
+    # means 2, 0.25, 2, 0 and 1.0625 over all
+    layer = torch.tensor([[2.0, 0.5, 0.0, 0.0], [2.0, 0.0, 4.0, 0.0]])
     assert dormant_units(layer).tolist() == [0, 0, 0, 1]
     assert dormant_units(layer, tau=0.25).tolist() == [0, 1, 0, 1], "0.25 / 1.0625 is 0.235"
-    assert dormant_units(torch.tensor([[0.25, 1.75]]), tau=0.25).tolist() == [1, 0], (
-        "at most: the bound belongs to it"
-    )
-    assert dormant_units(torch.tensor([[0.25, 1.75]]), tau=0.24).tolist() == [0, 0]
+    quiet_and_loud = torch.tensor([[0.25, 1.75]])
+    assert dormant_units(quiet_and_loud, tau=0.25).tolist() == [1, 0], "at most: the bound belongs to it"
+    assert dormant_units(quiet_and_loud, tau=0.24).tolist() == [0, 0]
     assert dormant_units(torch.tensor([[3.0, 1.0], [-3.0, 1.0]])).tolist() == [0, 0], "sizes count, not signs"
 
 
@@ -73,9 +72,9 @@ def test_the_active_fraction_counts_what_is_not_zero():
 
 
 def test_singular_values_are_those_of_a_matrix_made_of_them():
-    left, right = (
-        torch.linalg.qr(torch.randn(n, 3, generator=torch.Generator().manual_seed(n)))[0] for n in (8, 5)
-    )
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(8, 3, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(5, 3, generator=generator))
     sigma = singular_values(left @ torch.diag(torch.tensor([7.0, 2.0, 0.5])) @ right.T)
     assert sigma.dtype == torch.float64 and sigma.shape == (5,)
     assert torch.allclose(sigma, torch.tensor([7.0, 2.0, 0.5, 0, 0], dtype=torch.float64), atol=1e-5)
@@ -108,7 +107,8 @@ def test_effective_rank_is_the_exponential_of_the_entropy():
 
 
 def test_share_of_q_is_the_part_of_the_sizes():
-    old, new = torch.tensor([[3.0, -3.0]]), torch.tensor([[-1.0, 1.0]])
+    old = torch.tensor([[3.0, -3.0]])
+    new = torch.tensor([[-1.0, 1.0]])
     assert share_of_q(old, new).item() == 0.25 and share_of_q(old, torch.zeros(1, 2)).item() == 0
     assert share_of_q(torch.zeros(1, 2), torch.zeros(1, 2)).isnan()
 
@@ -125,9 +125,8 @@ def test_the_norm_tracker_counts_from_when_a_module_was_drawn_and_growth_from_wh
     norms.begin({"body": body, "head": old}, [body, old])
     torch.nn.init.constant_(body.weight, 5.0)
     assert norms.initial == {"body": 3, "head": 4}
-    assert norms.norm([body, old]) == pytest.approx(41**0.5) and norms.growth([body, old]) == pytest.approx(
-        41**0.5 / 5
-    )
+    assert norms.norm([body, old]) == pytest.approx(41**0.5)
+    assert norms.growth([body, old]) == pytest.approx(41**0.5 / 5)
     norms.begin({"body": body, "head": old, "new": new}, [body, new])
     assert norms.initial == {"body": 3, "head": 4, "new": 12} and norms.growth([body, new]) == 1
     norms.forget("head")
@@ -143,13 +142,11 @@ def test_the_loss_meter_gives_means_since_the_last_call_and_nothing_where_nothin
     assert meter.means(100, 4) == {}
     for loss, q_values in ((1.0, 5.0), (2.0, 7.0), (6.0, 9.0)):
         meter.add(torch.tensor(loss), torch.tensor(q_values))
-        meter.num_updates += 1
     other = LossMeter(torch.device("cpu"))
     other.load_state_dict(meter.state_dict())
     assert meter.means(112, 4) == other.means(112, 4) == {"td_loss": 3, "q_values": 7}
     assert meter.means(112, 4) == {} == other.means(112, 4)
     meter.add(torch.tensor(4.0), torch.tensor(8.0))
-    meter.num_updates += 1
     assert meter.means(116, 4) == {"td_loss": 4, "q_values": 8}
 
 
@@ -159,11 +156,9 @@ def test_the_loss_meter_names_the_step_from_which_no_loss_is_finite(bad, first, 
     meter = LossMeter(torch.device("cpu"))
     for update in range(4):  # at steps 104, 108, 112 and 116
         meter.add(torch.tensor(loss if update >= bad else 1.0), torch.tensor(0.0))
-        meter.num_updates += 1
+    message = f"^td_loss is not finite from step {first}: lower --learning-rate$"
     for ask in (meter.check_finite, meter.means):
-        with pytest.raises(
-            FloatingPointError, match=f"^td_loss is not finite from step {first}: lower --learning-rate$"
-        ):
+        with pytest.raises(FloatingPointError, match=message):
             ask(118, 4)
 
 
@@ -187,7 +182,7 @@ def test_measures_of_a_network_made_to_have_them(injections):
         (network.encoder[0], 24),
         (network.encoder[2], 64),
         (network.encoder[4], 32),
-        (newest[0], 384),
+        (newest.hidden, 384),
     ):
         only_biases(layer, active)
     measures = plasticity_measures(learner, random_batch())
@@ -198,10 +193,9 @@ def test_measures_of_a_network_made_to_have_them(injections):
     assert active == {"conv1": 0.75, "conv2": 1, "conv3": 0.5, "head": 0.75}
     counts = np.array([32 * 400, 64 * 81, 64 * 49, 512])
     assert measures["active_fraction"] == pytest.approx(counts @ [0.75, 1, 0.5, 0.75] / counts.sum())
-    for name in ("encoder", "head"):
-        assert measures[f"srank/{name}"] == 1 and measures[f"effective_rank/{name}"] == pytest.approx(1), (
-            "all rows equal"
-        )
+    for name in ("encoder", "head"):  # whose rows are all equal
+        assert measures[f"srank/{name}"] == 1
+        assert measures[f"effective_rank/{name}"] == pytest.approx(1)
     assert measures["weight_norm/encoder"] == pytest.approx((24 + 64 + 32) ** 0.5)
 
 
@@ -211,18 +205,16 @@ def test_a_silent_layer_is_wholly_dormant_and_what_is_undefined_is_left_out():
     measures = plasticity_measures(learner, random_batch())
     assert measures["dormant_fraction/head"] == 1 and measures["active_fraction/head"] == 0
     layers = {"conv1": 32, "conv2": 64, "conv3": 64, "head": 512}
-    share = sum(measures[f"dormant_fraction/{name}"] * units for name, units in layers.items()) / sum(
-        layers.values()
-    )
+    dormant = sum(measures[f"dormant_fraction/{name}"] * units for name, units in layers.items())
+    share = dormant / sum(layers.values())
     assert measures["dormant_fraction"] == pytest.approx(share) and 0.7 < share < 1
     assert not {"srank/head", "effective_rank/head"} & measures.keys() and "srank/encoder" in measures
 
 
 def test_a_network_that_is_dead_is_wholly_dormant_and_not_active():
     learner = make_learner()
-    for layer in (*learner.q_network.encoder, *learner.q_network.head.theta):
-        for parameter in layer.parameters():
-            parameter.data.zero_()
+    for parameter in learner.q_network.parameters():
+        parameter.data.zero_()
     measures = plasticity_measures(learner, random_batch())
     assert measures["dormant_fraction"] == 1 and measures["active_fraction"] == 0
     assert all(math.isfinite(value) for value in measures.values())
@@ -231,27 +223,32 @@ def test_a_network_that_is_dead_is_wholly_dormant_and_not_active():
 @pytest.mark.parametrize("freeze_heads", [True, False])
 @pytest.mark.parametrize("injections", [0, 1, 2])
 def test_norms_are_those_of_the_modules_and_their_gradients(injections, freeze_heads):
-    learner, batch = make_learner(freeze_heads=freeze_heads), random_batch()
-    initial = {"theta": joint_norm(learner.q_network.head.theta.parameters()).item()}
-    initial["encoder"] = joint_norm(learner.q_network.encoder.parameters()).item()
+    learner = make_learner(freeze_heads=freeze_heads)
+    batch = random_batch()
+    network = learner.q_network
+    initial = {"encoder": joint_norm(network.encoder.parameters()).item()}
+    initial["head.theta"] = joint_norm(network.head.theta.parameters()).item()
     for k in range(injections):
         learner.update(random_batch(k))
         learner.inject()
-        for pair in ("theta_prime_1", "theta_prime_2"):
-            initial[f"{pair}.{k}"] = joint_norm(getattr(learner.q_network, pair)[k].parameters()).item()
+        for path in (f"head.theta_prime_1.{k}", f"head.theta_prime_2.{k}"):
+            initial[path] = joint_norm(network.get_submodule(path).parameters()).item()
     learner.update(random_batch(9))
-    loss, _ = td_loss(learner.q_network, learner.target_network, batch, learner.args.gamma)
-    learner.q_network.zero_grad()
+    loss, _ = td_loss(network, learner.target_network, batch, learner.args.gamma)
+    network.zero_grad()
     loss.backward()
-    newest = f"theta_prime_1.{injections - 1}" if injections else "theta"
+    newest = f"head.theta_prime_1.{injections - 1}" if injections else "head.theta"
     measures = plasticity_measures(learner, batch)
-    for module, start in initial.items():
-        label = "head" if module == newest else module.replace(".", "_")
-        parameters = list(learner.q_network.get_submodule(module).parameters())
-        norm = torch.cat([p.detach().double().flatten() for p in parameters]).norm().item()
+    for path, start in initial.items():
+        label = path.removeprefix("head.").replace(".", "_")
+        if path == newest:
+            label = "head"
+        parameters = list(network.get_submodule(path).parameters())
+        numbers = torch.cat([parameter.detach().double().flatten() for parameter in parameters])
+        norm = numbers.norm().item()
         assert measures[f"weight_norm/{label}"] == pytest.approx(norm, rel=1e-5)
         assert measures[f"weight_norm_ratio/{label}"] == pytest.approx(norm / start, rel=1e-5)
-        learns = module in ("encoder", newest) or not freeze_heads
+        learns = path in ("encoder", newest) or not freeze_heads
         assert (f"gradient_norm/{label}" in measures) == learns
         if learns:
             gradient = torch.cat([p.grad.flatten() for p in parameters]).norm().item()
@@ -260,22 +257,23 @@ def test_norms_are_those_of_the_modules_and_their_gradients(injections, freeze_h
 
 
 def test_the_new_heads_share_of_q_begins_at_zero_and_grows():
-    learner, batch = make_learner(), random_batch()
+    learner = make_learner()
+    batch = random_batch()
     assert "new_heads_share_of_q" not in plasticity_measures(learner, batch)
     learner.inject()
     assert plasticity_measures(learner, batch)["new_heads_share_of_q"] == 0
     learner.update(batch)
-    network, features = learner.q_network, learner.q_network.features(batch.observations)
-    old = network.head.theta(features)
-    new = network.head.theta_prime_1[0](features) - network.head.theta_prime_2[0](features)
-    expected = (new.abs().mean() / (old.abs().mean() + new.abs().mean())).item()
-    assert (
-        0 < plasticity_measures(learner, batch)["new_heads_share_of_q"] == pytest.approx(expected, rel=1e-3)
-    )
+    head = learner.q_network.head
+    features = learner.q_network.features(batch.observations)
+    old = head.theta(features).abs().mean().item()
+    new = (head.theta_prime_1[0](features) - head.theta_prime_2[0](features)).abs().mean().item()
+    share = plasticity_measures(learner, batch)["new_heads_share_of_q"]
+    assert 0 < share == pytest.approx(new / (old + new), rel=1e-3)
 
 
 def test_the_ratio_to_initialisation_outlives_a_state_dict():
-    learner, other = make_learner(), make_learner(seed=8)
+    learner = make_learner()
+    other = make_learner(seed=8)
     learner.inject()
     learner.update(random_batch())
     other.load_state_dict(learner.state_dict())
@@ -291,13 +289,14 @@ def test_measuring_changes_nothing_in_the_learner(bf16):
     learner.inject()
     learner.update(random_batch())
     before = flat(learner.state_dict())
-    gradients = [None if p.grad is None else p.grad.clone() for p in learner.q_network.parameters()]
+    gradients = [copy.deepcopy(parameter.grad) for parameter in learner.q_network.parameters()]
     first = plasticity_measures(learner, random_batch())
     assert differences(before, flat(learner.state_dict())) == []
     for gradient, parameter in zip(gradients, learner.q_network.parameters(), strict=True):
-        assert (gradient is None) == (parameter.grad is None) and (
-            gradient is None or torch.equal(gradient, parameter.grad)
-        )
+        if gradient is None:
+            assert parameter.grad is None
+        else:
+            assert torch.equal(gradient, parameter.grad)
     assert not any(module._forward_hooks for module in learner.q_network.modules())
     assert plasticity_measures(learner, random_batch()) == first
     in_float32 = make_learner(bf16=False)
@@ -319,19 +318,16 @@ def measured(tmp_path_factory):
 @pytest.mark.slow
 def test_training_is_bitwise_the_same_with_measures_on_or_off(measured):
     """All that a run saves, and all its other curves."""
-    on, off = (
-        content(folder, "checkpoint-240")
-        for folder in (measured, train(replace(SMALL, checkpoint_frequency=240, plasticity_frequency=0)))
-    )
+    unmeasured = train(replace(SMALL, checkpoint_frequency=240, plasticity_frequency=0))
+    on = content(measured, "checkpoint-240")
+    off = content(unmeasured, "checkpoint-240")
     curves = "curves in the run folder"
     assert [point for point in on.pop(curves) if not point[0].startswith("plasticity/")] == off.pop(curves)
     assert differences(on, off) == []
 
 
 @pytest.mark.slow
-def test_measures_are_logged_at_the_end_of_every_vector_step_that_holds_a_multiple_of_their_frequency(
-    measured,
-):
+def test_measures_are_logged_at_the_end_of_each_vector_step_with_a_multiple_of_their_frequency(measured):
     curves = scalars(measured)
     assert [step for step, _ in curves["plasticity/dormant_fraction"]] == [102, 201]
     assert [step for step, _ in curves["plasticity/new_heads_share_of_q"]] == [201]
@@ -341,10 +337,9 @@ def test_measures_are_logged_at_the_end_of_every_vector_step_that_holds_a_multip
     assert second["plasticity/weight_norm_ratio/head"] != 1, "learning has begun"
     assert 1 < second["plasticity/srank/encoder"] <= 48 and second["plasticity/gradient_norm/encoder"] > 0
     # θ was frozen at 150 and is named as itself from then on, θ′₂ is as it was drawn
-    (after, theta), (_, ratio) = (
-        curves[f"plasticity/{name}"][0] for name in ("weight_norm/theta", "weight_norm/head")
-    )
-    assert after == 201 and theta > 0 and ratio > 0
+    assert curves["plasticity/weight_norm/theta"][0][0] == 201
+    assert curves["plasticity/weight_norm/theta"][0][1] > 0
+    assert curves["plasticity/weight_norm/head"][0][1] > 0
     assert [value for _, value in curves["plasticity/weight_norm_ratio/theta_prime_2_0"]] == [1.0]
 
 

@@ -22,13 +22,13 @@ def heads(q_network):
 
 def trained(q_network, steps=2):
     """A few steps of plain SGD on everything trainable, so that no head is at its initial value."""
-    optimizer = torch.optim.SGD(
-        q_network.parameters(), lr=0.01
-    )  # at 0.1, seven trainable heads diverge now and then
+    # at 0.1, seven trainable heads diverge now and then
+    optimizer = torch.optim.SGD(q_network.parameters(), lr=0.01)
     device = next(q_network.parameters()).device
     for step in range(steps):
         optimizer.zero_grad()
-        (q_network(observations(seed=step).to(device)) - 1).square().mean().backward()
+        q_values = q_network(observations(seed=step).to(device))
+        (q_values - 1).square().mean().backward()
         optimizer.step()
     return q_network
 
@@ -53,9 +53,8 @@ def test_q_is_bitwise_equal_across_every_injection(device, freeze_heads):
         batches = [observations(size, seed=k).to(device) for size in (1, 7, 33)]
         before = [q_network(obs) for obs in batches]
         q_network.inject(seeded(k))
-        assert all(
-            torch.equal(q_network(obs), q_values) for obs, q_values in zip(batches, before, strict=True)
-        )
+        for obs, q_values in zip(batches, before, strict=True):
+            assert torch.equal(q_network(obs), q_values)
         trained(q_network)
         assert not torch.equal(q_network(batches[1]), before[1])
 
@@ -70,10 +69,8 @@ def test_forward_maps_uint8_stacks_to_float32_q_values_and_leaves_them_alone():
 
 def test_the_network_is_the_nature_cnn():
     q_network = QNetwork(6)
-    shapes = [tuple(p.shape) for p in q_network.encoder.parameters()] + [
-        tuple(p.shape) for p in q_network.head.theta.parameters()
-    ]
-    assert shapes == [
+    parameters = [*q_network.encoder.parameters(), *q_network.head.theta.parameters()]
+    assert [tuple(parameter.shape) for parameter in parameters] == [
         (32, 4, 8, 8),
         (32,),
         (64, 32, 4, 4),
@@ -85,10 +82,9 @@ def test_the_network_is_the_nature_cnn():
         (6, 512),
         (6,),
     ]
-    assert q_network.features(observations(2)).shape == (2, 3136)
-    assert torch.allclose(
-        q_network.features(observations(2)), q_network.encoder(observations(2) / 255), atol=1e-6
-    )
+    features = q_network.features(observations(2))
+    assert features.shape == (2, 3136)
+    assert torch.allclose(features, q_network.encoder(observations(2) / 255), atol=1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -97,34 +93,33 @@ def test_q_is_the_written_out_sum_and_so_is_the_encoders_gradient(k):
     for i in range(k):
         trained(q_network).inject(seeded(i))
     trained(q_network)
-    obs, weights = observations(8), torch.randn(8, 6, generator=seeded(3))
-    got = torch.autograd.grad((weights * q_network(obs)).sum(), list(q_network.encoder.parameters()))
+    obs = observations(8)
+    weights = torch.randn(8, 6, generator=seeded(3))
+    encoder = list(q_network.encoder.parameters())
+    head = q_network.head
+    got = torch.autograd.grad((weights * q_network(obs)).sum(), encoder)
 
     features = q_network.encoder(obs.float() / 255)
-    written_out = q_network.head.theta(features)
+    written_out = head.theta(features)
     for i in range(k):
-        written_out = (
-            written_out
-            + q_network.head.theta_prime_1[i](features)
-            - q_network.head.theta_prime_2[i](features)
-        )
-    expected = torch.autograd.grad((weights * written_out).sum(), list(q_network.encoder.parameters()))
-    theta_alone = torch.autograd.grad(
-        (weights * q_network.head.theta(q_network.encoder(obs.float() / 255))).sum(),
-        list(q_network.encoder.parameters()),
-    )
+        written_out = written_out + head.theta_prime_1[i](features) - head.theta_prime_2[i](features)
+    expected = torch.autograd.grad((weights * written_out).sum(), encoder)
+    by_theta_alone = head.theta(q_network.encoder(obs.float() / 255))
+    of_theta_alone = torch.autograd.grad((weights * by_theta_alone).sum(), encoder)
     assert torch.allclose(q_network(obs), written_out, atol=1e-6)
-    for mine, reference, old_head_only in zip(got, expected, theta_alone, strict=True):
-        assert torch.allclose(mine, reference, rtol=1e-4, atol=1e-5 * reference.abs().max().item())
-        assert not torch.allclose(mine, old_head_only, rtol=1e-2, atol=1e-3 * reference.abs().max().item())
+    for gradient, reference, old_head_only in zip(got, expected, of_theta_alone, strict=True):
+        size = reference.abs().max().item()
+        assert torch.allclose(gradient, reference, rtol=1e-4, atol=1e-5 * size)
+        assert not torch.allclose(gradient, old_head_only, rtol=1e-2, atol=1e-3 * size)
 
 
 def test_at_the_instant_of_injection_the_new_branches_gradients_to_the_encoder_cancel():
     q_network = trained(QNetwork(6))
     obs = observations(8)
-    before = torch.autograd.grad(q_network(obs).sum(), list(q_network.encoder.parameters()))
+    encoder = list(q_network.encoder.parameters())
+    before = torch.autograd.grad(q_network(obs).sum(), encoder)
     q_network.inject(seeded())
-    after = torch.autograd.grad(q_network(obs).sum(), list(q_network.encoder.parameters()))
+    after = torch.autograd.grad(q_network(obs).sum(), encoder)
     for a, b in zip(before, after, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
 
@@ -144,7 +139,7 @@ def test_injection_draws_equal_fresh_heads_and_touches_nothing_else():
     assert all(equal(saved, module) for saved, module in zip(before, others, strict=True))
     assert equal(snapshot(q_network.head.theta_prime_1[0]), q_network.head.theta_prime_2[0])
     assert not equal(old_pair, q_network.head.theta_prime_1[0])
-    addresses = {p.data_ptr() for head in heads(q_network) for p in head.parameters()}
+    addresses = {parameter.data_ptr() for parameter in q_network.head.parameters()}
     assert len(addresses) == 5 * 4, "no two heads share memory"
 
 
@@ -152,10 +147,9 @@ def test_fresh_heads_follow_pytorchs_own_initialisation():
     q_network = QNetwork(18)
     q_network.inject(seeded())
     torch.manual_seed(0)
-    reference = QNetwork(18).theta
-    for fresh, default in zip(
-        q_network.head.theta_prime_1[0].parameters(), reference.parameters(), strict=True
-    ):
+    reference = QNetwork(18).head.theta
+    new_head = q_network.head.theta_prime_1[0]
+    for fresh, default in zip(new_head.parameters(), reference.parameters(), strict=True):
         fan_in = 3136 if fresh.shape[0] == 512 else 512
         assert fresh.abs().max() <= fan_in**-0.5
         assert abs(fresh.std() / (fan_in**-0.5 / 3**0.5) - 1) < (0.1 if fresh.numel() > 100 else 0.6)
@@ -170,16 +164,17 @@ def test_heads_are_drawn_from_the_given_generator_and_from_no_other():
     second.inject(seeded(1))
     other.inject(seeded(2))
     assert torch.equal(state, torch.get_rng_state())
-    assert equal(snapshot(first.theta_prime_1[0]), second.theta_prime_1[0])
-    assert not equal(snapshot(first.theta_prime_1[0]), other.head.theta_prime_1[0])
+    assert equal(snapshot(first.head.theta_prime_1[0]), second.head.theta_prime_1[0])
+    assert not equal(snapshot(first.head.theta_prime_1[0]), other.head.theta_prime_1[0])
 
 
 def test_without_a_generator_heads_come_from_the_global_one():
     torch.manual_seed(0)
-    first, second = QNetwork(6), QNetwork(6)
+    first = QNetwork(6)
+    second = QNetwork(6)
     first.inject()
     second.inject()
-    assert not equal(snapshot(first.theta_prime_1[0]), second.theta_prime_1[0])
+    assert not equal(snapshot(first.head.theta_prime_1[0]), second.head.theta_prime_1[0])
 
 
 def test_freezing_trains_the_encoder_and_the_newest_head_and_keeps_the_parameter_count():
@@ -202,19 +197,16 @@ def test_freezing_trains_the_encoder_and_the_newest_head_and_keeps_the_parameter
 def test_without_freezing_all_live_heads_train():
     q_network = QNetwork(6, max_injections=2, freeze_heads=False)
     q_network.inject(seeded())
-    flags = [all(p.requires_grad for p in head.parameters()) for head in heads(q_network)]
-    assert flags == [True, True, False, True, False]
+    for head, trainable in zip(heads(q_network), [True, True, False, True, False], strict=True):
+        assert all(parameter.requires_grad == trainable for parameter in head.parameters())
 
 
 def test_frozen_parameters_have_no_gradient_not_a_zero_one():
     q_network = trained(QNetwork(6))
     assert all(p.grad is not None for p in q_network.head.theta.parameters())
     q_network.inject(seeded())
-    assert all(
-        p.grad is None
-        for head in (q_network.head.theta, q_network.head.theta_prime_2[0])
-        for p in head.parameters()
-    )
+    for head in (q_network.head.theta, q_network.head.theta_prime_2[0]):
+        assert all(parameter.grad is None for parameter in head.parameters())
 
 
 def test_a_state_dict_carries_the_injections_and_what_they_froze(tmp_path):
@@ -226,42 +218,48 @@ def test_a_state_dict_carries_the_injections_and_what_they_froze(tmp_path):
     loaded.load_state_dict(torch.load(tmp_path / "q.pt", weights_only=True))
     assert loaded.num_injections == 1
     assert torch.equal(loaded(observations()), q_network(observations()))
-    flags = [[p.requires_grad for p in network.parameters()] for network in (q_network, loaded)]
-    assert flags[0] == flags[1]
+    for name, parameter in q_network.named_parameters():
+        assert loaded.get_parameter(name).requires_grad == parameter.requires_grad, name
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_shared_bias_is_one_number_added_to_every_action(device):
-    plain, shared = QNetwork(6), QNetwork(6, shared_bias=True).to(device)
+    plain = QNetwork(6)
+    shared = QNetwork(6, shared_bias=True).to(device)
     shared.inject(seeded())
     for head in heads(shared):
-        assert head[2].bias.shape == (1,) and head[2].weight.shape == plain.theta.output.weight.shape == (
-            6,
-            512,
-        )
-    assert plain.theta.output.bias.shape == (6,)
+        assert head.output.bias.shape == (1,) and head.output.weight.shape == (6, 512)
+    assert plain.head.theta.output.bias.shape == (6,)
+    assert plain.head.theta.output.weight.shape == (6, 512)
     hidden = torch.randn(5, 512, generator=seeded(1)).to(device).requires_grad_()
-    output = shared.theta_prime_1[0].output
+    output = shared.head.theta_prime_1[0].output
     expected = hidden.detach() @ output.weight.T + output.bias
     assert expected.shape == (5, 6) and torch.allclose(output(hidden), expected, atol=1e-6)
     output(hidden).sum().backward()
     assert output.bias.grad.tolist() == [30], "one number, 5 · 6 times"
     assert 0 < output.bias.abs().item() <= 512**-0.5, "drawn at injection as PyTorch draws biases"
+    obs = observations(4).to(device)
     with torch.no_grad():
-        before = shared(observations(4).to(device))
-        shared.theta.output.bias += 1
-        assert torch.allclose(shared(observations(4).to(device)), before + 1, atol=1e-6)
+        before = shared(obs)
+        shared.head.theta.output.bias += 1
+        assert torch.allclose(shared(obs), before + 1, atol=1e-6)
 
 
 def test_heads_that_were_not_injected_yet_are_zero_and_named_by_no_one():
     q_network = QNetwork(6, max_injections=2)
     later = [*q_network.head.theta_prime_1.parameters(), *q_network.head.theta_prime_2.parameters()]
     assert not any(parameter.any() for parameter in later)
-    assert list(q_network.live()) == ["encoder", "theta"] and q_network.newest_head() == "theta"
+    assert list(q_network.in_use()) == ["encoder", "head.theta"]
+    assert q_network.newest_head() == "head.theta"
     q_network.inject(seeded())
-    assert list(q_network.live()) == ["encoder", "theta", "theta_prime_1.0", "theta_prime_2.0"]
-    assert q_network.live()["theta_prime_2.0"] is q_network.head.theta_prime_2[0]
-    assert q_network.newest_head() == "theta_prime_1.0"
+    assert list(q_network.in_use()) == [
+        "encoder",
+        "head.theta",
+        "head.theta_prime_1.0",
+        "head.theta_prime_2.0",
+    ]
+    assert q_network.in_use()["head.theta_prime_2.0"] is q_network.head.theta_prime_2[0]
+    assert q_network.newest_head() == "head.theta_prime_1.0"
 
 
 def test_one_injection_too_many_is_refused():
@@ -279,9 +277,8 @@ def test_one_injection_too_many_is_refused():
 def test_heads_may_have_other_widths_and_q_stays_bitwise_equal_across_every_injection(
     device, width, injected
 ):
-    q_network = trained(
-        QNetwork(6, max_injections=2, head_width=width, injected_head_width=injected).to(device)
-    )
+    q_network = QNetwork(6, max_injections=2, head_width=width, injected_head_width=injected)
+    trained(q_network.to(device))
     obs = observations(7).to(device)
     new = injected or width
     for k in range(2):
@@ -290,12 +287,11 @@ def test_heads_may_have_other_widths_and_q_stays_bitwise_equal_across_every_inje
         assert torch.equal(q_network(obs), before)
         trained(q_network)
         assert not torch.equal(q_network(obs), before)
-    assert [layer.out_features for layer in (q_network.head.theta.hidden, q_network.head.theta.output)] == [
-        width,
-        6,
-    ]
-    for pair in (*q_network.head.theta_prime_1, *q_network.head.theta_prime_2):
-        assert [pair[0].in_features, pair[0].out_features, pair[2].in_features] == [3136, new, new]
+    theta = q_network.head.theta
+    assert [theta.hidden.out_features, theta.output.out_features] == [width, 6]
+    for head in (*q_network.head.theta_prime_1, *q_network.head.theta_prime_2):
+        assert [head.hidden.in_features, head.hidden.out_features] == [3136, new]
+        assert [head.output.in_features, head.output.out_features] == [new, 6]
 
 
 def test_a_wider_head_changes_the_number_of_trainable_parameters_by_its_own():

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from support.optimizers import CenteredRMSProp, copy_moments, load_moments, moments_by_name
+from support.optimizers import (
+    CenteredRMSProp,
+    copy_moments,
+    empty_moments,
+    load_moments,
+    moments_by_name,
+    num_trainable,
+)
 
 
 def test_centered_rmsprop_is_the_formula_written_out_in_numpy():
@@ -14,7 +21,8 @@ def test_centered_rmsprop_is_the_formula_written_out_in_numpy():
     values = [rng.normal(size=shape) for shape in ((5, 3), (4,), (2, 2))]
     tensors = [torch.nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in values]
     optimizer = CenteredRMSProp(tensors, lr=2.5e-4)
-    means, squares = ([np.zeros_like(value) for value in values] for _ in range(2))
+    means = [np.zeros_like(value) for value in values]
+    squares = [np.zeros_like(value) for value in values]
     for step in range(200):
         for i, tensor in enumerate(tensors):
             tensor.grad = None
@@ -68,7 +76,8 @@ class Parts(torch.nn.Module):
 
 def trained(maker, names, learning, seed=0):
     """A network and its optimizer after three steps of some of its layers."""
-    network, generator = Parts(*names), torch.Generator().manual_seed(seed)
+    network = Parts(*names)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = MAKERS[maker](network.parameters())
     for _ in range(3):
         for name in learning:
@@ -87,8 +96,8 @@ def test_moments_are_known_by_the_names_of_the_parameters_that_have_any(maker):
     network, optimizer = trained(maker, ("a", "b", "c"), ("a", "c"))
     moments = moments_by_name(optimizer, network)
     assert set(moments) == {"a.weight", "a.bias", "c.weight", "c.bias"}
-    for name, of_one in moments.items():
-        assert same(of_one, optimizer.state[network.get_parameter(name)])
+    for name, state in moments.items():
+        assert same(state, optimizer.state[network.get_parameter(name)])
 
 
 @pytest.mark.parametrize("maker", MAKERS)
@@ -98,7 +107,8 @@ def test_moments_find_their_parameters_in_a_network_with_other_layers_besides(ma
     load_moments(taker, other, moments_by_name(optimizer, network))
     taken = moments_by_name(taker, other)
     assert set(taken) == {"a.weight", "a.bias", "c.weight", "c.bias"}, "those that it had are gone"
-    assert all(same(taken[name], of_one) for name, of_one in moments_by_name(optimizer, network).items())
+    for name, state in moments_by_name(optimizer, network).items():
+        assert same(taken[name], state)
     assert taker.param_groups[0]["lr"] == 0.1
     before = copy.deepcopy(taken["a.weight"])
     network.a.weight.grad = torch.ones(2, 2)
@@ -112,9 +122,10 @@ def test_moments_come_back_and_go_on_the_same(maker):
     other = copy.deepcopy(network)
     taker = MAKERS[maker](other.parameters())
     load_moments(taker, other, moments_by_name(optimizer, network))
-    for net, one in ((network, optimizer), (other, taker)):
-        net.a.weight.grad, net.a.bias.grad = torch.full((2, 2), 0.3), torch.full((2,), -0.2)
-        one.step()
+    for trained_network, its_optimizer in ((network, optimizer), (other, taker)):
+        trained_network.a.weight.grad = torch.full((2, 2), 0.3)
+        trained_network.a.bias.grad = torch.full((2,), -0.2)
+        its_optimizer.step()
     assert torch.equal(network.a.weight, other.a.weight) and torch.equal(network.a.bias, other.a.bias)
 
 
@@ -126,8 +137,8 @@ def test_copied_moments_are_the_old_ones_and_independent_of_them(maker):
     after = moments_by_name(optimizer, network)
     for kind in ("weight", "bias"):
         assert same(after[f"b.{kind}"], before[f"a.{kind}"]) and same(after[f"a.{kind}"], before[f"a.{kind}"])
+    network.a.zero_grad()
     network.b.weight.grad = torch.ones(2, 2)
-    network.a.weight.grad = network.a.bias.grad = None
     optimizer.step()
     after = moments_by_name(optimizer, network)
     assert same(after["a.weight"], before["a.weight"]) and not same(after["b.weight"], before["a.weight"])
@@ -137,3 +148,29 @@ def test_where_nothing_has_moments_none_are_copied():
     network, optimizer = trained("adam", ("a", "b"), ())
     copy_moments(optimizer, network.a, network.b)
     assert moments_by_name(optimizer, network) == {}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_emptied_moments_begin_anew_with_the_count_of_steps_and_others_stay(maker):
+    network, optimizer = trained(maker, ("a", "b"), ("a", "b"))
+    before = copy.deepcopy(moments_by_name(optimizer, network))
+    empty_moments(optimizer, network.a)
+    empty_moments(optimizer, network.a)  # which has none any more
+    after = moments_by_name(optimizer, network)
+    assert set(after) == {"b.weight", "b.bias"} and all(same(after[name], before[name]) for name in after)
+    fresh = Parts("a")
+    fresh.load_state_dict({"a.weight": network.a.weight, "a.bias": network.a.bias})
+    fresh_optimizer = MAKERS[maker](fresh.parameters())
+    for layer, its_optimizer in ((network.a, optimizer), (fresh.a, fresh_optimizer)):
+        layer.weight.grad = torch.full((2, 2), 0.3)
+        layer.bias.grad = torch.full((2,), -0.2)
+        its_optimizer.step()
+    assert torch.equal(network.a.weight, fresh.a.weight) and torch.equal(network.a.bias, fresh.a.bias)
+    assert same(optimizer.state[network.a.weight], fresh_optimizer.state[fresh.a.weight])
+
+
+def test_trainable_parameters_are_counted_in_numbers():
+    network = Parts("a", "b")
+    assert num_trainable(network) == 2 * (4 + 2)
+    network.b.weight.requires_grad_(False)
+    assert num_trainable(network) == 4 + 2 + 2
