@@ -33,6 +33,7 @@ SETTINGS_UNLESS_THE_USER_HAS = {
 }
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL"}
 SOCKET = "session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"  # the longest in Ray's folder
+Node = dict[str, float]  # what a machine has: "CPU", "GPU", and "memory" in bytes
 FOR_LEARNING = 1.5e9  # bytes of memory besides the replay
 
 
@@ -145,17 +146,13 @@ def cluster(address: str | None) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def machines() -> list[dict[str, float]]:
-    """What each machine of the cluster has: "CPU", "GPU", and "memory" in bytes."""
+def machines() -> list[Node]:
+    """What each machine of the cluster has."""
     return [node["Resources"] for node in ray_module().nodes() if node["Alive"]]
 
 
 def resources(
-    run: PlannedRun,
-    cpus: float | None,
-    gpus: float | None,
-    memory: float | None,
-    nodes: list[dict[str, float]],
+    run: PlannedRun, cpus: float | None, gpus: float | None, memory: float | None, nodes: list[Node]
 ) -> dict[str, float]:
     """What is to be kept free for a run on one of these machines: num_cpus, num_gpus, and memory in bytes.
 

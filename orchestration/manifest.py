@@ -169,16 +169,16 @@ def read_progress(folder: Path) -> Progress | None:
     """What a run's progress.json says; None where there is none, or none that is whole."""
     try:
         values = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        speed = values["steps_per_second"]
+        mean_return = values["return"]
         return Progress(
             host=str(values["host"]),
             device=None if values["device"] is None else str(values["device"]),
             first=int(values["first"]),
             step=int(values["step"]),
             total=int(values["total_timesteps"]),
-            steps_per_second=None
-            if values["steps_per_second"] is None
-            else float(values["steps_per_second"]),
-            mean_return=None if values["return"] is None else float(values["return"]),
+            steps_per_second=None if speed is None else float(speed),
+            mean_return=None if mean_return is None else float(mean_return),
             time=float(values["time"]),
             process=(str(values["host"]), int(values["pid"]), float(values["began"])),
         )

@@ -1,5 +1,6 @@
 """The plan of a sweep: which runs there are, which of them fork from which, what they take; and in words."""
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import numpy as np
 
 from analysis.arms import readable
 from dqn_injection_atari import FORKABLE, INTERVENTIONS, Args, check_fork
-from orchestration.training_flags import as_flags, names_in, parsed, words_of
+from orchestration.training_flags import as_flags, parsed, words_of
 from support import usage
 from support.checkpoints import Checkpoint, load_checkpoint
 from support.environments import FRAME_SIZE, STACK, atari_spec
@@ -172,10 +173,10 @@ def check_asked(asked: Asked, origin: Checkpoint | None) -> None:
         fix = "give --grid learning-rate 1e-4 5e-4, once for each flag"
         raise UsageError(f"grid has a flag twice, or none: {fix}")
     instead = INSTEAD if origin is None else INSTEAD_WHERE_RUNS_CONTINUE
-    refuse_flags(names_in(asked.flags), "after --", instead)
+    refuse_flags(usage.flags_given(asked.flags), "after --", instead)
     refuse_flags(axes, "in --grid", instead)
     for arm, flags in asked.arms.items():
-        refuse_flags(names_in(flags) - {"intervention"}, f"in arm {arm}", instead)
+        refuse_flags(usage.flags_given(flags) - {"intervention"}, f"in arm {arm}", instead)
 
 
 def refuse_flags(names: Iterable[str], where: str, instead: dict[str, str]) -> None:
@@ -201,7 +202,7 @@ def all_arms(interventions: Sequence[str], custom: dict[str, str]) -> dict[str, 
         if arm in CHOICES:
             raise UsageError(f"arm {arm} has flags already, --intervention {arm}: give another name to --arm")
         words = words_of(flags)
-        if "intervention" not in names_in(words):
+        if "intervention" not in usage.flags_given(words):
             words = ["--intervention", "injection", *words]
         arms[arm] = words
     return arms
@@ -209,17 +210,14 @@ def all_arms(interventions: Sequence[str], custom: dict[str, str]) -> dict[str, 
 
 def grid_settings(grid: list[list[str]]) -> list[dict[str, str]]:
     """{field: value} of every combination, the last flag's values change first; one without a grid, empty."""
-    settings: list[dict[str, str]] = [{}]
+    axes: dict[str, list[str]] = {}
     for name, *values in grid:
         field = name.lstrip("-").replace("-", "_")
         if not values or len(set(values)) < len(values) or field not in Args.__dataclass_fields__:
             fix = "give --grid learning-rate 1e-4 5e-4"
             raise UsageError(f"grid {' '.join([name, *values])} is no flag and its values: {fix}")
-        longer = []
-        for setting in settings:
-            longer += [setting | {field: value} for value in values]
-        settings = longer
-    return settings
+        axes[field] = values
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def with_game_and_seed(run: PlannedRun, game: str, seed: int) -> PlannedRun:

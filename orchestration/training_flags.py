@@ -5,25 +5,13 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import dqn_injection_atari as script
 from dqn_injection_atari import Args
-from support import usage
 from support.usage import UsageError, flag
-
-
-@contextlib.contextmanager
-def script_called_with(flags: Sequence[str]) -> Iterator[None]:
-    """Has the training script find these flags as its own."""
-    before = sys.argv
-    sys.argv = [Path(script.__file__).name, *flags]
-    try:
-        yield
-    finally:
-        sys.argv = before
 
 
 def words_of(text: str) -> list[str]:
@@ -34,17 +22,13 @@ def words_of(text: str) -> list[str]:
         raise UsageError(f"{text} is no part of a command line ({error}): change --arm or --grid") from None
 
 
-def names_in(flags: Sequence[str]) -> set[str]:
-    """Names of the fields that flags of the training script set."""
-    with script_called_with(flags):
-        return usage.flags_given()
-
-
 def parsed(flags: Sequence[str]) -> Args:
     """What the training script makes of its flags. Raises UsageError where it refuses them."""
     errors = io.StringIO()
+    before = sys.argv
+    sys.argv = [Path(script.__file__).name, *flags]
     try:
-        with script_called_with(flags), contextlib.redirect_stderr(errors):
+        with contextlib.redirect_stderr(errors):
             return script.parse_args()
     except SystemExit as end:
         if not end.code:  # --help
@@ -58,6 +42,8 @@ def parsed(flags: Sequence[str]) -> Args:
                 break
         lists = f"python {shlex.quote(os.path.relpath(script.__file__))} --help lists flags"
         raise UsageError(f"{' '.join(reason)}: {lists}") from None
+    finally:
+        sys.argv = before
 
 
 def as_flags(name: str, value: Any) -> tuple[str, ...]:

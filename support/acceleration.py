@@ -14,13 +14,14 @@ from support.machine import limit_threads
 from support.versions import refuse_wrong_versions
 
 Network = TypeVar("Network", bound=nn.Module)
+M_TRIM_THRESHOLD = -1  # as in malloc.h
+M_MMAP_THRESHOLD = -3
 
 
 def prepare_process() -> None:
     """Settings of the whole process, to be made before PyTorch's worker threads start, which take them over.
 
-    Raises:
-        UsageError: a package is of a version that is known to give wrong numbers.
+    Raises UsageError where a package is of a version that is known to give wrong numbers.
     """
     refuse_wrong_versions()
     limit_threads()
@@ -28,20 +29,16 @@ def prepare_process() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         # glibc gives freed blocks of over 128 kB back, and each update would fault in their pages again
-        libc.mallopt(
-            -3, 2**25
-        )  # M_MMAP_THRESHOLD: smaller blocks, all but replay's frames, come from the heap
-        libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: which keeps so many bytes of what was freed
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # smaller blocks, all but replay's frames, come from the heap
+        libc.mallopt(M_TRIM_THRESHOLD, 2**29)  # which keeps so many bytes of what was freed
 
 
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
     """`array` on the device. Nothing waits for the copy: PyTorch keeps the pinned memory until it is done."""
     tensor = torch.as_tensor(array)
-    return (
-        tensor
-        if tensor.is_cuda or device.type == "cpu"
-        else tensor.pin_memory().to(device, non_blocking=True)
-    )
+    if tensor.is_cuda or device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -53,9 +50,7 @@ class OneDNNLinear(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         multiply = torch.ops.mkldnn._linear_pointwise

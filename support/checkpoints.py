@@ -68,8 +68,7 @@ def save_checkpoint(
     """Writes `checkpoint-{step}` into `folder`, then removes older ones but for those of the steps in `keep`.
 
     It is written under another name, flushed to disk and renamed, so that a checkpoint is whole or not there.
-    `meta` is what JSON can hold. Raises one of WRITE_ERRORS where it fails; what was there before still is
-    then.
+    `meta` is what JSON can hold. Raises one of WRITE_ERRORS where it fails, and leaves what was there before.
     """
     final = folder / f"checkpoint-{step}"
     partial = folder / f".{final.name}.partial"
@@ -142,8 +141,7 @@ def read_identity(path: Path) -> dict[str, Any]:
     fix = "give a run's folder to --resume, one of its checkpoints to --fork"
     with reading(path, "a run's arguments", fix):
         identity = json.loads(path.read_text(encoding="utf-8"))
-        args = dict(identity["args"])
-        return {"run": identity.get("run"), "args": args}
+        return {"run": identity.get("run"), "args": dict(identity["args"])}
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:
@@ -229,12 +227,8 @@ def _fill(tensors: list[torch.Tensor], path: Path) -> None:
     with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
         for chunk in _chunks(tensors):
             content = torch.empty(len(chunk), dtype=torch.uint8)
-            empty = content.numpy().data
-            while empty:
-                count = stream.readinto(empty)
-                if count == 0:
-                    raise EOFError(f"{path.name} is too short")
-                empty = empty[count:]
+            if stream.readinto(content.numpy().data) < len(chunk):
+                raise EOFError(f"{path.name} is too short")
             chunk.copy_(content)
 
 

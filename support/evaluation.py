@@ -88,8 +88,7 @@ def play_games(
 def open_film(path: Path, width: int, height: int) -> cv2.VideoWriter:
     """A writer of an mp4 (VP9, which browsers play) with one picture per step, in the game's own time.
 
-    Raises OSError where there can be no such file, UsageError where OpenCV, as built here, has no encoder for
-    it.
+    Raises OSError where there can be no such file, UsageError where OpenCV, as built here, has no encoder.
     """
     path.touch()
     film = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"vp09"), 60 / FRAME_SKIP, (width, height))

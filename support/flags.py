@@ -53,20 +53,14 @@ class RunFlags:
     """folder of a run whose agent.pt is to play, as it was trained; takes no flag of training"""
 
     def check_flags(self) -> None:
-        """Refuses flags that contradict each other.
-
-        Raises:
-            UsageError: see above.
-        """
+        """Raises UsageError where flags contradict each other."""
         if (self.eval_episodes > 0) == (self.eval_steps > 0):
-            raise UsageError(
-                f"eval_episodes is {self.eval_episodes} and eval_steps {self.eval_steps}, but one of them "
-                "says how long an evaluation is: give --eval-episodes 0 with --eval-steps, "
-                "or the other way round"
-            )
+            both = f"eval_episodes is {self.eval_episodes} and eval_steps {self.eval_steps}"
+            fix = "give --eval-episodes 0 with --eval-steps, or the other way round"
+            raise UsageError(f"{both}, but one of them says how long an evaluation is: {fix}")
         if self.capture_video and self.eval_frequency == 0 and self.evaluate is None:
             raise UsageError("capture_video films evaluation games and there are none: give --eval-frequency")
-        if sum(value is not None for value in (self.resume, self.fork, self.evaluate)) > 1:
-            raise UsageError(
-                "resume, fork and evaluate exclude each other: give one of --resume, --fork and --evaluate"
-            )
+        given = [path for path in (self.resume, self.fork, self.evaluate) if path is not None]
+        if len(given) > 1:
+            fix = "give one of --resume, --fork and --evaluate"
+            raise UsageError(f"resume, fork and evaluate exclude each other: {fix}")

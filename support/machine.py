@@ -9,19 +9,20 @@ import platform
 import re
 import subprocess
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-import ale_py
-import cv2
-import gymnasium
-import numpy
 import psutil
-import stable_baselines3
 import torch
 
 from support.process import say
 from support.usage import UsageError, out_of_resources, reading
+from support.versions import installed
+
+Written = TypeVar("Written")
+# packages that the bits of a run depend on
+PACKAGES = ("torch", "numpy", "gymnasium", "ale-py", "opencv", "stable-baselines3")
 
 
 def pick_device(cuda: bool, deterministic: bool, tf32: bool) -> torch.device:
@@ -187,17 +188,8 @@ def circumstances(device: torch.device, script: str) -> dict[str, str]:
                 model = named[1]
         capability = torch.backends.cpu.get_cpu_capability()
         processor = f"{model}, {capability}, {torch.get_num_threads()} threads"
-    return {
-        "script": script,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "gymnasium": gymnasium.__version__,
-        "ale-py": ale_py.__version__,
-        "opencv": cv2.__version__,
-        "stable-baselines3": stable_baselines3.__version__,
-        "device": processor,
-    }
+    versions = {package: installed(package) for package in PACKAGES}
+    return {"script": script, "python": platform.python_version(), **versions, "device": processor}
 
 
 # what network file systems say of folders that they cannot flush, or not even open
@@ -222,9 +214,6 @@ def flush_to_disk(path: Path) -> None:
 
 class FolderGone(FileNotFoundError):
     """A folder that this process writes to is nowhere to be found."""
-
-    def __init__(self, path: Path):
-        super().__init__(f"{path} is no longer there")
 
 
 def way_out(error: BaseException) -> str:
@@ -273,8 +262,18 @@ class HeldFolder:
         """Its present path, see `find`. Raises FolderGone where there is none."""
         found = self.find()
         if found is None:
-            raise FolderGone(self.path)
+            raise FolderGone(f"{self.path} is no longer there")
         return found
+
+    def write(self, write_to: Callable[[Path], Written]) -> Written:
+        """What write_to(its present path) returns; begins once more where it was moved in the meantime."""
+        folder = self.here()
+        try:
+            return write_to(folder)
+        except OSError:
+            if self.here() == folder:
+                raise
+            return self.write(write_to)
 
     def _is_at(self, path: Path) -> bool:
         if self.descriptor is None:

@@ -10,9 +10,8 @@ import torch.nn as nn
 
 def joint_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """L2 norm, 0-d float64, of all numbers in these tensors together."""
-    return torch.linalg.vector_norm(
-        torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors])
-    )
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 class NormTracker:
@@ -77,17 +76,15 @@ class LossMeter:
         return {"td_loss": loss / num_updates, "q_values": q_values / num_updates}
 
     def check_finite(self, newest: int, period: int) -> None:
-        """Updates fell due every `period` steps up to step `newest`.
+        """Raises FloatingPointError where a loss was not finite: then neither is any parameter or later loss.
 
-        Raises:
-            FloatingPointError: a loss was not finite. Then neither are the parameters, nor any later loss.
+        Updates fell due every `period` steps up to step `newest`.
         """
         num_updates, num_finite = self.counts.tolist()
         if num_finite < num_updates:
-            first = newest // period - num_updates + num_finite + 1
-            raise FloatingPointError(
-                f"td_loss is not finite from step {first * period}: lower --learning-rate"
-            )
+            first = newest // period - num_updates + num_finite + 1  # the first such update, from 1 on
+            step = first * period
+            raise FloatingPointError(f"td_loss is not finite from step {step}: lower --learning-rate")
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self.sums, "counts": self.counts}
@@ -146,14 +143,13 @@ def activations(
     network: nn.Module, names: dict[str, str], obs: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The network's output for `obs`, and {name: output} of its submodules at these paths, {path: name}."""
+    name_of = {network.get_submodule(path): name for path, name in names.items()}
     layers: dict[str, torch.Tensor] = {}
-    hooks = []
-    for path, name in names.items():
 
-        def keep(module: nn.Module, inputs: Any, output: torch.Tensor, name: str = name) -> None:
-            layers[name] = output
+    def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        layers[name_of[module]] = output
 
-        hooks.append(network.get_submodule(path).register_forward_hook(keep))
+    hooks = [module.register_forward_hook(keep) for module in name_of]
     outputs = network(obs)
     for hook in hooks:
         hook.remove()
@@ -165,9 +161,7 @@ def norm_measures(
 ) -> dict[str, float]:
     """Weight norms of modules {path: name}, their ratios to the initial ones, and norms of their gradients.
 
-    Args:
-        initial: norms of the modules when they were drawn, by path
-        loss: 0-d, with its graph, which is used up
+    `initial` are the norms by path when they were drawn; the graph of `loss`, 0-d, is used up.
     """
     values = {}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -184,11 +178,9 @@ def norm_measures(
 
 
 def unit_measures(layers: dict[str, torch.Tensor], learning: Collection[str]) -> dict[str, torch.Tensor]:
-    """Dormant and active fraction of every layer, and of all that learn together.
+    """Dormant and active fraction of every layer, and of those named in `learning` together.
 
-    Args:
-        layers: {name: (B, units) or (B, channels, H, W)}
-        learning: names of those that learn
+    `layers` are {name: (B, units) or (B, channels, H, W)}.
     """
     values = {}
     for name, layer in layers.items():

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+Moments = dict[str, dict[str, Any]]  # {name of a parameter: its moments}, of those that have any
+
 
 class CenteredRMSProp(torch.optim.Optimizer):
     """w ← w − lr · g / √(E[g²] − E[g]² + eps), with running means that start at zero (Graves 2013; DQN Zoo).
@@ -40,15 +42,13 @@ class CenteredRMSProp(torch.optim.Optimizer):
             torch._foreach_addcdiv_(trained, grads, roots, value=-group["lr"])
 
 
-def moments_by_name(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, dict[str, Any]]:
-    """{parameter: its moments} of an optimizer over all of a network's parameters; of those that have any."""
+def moments_by_name(optimizer: torch.optim.Optimizer, network: nn.Module) -> Moments:
+    """The moments of an optimizer over all of a network's parameters; of those that have any."""
     names = [name for name, _ in network.named_parameters()]
     return {names[i]: moments for i, moments in optimizer.state_dict()["state"].items()}
 
 
-def load_moments(
-    optimizer: torch.optim.Optimizer, network: nn.Module, moments: dict[str, dict[str, Any]]
-) -> None:
+def load_moments(optimizer: torch.optim.Optimizer, network: nn.Module, moments: Moments) -> None:
     """Takes up what `moments_by_name` gave, also of a network that had other parameters besides."""
     names = [name for name, _ in network.named_parameters()]
     state = {i: copy.deepcopy(moments[name]) for i, name in enumerate(names) if name in moments}

@@ -145,8 +145,8 @@ def deaf_in_the_end() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
 
 
-def _nowhere(mode: str) -> IO[str]:
-    return os.fdopen(os.open(os.devnull, os.O_RDWR), mode)
+def _nowhere() -> IO[str]:
+    return open(os.devnull, "r+", encoding="utf-8")
 
 
 def _keep_open() -> None:
@@ -158,7 +158,7 @@ def _keep_open() -> None:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number
         stream = getattr(sys, name)
         if stream is None or getattr(stream, "closed", False):
-            setattr(sys, name, _nowhere("r" if name == "stdin" else "w"))
+            setattr(sys, name, _nowhere())
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # ε and − are question marks where there are no such letters
 
@@ -169,7 +169,7 @@ def _let_go() -> None:
         try:
             getattr(sys, name).flush()
         except Exception:
-            setattr(sys, name, _nowhere("w"))
+            setattr(sys, name, _nowhere())
 
 
 @contextlib.contextmanager

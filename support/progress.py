@@ -33,7 +33,7 @@ class ProgressFile:
             "time": None,  # of what is said here, seconds since 1970
         }
 
-    def note(self, **changes: Any) -> None:
+    def note(self, changes: dict[str, Any]) -> None:
         """Takes up what has changed, and writes it if the last time is a while ago."""
         self.state |= changes | {"time": time.time()}
         if time.monotonic() - self.written >= self.PAUSE_SECONDS:

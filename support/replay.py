@@ -21,14 +21,9 @@ class FrameReplayBuffer(ReplayBuffer):
     all-zero frame that stacks start on. Every sample equals what Stable-Baselines3's buffer holds, games'
     last frames included.
 
-    Args:
-        buffer_size: capacity in transitions over all environments
+    Args, besides those that Stable-Baselines3's buffer has:
         observation_space: Box of shape (S, H, W), e.g. (4, 84, 84) uint8
-        action_space: Discrete
-        device: where samples go
-        n_envs: environments per `add`
         optimize_memory_usage: Stable-Baselines3's way to save memory, refused: it loses games' last frames
-        handle_timeout_termination: sample done = 0 where infos[i]["TimeLimit.truncated"] is set
         generator: source of the sampled indices (Stable-Baselines3 takes NumPy's global one)
         storage: device of the frames; what else makes a transition stays in the CPU's memory, 40 bytes each
     """

@@ -113,19 +113,6 @@ def read_scalars(folder: Path, fix: str = "move that file away") -> dict[str, np
     return curves
 
 
-def next_number(older: list[Path]) -> int:
-    """The number in a new event file's name: the second, or, where a clock was ahead, one after the newest's.
-
-    Readers take files in the order of their names, as text, and the new one has to be the last.
-    """
-    now = int(time.time())
-    newest = max((path.name.split(".")[3] for path in older), default="")
-    if f"{now:010}" > newest:
-        return now
-    following = int(newest) + 1
-    return following if str(following) > newest else 10 * int(newest)
-
-
 class Point(NamedTuple):
     """What is logged at a step of a run."""
 
@@ -148,7 +135,6 @@ class Curves:
         self.points: list[Point] = []  # steps never fall
         self.written = 0  # how many of them are in the event file
         self.writer: Any = None  # a SummaryWriter, once there is something to write
-        self.written_to: Path | None = None  # its folder, which it opens by this name each time
 
     def add(self, content: Summary, step: int) -> None:
         self.points.append(Point(step, time.time(), content))
@@ -156,18 +142,12 @@ class Curves:
 
     def flush(self) -> None:
         """Writes what waits. Raises OSError where it cannot be written; the next call tries again."""
-        folder = self.place.here()
-        try:
-            self._write_to(folder)
-        except OSError:
-            if self.place.here() == folder:
-                raise
-            self.flush()  # it was moved just now
+        self.place.write(self._write_to)
         self.points = [point for point in self.points if point.step >= self.step]
         self.written = len(self.points)
 
     def _write_to(self, folder: Path) -> None:
-        if folder != self.written_to:
+        if self.writer is not None and Path(self.writer.log_dir) != folder:
             self.close()  # the event file has moved, too, and all of it is there
             self.writer = None
         before = event_files(folder)
@@ -177,7 +157,6 @@ class Curves:
             if self.writer is None:
                 self.writer = self._new_file(before)
                 self.written = 0
-                self.written_to = Path(self.writer.log_dir)
             for point in self.points[self.written :]:
                 self.writer.file_writer.add_summary(point.content, point.step, point.wall_time)
             self.writer.flush()
@@ -190,8 +169,14 @@ class Curves:
             threading.excepthook = report
 
     def _new_file(self, older: list[Path]) -> SummaryWriter:
-        """An event file whose name comes after those of older ones: TensorBoard names it by the time."""
-        number = next_number(older)
+        """An event file whose name comes after those of older ones, since readers take them in that order.
+
+        TensorBoard names it by the second, which an older one's may exceed where a clock was ahead.
+        """
+        newest = max((path.name.split(".")[3] for path in older), default="0")
+        number = max(int(time.time()), int(newest) + 1)
+        if str(number) < newest:  # names are sorted as text
+            number = 10 * int(newest)
         first = min([self.step, *(point.step for point in self.points)])
         clock = event_file_writer.time
 
@@ -234,8 +219,7 @@ class RunLog:
         self.returns: deque[float] = deque(maxlen=100)
         self.start = self.interval_start = self.last_line = self.last_flush = time.perf_counter()
         self.interval_step = 0
-        self.disk_full = False
-        self.way_out = ""  # of what kept the curves from being written
+        self.way_out = ""  # of what keeps the curves from being written, if anything does
 
     def state_dict(self) -> dict[str, Any]:
         now = time.perf_counter()
@@ -317,7 +301,7 @@ class RunLog:
         for name, value in losses.items():
             self.scalar(f"losses/{name}", value, step)
         mean_return = float(np.mean(self.returns)) if self.returns else None
-        self.progress.note(**{"step": step, "steps_per_second": recent, "return": mean_return})
+        self.progress.note({"step": step, "steps_per_second": recent, "return": mean_return})
         score = "-" if mean_return is None else f"{mean_return:,.0f}"
         state = f"ε {epsilon:.2f}, return {score}"
         self.bar.set_postfix_str(f"{recent:,.0f} SPS, {state}", refresh=False)
@@ -351,13 +335,12 @@ class RunLog:
             if to_disk:
                 for path in event_files(self.curves.place.here()):
                     flush_to_disk(path)
-            self.disk_full = False
+            self.way_out = ""
         except OSError as error:
-            if not self.disk_full:
+            if not self.way_out:
                 self.way_out = way_out(error)
                 failed = f"the curves cannot be written for now ({error})"
                 self.say(f"warning: {failed}: {self.way_out}, training goes on")
-            self.disk_full = True
 
     def say(self, line: str) -> None:
         """Prints a line without tearing the progress bar."""

@@ -120,13 +120,10 @@ class Run:
     """A run in progress.
 
     Args:
-        origin: what it goes on from
         name: of its folder under `runs`, if it is new; the time comes after it
         version: of the script, for `run.json`
         args: its arguments as plain data, for `run.json` and checkpoints
         parts: what checkpoints hold, by name, besides the log; restored here, in this order
-        circumstances: what its bits depend on besides its arguments
-        signals: what it is asked
         stack: takes what is to be undone in the end
     """
 
@@ -145,7 +142,6 @@ class Run:
         self.parts = parts
         self.circumstances = circumstances
         self.signals = signals
-        self.total = args["total_timesteps"]
         self.num_envs = args["num_envs"]
         self.id = origin.run_id or secrets.token_hex(8)
         self.history = origin.history
@@ -181,7 +177,8 @@ class Run:
 
         # its log, with the curves that neither the folder nor the mirror has yet
         stack.push(self._name_what_is_left)
-        self.log = stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, self.total)))
+        log = RunLog(self.folder, self.step, args["total_timesteps"])
+        self.log = stack.enter_context(contextlib.closing(log))
         if checkpoint is not None:
             checkpoint.restore({"log": self.log})
         if self.saved is None or (mirror is not None and not mirror.resumed):
@@ -245,10 +242,13 @@ class Run:
         if self.signals.stop is not None:
             say(f"{step}: {self.signals.stop.name}, writing a checkpoint; once more ends the run without it")
         self.log.flush(to_disk=True)
+        parts = self.parts | {"log": self.log}
+        meta = {"run": self.id, "args": self.args, "history": self.history}
+        meta["circumstances"] = self.circumstances
         start = time.perf_counter()
         try:
             with self.log.pause():
-                path = self._write_checkpoint(keep)
+                path = self.place.write(lambda folder: save_checkpoint(folder, self.step, parts, meta, keep))
         except WRITE_ERRORS as error:
             if self.signals.stop is not None:  # it may have come just now
                 message = f"stopped at {step} without a checkpoint ({error}): {self.kept}"
@@ -259,25 +259,12 @@ class Run:
             return
         seconds = time.perf_counter() - start
         self.saved = self.step
-        self.log.progress.note(step=self.step)
+        self.log.progress.note({"step": self.step})
         self.log.progress.write()
         megabytes = math.nan
         with contextlib.suppress(OSError):
             megabytes = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         say(f"{step}: {path.name}, {megabytes:,.0f} MB in {seconds:.1f} s")
-
-    def _write_checkpoint(self, keep: Collection[int]) -> Path:
-        """Writes it to the run's folder, and begins once more where that is moved in the meantime."""
-        folder = self.folder
-        parts = self.parts | {"log": self.log}
-        meta = {"run": self.id, "args": self.args, "history": self.history}
-        meta["circumstances"] = self.circumstances
-        try:
-            return save_checkpoint(folder, self.step, parts, meta, keep)
-        except OSError:
-            if self.folder == folder:
-                raise
-            return self._write_checkpoint(keep)
 
     @property
     def kept(self) -> str:
@@ -300,7 +287,7 @@ class Run:
         """Logs the mean score of play(film's path, whether to stop); False, with no log, if it stopped."""
         with self.log.pause():
             try:
-                path = self._film_path() if film else None
+                path = self.folder / "videos" / f"step-{self.step}.mp4" if film else None
                 scores = play(path, lambda: self.interrupted)
             except (UsageError, OSError) as error:
                 if not film:
@@ -312,15 +299,9 @@ class Run:
         self.log.evaluation(scores, self.step)
         return True
 
-    def _film_path(self) -> Path:
-        """Where this evaluation is filmed to, in a folder made for it. Raises OSError where that fails."""
-        videos = self.folder / "videos"
-        videos.mkdir(exist_ok=True)
-        return videos / f"step-{self.step}.mp4"
-
     def introduce(self, games: str, device: torch.device, origin: Origin) -> None:
         """Says what runs where, and what of the circumstances is not as it should be, or as it was."""
-        self.log.progress.note(device=device.type)
+        self.log.progress.note({"device": device.type})
         self.log.progress.write()
         count = torch.get_num_threads()
         threads = "1 thread" if count == 1 else f"{count} threads"
@@ -368,19 +349,19 @@ class Run:
         """
         if not complete:
             how = f"go on with: {self.command(script, 'resume')}"
-            self.log.say(f"stopped at step {self.step:,} of {self.total:,}, {how}")
+            self.log.say(f"stopped at step {self.step:,} of {self.log.total:,}, {how}")
             return
         self.signals.stop = None  # it came too late
         self.log.flush()
-        folder = self.place.find()
-        if folder is None:
-            gone = FolderGone(self.place.path)
-            raise OSError(f"{gone}: the run is complete, and all that it saved was in there")
+        try:
+            folder = self.folder
+        except FolderGone as gone:
+            raise OSError(f"{gone}: the run is complete, and all that it saved was in there") from None
         unsaved = self.args["checkpoint_frequency"] > 0 and self.saved != self.step
         missing = []
         if unsaved:
             missing.append("last checkpoint")
-        if self.log.disk_full:
+        if self.log.way_out:
             missing.append("curves")
         if missing:
             lacking = " and ".join(missing)

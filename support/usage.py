@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -50,8 +50,7 @@ def flag(name: str) -> str:
 def check_bounds(settings: Any) -> None:
     """Holds every field of a dataclass against its type: `Annotated` bounds, `Literal` choices, `OnlyWith`.
 
-    Raises:
-        UsageError: a value lies outside, as NaN always does; or it is given where nothing would look at it.
+    Raises UsageError where a value lies outside, as NaN always does, or where nothing would look at it.
     """
     unused = unused_fields(settings)
     for field in fields(settings):
@@ -66,9 +65,8 @@ def check_bounds(settings: Any) -> None:
         value = getattr(settings, name)
         if value != getattr(type(settings), name):
             use = f"{flag(condition.field)} {condition.values[0]}"
-            raise UsageError(
-                f"{name} is {value}, which only {use} looks at: give that, or leave the flag out"
-            )
+            fix = "give that, or leave the flag out"
+            raise UsageError(f"{name} is {value}, which only {use} looks at: {fix}")
 
 
 def _refuse_below(settings: Any, name: str, bound: NotBelow) -> None:
@@ -88,12 +86,9 @@ def changed_fields(settings: Any, before: Any) -> list[str]:
 
 
 def refuse_changes(settings: Any, before: Any, forkable: Collection[str] | None = None) -> None:
-    """
-    Args:
-        forkable: fields that a fork may change; any, if not given
+    """Raises UsageError where a run is to be resumed with other settings than its own.
 
-    Raises:
-        UsageError: a run is to be resumed with other settings than its own.
+    `forkable` are the fields that a fork may change; any, if not given.
     """
     changed = changed_fields(settings, before)
     if not changed:
@@ -101,17 +96,12 @@ def refuse_changes(settings: Any, before: Any, forkable: Collection[str] | None 
     instead = "use --fork"
     if forkable is not None and not set(changed).issubset(forkable):
         instead = "begin a new run"
-    raise UsageError(
-        f"--resume goes on as the run was, {', '.join(changed)} cannot change: leave out, or {instead}"
-    )
+    names = ", ".join(changed)
+    raise UsageError(f"--resume goes on as the run was, {names} cannot change: leave out, or {instead}")
 
 
 def settings_of(kind: type[Settings], values: dict[str, Any], path: Path) -> Settings:
-    """The dataclass `kind` with these values, which were read at `path`.
-
-    Raises:
-        UsageError: they are not its fields, or out of bounds: another version wrote them.
-    """
+    """The dataclass `kind` with these values, read at `path`; UsageError where another version wrote them."""
     with reading(path, "a run's arguments", "take another"):
         return kind(**values)
 
@@ -173,8 +163,7 @@ def _broken_rule(value: Any, annotation: Any) -> str:
 # what a GPU's driver and its maker's libraries report of themselves, in the words that PyTorch passes on
 OF_A_GPU = (
     r"\b(cuda|hip)( driver| runtime| unknown)? error\b",
-    r"\b(cudnn|cublas|cusolver|cusparse|hipblas|hipsolver|rocblas|miopen) error\b",
-    r"\b(cudnn|cublas|cusolver|cusparse|hipblas|hipsolver|rocblas)_status_\w+",
+    r"\b(cudnn|cublas|cusolver|cusparse|hipblas|hipsolver|rocblas)( error\b|_status_\w+)",
     r"\bmiopen(status\w+)?\b",
     r"\b(nvrtc|hiprtc): error\b",
     r"\b(cuda|nvidia|hip) driver\b",
@@ -219,8 +208,7 @@ def of_a_gpu(error: BaseException) -> bool:
 def out_of_resources(error: BaseException, training: bool = True) -> str | None:
     """What ran out or broke down, and the fix, where an error comes from memory or a GPU; else None.
 
-    Args:
-        training: whether it came while a run learned, so that a smaller one helps
+    Where it came in `training`, a smaller run helps.
     """
     line = str(error).partition("\n")[0]
     reason = line.partition(". Tried")[0] or type(error).__name__
@@ -258,9 +246,8 @@ def reading(path: Path, kind: str, fix: str) -> Iterator[None]:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         if isinstance(error, OSError) and error.errno not in (None, *OF_A_PLACE):
             fix = f"see to that, or {fix}"
-        raise UsageError(
-            f"{path} cannot be read as {kind} ({type(error).__name__}: {reason}): {fix}"
-        ) from error
+        cannot = f"{path} cannot be read as {kind} ({type(error).__name__}: {reason})"
+        raise UsageError(f"{cannot}: {fix}") from error
 
 
 def words_given() -> list[str]:
@@ -287,7 +274,8 @@ def _no_files_fault(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and says(str(error), NO_FILES_FAULT)
 
 
-def flags_given() -> set[str]:
-    """Names of the fields that this process's command line sets, also to what they were anyway."""
-    words = (word.partition("=")[0][2:].replace("-", "_") for word in sys.argv[1:] if word.startswith("--"))
-    return {word.removeprefix("no_") for word in words}
+def flags_given(words: Sequence[str] | None = None) -> set[str]:
+    """Names of the fields that these words set, by default this process's, also to what they were anyway."""
+    words = sys.argv[1:] if words is None else words
+    flags = [word.partition("=")[0] for word in words if word.startswith("--")]
+    return {given.removeprefix("--").replace("-", "_").removeprefix("no_") for given in flags}

@@ -9,10 +9,9 @@ from pathlib import Path
 from support.usage import UsageError
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
-MODULES = {"opencv-python-headless": "cv2"}  # where the name is another; opencv-python is as good
-WRONG = {
-    "gymnasium": ((1, 4), "leaves the first step of a game out of its return")
-}  # {package: (the first that is right, how)}
+MODULES = {"opencv-python-headless": "cv2", "opencv": "cv2"}  # where the name is another
+# {package: (the first that is right, what others do)}
+WRONG = {"gymnasium": ((1, 4), "leaves the first step of a game out of its return")}
 
 
 def installed(package: str) -> str:
@@ -23,8 +22,8 @@ def installed(package: str) -> str:
 
 def release(version: str) -> tuple[int, int]:
     """(2, 13) of "2.13.0+cpu"; (0, 0) where there are no numbers."""
-    major, minor = (*re.findall(r"\d+", version), "0", "0")[:2]
-    return int(major), int(minor)
+    numbers = [*re.findall(r"\d+", version), "0", "0"]
+    return int(numbers[0]), int(numbers[1])
 
 
 def unsupported_versions() -> list[str]:
@@ -48,14 +47,11 @@ def installation() -> str:
 
 
 def refuse_wrong_versions() -> None:
-    """
-    Raises:
-        UsageError: a package is of a version that is known to give wrong numbers.
-    """
-    for package, (right, how) in WRONG.items():
+    """Raises UsageError where a package is of a version that is known to give wrong numbers."""
+    for package, (right, mistake) in WRONG.items():
         version = installed(package)
         if release(version) < right:
-            raise UsageError(f"{package} {version} {how}: {installation()}")
+            raise UsageError(f"{package} {version} {mistake}: {installation()}")
 
 
 def exit_with_wrong_versions() -> None:

@@ -27,7 +27,7 @@ def said(folder=HERE):
 
 def test_a_process_says_who_it_is_where_it_began_and_how_far_it_is():
     file = ProgressFile(HeldFolder(HERE), 20, 100)
-    file.note(**{"step": 60, "steps_per_second": 12.5, "return": -3.0, "device": "cpu"})
+    file.note({"step": 60, "steps_per_second": 12.5, "return": -3.0, "device": "cpu"})
     assert said() == {
         **{
             "step": 60,
@@ -53,7 +53,7 @@ def test_it_is_written_every_few_seconds_however_often_something_is_noted(monkey
     file = ProgressFile(HeldFolder(HERE), 0, 100)
     seen = []
     for step in range(10):
-        file.note(step=step)
+        file.note({"step": step})
         seen.append(said()["step"])
         now[0] += 0.5
     assert seen == [0, 0, 0, 0, 4, 4, 4, 4, 8, 8]

@@ -5,14 +5,14 @@ import sys
 import pytest
 
 from dqn_injection_atari import Args
-from orchestration.training_flags import as_flags, names_in, parsed, words_of
-from support.usage import UsageError
+from orchestration.training_flags import as_flags, parsed, words_of
+from support.usage import UsageError, flags_given
 
 
 def test_the_training_script_reads_the_flags_and_the_sweeps_own_command_line_is_as_before():
     before = list(sys.argv)
     assert parsed(["--seed", "3", "--no-cuda"]) == Args(seed=3, cuda=False)
-    assert names_in(["--seed", "3", "--no-cuda", "--tau=1.0"]) == {"seed", "cuda", "tau"}
+    assert flags_given(["--seed", "3", "--no-cuda", "--tau=1.0"]) == {"seed", "cuda", "tau"}
     with pytest.raises(UsageError, match="num_envs is 0"):
         parsed(["--num-envs", "0"])
     assert sys.argv == before
