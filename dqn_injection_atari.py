@@ -1402,7 +1402,6 @@ def refuse_idle(given: dict[str, Any], args: Args) -> None:
     """
     no_evaluations = args.eval_frequency == 0
     no_interventions = args.injection_trigger == "step" and not args.injection_step
-    unused = usage.unused_fields(args)
     names_by_fix: dict[str, list[str]] = {}
     for name in given:
         fix = None
@@ -1412,8 +1411,6 @@ def refuse_idle(given: dict[str, Any], args: Args) -> None:
             fix = "--track"
         if name in OF_INTERVENTION and name != "intervention" and no_interventions:
             fix = "--injection-step, or --injection-trigger norm"
-        if name in unused:
-            fix = f"{flag(unused[name].field)} {unused[name].values[0]}"
         if fix is not None:
             names_by_fix.setdefault(fix, []).append(name)
     for fix, names in names_by_fix.items():

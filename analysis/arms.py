@@ -18,8 +18,12 @@ from support.usage import UsageError, conditions, unused_fields
 EVALUATION = ("eval_frequency", "eval_episodes", "eval_steps", "eval_epsilon")
 # These change a run's name, its hardware, or what is logged, filmed and evaluated, not what is learned
 BOOKKEEPING = {"seed", "exp_name", *(field.name for field in fields(RunFlags))}
-# These matter only with some values of others
-CONDITIONS = conditions(Args)
+# These matter only with some interventions or triggers
+CONDITIONS = {
+    name: condition
+    for name, condition in conditions(Args).items()
+    if condition.field in ("intervention", "injection_trigger")
+}
 OF_INTERVENTION = ("intervention", "injection", "injection_trigger", *CONDITIONS)
 # These stand in a setting in another form
 REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", *OF_INTERVENTION)

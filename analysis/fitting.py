@@ -52,7 +52,7 @@ def num_injections(checkpoint: Checkpoint) -> int:
 
 
 def num_actions(checkpoint: Checkpoint) -> int:
-    return len(checkpoint.state["learner"]["q_network"]["head.theta.output.weight"])
+    return QNetwork.num_actions_in(checkpoint.state["learner"]["q_network"])
 
 
 def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:

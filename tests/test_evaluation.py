@@ -181,8 +181,8 @@ def test_without_an_encoder_a_film_is_refused_before_any_work_with_the_fix(monke
 @pytest.mark.slow
 def test_an_evaluation_plays_the_given_network_at_the_given_epsilon(monkeypatch):
     network = QNetwork(8)
-    torch.nn.init.zeros_(network.theta[2].weight)
-    network.theta[2].bias.data = torch.arange(8.0) % 6  # action 5 is the greedy one
+    torch.nn.init.zeros_(network.head.theta.output.weight)
+    network.head.theta.output.bias.data = torch.arange(8.0) % 6  # action 5 is the greedy one
     played, step = [], LearnerView.step
     monkeypatch.setattr(
         LearnerView, "step", lambda envs, actions: played.extend(actions) or step(envs, actions)

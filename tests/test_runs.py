@@ -265,7 +265,7 @@ def test_the_comparison_sees_one_changed_bit(uninterrupted):
     } <= set(a)
     for name in (
         "/learner/q_network/encoder.0.weight",
-        "/learner/optimizer/theta_prime_1.0.0.weight/exp_avg_sq",
+        "/learner/optimizer/head.theta_prime_1.0.hidden.weight/exp_avg_sq",
     ):
         b[name] = a[name].clone()
         b[name][0] = torch.nextafter(a[name][0], torch.tensor(9.0))
