@@ -126,9 +126,18 @@ class LearnerView(VectorWrapper):
 
 
 class EagerAtariVectorEnv(AtariVectorEnv):
-    """ALE's vectoriser, where `send` has gone ahead of each `step`, which receives what came of it."""
+    """ALE's vectoriser, whose `step` only receives where `send` has gone ahead."""
+
+    sent = False  # whether actions were sent whose outcome was not received yet
+
+    def send(self, actions: np.ndarray) -> None:
+        super().send(actions)
+        self.sent = True
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        if not self.sent:
+            self.send(actions)
+        self.sent = False
         return self.recv()
 
 

@@ -59,18 +59,9 @@ class ReusedAtariVectorEnv(environments.EagerAtariVectorEnv):
             super().__init__(**settings)
         self.settings = tuple(sorted(settings.items()))
         self.is_open = True
-        self.sent = False  # whether games are playing
-
-    def send(self, actions):
-        super().send(actions)
-        self.sent = True
-
-    def recv(self):
-        self.sent = False
-        return super().recv()
 
     def close(self, **_):
-        if self.is_open and not self.sent:
+        if self.is_open and not self.sent:  # or its games are still playing
             self.closed_before[self.settings].append(self)
         self.is_open = False
 
