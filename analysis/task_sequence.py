@@ -154,12 +154,12 @@ def sequence_in_words(result: dict[str, Any]) -> str:
         return f"{times(relative[name][when])} ({judged(relative[name][when], *words)})"
 
     loss = against_early(SAME, "since", "plasticity was lost", "no clear loss of plasticity")
-    own = f"the one network's own error in tasks {first.start + 1} to {first.stop}"
+    standard = f"the one network's own error in tasks {first.start + 1} to {first.stop}"
     injected = f"{against_early(INJECTED, 'at')} in that task and {against_early(INJECTED, 'since')}"
     reset = f"{against_early(RESET, 'at')} and {against_early(RESET, 'since')}"
     return (
-        f"relative to {own}: in tasks {at} to {tasks} it is {loss}; with an injection before task {at} it is "
-        f"{injected} in tasks {at} to {tasks}, with the head reset there {reset}"
+        f"relative to {standard}: in tasks {at} to {tasks} it is {loss}; with an injection before task {at} it "
+        f"is {injected} in tasks {at} to {tasks}, with the head reset there {reset}"
     )
 
 

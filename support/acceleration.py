@@ -171,8 +171,8 @@ class CUDAGraphs:
             outputs = function(*inputs)
 
         def replay(*given: torch.Tensor) -> Any:
-            for own, new in zip(inputs, given, strict=True):
-                own.copy_(new)
+            for captured, new in zip(inputs, given, strict=True):
+                captured.copy_(new)
             graph.replay()
             return outputs
 

@@ -170,14 +170,14 @@ def uninterrupted_run(shared, args):
     """The folder of a run in these arguments that nobody touched, made by the first process that asks."""
     place = shared / hashlib.sha256(repr(args).encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
-    with open(place / "made", "a+", encoding="utf-8") as made, pytest.MonkeyPatch.context() as patch:
-        fcntl.flock(made, fcntl.LOCK_EX)
-        made.seek(0)
-        name = made.read()
+    with open(place / "made", "a+", encoding="utf-8") as created, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(created, fcntl.LOCK_EX)
+        created.seek(0)
+        name = created.read()
         if not name:
             patch.chdir(place)
             name = str(train(args).absolute())
-            made.write(name)
+            created.write(name)
     return Path(name)
 
 

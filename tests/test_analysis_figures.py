@@ -73,13 +73,13 @@ MEASURED = range(100, 3_001, 100)
 @pytest.mark.parametrize("by", ["no point", "a point that is not finite"])
 def test_a_measure_that_breaks_down_is_visibly_broken(by):
     dead = range(1_000, 1_500, 100)
-    own = [(s, 90.0 if s not in dead else np.nan) for s in MEASURED if by != "no point" or s not in dead]
+    dying = [(s, 90.0 if s not in dead else np.nan) for s in MEASURED if by != "no point" or s not in dead]
     healthy = [(s, 80.0) for s in MEASURED]
     other = [(s, 1.0) for s in MEASURED]
     runs = [
         make_run(
             f"r{seed}",
-            {RETURN: games(seed, 0), MEASURE: own if seed == 1 else healthy, OTHER: other},
+            {RETURN: games(seed, 0), MEASURE: dying if seed == 1 else healthy, OTHER: other},
             seed=seed,
         )
         for seed in (1, 2, 3)
@@ -349,12 +349,16 @@ def test_a_figure_grows_with_its_legend(saved):
 def test_arms_that_are_compared_side_by_side_differ_in_their_markers(saved):
     runs = []
     for rate in (1e-4, 1e-3):
-        for what in ("none", "injection", "reset-head", "shrink-perturb"):
+        for subject in ("none", "injection", "reset-head", "shrink-perturb"):
             for seed in (1, 2):
-                points = {RETURN: games(seed, len(what))}
+                points = {RETURN: games(seed, len(subject))}
                 runs.append(
                     make_run(
-                        f"{rate}-{what}-{seed}", points, seed=seed, learning_rate=rate, intervention=what
+                        f"{rate}-{subject}-{seed}",
+                        points,
+                        seed=seed,
+                        learning_rate=rate,
+                        intervention=subject,
                     )
                 )
     draw_differences(comparisons(arms_of(*runs), RETURN, None), "learning_rate", Path("x.png"))

@@ -30,10 +30,10 @@ def test_throughput_measures_every_contender_in_turns_and_writes_all_windows(cap
     original = throughput.contenders
 
     def contenders(*given):
-        made = original(*given)
+        created = original(*given)
         return {
             name: lambda s, name=name, window=window: windows.append(name) or window(s)
-            for name, window in made.items()
+            for name, window in created.items()
         }
 
     monkeypatch.setattr(throughput, "contenders", contenders)
@@ -67,10 +67,12 @@ def test_throughput_measures_every_contender_in_turns_and_writes_all_windows(cap
 def test_contenders_in_slow_bfloat16_are_left_out_and_one_line_says_so(monkeypatch, stack, capsys, fast):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
     monkeypatch.setattr(throughput, "ours", lambda *_: None)
-    made = throughput.contenders(throughput.ThroughputSettings(num_envs=(1, 8), sb3_num_envs=()), stack)
-    said = capsys.readouterr().out
-    assert len(made) == (8 if fast else 4) and any("bf16" in name for name in made) == fast
-    assert said == "" if fast else said.startswith("bfloat16 is left out: ") and said.count("\n") == 1
+    created = throughput.contenders(throughput.ThroughputSettings(num_envs=(1, 8), sb3_num_envs=()), stack)
+    printed = capsys.readouterr().out
+    assert len(created) == (8 if fast else 4) and any("bf16" in name for name in created) == fast
+    assert (
+        printed == "" if fast else printed.startswith("bfloat16 is left out: ") and printed.count("\n") == 1
+    )
     if not fast:
         with pytest.raises(SystemExit, match=r"^error: --bf16 is much slower .*: leave out --bf16$"):
             profile_update.measure(profile_update.ProfileSettings(bf16=True))
@@ -113,16 +115,16 @@ def test_ours_makes_one_update_per_four_steps_from_the_first_window_on(monkeypat
 def test_a_window_of_ours_learns_in_the_precision_and_after_the_injection_that_its_name_says(
     monkeypatch, stack, bf16, injected
 ):
-    made = []
+    created = []
     original = throughput.make_run
-    monkeypatch.setattr(throughput, "make_run", lambda *given: made.append(original(*given)) or made[0])
+    monkeypatch.setattr(throughput, "make_run", lambda *given: created.append(original(*given)) or created[0])
     settings = throughput.Settings(fill=64, buffer_size=200)
     window = throughput.ours(settings, 4, bf16, injected, stack)  # an update a vector step
-    network = made[0].learner.q_network
+    network = created[0].learner.q_network
     before = network.encoder[0].weight.clone()
     assert window(0.01) > 0 and not torch.equal(network.encoder[0].weight, before)
     assert network.num_injections == injected
-    assert made[0].learner.online.encoder[0].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert created[0].learner.online.encoder[0].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 def test_a_measured_run_is_gone_when_all_is_measured():

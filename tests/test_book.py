@@ -38,7 +38,7 @@ def say(name, process=1, **changes):
     """What a process of a run notes beside its checkpoints."""
     folder = Path("runs", f"{name}__7")
     folder.mkdir(exist_ok=True)
-    said = {
+    output = {
         "step": 0,
         "total_timesteps": 9_000,
         "steps_per_second": None,
@@ -50,18 +50,18 @@ def say(name, process=1, **changes):
         "first": 0,
         "time": 2.5,
     }
-    said |= changes
-    (folder / "progress.json").write_text(json.dumps(said), encoding="utf-8")
+    output |= changes
+    (folder / "progress.json").write_text(json.dumps(output), encoding="utf-8")
 
 
-def begin(book, name, words="", **said):
+def begin(book, name, words="", **output):
     """An attempt that has begun, as the job and its process would show it."""
     task = book.tasks[name]
     task.begin()
     task.state = "running"
     with open(task.log, "a", encoding="utf-8") as log:
         log.write(f"a line of the job's\n{words}\n")
-    say(name, process=task.attempt, **said)
+    say(name, process=task.attempt, **output)
     return task
 
 
@@ -177,8 +177,8 @@ def test_a_runs_folder_is_not_searched_for_among_many_before_its_process_has_beg
 
 
 def test_what_is_going_on_is_said_in_words_and_as_a_table(book):
-    said = {"step": 6_000, "steps_per_second": 98.4, "return": 2.2}
-    begin(book, FORK, "what it says to people, in any words", **said).ref = object()
+    output = {"step": 6_000, "steps_per_second": 98.4, "return": 2.2}
+    begin(book, FORK, "what it says to people, in any words", **output).ref = object()
     book.look()
     words = book.in_words()
     assert words.splitlines() == [

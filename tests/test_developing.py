@@ -49,10 +49,10 @@ def python(project, *words):
 
 @pytest.mark.slow
 def test_the_pages_alternative_takes_its_file_and_one_line_and_runs(project):
-    said = python(project, "dqn_injection_atari.py", *RUN)
+    printed = python(project, "dqn_injection_atari.py", *RUN)
     (delta,) = re.findall(
         r"^step 100: noise added to the encoder, largest change of Q over \d+ observations: (\S+)$",
-        said,
+        printed,
         re.M,
     )
     assert float(delta) > 0

@@ -52,7 +52,7 @@ def draw(monkeypatch, capsys):
 
 def test_what_goes_with_the_learning_rate_is_told_from_what_goes_with_the_gain(monkeypatch, capsys):
     write_dose()
-    table, said = draw(monkeypatch, capsys)
+    table, printed = draw(monkeypatch, capsys)
     assert table["at the injection"] == [
         "agents",
         "0.0001",
@@ -62,7 +62,7 @@ def test_what_goes_with_the_learning_rate_is_told_from_what_goes_with_the_gain(m
     ]
     count, low, high, over_all, within = table["dormant_fraction/head"]
     assert (count, low, high, within) == ("7", "0.1 to 0.3", "1.1 to 1.4", "-1.00") and float(over_all) > 0.4
-    assert said[-1].startswith("by chance the largest of 1 within learning rates is beyond ±0.")
+    assert printed[-1].startswith("by chance the largest of 1 within learning rates is beyond ±0.")
     assert Path("x.png").stat().st_size > 5_000
 
 
@@ -78,10 +78,10 @@ def test_probes_are_those_of_their_agents_and_what_cannot_be_used_is_named(monke
     ]
     probes += [{**probes[0], "checkpoint": "agent/checkpoint-1000"}]
     Path("probe_100.json").write_text(json.dumps(probes), encoding="utf-8")
-    table, said = draw(monkeypatch, capsys)
+    table, printed = draw(monkeypatch, capsys)
     assert table["probe_100, agent"][0] == "4" and float(table["probe_100, agent"][3]) > 0.5
     assert float(table["probe_100, injected ÷ agent"][3]) < -0.5 and table["probe_100, agent"][2] == "2 to 3"
-    assert ["diverged" if "diverged" in line else "no gain" in line for line in said[:-2]] == [
+    assert ["diverged" if "diverged" in line else "no gain" in line for line in printed[:-2]] == [
         "diverged",
         True,
         True,

@@ -36,8 +36,8 @@ class Games:
     def step(self, actions):
         self.actions.append(actions)
         self.steps += 1
-        ends = [np.cumsum(of_one) for of_one in self.lengths]
-        over = np.array([self.steps in of_one for of_one in ends])
+        ends = [np.cumsum(entries) for entries in self.lengths]
+        over = np.array([self.steps in entries for entries in ends])
         infos = {}
         if over.any():
             scores = [100 * i + self.ended[i] for i in range(self.num_envs)]

@@ -183,10 +183,10 @@ def test_a_checkpoint_that_was_moved_is_the_same_and_one_that_took_its_place_is_
 
 
 def git(place, *words):
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-c", "user.name=a", "-c", "user.email=b", "-c", "commit.gpgsign=false", *words]
     return subprocess.run(
-        command, cwd=place, env=own, capture_output=True, encoding="utf-8", check=True
+        command, cwd=place, env=environment, capture_output=True, encoding="utf-8", check=True
     ).stdout.strip()
 
 

@@ -39,15 +39,15 @@ def test_centered_rmsprop_is_the_formula_written_out_in_numpy():
 
 
 def test_at_small_gradients_torchs_own_rmsprop_would_step_much_further():
-    own, torchs = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+    ours, torchs = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
     optimizers = (
-        CenteredRMSProp([own], lr=1.0),
+        CenteredRMSProp([ours], lr=1.0),
         torch.optim.RMSprop([torchs], 1.0, 0.95, 0.01 / 32**2, centered=True),
     )
-    for parameter, optimizer in zip((own, torchs), optimizers, strict=True):
+    for parameter, optimizer in zip((ours, torchs), optimizers, strict=True):
         parameter.grad = torch.full((1,), 1e-5)
         optimizer.step()
-    assert torchs.item() / own.item() > 100
+    assert torchs.item() / ours.item() > 100
 
 
 def test_the_rmsprop_optimizer_has_the_papers_constants_and_leaves_gradients_alone():

@@ -18,8 +18,8 @@ FLAGS = ["--injection-step", "1001", "5000", "--num-envs", "4", "--total-timeste
 STEP = 1004  # at the end of the vector step
 
 
-def asked(*interventions, own=None, grid=(), flags=FLAGS, seeds=(1, 2), **changes):
-    arms = all_arms(interventions or ("injection", "none"), own or {})
+def asked(*interventions, custom=None, grid=(), flags=FLAGS, seeds=(1, 2), **changes):
+    arms = all_arms(interventions or ("injection", "none"), custom or {})
     found = Asked(env_ids=(PHOENIX,), seeds=seeds, arms=arms, grid=list(grid), flags=list(flags))
     return replace(found, **changes)
 
@@ -66,8 +66,8 @@ EACH = {
 
 @pytest.mark.parametrize("first", EACH)
 def test_a_fork_has_the_arguments_of_a_whole_run_in_its_arm(monkeypatch, first):
-    own = {"trunk": EACH[first], **{f"own {arm}": flags for arm, flags in EACH.items()}, **OWN}
-    arms = {name: all_arms((), {name: flags})[name] for name, flags in own.items()}
+    custom = {"trunk": EACH[first], **{f"own {arm}": flags for arm, flags in EACH.items()}, **OWN}
+    arms = {name: all_arms((), {name: flags})[name] for name, flags in custom.items()}
     runs = {run.name: run for run in plan(asked(arms=arms, grid=[["learning-rate", "1e-3"]], seeds=(3,)))}
     assert len(runs) == len(EACH) + len(OWN) + 1
     for run in runs.values():
@@ -82,12 +82,12 @@ def test_a_fork_has_the_arguments_of_a_whole_run_in_its_arm(monkeypatch, first):
 def test_without_a_planned_injection_every_arm_runs_whole():
     assert {run.begins for run in plan(asked(flags=("--injection-trigger", "norm")))} == {0}
     wide = {"wide": "--intervention none --head-width 1024"}
-    assert [run.begins for run in plan(asked("none", own=wide, flags=(), seeds=(1,)))] == [0, 0]
+    assert [run.begins for run in plan(asked("none", custom=wide, flags=(), seeds=(1,)))] == [0, 0]
 
 
 def test_an_arm_that_differs_before_the_fork_runs_whole():
-    own = {"early": "--injection-step 500", "grown": "--injection-trigger norm --injection-step"}
-    assert [run.begins for run in plan(asked("none", own=own, seeds=(1,)))] == [0, 0, 0]
+    custom = {"early": "--injection-step 500", "grown": "--injection-trigger norm --injection-step"}
+    assert [run.begins for run in plan(asked("none", custom=custom, seeds=(1,)))] == [0, 0, 0]
 
 
 def test_the_grid_multiplies_the_plan_and_each_setting_has_a_trunk_of_its_own():
@@ -147,8 +147,8 @@ def continued(checkpoint, *interventions, **changes):
 
 
 def test_arms_and_seeds_continue_one_checkpoint(checkpoint, monkeypatch):
-    own = {"all heads": "--no-freeze-heads"}
-    runs = plan(continued(checkpoint, "none", "injection", own=own, seeds=(1, 2)))
+    custom = {"all heads": "--no-freeze-heads"}
+    runs = plan(continued(checkpoint, "none", "injection", custom=custom, seeds=(1, 2)))
     assert [(run.arm, run.args.seed) for run in runs[::3]] == [("none", 1), ("none", 2)]
     assert all(run.trunk is None for run in runs)
     assert len(runs) == 6 and {run.begins for run in runs} == {2_000}
@@ -160,9 +160,9 @@ def test_arms_and_seeds_continue_one_checkpoint(checkpoint, monkeypatch):
 
 
 def test_arms_continue_one_checkpoint_with_its_own_seed(checkpoint, monkeypatch):
-    own = {"all heads": "--no-freeze-heads", "not at all": "--intervention none"}
+    custom = {"all heads": "--no-freeze-heads", "not at all": "--intervention none"}
     flags = ("--eval-frequency", "500")
-    runs = plan(continued(checkpoint, "none", "injection", own=own, flags=flags, seeds=(7,)))
+    runs = plan(continued(checkpoint, "none", "injection", custom=custom, flags=flags, seeds=(7,)))
     assert [begun(run, monkeypatch) for run in runs] == [run.args for run in runs]
     assert [run.args.intervention for run in runs] == ["none", "injection", "injection", "none"]
     assert [run.args.freeze_heads for run in runs] == [True, True, False, True]
@@ -273,11 +273,11 @@ def test_names_for_which_a_file_system_has_no_room_or_that_it_takes_for_one_are_
 
 def test_a_name_that_just_fits_makes_folders_and_logs():
     room = 255 - len(f"{PHOENIX}____1__1234567890-1000")
-    run = plan(asked(own={"ä" * (room // 2): "--no-freeze-heads"}, seeds=(1,)))[-1]
+    run = plan(asked(custom={"ä" * (room // 2): "--no-freeze-heads"}, seeds=(1,)))[-1]
     Path("runs", f"{run.name}__1234567890-1000").mkdir(parents=True)
     Path("runs", f"{run.name}.log").touch()
     with pytest.raises(UsageError, match="bytes, but 255 are possible"):
-        plan(asked(own={"ä" * (room // 2 + 1): "--no-freeze-heads"}, seeds=(1,)))
+        plan(asked(custom={"ä" * (room // 2 + 1): "--no-freeze-heads"}, seeds=(1,)))
 
 
 @pytest.mark.parametrize("name", ["", "///", "- -", "\udcff"], ids=ascii)
@@ -298,13 +298,13 @@ def test_a_checkpoint_is_what_its_manifest_says_wherever_it_lies():
 
 
 def test_arms_without_a_meaning_are_refused():
-    for interventions, own, words in (
+    for interventions, custom, words in (
         (("reset",), {}, 'arm reset is none of injection, reset-head.*give --arm "reset" FLAGS'),
         ((), {"injection": "--no-freeze-heads"}, "another name to --arm"),
         ((), {"x": "--exp-name 'a"}, "'a is no part of a command line"),
     ):
         with pytest.raises(UsageError, match=words):
-            all_arms(interventions, own)
+            all_arms(interventions, custom)
 
 
 def test_the_plan_in_words_has_steps_disk_and_hours():

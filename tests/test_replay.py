@@ -92,8 +92,8 @@ def test_arrays_may_be_used_again_for_the_next_transition():
     for transition in random_stream(np.random.default_rng(0), 2, 30, "zero"):
         arrays = transition[:5]
         reused = [np.array(array) for array in arrays] if reused is None else reused
-        for own, array in zip(reused, arrays, strict=True):
-            own[:] = array
+        for stored, array in zip(reused, arrays, strict=True):
+            stored[:] = array
         ours.add(*reused, transition[5])
         theirs.add(*transition)
     assert_same_transitions(ours, theirs)

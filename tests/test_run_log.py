@@ -74,15 +74,15 @@ def live(folder, args=ARGS, origin=None, full=(0, 0, 0)):
     """
     states = folder / "states"
     states.mkdir(parents=True, exist_ok=True)
-    own = newest(states)
-    begin = own or (origin and origin[0])
+    latest = newest(states)
+    begin = latest or (origin and origin[0])
     step = int(begin.name) if begin else 0
     log = RunLog(folder, step, TOTAL)
     if begin:
         log.load_state_dict(pickle.loads(begin.read_bytes()))
-        if own is None:
+        if latest is None:
             log.take_over(read_scalars(origin[1]), step)
-    if own is None:
+    if latest is None:
         log.hyperparameters(args, step)
     with contextlib.ExitStack() as disk:
         while True:
@@ -425,10 +425,10 @@ def test_curves_whose_folder_is_gone_say_so_once_and_make_none(clock, capsys):
             shutil.rmtree(FOLDER)
     log.close()
     fix = "if it was moved to another disk, stop this run and --resume it there"
-    said = (
+    printed = (
         f"warning: the curves cannot be written for now (run is no longer there): {fix}, training goes on\n"
     )
-    assert capsys.readouterr().out == said and not FOLDER.exists() and log.way_out
+    assert capsys.readouterr().out == printed and not FOLDER.exists() and log.way_out
 
 
 @pytest.mark.parametrize("ended", [[0], [1, 2], [0, 1, 2], []])

@@ -91,7 +91,7 @@ def copy_of(folder, name):
     return Path(shutil.copytree(folder, f"runs/{name}"))
 
 
-def made(checkpoint):
+def created(checkpoint):
     """Steps of the interventions before a checkpoint."""
     return load_checkpoint(checkpoint).state["learner"]["interventions"]
 
@@ -181,9 +181,9 @@ def test_a_vector_step_is_one_whole_to_a_checkpoint(uninterrupted, args):
     """Step 142 lies within one: the injection and its checkpoint come at that one's end."""
     step, num_envs = 144, args.num_envs
     folder = train_until(step + 1, args)
-    assert names(folder)[-1] == f"checkpoint-{step}" and made(folder / f"checkpoint-{step}") == []
+    assert names(folder)[-1] == f"checkpoint-{step}" and created(folder / f"checkpoint-{step}") == []
     until_signal(step + 3 * num_envs, replace(args, resume=str(folder)))
-    assert names(folder)[-1] == f"checkpoint-{step + 3 * num_envs}" and made(
+    assert names(folder)[-1] == f"checkpoint-{step + 3 * num_envs}" and created(
         folder / f"checkpoint-{step + 3 * num_envs}"
     ) == [step]
     train(Args(resume=str(folder)))
@@ -192,7 +192,7 @@ def test_a_vector_step_is_one_whole_to_a_checkpoint(uninterrupted, args):
 
 @slow
 def test_resume_is_exact_where_the_norm_decides(uninterrupted):
-    first, second = made(uninterrupted(NORM) / END)
+    first, second = created(uninterrupted(NORM) / END)
     folder = until_signal(first, NORM)  # at its very step, and a little later
     until_signal(first + 3, replace(NORM, resume=str(folder)))
     train_until(second + 1, replace(NORM, resume=str(folder)))
@@ -410,9 +410,9 @@ def test_checkpoint_frequency_is_a_choice(frequency, expected):
 @slow
 def test_of_interventions_that_the_norm_triggers_the_first_keeps_its_checkpoint(uninterrupted):
     folder = uninterrupted(NORM)
-    first, _ = made(folder / END)
+    first, _ = created(folder / END)
     assert names(folder) == [f"checkpoint-{first}", END]
-    assert made(folder / f"checkpoint-{first}") == []
+    assert created(folder / f"checkpoint-{first}") == []
 
 
 @slow
@@ -474,7 +474,7 @@ def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_
     folder = fork(uninterrupted(BASELINE) / "checkpoint-142", BASELINE, **ARMS[arm])
     same = replace(BASELINE, **ARMS[arm])
     assert_same_end(folder, uninterrupted(same))
-    assert made(folder / END) == [*(same.injection_step if same.intervention != "none" else ())]
+    assert created(folder / END) == [*(same.injection_step if same.intervention != "none" else ())]
 
 
 @slow
@@ -493,7 +493,7 @@ def test_a_fork_in_the_middle_of_overlap_equals_the_run_that_had_the_injection_f
 @slow
 def test_a_checkpoint_where_the_norm_decided_leads_to_its_baseline_and_back(uninterrupted):
     baseline = replace(NORM, intervention="none")
-    checkpoint = uninterrupted(NORM) / f"checkpoint-{made(uninterrupted(NORM) / END)[0]}"
+    checkpoint = uninterrupted(NORM) / f"checkpoint-{created(uninterrupted(NORM) / END)[0]}"
     assert_same_end(fork(checkpoint, NORM, intervention="none"), uninterrupted(baseline))
     assert_same_end(fork(checkpoint, NORM), uninterrupted(NORM))
 
@@ -819,7 +819,7 @@ def test_the_norm_decides_also_in_a_network_without_room_for_heads(uninterrupted
     train(Args(resume=str(resumed)))
     assert_same_end(resumed, folder)
     if intervention == "reset-head":
-        first = made(folder / END)[0]
+        first = created(folder / END)[0]
         assert_same_end(fork(folder / f"checkpoint-{first}", NORM), uninterrupted(NORM))
 
 
@@ -903,7 +903,7 @@ def test_continuations_of_one_agent_differ_and_each_is_exact_however_it_is_inter
     origin = uninterrupted(BASELINE) / "checkpoint-142"
     arm = replace(SMALL, seed=2)
     second, third = fork(origin, arm), fork(origin, arm, seed=3)
-    assert made(second / END) == [142]
+    assert created(second / END) == [142]
     curves = scalars(second)["losses/td_loss"], scalars(third)["losses/td_loss"]
     assert [point for point in curves[0] if point[0] <= 120] == [
         point for point in curves[1] if point[0] <= 120
@@ -987,12 +987,12 @@ def test_what_a_fork_takes_from_its_origin_and_says_of_it_is_the_same_each_time_
     monkeypatch.setattr(torch, "__version__", "9.9.9")
     capsys.readouterr()
     first = beginning(replace(CONTINUED, seed=seed, fork=str(origin)))
-    folder, said = new_folder(set()), capsys.readouterr().out
+    folder, output = new_folder(set()), capsys.readouterr().out
     assert differences(beginning(Args(resume=str(folder))), first) == []
-    assert capsys.readouterr().out == said and "torch was" in said
+    assert capsys.readouterr().out == output and "torch was" in output
     fresh = np.random.default_rng(script.stream_seed(seed, script.Stream.EXPLORATION)).bit_generator.state
-    own = load_checkpoint(origin).meta["args"]["seed"] == seed
-    assert (first["/learner/rng/state/state"] == fresh["state"]["state"]) == (not own)
+    same_seed = load_checkpoint(origin).meta["args"]["seed"] == seed
+    assert (first["/learner/rng/state/state"] == fresh["state"]["state"]) == (not same_seed)
 
 
 @slow
@@ -1006,7 +1006,7 @@ def test_on_the_command_line_a_fork_takes_over_what_is_not_given_and_its_agent_p
     assert main(monkeypatch, "--fork", checkpoint, *flags) == 0
     forked = new_folder({folder})
     assert Args(**load_checkpoint(forked / END).meta["args"]) == replace(args, fork=checkpoint, **changes)
-    assert made(forked / END) == [142, 190]
+    assert created(forked / END) == [142, 190]
     capsys.readouterr()
     assert main(monkeypatch, "--evaluate", str(forked), "--eval-episodes", "2") == 0
     assert "scores of 2 games" in capsys.readouterr().out

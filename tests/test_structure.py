@@ -53,12 +53,12 @@ def test_the_modules_of_the_order_are_there():
 
 @each_source
 def test_imports_go_one_way(path):
-    own = home(path)
-    if own not in ORDER:  # tests, benchmarks and figures may import what they like
+    folder_name = home(path)
+    if folder_name not in ORDER:  # tests, benchmarks and figures may import what they like
         return
-    for name in imported(path) - {own}:
+    for name in imported(path) - {folder_name}:
         assert name not in ("tests", "conftest", "benchmarks", "img"), name
-        assert ORDER.get(name, -1) < ORDER[own], f"{own} imports {name}"
+        assert ORDER.get(name, -1) < ORDER[folder_name], f"{folder_name} imports {name}"
 
 
 @each_source

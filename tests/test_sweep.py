@@ -45,8 +45,8 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "C
 def start(*arguments, flags=FLAGS, stdout=None, stderr=subprocess.STDOUT):
     """The sweep as a process, all that it says in a file, unless its output goes elsewhere."""
     command = [sys.executable, str(SCRIPT), *SMALL, *map(str, arguments), "--", *flags]
-    with open("said", "a", encoding="utf-8") as said:
-        return subprocess.Popen(command, stdout=stdout or said, stderr=stderr, env=ENVIRONMENT)
+    with open("said", "a", encoding="utf-8") as output:
+        return subprocess.Popen(command, stdout=stdout or output, stderr=stderr, env=ENVIRONMENT)
 
 
 def finish(*arguments):
@@ -119,9 +119,9 @@ def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_h
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     for name, value in {**locale, "TMPDIR": str(temporary)}.items():
         monkeypatch.setitem(ENVIRONMENT, name, value)
-    status, said = finish()
-    assert status == 0, said
-    assert re.search(rf"{NAMES[0]}: finished, step 600 of 600, \d+ SPS, 00:00 left, return ", said)
+    status, output = finish()
+    assert status == 0, output
+    assert re.search(rf"{NAMES[0]}: finished, step 600 of 600, \d+ SPS, 00:00 left, return ", output)
     assert_as_by_hand(by_hand)
     last = read_manifest(FOLDER)[-1]
     assert (last.arm, last.seed, last.game) == ("injection", 1, GAME)
@@ -153,8 +153,8 @@ def test_arms_and_seeds_continue_one_agent():
     train(*FLAGS, "--env-id", GAME, "--intervention", "none", "--exp-name", "a")
     (origin,) = Path("runs").glob("*/checkpoint-301")
     script = [sys.executable, str(SCRIPT), "--name", "x", "--from-checkpoint", str(origin), "--steps", "200"]
-    own = ["--arm", "all heads", "--no-freeze-heads"]
-    more = ["--seeds", "5", "6", "--arms", "none", "injection", *own, "--memory-per-run", "0.5"]
+    custom = ["--arm", "all heads", "--no-freeze-heads"]
+    more = ["--seeds", "5", "6", "--arms", "none", "injection", *custom, "--memory-per-run", "0.5"]
     done = subprocess.run([*script, *more], capture_output=True, encoding="utf-8", env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     names = [f"{GAME}__{arm}__{seed}" for seed in (5, 6) for arm in ("none", "injection", "all-heads")]
@@ -244,15 +244,15 @@ def test_a_sweep_that_is_killed_or_stopped_and_started_again_ends_with_the_same_
     assert last[NAMES[0]].state in ("stopped", "finished") and last[NAMES[1]].state == "stopped"
     log = (FOLDER / "logs" / f"{NAMES[1]}.log").read_text(encoding="utf-8")
     assert "SIGTERM, writing a checkpoint" in log and "stopped at step" in log
-    status, said = finish()
-    assert status == 0, said
+    status, output = finish()
+    assert status == 0, output
     assert_as_by_hand(by_hand)
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_run_that_fails_for_its_own_reason_is_reported_once_and_the_others_go_on():
-    status, said = finish("--grid", "learning-rate", "1e-4", "1e30")
+    status, output = finish("--grid", "learning-rate", "1e-4", "1e30")
     good, bad = (f"{GAME}__{{}}_learning-rate-{rate}__1" for rate in ("1e-4", "1e30"))
     assert status == 1 and finished() == {good.format("none"): 1, good.format("injection"): 1}
     assert [entry for entry in states() if "1e30" in entry[0]][-2:] == [
@@ -261,8 +261,8 @@ def test_a_run_that_fails_for_its_own_reason_is_reported_once_and_the_others_go_
     ]
     log = FOLDER / "logs" / f"{bad.format('none')}.log"
     last_line = log.read_text(encoding="utf-8").splitlines()[-1]
-    assert said.count(f"last lines of {log}") == said.count(last_line) == 1
-    assert said.splitlines()[-1].startswith("error: 2 of 4 runs are not finished")
+    assert output.count(f"last lines of {log}") == output.count(last_line) == 1
+    assert output.splitlines()[-1].startswith("error: 2 of 4 runs are not finished")
     assert (FOLDER / "comparison.png").exists()
 
 
@@ -384,12 +384,12 @@ def test_a_cluster_that_loses_a_machine_in_mid_run_ends_with_the_same_bits(by_ha
         machines.remove_node(lost, allow_graceful=False)
         assert process.wait(600) == 0, Path("said").read_text(encoding="utf-8")
         monkeypatch.setitem(ENVIRONMENT, "RAY_ADDRESS", machines.address)
-        automatic, said = finish("--address", "auto")
+        automatic, output = finish("--address", "auto")
     finally:
         machines.shutdown()
     assert "killed" in [state for _, state in states()]
     assert_as_by_hand(by_hand)
-    assert automatic == 0, said
+    assert automatic == 0, output
 
 
 def asked(flags=FLAGS):
@@ -541,8 +541,8 @@ def test_a_folder_that_cannot_be_a_sweeps_names_the_flag_for_another(command, no
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_run_that_needs_more_than_the_machine_has_is_refused():
-    status, said = finish("--cpus-per-run", "1000")
-    assert status == 1 and said.count("\n") == 1 and "needs 1000 processors" in said
+    status, output = finish("--cpus-per-run", "1000")
+    assert status == 1 and output.count("\n") == 1 and "needs 1000 processors" in output
     assert not FOLDER.exists()
 
 

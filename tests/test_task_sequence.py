@@ -131,10 +131,10 @@ def test_seeds_differ_and_twice_gives_the_same_numbers(checkpoint):
     assert once == again and once["error"][SAME][0] != once["error"][SAME][1]
     assert json.loads(json.dumps(once, allow_nan=False)) == once
     since = {name: np.mean([errors[1:] for errors in once["error"][name]], axis=1) for name in NAMES}
-    own = np.array(once["error"][SAME])[:, 0].tolist()
+    single = np.array(once["error"][SAME])[:, 0].tolist()
     for name in NAMES:
         at = [errors[1] for errors in once["error"][name]]
-        expected = {"at": relative_error(at, own), "since": relative_error(since[name].tolist(), own)}
+        expected = {"at": relative_error(at, single), "since": relative_error(since[name].tolist(), single)}
         assert once["relative"][name] == expected, "to the tasks before the injection"
     fresh = since[EACH_FRESH].tolist()
     assert once["relative_to_fresh"] == {
@@ -183,7 +183,7 @@ def test_a_dead_head_has_lost_plasticity_and_an_injection_restores_it_but_not_wh
     for kill, restored in ((kill_head, True), (kill_encoder, False)):
         change(checkpoint, kill)
         result = run_sequence(checkpoint, **how)
-        ratios = {name: of_one["ratio"] for name, of_one in result["relative_to_fresh"].items()}
+        ratios = {name: entries["ratio"] for name, entries in result["relative_to_fresh"].items()}
         assert ratios[SAME] > 5 and (ratios[INJECTED] < 2.5) == (ratios[RESET] < 2.5) == restored
         assert (result["dormant"][INJECTED][0][-1] < 0.8 < result["dormant"][SAME][0][-1]) == restored
         assert (min(result["encoder_active"][SAME][0]) > 0) == restored
@@ -267,7 +267,7 @@ def test_it_is_drawn_printed_and_written(checkpoint, capsys, recwarn, narrow_hea
     assert header.strip("| ").split(" | ") == [*titles, "encoder active in the end"]
     assert "left out: nowhere" in printed
     shares = [
-        np.mean([of_seed[-1] for of_seed in results[0][what][SAME]]) for what in ("dormant", "encoder_active")
+        np.mean([of_seed[-1] for of_seed in results[0][item][SAME]]) for item in ("dormant", "encoder_active")
     ]
     assert [cell.strip() for cell in rows[0].split("|")[5:7]] == [
         f"{share:.0%}" for share in shares

@@ -624,10 +624,10 @@ def test_no_point_lies_beyond_the_end():
     ],
     ids=["none", "baseline", "norm"],
 )
-def test_a_run_without_injection_or_learning_says_so(changes, said, capsys):
+def test_a_run_without_injection_or_learning_says_so(changes, printed, capsys):
     train(replace(SMALL, total_timesteps=10, learning_starts=10, **changes))
     out = capsys.readouterr().out
-    assert said in out if said else "no plasticity injection" not in out
+    assert printed in out if printed else "no plasticity injection" not in out
     assert "warning: nothing is learned, the run ends before --learning-starts 10\n" in out
     train(replace(SMALL, total_timesteps=10, learning_starts=9, **changes))
     assert "nothing is learned" not in capsys.readouterr().out

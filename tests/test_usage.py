@@ -276,9 +276,9 @@ A_GPUS = [
 @pytest.mark.parametrize("message", A_GPUS, ids=str)
 def test_what_a_gpus_driver_and_libraries_report_of_themselves_is_its_failure(message):
     first = message.partition("\n")[0]
-    said = usage.out_of_resources(RuntimeError(message))
+    printed = usage.out_of_resources(RuntimeError(message))
     fix = "try another one by CUDA_VISIBLE_DEVICES, or the CPU by CUDA_VISIBLE_DEVICES="
-    assert said == f"the GPU has failed ({first}): {fix}"
+    assert printed == f"the GPU has failed ({first}): {fix}"
     assert usage.out_of_resources(ValueError(message)) is None
 
 
@@ -308,9 +308,9 @@ def test_what_they_report_of_the_program_is_not_nor_what_only_names_a_gpu(messag
     ],
     ids=str,
 )
-def test_what_has_run_out_is_what_the_error_names(error, said):
+def test_what_has_run_out_is_what_the_error_names(error, printed):
     got = usage.out_of_resources(error)
-    assert got is None if said is None else got.startswith(said)
+    assert got is None if printed is None else got.startswith(printed)
 
 
 def through_torch():

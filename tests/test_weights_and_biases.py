@@ -185,10 +185,10 @@ def test_on_a_terminal_it_asks_nothing(monkeypatch):
     environment = {name: value for name, value in OFFLINE.items() if name != "WANDB_MODE"}
     environment |= {"HOME": os.environ["HOME"], "WANDB_CONFIG_DIR": os.environ["HOME"]}
     run = subprocess.run(command, stdin=inside, stdout=inside, stderr=inside, env=environment, timeout=60)
-    said = os.read(terminal, 100_000).decode()
+    printed = os.read(terminal, 100_000).decode()
     assert (
         run.returncode == 1
-        and "error: --track: Weights & Biases cannot be used (No API key configured" in said
+        and "error: --track: Weights & Biases cannot be used (No API key configured" in printed
     )
     assert all(path.startswith("wandb") for path in all_there_is())
 
