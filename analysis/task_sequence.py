@@ -158,8 +158,9 @@ def sequence_in_words(result: dict[str, Any]) -> str:
     injected = f"{against_early(INJECTED, 'at')} in that task and {against_early(INJECTED, 'since')}"
     reset = f"{against_early(RESET, 'at')} and {against_early(RESET, 'since')}"
     return (
-        f"relative to {standard}: in tasks {at} to {tasks} it is {loss}; with an injection before task {at} it "
-        f"is {injected} in tasks {at} to {tasks}, with the head reset there {reset}"
+        f"relative to {standard}: in tasks {at} to {tasks} it is {loss}; "
+        f"with an injection before task {at} it is {injected} in tasks {at} to {tasks}, "
+        f"with the head reset there {reset}"
     )
 
 
