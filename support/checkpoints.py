@@ -141,7 +141,8 @@ def read_identity(path: Path) -> dict[str, Any]:
     fix = "give a run's folder to --resume, one of its checkpoints to --fork"
     with reading(path, "a run's arguments", fix):
         identity = json.loads(path.read_text(encoding="utf-8"))
-        return {"run": identity.get("run"), "args": dict(identity["args"])}
+        args = dict(identity["args"])  # first of all: a file that holds something else has none
+        return {"run": identity.get("run"), "args": args}
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:

@@ -224,12 +224,12 @@ def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(
         ({"flags": ()}, "arm injection would have no injection.*give --injection-step after --"),
         ({"flags": (*FLAGS, "--checkpoint-frequency", "0")}, "leaves nothing to fork arms from"),
         (
-            {"own": {"x": "--learning-rate 1e-3"}},
+            {"custom": {"x": "--learning-rate 1e-3"}},
             "another learning_rate than none.*give --grid learning-rate",
         ),
-        ({"own": {"x": "--total-timesteps 12000"}}, "give --exploration-fraction"),
-        ({"own": {"x": "--seed 3"}}, "--seed in arm x"),
-        ({"own": {"x y": "", "x-y": "--no-freeze-heads"}}, "two runs would have the name"),
+        ({"custom": {"x": "--total-timesteps 12000"}}, "give --exploration-fraction"),
+        ({"custom": {"x": "--seed 3"}}, "--seed in arm x"),
+        ({"custom": {"x y": "", "x-y": "--no-freeze-heads"}}, "two runs would have the name"),
         ({"grid": [["lerning-rate", "1"]]}, "is no flag and its values"),
         ({"grid": [["learning-rate"]]}, "is no flag and its values"),
         ({"grid": [["bf16", "maybe"]]}, "must be true or false"),
@@ -256,13 +256,13 @@ def test_what_cannot_work_is_refused_in_one_line(changes, words):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"own": {"x" * 300: ""}}, r"of \d+ bytes, but 255 are possible: give a shorter name to --arm"),
-        ({"own": {"ä" * 110: ""}}, r"of 26\d bytes, but 255"),
+        ({"custom": {"x" * 300: ""}}, r"of \d+ bytes, but 255 are possible: give a shorter name to --arm"),
+        ({"custom": {"ä" * 110: ""}}, r"of 26\d bytes, but 255"),
         (
             {"grid": [["injection-step", " ".join(map(str, range(1_001, 2_000, 16)))]]},
             "fewer flags and values to --grid",
         ),
-        ({"own": {"Wide": "", "wide": "--no-freeze-heads"}}, "two runs would have the name"),
+        ({"custom": {"Wide": "", "wide": "--no-freeze-heads"}}, "two runs would have the name"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -613,7 +613,7 @@ def test_no_point_lies_beyond_the_end():
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "printed"),
     [
         ({}, "no plasticity injection in this run\n"),
         (

@@ -288,7 +288,7 @@ def test_what_they_report_of_the_program_is_not_nor_what_only_names_a_gpu(messag
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "printed"),
     [
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"),
