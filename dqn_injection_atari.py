@@ -647,12 +647,12 @@ class Learner:
             self.target = in_bfloat16(self.target_network)
         self.graphs.clear()
 
-    def newest_head(self) -> nn.Module:
+    def learning_head(self) -> nn.Module:
         return self.q_network.get_submodule(self.q_network.newest_head())
 
     def growing(self) -> list[nn.Module]:
         """What --injection-trigger norm watches: encoder and newest head, also with --no-freeze-heads."""
-        return [self.q_network.encoder, self.newest_head()]
+        return [self.q_network.encoder, self.learning_head()]
 
     def captured_tensors(self) -> list[Tensor]:
         """All that acting and updating change or look at: a captured graph must not lose one of them."""
@@ -705,10 +705,10 @@ class Learner:
         All optimizer moments stay. The new head, which has had no gradient yet, starts without any. With
         `moments="keep"` it starts with a copy of those of the head that learned before (paper, Fig. 9).
         """
-        old_head = self.newest_head()
+        old_head = self.learning_head()
         self.q_network.inject(self._generator(Stream.INJECTION))
         if self.args.moments == "keep":
-            copy_moments(self.optimizer, old_head, self.newest_head())
+            copy_moments(self.optimizer, old_head, self.learning_head())
         self._after_intervention(step)
 
     def intervene(self, step: int = 0) -> None:
@@ -720,7 +720,7 @@ class Learner:
 
     def apply(self, alternative: Alternative, step: int = 0) -> None:
         """Does what an injection is compared with."""
-        head = self.newest_head()
+        head = self.learning_head()
         for_heads = self._generator(Stream.INJECTION)
         for_others = self._generator(Stream.PERTURBATION)
         parts = AgentParts(

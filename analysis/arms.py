@@ -24,9 +24,9 @@ CONDITIONS = {
     for name, condition in conditions(Args).items()
     if condition.field in ("intervention", "injection_trigger")
 }
-OF_INTERVENTION = ("intervention", "injection", "injection_trigger", *CONDITIONS)
+KEYS_OF_INTERVENTION = ("intervention", "injection", "injection_trigger", *CONDITIONS)
 # These stand in a setting in another form
-REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", *OF_INTERVENTION)
+REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", *KEYS_OF_INTERVENTION)
 # These an arm's name tells of in words of its own
 IN_WORDS = {"env_id", "intervention", "injection", "injection_trigger", "injection_norm_ratio"}
 IN_WORDS |= {"freeze_heads", "moments"}

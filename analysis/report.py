@@ -49,6 +49,8 @@ def other_causes(pair: Comparison) -> list[str]:
     wider = (args.injected_head_width or args.head_width) > args.head_width
     if verdict == "raised" and (wider or not args.freeze_heads):
         causes.append("more capacity, as more parameters learn than before")
+    elif verdict == "raised" and pair.intervention == "injection":
+        causes.append("more capacity, as the frozen heads stay in the sum beside the new one")
     if verdict == "no evidence":
         causes.append("chance, as any effect within the interval is still possible")
     else:

@@ -53,7 +53,7 @@ def twin(learner: Learner) -> Learner:
     return copy
 
 
-def unit_measures(learner: Learner, obs: torch.Tensor) -> dict[str, float]:
+def measured_shares(learner: Learner, obs: torch.Tensor) -> dict[str, float]:
     """The shares of the learning head's hidden units that are dormant, and of the encoder's features ≠ 0."""
     network = learner.q_network
     _, layers = activations(network, {f"{network.newest_head()}.relu": "head", "encoder": "encoder"}, obs)
@@ -89,7 +89,7 @@ def run_tasks(
         measured = {}
         for name, learner in {SAME: network, **copies, EACH_FRESH: fresh}.items():
             start, end = fitting.fit(learner, obs, targets, batches)
-            measured[name] = {"start": start, "error": end} | unit_measures(learner, obs)
+            measured[name] = {"start": start, "error": end} | measured_shares(learner, obs)
         yield measured
 
 
@@ -196,7 +196,10 @@ def draw_panel(ax: canvas.Axes, result: dict[str, Any], measure: str) -> None:
     task = np.arange(1, result["probe_tasks"] + 1)
     for name in NAMES:
         values = np.array(result[measure][name], float)
-        centre, low, high = geometric_interval(np.log(values)) if measure == "error" else interval(values)
+        if measure == "error":
+            centre, low, high = geometric_interval(np.log(values))
+        else:
+            centre, low, high = np.clip(interval(values), 0, 1)  # a share is no less and no more
         style = LOOKS[name]
         canvas.plot_broken(ax, task, centre, **style.line, lw=2, label=name)
         ax.fill_between(task, low, high, color=style.colour, alpha=0.18, lw=0)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.stats
 
-from analysis.arms import EVALUATION, OF_INTERVENTION, Arm
+from analysis.arms import EVALUATION, KEYS_OF_INTERVENTION, Arm
 from analysis.curves import TRAINING_RETURN, RecordedRun
 from analysis.intervals import CONFIDENCE, MIN_SEEDS
 from dqn_injection_atari import INTERVENTIONS
@@ -442,7 +442,7 @@ def evaluated_differently(without: Arm, intervened: Arm) -> str:
 
 def counterparts(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
     """Pairs (without, with) of arms that differ in nothing that is learned but the intervention."""
-    not_in_common = (*OF_INTERVENTION, *EVALUATION)
+    not_in_common = (*KEYS_OF_INTERVENTION, *EVALUATION)
 
     def in_common(arm: Arm) -> dict[str, Any]:
         return {name: arm.setting[name] for name in arm.setting if name not in not_in_common}

@@ -248,7 +248,7 @@ def plan_arms(asked: Asked, setting: dict[str, str], origin: Checkpoint | None) 
         first = ("--env-id", asked.env_ids[0], "--seed", str(asked.seeds[0]), "--exp-name", exp_name)
         run = PlannedRun(arm, parsed((*flags, *first)), flags)
         if family:
-            run = forked(run, family[0])
+            run = forked_from_trunk(run, family[0])
         family.append(run)
     for run in family[1:]:
         kind = run.args.intervention
@@ -259,7 +259,7 @@ def plan_arms(asked: Asked, setting: dict[str, str], origin: Checkpoint | None) 
     return family
 
 
-def forked(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
+def forked_from_trunk(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
     """The run as a fork from the trunk's checkpoint at the first injection, or as it is where none can be."""
     if not trunk.args.planned_interventions or run.args.injection_trigger == "norm":
         return run

@@ -16,7 +16,7 @@ import torch
 from annotated_types import Ge, Gt, Interval, Le, Lt
 
 PROJECT = Path(__file__).resolve().parent.parent
-Settings = TypeVar("Settings")
+Kind = TypeVar("Kind")
 Count = Annotated[int, Ge(1)]
 Steps = Annotated[int, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -100,7 +100,7 @@ def refuse_changes(settings: Any, before: Any, forkable: Collection[str] | None 
     raise UsageError(f"--resume goes on as the run was, {names} cannot change: leave out, or {instead}")
 
 
-def settings_of(kind: type[Settings], values: dict[str, Any], path: Path) -> Settings:
+def settings_of(kind: type[Kind], values: dict[str, Any], path: Path) -> Kind:
     """The dataclass `kind` with these values, read at `path`; UsageError where another version wrote them."""
     with reading(path, "a run's arguments", "take another"):
         return kind(**values)

@@ -173,6 +173,7 @@ def test_words_warn_where_the_norm_injected_one_run_so_late_that_little_is_left(
 
 MOMENTS = "what else could have caused this: fresh optimizer moments, as the new layers began with none"
 CAPACITY = "what else could have caused this: more capacity, as more parameters learn than before"
+FROZEN = "what else could have caused this: more capacity, as the frozen heads stay in the sum"
 CHANCE = "what else could have caused this: chance, as 1 of 20 such intervals over seeds excludes 0"
 WITHIN = "what else could have caused this: chance, as any effect within the interval is still possible"
 LIMIT = "what this does not show: that exploration, or anything else, is the limit; only that"
@@ -181,10 +182,10 @@ LIMIT = "what this does not show: that exploration, or anything else, is the lim
 @pytest.mark.parametrize(
     ("effect", "how", "lines"),
     [
-        (50.0, {}, [MOMENTS, CHANCE]),
-        (50.0, {"moments": "keep"}, [CHANCE]),
+        (50.0, {}, [MOMENTS, FROZEN, CHANCE]),
+        (50.0, {"moments": "keep"}, [FROZEN, CHANCE]),
         (50.0, {"injected_head_width": 1024}, [MOMENTS, CAPACITY, CHANCE]),
-        (50.0, {"injected_head_width": 64}, [MOMENTS, CHANCE]),
+        (50.0, {"injected_head_width": 64}, [MOMENTS, FROZEN, CHANCE]),
         (50.0, {"freeze_heads": False, "moments": "keep"}, [CAPACITY, CHANCE]),
         (-50.0, {}, [MOMENTS, CHANCE]),
         (-50.0, {"freeze_heads": False}, [MOMENTS, CHANCE]),

@@ -98,7 +98,7 @@ def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_th
         learner.q_network.head.theta.hidden.bias.fill_(-1e3)
         learner.q_network.head.theta_prime_1[0].hidden.bias[:16] = -1e3
         learner.q_network.encoder[4].bias[:16], learner.q_network.encoder[4].bias[16:] = -1e3, 1e3
-    measured = task_sequence.unit_measures(learner, obs)
+    measured = task_sequence.measured_shares(learner, obs)
     assert measured["encoder_active"] == 48 / 64 and 16 / 64 <= measured["dormant"] < 1
 
 
@@ -291,7 +291,10 @@ def test_intervals_of_an_error_are_on_the_log_scale_and_what_is_dashed_has_a_nam
     drawn = []
     monkeypatch.setattr("analysis.canvas.save", lambda figure, path: drawn.append(figure))
     task_sequence.draw_sequences(results, Path("x.png"))
-    error, *_ = drawn[0].axes
+    error, *shares = drawn[0].axes
+    for ax in shares:
+        of_shares = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in ax.collections])
+        assert 0 <= of_shares.min() and of_shares.max() <= 1
     bands = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in error.collections])
     assert error.get_yscale() == "log" and 0 < bands.min() < 0.02
     dashed = {line.get_label() for line in error.lines if line.get_linestyle() == "--"}
