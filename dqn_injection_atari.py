@@ -683,7 +683,7 @@ class Learner:
                 copy_gradients(self.online, self.q_network)
             self.optimizer.step()
             if self.args.bf16:
-                copy_parameters(self.q_network, self.online)
+                copy_parameters(self.q_network, self.online, only_trained=True)
             self.losses.add(loss, q_values)
         return {"td_loss": loss.detach(), "q_values": q_values}
 

@@ -12,7 +12,6 @@ which otherwise run at the same time are told apart.
 """
 
 import contextlib
-import itertools
 import json
 import resource
 import statistics
@@ -78,7 +77,8 @@ def update_flops(training: script.Training) -> int:
     onednn = {torch.ops.mkldnn._linear_pointwise: linear_flops}
     counter = FlopCounterMode(display=False, custom_mapping=onednn)
     with counter:
-        training.learner.update(training.replay.sample(training.args.batch_size))
+        # as it is, without a graph
+        script.Learner.update(training.learner, training.replay.sample(training.args.batch_size))
     return counter.get_total_flops()
 
 
@@ -135,9 +135,13 @@ def timed_parts(training: script.Training, vector_steps: int) -> dict[str, float
         "update": [(learner, "update")],
     }
     spent = dict.fromkeys(parts, 0.0)
+    shadowed: list[
+        tuple[object, str, Any]
+    ] = []  # and what stood there: a method that is captured, or nothing
 
     def watch(part: str, owner: object, name: str) -> None:
         original = getattr(owner, name)
+        shadowed.append((owner, name, vars(owner).get(name)))
 
         def timed(*positional: Any, **named: Any) -> Any:
             start = time.perf_counter()
@@ -156,8 +160,10 @@ def timed_parts(training: script.Training, vector_steps: int) -> dict[str, float
     while run.step < end:
         training.advance()
     spent["all"] = time.perf_counter() - start
-    for owner, name in itertools.chain(*parts.values()):
-        delattr(owner, name)  # what shadows the method
+    for owner, name, before in shadowed:
+        delattr(owner, name)
+        if before is not None:
+            setattr(owner, name, before)
     return {part: seconds / vector_steps for part, seconds in spent.items()}
 
 

@@ -95,9 +95,15 @@ def copy_gradients(source: nn.Module, target: nn.Module) -> None:
 
 
 @torch.no_grad()
-def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Gives parameters of `target` the values of those of `source`, a network like it."""
-    torch._foreach_copy_(tuple(target.parameters()), tuple(source.parameters()))
+def copy_parameters(source: nn.Module, target: nn.Module, only_trained: bool = False) -> None:
+    """Gives parameters of `target` the values of those of `source`, a network like it: all, or the trained."""
+    values: list[torch.Tensor] = []
+    copies: list[torch.Tensor] = []
+    for parameter, copied in zip(source.parameters(), target.parameters(), strict=True):
+        if parameter.requires_grad or not only_trained:
+            values.append(parameter)
+            copies.append(copied)
+    torch._foreach_copy_(copies, values)
 
 
 class CUDAGraphs:

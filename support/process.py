@@ -128,8 +128,8 @@ class Signals:
         if number in self.CHECKPOINT:
             self.checkpoint = True
         elif self.stop is None and not self.at_once:
+            self.asked = time.monotonic()  # first, since another signal may come in between
             self.stop = signal.Signals(number)
-            self.asked = time.monotonic()
         elif not self.ending and (self.at_once or time.monotonic() - self.asked >= self.SAME_REQUEST):
             self.ending = True  # what comes now must not disturb the end
             sys.exit(128 + number)

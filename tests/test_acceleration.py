@@ -116,6 +116,12 @@ def test_parameters_are_copied_in_the_targets_precision_to_where_they_are():
     copy_parameters(source, target)
     assert target.weight is weight and torch.equal(weight, source.weight.bfloat16())
     assert torch.equal(target.bias, source.bias.bfloat16()) and weight.requires_grad
+    with torch.no_grad():
+        source.weight.fill_(7)
+        source.bias.fill_(7)
+    source.bias.requires_grad_(False)
+    copy_parameters(source, target, only_trained=True)
+    assert (target.weight == 7).all() and not (target.bias == 7).any()
 
 
 @pytest.mark.parametrize("injections", [0, 1])

@@ -91,6 +91,19 @@ def test_what_comes_within_two_seconds_is_one_request_and_a_later_one_ends_the_p
     assert stop.value.code == 128 + second
 
 
+def test_a_signal_that_comes_while_one_is_noted_is_the_same_request(monkeypatch):
+    with Signals() as signals:
+
+        def now():
+            monkeypatch.setattr(process.time, "monotonic", lambda: 100.0)
+            send(signal.SIGTERM)()  # in the middle of noting the first
+            return 100.0
+
+        monkeypatch.setattr(process.time, "monotonic", now)
+        send(signal.SIGINT)()
+    assert signals.stop is not None
+
+
 @pytest.mark.parametrize("number", ASKING)
 def test_a_signal_that_was_ignored_stays_ignored(number):
     before = signal.signal(number, signal.SIG_IGN)

@@ -294,7 +294,7 @@ def test_intervals_of_an_error_are_on_the_log_scale_and_what_is_dashed_has_a_nam
     error, *shares = drawn[0].axes
     for ax in shares:
         of_shares = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in ax.collections])
-        assert 0 <= of_shares.min() and of_shares.max() <= 1
+        assert of_shares.min() >= 0 and of_shares.max() <= 1
     bands = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in error.collections])
     assert error.get_yscale() == "log" and 0 < bands.min() < 0.02
     dashed = {line.get_label() for line in error.lines if line.get_linestyle() == "--"}
