@@ -96,7 +96,7 @@ def copy_gradients(source: nn.Module, target: nn.Module) -> None:
 
 @torch.no_grad()
 def copy_parameters(source: nn.Module, target: nn.Module, only_trained: bool = False) -> None:
-    """Gives parameters of `target` the values of those of `source`, a network like it: all, or the trained."""
+    """Gives parameters of `target` the values of those of `source`, all of them or those that are trained."""
     values: list[torch.Tensor] = []
     copies: list[torch.Tensor] = []
     for parameter, copied in zip(source.parameters(), target.parameters(), strict=True):
