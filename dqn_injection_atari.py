@@ -512,12 +512,17 @@ class QNetwork(nn.Module):
         """Of the network whose state this is."""
         return len(state_dict["head.theta.output.weight"])
 
+    def head_names(self) -> dict[str, str]:
+        """{path: name} of the heads in use, as measures call them. The one that learns is called head."""
+        names = {f"head.{path}": path.replace(".", "_") for path in self.head.in_use()}
+        names[self.newest_head()] = "head"
+        return names
+
     def relus(self) -> dict[str, str]:
-        """{path: name} of the ReLUs whose outputs are measured. The head that learns is called head."""
+        """{path: name} of the ReLUs whose outputs are measured."""
         names = {"encoder.1": "conv1", "encoder.3": "conv2", "encoder.5": "conv3"}
-        for path in self.head.in_use():
-            names[f"head.{path}.relu"] = path.replace(".", "_")
-        names[f"{self.newest_head()}.relu"] = "head"
+        for path, name in self.head_names().items():
+            names[f"{path}.relu"] = name
         return names
 
     def in_use(self) -> dict[str, nn.Module]:
@@ -778,8 +783,7 @@ class Learner:
 def plasticity_measures(learner: Learner, batch: ReplayBufferSamples) -> dict[str, float]:
     """The state of the online network, in float32, on one batch. docs/metrics.md explains the names."""
     network = learner.q_network
-    names = {path: path.removeprefix("head.").replace(".", "_") for path in network.in_use()}
-    names[network.newest_head()] = "head"
+    names = {"encoder": "encoder"} | network.head_names()
     loss, _ = td_loss(network, learner.target_network, batch, learner.args.gamma)
     q_values, layers = measures.activations(network, network.relus(), batch.observations)
     features = {"encoder": layers["conv3"].flatten(start_dim=1), "head": layers["head"]}
@@ -790,7 +794,7 @@ def plasticity_measures(learner: Learner, batch: ReplayBufferSamples) -> dict[st
     }
     if network.num_injections > 0:
         with torch.no_grad():
-            old = network.head.theta(network.features(batch.observations))
+            old = network.head.theta(features["encoder"])
         values["new_heads_share_of_q"] = measures.share_of_q(old, q_values - old)
     # one that is undefined is not logged
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,11 +28,11 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dqn_injection_atari as script
+from benchmarks.throughput import begin_run
 from support.acceleration import prepare_process
 from support.checkpoints import load_checkpoint, save_checkpoint
-from support.machine import circumstances, pick_device
-from support.process import Signals, ends_in_one_line
-from support.runs import Origin, Run
+from support.machine import pick_device
+from support.process import ends_in_one_line
 from support.usage import words_given
 
 
@@ -88,20 +88,7 @@ def make_run(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> s
         end_e=0.05,
     )
     prepare_process()
-    device = torch.device("cpu")
-    envs, learner, replay = script.make_parts(args, device)
-    origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
-    run = Run(
-        origin,
-        name="",
-        version=script.__version__,
-        args=asdict(args),
-        parts={"learner": learner, "replay": replay, "envs": envs},
-        circumstances=circumstances(device, script.CODE_VERSION),
-        signals=Signals(),
-        stack=stack,
-    )
-    return script.Training(args, run, envs, learner, replay)
+    return begin_run(args, torch.device("cpu"), folder, stack)
 
 
 def write(training: script.Training) -> tuple[Path, dict[str, float]]:

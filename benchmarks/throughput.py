@@ -72,6 +72,24 @@ class ThroughputSettings(Settings):
     """seconds of learning before the first window"""
 
 
+def begin_run(
+    args: script.Args, device: torch.device, folder: Path, stack: contextlib.ExitStack
+) -> script.Training:
+    """A run of the training script that has this folder and no checkpoint yet."""
+    envs, learner, replay = script.make_parts(args, device)
+    run = Run(
+        Origin(folder, "benchmark", asdict(args)),
+        name="",
+        version=script.__version__,
+        args=asdict(args),
+        parts={"learner": learner, "replay": replay, "envs": envs},
+        circumstances=circumstances(device, script.CODE_VERSION),
+        signals=Signals(),
+        stack=stack,
+    )
+    return script.Training(args, run, envs, learner, replay)
+
+
 def make_run(
     settings: Settings, num_envs: int, stack: contextlib.ExitStack, bf16: bool = False
 ) -> script.Training:
@@ -97,25 +115,13 @@ def make_run(
     slow = slow_bfloat16(device)
     if bf16 and slow:
         raise SystemExit(f"error: {slow}: leave out --bf16")
-    envs, learner, replay = script.make_parts(args, device)
-    stack.callback(envs.close)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    origin = Origin(folder, "benchmark", asdict(args))  # a run that has a folder and no checkpoint yet
-    run = Run(
-        origin,
-        name="",
-        version=script.__version__,
-        args=asdict(args),
-        parts={"learner": learner, "replay": replay, "envs": envs},
-        circumstances=circumstances(device, script.CODE_VERSION),
-        signals=Signals(),
-        stack=stack,
-    )
-    run.log.bar.disable = True
-    run.log.PLAIN_LINE_SECONDS = sys.maxsize
-    training = script.Training(args, run, envs, learner, replay)
-    envs.reset(seed=0)
-    while run.step < settings.fill:
+    training = begin_run(args, device, folder, stack)
+    stack.callback(training.envs.close)
+    training.run.log.bar.disable = True
+    training.run.log.PLAIN_LINE_SECONDS = sys.maxsize
+    training.envs.reset(seed=0)
+    while training.run.step < settings.fill:
         training.advance()
     return training
 

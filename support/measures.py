@@ -182,14 +182,13 @@ def unit_measures(layers: dict[str, torch.Tensor], learning: Collection[str]) ->
 
     `layers` are {name: (B, units) or (B, channels, H, W)}.
     """
+    dormant = {name: dormant_units(layer) for name, layer in layers.items()}
     values = {}
     for name, layer in layers.items():
-        values[f"dormant_fraction/{name}"] = dormant_units(layer).mean()
+        values[f"dormant_fraction/{name}"] = dormant[name].mean()
         values[f"active_fraction/{name}"] = active_fraction(layer)
-    dormant = [dormant_units(layers[name]) for name in learning]
-    active = [layers[name].flatten() for name in learning]
-    values["dormant_fraction"] = torch.cat(dormant).mean()
-    values["active_fraction"] = active_fraction(torch.cat(active))
+    values["dormant_fraction"] = torch.cat([dormant[name] for name in learning]).mean()
+    values["active_fraction"] = active_fraction(torch.cat([layers[name].flatten() for name in learning]))
     return values
 
 

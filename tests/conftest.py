@@ -1,3 +1,4 @@
+import copy
 import gc
 import os
 import shutil
@@ -20,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dqn_injection_atari import Args, Learner, Training, train  # registers the games, too
 from support import environments
+from support.optimizers import moments_by_name
 
 # tests train in bfloat16 on any processor, on some of them slowly
 torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: True  # type: ignore[attr-defined]
@@ -176,3 +178,22 @@ def checkpoint(saved_run, tmp_path):
 def injected_checkpoint(saved_run):
     """The one at the run's end, in which all pairs of heads are in use."""
     return saved_run / "checkpoint-240"
+
+
+def weights(module):
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def moments_of(learner, path):
+    """{parameter: its moments}, as copies, of the module at this path."""
+    state = copy.deepcopy(moments_by_name(learner.optimizer, learner.q_network))
+    return {name: state[name] for name in state if name.startswith(f"{path}.")}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def all_same(a, b):
+    """Whether two dictionaries of moments are the same."""
+    return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)

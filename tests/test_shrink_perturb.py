@@ -1,16 +1,13 @@
 """Shrink and perturb: the encoder mixed with a new one, and a new head."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn as nn
-from conftest import make_learner, random_batch
+from conftest import all_same, make_learner, moments_of, random_batch, same, weights
 
 from alternatives.alternative import AgentParts
 from alternatives.shrink_perturb import ALTERNATIVE, ShrinkPerturbSettings, shrink_perturb
 from dqn_injection_atari import Args, Head, QNetwork, Stream
-from support.optimizers import moments_by_name
 from support.randomness import stream_seed
 from support.usage import UsageError
 
@@ -20,25 +17,6 @@ def trained(optimizer="adam", moments="fresh", **settings):
     for k in range(3):
         learner.update(random_batch(k))
     return learner
-
-
-def weights(module):
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-
-
-def moments_of(learner, path):
-    """{parameter: its moments}, as copies, of the module at this path."""
-    state = copy.deepcopy(moments_by_name(learner.optimizer, learner.q_network))
-    return {name: state[name] for name in state if name.startswith(f"{path}.")}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def all_same(a, b):
-    """Whether two dictionaries of moments are the same."""
-    return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.25, 1.0])
