@@ -154,6 +154,10 @@ class Experiment:
     """adam: eps 1.5e-4; rmsprop: centered, decay 0.95, eps 0.01/32² in the root (paper)"""
     learning_rate: Positive = 1e-4
     """step size of the optimizer (cleanRL; paper: 2.5e-4)"""
+    weight_decay: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
+    """c of c·w, which is added to the gradient of every weight w that is trained; 0 = none"""
+    layer_norm: bool = False
+    """normalise each hidden layer before its ReLU (Lyle et al. 2023)"""
     shared_bias: bool = False
     """one bias for all actions in the output layers (paper, DQN Zoo)"""
     gamma: Share = 0.99
@@ -213,13 +217,28 @@ class Args(RunFlags, AlternativeSettings, Experiment):
         return tuple(self.end_of_vector_step(step) for step in self.injection_step)
 
     @property
+    def intervention_period(self) -> int:
+        """Steps from one time to the next of what `intervention` names; 0 where it does not go on."""
+        alternative = ALTERNATIVES.get(self.intervention)
+        if alternative is None or alternative.period is None:
+            return 0
+        return getattr(self, alternative.period)
+
+    @property
+    def planned_changes(self) -> tuple[int, ...]:
+        """`planned_interventions`, but for one that goes on from there: each has a checkpoint before it."""
+        if self.intervention_period > 0:
+            return ()
+        return self.planned_interventions
+
+    @property
     def kept_checkpoints(self) -> set[int]:
         """Steps of checkpoints that stay: `keep_checkpoints`, and that before the first planned intervention.
 
         Each is at the end of its vector step, which may be the run's end.
         """
         steps = {min(self.end_of_vector_step(step), self.total_timesteps) for step in self.keep_checkpoints}
-        return steps.union(self.planned_interventions[:1])
+        return steps.union(self.planned_changes[:1])
 
     @property
     def planned_pairs(self) -> int:
@@ -279,18 +298,20 @@ class Head(nn.Module):
 
     Args:
         shared_bias: one bias for all actions in the output layer (DQN Zoo)
+        layer_norm: whether the hidden layer is normalised before its ReLU (Lyle et al. 2023)
     """
 
-    def __init__(self, width: int, num_actions: int, shared_bias: bool = False):
+    def __init__(self, width: int, num_actions: int, shared_bias: bool = False, layer_norm: bool = False):
         super().__init__()
         self.hidden = HiddenLayer(NUM_FEATURES, width)
+        self.norm = nn.LayerNorm(width) if layer_norm else nn.Identity()
         self.relu = nn.ReLU(inplace=True)
         self.output = nn.Linear(width, num_actions)
         if shared_bias:
             self.output.bias = nn.Parameter(self.output.bias.detach()[:1].clone())
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = self.relu(self.hidden(features))  # (B, width)
+        hidden = self.relu(self.norm(self.hidden(features)))  # (B, width)
         return self.output(hidden.to(self.output.weight.dtype))  # float32, also with --bf16
 
 
@@ -449,6 +470,7 @@ class QNetwork(nn.Module):
         max_injections: how many injections there is room for
         freeze_heads: see `InjectableHead`
         shared_bias: see `Head`
+        layer_norm: whether each hidden layer is normalised before its ReLU (Lyle et al. 2023)
         head_width: units of the head's hidden layer
         injected_head_width: the same of the heads that injections add; where it is larger, the network grows
     """
@@ -461,21 +483,23 @@ class QNetwork(nn.Module):
         shared_bias: bool = False,
         head_width: int = 512,
         injected_head_width: int | None = None,
+        layer_norm: bool = False,
     ):
         super().__init__()
+        self.layer_norm = layer_norm
         new_head_width = injected_head_width or head_width
-        self.encoder = self.make_encoder()
+        self.encoder = self.make_encoder(layer_norm)
         self.head = InjectableHead(
-            functools.partial(Head, head_width, num_actions, shared_bias),
+            functools.partial(Head, head_width, num_actions, shared_bias, layer_norm),
             max_injections,
             freeze_heads,
-            functools.partial(Head, new_head_width, num_actions, shared_bias),
+            functools.partial(Head, new_head_width, num_actions, shared_bias, layer_norm),
         )
 
     @staticmethod
-    def make_encoder() -> nn.Sequential:
+    def make_encoder(layer_norm: bool = False) -> nn.Sequential:
         """float32 (B, 4, 84, 84) → (B, 3136)."""
-        return nn.Sequential(
+        encoder = nn.Sequential(
             nn.Conv2d(STACK, 32, kernel_size=8, stride=4),
             nn.ReLU(inplace=True),
             nn.Conv2d(32, 64, kernel_size=4, stride=2),
@@ -484,6 +508,16 @@ class QNetwork(nn.Module):
             nn.ReLU(inplace=True),
             nn.Flatten(),
         )
+        if layer_norm:
+            # over all channels and positions of an observation; the last first, since each moves what follows
+            encoder.insert(5, nn.GroupNorm(1, 64))
+            encoder.insert(3, nn.GroupNorm(1, 64))
+            encoder.insert(1, nn.GroupNorm(1, 32))
+        return encoder
+
+    def make_new_encoder(self) -> nn.Sequential:
+        """One like this network's, as it is at the beginning of a run."""
+        return self.make_encoder(self.layer_norm)
 
     def features(self, obs: Tensor) -> Tensor:
         """φ: uint8 (B, 4, 84, 84) → (B, 3136), float32 or the encoder's dtype."""
@@ -520,7 +554,10 @@ class QNetwork(nn.Module):
 
     def relus(self) -> dict[str, str]:
         """{path: name} of the ReLUs whose outputs are measured."""
-        names = {"encoder.1": "conv1", "encoder.3": "conv2", "encoder.5": "conv3"}
+        names: dict[str, str] = {}
+        for i, module in enumerate(self.encoder):
+            if isinstance(module, nn.ReLU):
+                names[f"encoder.{i}"] = f"conv{len(names) + 1}"
         for path, name in self.head_names().items():
             names[f"{path}.relu"] = name
         return names
@@ -542,6 +579,7 @@ def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> 
         shared_bias=args.shared_bias,
         head_width=args.head_width,
         injected_head_width=args.injected_head_width,
+        layer_norm=args.layer_norm,
     )
     return q_network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -587,11 +625,16 @@ def make_optimizer(args: Args, q_network: QNetwork) -> torch.optim.Optimizer:
     - with --cuda-graphs, change its state in place and read no number from the GPU
     """
     if args.optimizer == "rmsprop":
-        return CenteredRMSProp(q_network.parameters(), lr=args.learning_rate)
+        return CenteredRMSProp(
+            q_network.parameters(),
+            lr=args.learning_rate,
+            weight_decay=args.weight_decay,
+        )
     return torch.optim.Adam(
         q_network.parameters(),
         lr=args.learning_rate,
         eps=1.5e-4,
+        weight_decay=args.weight_decay,
         fused=True,
         capturable=args.cuda_graphs,
     )
@@ -633,6 +676,7 @@ class Learner:
         self.losses = measures.LossMeter(self.device)
         self.norms = measures.NormTracker()
         self.interventions: list[int] = []  # their steps
+        self.last_repeat = -1  # step at which a periodic intervention happened last
 
         # with --cuda-graphs these two are captured when they are first called, and replayed from then on
         learner = weakref.proxy(self)  # so that no reference cycle keeps old graphs
@@ -711,7 +755,7 @@ class Learner:
         `moments="keep"` it starts with a copy of those of the head that learned before (paper, Fig. 9).
         """
         old_head = self.learning_head()
-        self.q_network.inject(self._generator(Stream.INJECTION))
+        self.q_network.inject(self._generator(Stream.INJECTION, key=len(self.interventions)))
         if self.args.moments == "keep":
             copy_moments(self.optimizer, old_head, self.learning_head())
         self._after_intervention(step)
@@ -723,30 +767,52 @@ class Learner:
         else:
             self.apply(ALTERNATIVES[self.args.intervention], step)
 
+    @torch.no_grad()
     def apply(self, alternative: Alternative, step: int = 0) -> None:
         """Does what an injection is compared with."""
-        head = self.learning_head()
-        for_heads = self._generator(Stream.INJECTION)
-        for_others = self._generator(Stream.PERTURBATION)
-        parts = AgentParts(
-            encoder=self.q_network.encoder,
-            head=head,
-            optimizer=self.optimizer,
-            draw_encoder=lambda: InjectableHead.draw(self.q_network.make_encoder, for_others),
-            draw_head=lambda: self.q_network.head.draw_like_newest(for_heads),
-            generator=for_others,
-        )
-        with torch.no_grad():
-            alternative.apply(parts, alternative.settings_in(self.args))
+        alternative.apply(self._parts(key=len(self.interventions)), alternative.settings_in(self.args))
+        drawn = []
+        if alternative.draws_encoder:
+            drawn.append("encoder")
         if alternative.draws_head:
-            self.norms.forget(self.q_network.newest_head())
+            drawn.append(self.q_network.newest_head())
+        for path in drawn:
+            self.norms.forget(path)
             if self.args.moments == "fresh":
-                empty_moments(self.optimizer, head)
+                empty_moments(self.optimizer, self.q_network.get_submodule(path))
         self._after_intervention(step)
 
-    def _generator(self, stream: Stream) -> torch.Generator:
-        """What it gives depends on the seed and the number of interventions before."""
-        return torch.Generator().manual_seed(stream_seed(self.args.seed, stream, len(self.interventions)))
+    @torch.no_grad()
+    def repeat(self, obs: Tensor, step: int) -> dict[str, int]:
+        """Does what --intervention does every so often, by a look at obs (B, 4, 84, 84) uint8.
+
+        The target network waits for its next sync. Tensors change in place, so captured graphs stay.
+        Returns counts to be logged.
+        """
+        alternative = ALTERNATIVES[self.args.intervention]
+        _, activations = measures.activations(self.q_network, self.q_network.relus(), obs)
+        counts = alternative.apply(self._parts(step, activations), alternative.settings_in(self.args))
+        if self.args.bf16:
+            copy_parameters(self.q_network, self.online, only_trained=True)
+        self.last_repeat = step
+        return counts or {}
+
+    def _parts(self, key: int, activations: dict[str, Tensor] | None = None) -> AgentParts:
+        """What an alternative works on. Its random numbers depend on the seed and the key."""
+        for_heads = self._generator(Stream.INJECTION, key)
+        for_others = self._generator(Stream.PERTURBATION, key)
+        return AgentParts(
+            encoder=self.q_network.encoder,
+            head=self.learning_head(),
+            optimizer=self.optimizer,
+            draw_encoder=lambda: InjectableHead.draw(self.q_network.make_new_encoder, for_others),
+            draw_head=lambda: self.q_network.head.draw_like_newest(for_heads),
+            generator=for_others,
+            activations=activations or {},
+        )
+
+    def _generator(self, stream: Stream, key: int) -> torch.Generator:
+        return torch.Generator().manual_seed(stream_seed(self.args.seed, stream, key))
 
     def _after_intervention(self, step: int) -> None:
         """Makes the target network a copy of the online one, whatever `tau` (paper)."""
@@ -764,6 +830,7 @@ class Learner:
             "norms": self.norms.state_dict(),
             "optimizer": moments_by_name(self.optimizer, self.q_network),
             "interventions": self.interventions,
+            "last_repeat": self.last_repeat,
             "rng": self.rng.bit_generator.state,
         }
 
@@ -774,6 +841,7 @@ class Learner:
         self.target_network.requires_grad_(False)
         load_moments(self.optimizer, self.q_network, state["optimizer"])
         self.interventions = list(state["interventions"])
+        self.last_repeat = state["last_repeat"]
         self.rng.bit_generator.state = state["rng"]
         self._begin()
         self.losses.load_state_dict(state["losses"])
@@ -860,6 +928,10 @@ class Training:
         """
         args = self.args
         run = self.run
+        if self.repeat_due():  # in a fork: its checkpoint lies behind where that is done, and behind the sync
+            self.repeat()
+            if args.tau == 1 and self.sync_due():
+                self.learner.sync_target()
         while True:
             # between two vector steps, when nothing is in flight; a resumed run begins here, too
             step = run.step
@@ -903,8 +975,13 @@ class Training:
             learner.update(self.replay.sample(args.batch_size, batches=updates), updates)
         if overlap:
             self.receive(obs, actions)
+        # what --intervention does every so often
+        if self.repeat_due():
+            self.repeat()
         # sync
-        if run.due(args.target_network_frequency, after=args.learning_starts):
+        if self.sync_due():
+            if self.churn_due():
+                self.measure_churn()
             learner.sync_target()
         # log
         if run.due(args.log_frequency) or run.step == args.total_timesteps:
@@ -939,19 +1016,41 @@ class Training:
         self.replay.generator = np.random.default_rng(stream_seed(self.args.seed, Stream.REPLAY))
         self.begin_games()
 
-    def replayed(self, stream: Stream, key: int) -> ReplayBufferSamples:
+    def replayed(self, stream: Stream, key: int, count: int | None = None) -> ReplayBufferSamples:
         """Replayed transitions, drawn by a generator from (seed, stream, key): training's does not move."""
+        if count is None:
+            count = self.MEASURED
         rng = np.random.default_rng(stream_seed(self.args.seed, stream, key))
-        rows = rng.integers(self.replay.size(), size=self.MEASURED)
-        columns = rng.integers(self.replay.n_envs, size=self.MEASURED)
+        rows = rng.integers(self.replay.size(), size=count)
+        columns = rng.integers(self.replay.n_envs, size=count)
         return self.replay.transitions(rows, columns)
+
+    def sync_due(self) -> bool:
+        return self.run.due(self.args.target_network_frequency, after=self.args.learning_starts) > 0
+
+    def churn_due(self) -> bool:
+        """Whether this sync is the first since measures of plasticity were due: at most one for each."""
+        args = self.args
+        if args.plasticity_frequency == 0:
+            return False
+        period = args.target_network_frequency
+        sync = self.run.step // period * period
+        return sync // args.plasticity_frequency > (sync - period) // args.plasticity_frequency
+
+    def measure_churn(self) -> None:
+        """Just before a sync: after it, no action differs."""
+        learner = self.learner
+        obs = self.replayed(Stream.PLASTICITY, self.run.step).observations
+        with torch.no_grad():
+            churn = measures.policy_churn(learner.q_network(obs), learner.target_network(obs))
+        self.run.log.scalar("plasticity/policy_churn", float(churn), self.run.step)
 
     def checkpoint_due(self, notable: bool) -> bool:
         """Whether to write a checkpoint: something `notable` happens at this step, or one is planned."""
         args = self.args
         if args.checkpoint_frequency == 0:
             return False
-        planned = {self.run.first, args.total_timesteps, *args.planned_interventions, *args.kept_checkpoints}
+        planned = {self.run.first, args.total_timesteps, *args.planned_changes, *args.kept_checkpoints}
         return notable or self.run.step in planned
 
     def intervention_due(self) -> bool:
@@ -961,12 +1060,40 @@ class Training:
         if args.intervention == "none":
             return False
         if args.injection_trigger == "step":
-            return step in args.planned_interventions
+            return step in args.planned_changes
         if not 0 < step < args.total_timesteps or not self.run.due(args.injection_check_frequency):
             return False
         if len(self.learner.interventions) >= args.max_injections:
             return False
         return self.learner.norms.growth(self.learner.growing()) > args.injection_norm_ratio
+
+    def repeat_due(self) -> bool:
+        """Whether what --intervention does every so often is due by now, and has not been done.
+
+        It is due at --injection-step and one period after the other from there, each at the end of the
+        vector step in which it lies.
+        """
+        period = self.args.intervention_period
+        if period == 0:
+            return False
+        begin = self.args.injection_step[0]
+        newest = begin + (self.run.step - begin) // period * period
+        return begin <= newest and self.learner.last_repeat < newest
+
+    def repeat(self) -> None:
+        """Does what --intervention does every so often, and logs the counts that it gives."""
+        args = self.args
+        step = self.run.step
+        first = self.learner.last_repeat < args.injection_step[0]
+        alternative = ALTERNATIVES[args.intervention]
+        batch = self.replayed(Stream.PERTURBATION, step, alternative.batch_size)
+        counts = self.learner.repeat(batch.observations, step)
+        for name, count in counts.items():
+            self.run.log.scalar(f"{alternative.name}/{name}", count, step)
+        if first:
+            in_layers = ", ".join(f"{count} of {name}" for name, count in counts.items())
+            period = f"and from now on every {args.intervention_period:,} steps"
+            self.run.log.say(f"step {step:,}: {alternative.words.log}, {in_layers}, {period}")
 
     def intervene(self) -> None:
         """Does what --intervention names, and logs how far that changed Q: an injection not at all."""
@@ -1090,6 +1217,11 @@ def check_intervention(args: Args) -> None:
         raise UsageError(
             "injection_trigger norm decides when to inject: give --injection-step without a number"
         )
+    if args.intervention_period > 0 and (by_norm or len(args.injection_step) > 1):
+        raise UsageError(
+            f"intervention {args.intervention} goes on from one step: "
+            "give --injection-trigger step, and one --injection-step"
+        )
     if args.intervention in ALTERNATIVES:
         ALTERNATIVES[args.intervention].settings_in(args)
         if not by_norm and not args.injection_step:
@@ -1181,6 +1313,7 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     if args.total_timesteps <= step:
         raise UsageError(f"{where} lies at step {step}: give a --total-timesteps of {step + 1} or more")
     check_earlier_interventions(args, saved, checkpoint)
+    check_earlier_repeats(args, saved, step, where)
 
     if step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency):
         raise UsageError(
@@ -1219,7 +1352,7 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
     with reading(checkpoint.path, "this run's checkpoint", "move it away, and go on from another"):
         earlier = tuple(checkpoint.state["learner"]["interventions"])
     planned = tuple(planned for planned in args.planned_interventions if planned < step)
-    if args.intervention == "none":
+    if args.intervention == "none" or args.intervention_period > 0:
         planned = ()
     elif args.injection_trigger == "norm":
         planned = earlier
@@ -1244,6 +1377,24 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
                 f"{where} lies after {len(earlier)} injections, and max_injections is "
                 f"{args.max_injections}: give a --max-injections of {least} or more, or an earlier checkpoint"
             )
+
+
+def check_earlier_repeats(args: Args, saved: Args, step: int, where: str) -> None:
+    """
+    Raises:
+        UsageError: a fork's arguments have a periodic intervention begin earlier, where it did not.
+    """
+    if args.intervention_period == 0:
+        return
+    begin = args.injection_step[0]
+    if args.end_of_vector_step(begin) >= step:
+        return
+    changed = usage.changed_fields(args, saved)
+    if any(name in changed for name in ("injection_step", *OF_INTERVENTION)):
+        raise UsageError(
+            f"{where} was not come to with this --intervention {args.intervention} from step {begin} on: "
+            f"give an --injection-step of {step} or later, or an earlier checkpoint"
+        )
 
 
 def interventions_fix(args: Args, earlier: tuple[int, ...], step: int) -> str:

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 from alternatives.alternative import Alternative
 
 FILES = (
+    "reset_moments",
     "reset_head",
     "shrink_perturb",
+    "reset_all",
+    "fire",
+    "redo",
 )
 
 ALTERNATIVES: dict[str, Alternative] = {}  # by the name that --intervention takes

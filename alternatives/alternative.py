@@ -1,7 +1,7 @@
 """What an alternative to an injection is: its name, its words, its settings, and what it does to an agent."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ class Words:
 class AgentParts:
     """What an alternative works on, in place. Optimizer and target network know these very tensors.
 
-    Random numbers come from generators of the CPU that depend on the run's seed and on how many interventions
-    there have been: no other random stream moves.
+    Random numbers come from generators of the CPU that depend on the run's seed, and on how many
+    interventions there have been or, where one goes on, on the step: no other random stream moves.
     """
 
     encoder: nn.Module
@@ -40,6 +40,9 @@ class AgentParts:
     """a new head of the same width, as it is at the beginning of a run"""
     generator: torch.Generator
     """for other random numbers; a new encoder's come from it, too"""
+    activations: dict[str, torch.Tensor] = field(default_factory=dict)
+    """{layer: what its ReLU puts out, (B, units) or (B, channels, H, W)}, in the order of the layers, on
+    `batch_size` replayed observations: conv1 to conv3, and head"""
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,29 @@ class NoSettings:
 class Alternative:
     """One value of --intervention, beside `injection` and `none`.
 
-    Afterwards the run mirrors the target network, and makes bfloat16 copies and captured graphs anew. It
-    empties the moments of the head that was drawn anew, or keeps them, as --moments says.
+    Where it happens once, at each --injection-step, the target network then becomes a copy of the online one,
+    and bfloat16 copies and captured graphs are made anew. The moments of what was drawn anew are emptied, or
+    kept, as --moments says.
+
+    Where it goes on every so often from --injection-step on, the target network waits for its next sync,
+    bfloat16 copies follow, and graphs stay.
     """
 
     name: str
     words: Words
-    apply: Callable[[AgentParts, Any], None]
-    """changes the parts; called without gradients, with `settings` as the second argument"""
+    apply: Callable[[AgentParts, Any], dict[str, int] | None]
+    """changes the parts; called without gradients, with `settings` as the second argument. Counts that it
+    returns are logged"""
     draws_head: bool
     """whether that draws the learning head anew, so that --moments decides on its moments"""
+    draws_encoder: bool = False
+    """the same of the encoder"""
     settings: type = NoSettings
     """a frozen dataclass; its fields are flags of the training script, and `__post_init__` may check them"""
+    period: str | None = None
+    """the setting that says every how many steps it happens; None where it happens once"""
+    batch_size: int = 0
+    """of one with a period: how many replayed observations it looks at"""
 
     def settings_in(self, flags: Any) -> Any:
         """Its settings, out of an object that has them as attributes, and others besides.

@@ -74,7 +74,7 @@ def in_bfloat16(network: Network) -> Network:
     """A copy that computes in bfloat16 but for its output layers, whose sums stay float32."""
     network = copy.deepcopy(network)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | HiddenLayer):
+        if isinstance(module, nn.Conv2d | HiddenLayer | nn.GroupNorm | nn.LayerNorm):
             module.to(torch.bfloat16)
     return network
 

@@ -27,7 +27,7 @@ from support.machine import flush_to_disk
 from support.process import say
 from support.usage import UsageError, reading
 
-FORMAT = 6
+FORMAT = 7
 CHECKSUMS = "SHA256SUMS"  # of the other files, to be checked with `sha256sum -c` as well
 NEEDED = {"manifest.json", "state.pt"}
 FILE = re.compile(r"manifest\.json|state\.pt|\w+\.zst", re.ASCII)

@@ -138,6 +138,11 @@ def share_of_q(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return new.abs().mean() / (old.abs().mean() + new.abs().mean())
 
 
+def policy_churn(online: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Share of states, 0-d, whose greedy action the two networks' Q, (B, num_actions), disagree on."""
+    return (online.argmax(dim=1) != target.argmax(dim=1)).float().mean()
+
+
 @torch.no_grad()
 def activations(
     network: nn.Module, names: dict[str, str], obs: torch.Tensor

@@ -14,12 +14,20 @@ class CenteredRMSProp(torch.optim.Optimizer):
     """w ← w − lr · g / √(E[g²] − E[g]² + eps), with running means that start at zero (Graves 2013; DQN Zoo).
 
     `torch.optim.RMSprop` adds eps outside the root, where 0.01/32² is a 320 times smaller floor.
+
+    Args:
+        weight_decay: c of c·w, which is added to g, as in `torch.optim.Adam`
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, decay: float = 0.95, eps: float = 0.01 / 32**2
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        decay: float = 0.95,
+        eps: float = 0.01 / 32**2,
+        weight_decay: float = 0.0,
     ):
-        super().__init__(params, {"lr": lr, "decay": decay, "eps": eps})
+        super().__init__(params, {"lr": lr, "decay": decay, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -31,6 +39,8 @@ class CenteredRMSProp(torch.optim.Optimizer):
                     self.state[parameter]["mean"] = torch.zeros_like(parameter)
                     self.state[parameter]["square"] = torch.zeros_like(parameter)
             grads = [parameter.grad for parameter in trained]
+            if group["weight_decay"] > 0:
+                grads = list(torch._foreach_add(grads, trained, alpha=group["weight_decay"]))
             means = [self.state[parameter]["mean"] for parameter in trained]
             squares = [self.state[parameter]["square"] for parameter in trained]
             torch._foreach_lerp_(means, grads, 1 - group["decay"])

@@ -31,6 +31,7 @@ def test_the_list_gives_the_choices_of_the_flag_to_its_help_and_its_refusal(monk
     assert get_args(Intervention) == CHOICES
     assert list(ALTERNATIVES) == [alternative.name for alternative in LIST]
     monkeypatch.setattr(sys, "argv", ["", "--help"])
+    monkeypatch.setenv("COLUMNS", "200")  # or the list goes over two lines
     assert status_of(script.main) == 0
     assert f"--intervention {{{','.join(CHOICES)}}}" in capsys.readouterr().out
     with pytest.raises(UsageError, match=f"must be one of {', '.join(CHOICES)}: change --intervention"):
