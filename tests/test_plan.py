@@ -299,7 +299,11 @@ def test_a_checkpoint_is_what_its_manifest_says_wherever_it_lies():
 
 def test_arms_without_a_meaning_are_refused():
     for interventions, custom, words in (
-        (("reset",), {}, 'arm reset is none of injection, reset-head.*give --arm "reset" FLAGS'),
+        (
+            ("reset",),
+            {},
+            'arm reset is none of injection, reset-moments.*give --arm "reset" FLAGS',
+        ),
         ((), {"injection": "--no-freeze-heads"}, "another name to --arm"),
         ((), {"x": "--exp-name 'a"}, "'a is no part of a command line"),
     ):
