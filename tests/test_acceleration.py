@@ -87,6 +87,8 @@ def test_the_working_copy_computes_in_bfloat16_but_for_its_output_layers():
     network = torch.nn.Sequential(
         torch.nn.Conv2d(1, 2, 1), torch.nn.Flatten(), HiddenLayer(2, 3), torch.nn.Linear(3, 4)
     )
+    norms = torch.nn.Sequential(torch.nn.GroupNorm(1, 2), torch.nn.LayerNorm(3))
+    assert {parameter.dtype for parameter in in_bfloat16(norms).parameters()} == {torch.bfloat16}
     copy = in_bfloat16(network)
     assert [parameter.dtype for parameter in copy.parameters()] == [torch.bfloat16] * 4 + [torch.float32] * 2
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
@@ -303,6 +305,8 @@ CASES = {  # updates in each call, and settings
     "plain": (1, {}),
     "all heads learn, soft target": (2, {"freeze_heads": False, "tau": 0.5}),
     "bf16": (2, {"bf16": True, "moments": "keep"}),
+    "layer norm and weight decay": (2, {"layer_norm": True, "weight_decay": 1e-3}),
+    "the same in bf16": (1, {"layer_norm": True, "weight_decay": 1e-3, "bf16": True}),
     "the paper's optimizer": (2, {"optimizer": "rmsprop", "learning_rate": 2.5e-4, "shared_bias": True}),
 }
 PARAMETERS = []
