@@ -1089,11 +1089,11 @@ class Training:
         batch = self.replayed(Stream.PERTURBATION, step, alternative.batch_size)
         counts = self.learner.repeat(batch.observations, step)
         for name, count in counts.items():
-            self.run.log.scalar(f"{alternative.name}/{name}", count, step)
+            self.run.log.scalar(f"injection/{name}", count, step)
         if first:
-            in_layers = ", ".join(f"{count} of {name}" for name, count in counts.items())
-            period = f"and from now on every {args.intervention_period:,} steps"
-            self.run.log.say(f"step {step:,}: {alternative.words.log}, {in_layers}, {period}")
+            numbers = ", ".join(f"{name} {count}" for name, count in counts.items())
+            again = f"again every {args.intervention_period:,} steps"
+            self.run.log.say(f"step {step:,}: {alternative.words.log}, {numbers}; {again}")
 
     def intervene(self) -> None:
         """Does what --intervention names, and logs how far that changed Q: an injection not at all."""
@@ -1401,7 +1401,7 @@ def interventions_fix(args: Args, earlier: tuple[int, ...], step: int) -> str:
     """What to give where a checkpoint lies after these injections, and the arguments say otherwise."""
     if not earlier:
         return f"give an --injection-step of {step} or later, or an earlier checkpoint"
-    if args.intervention == "none":
+    if args.intervention == "none" or args.intervention_period > 0:
         return "give an earlier checkpoint"
     later = [planned for planned in args.planned_interventions if planned >= step]
     steps = " ".join(map(str, (*earlier, *later)))

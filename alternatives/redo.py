@@ -1,13 +1,12 @@
 """ReDo: units that are dormant are recycled, every so often (Sokar et al. 2023, arXiv 2302.12902).
 
-As in the authors' code (dopamine, `labs/redo/weight_recyclers.py`) with three differences. New weights are
-drawn as each layer draws its own, where that code has Xavier's uniform distribution. The outgoing weights of
-the last convolution's channels are the columns that really take them in (there other columns are zeroed). And
-the distance is given in steps, where the authors count updates.
-
 Which units are dormant is decided in one forward pass for all layers. Then all their incoming weights are
-drawn anew, and after that all their outgoing ones set to zero. So recycled units add nothing to Q, and a
-weight between two of them is zero.
+drawn anew, as each layer draws its own, with a bias of zero. After that all their outgoing weights are set to
+zero. So recycled units add nothing to Q, and a weight between two of them is zero.
+
+As in the authors' code (dopamine, `labs/redo/weight_recyclers.py`), but for two things. The outgoing weights
+of the last convolution's channels are here the columns that take them in; there others are zeroed, since the
+features are flattened in another order than the mask. And the distance is given in steps, not in updates.
 """
 
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ def recycle(parts: AgentParts, settings: RedoSettings) -> dict[str, int]:
     """Recycles dormant units. The moments of their weights become zero, those of biases stay.
 
     Returns:
-        {"conv1": how many of its units were recycled, ...}
+        {"recycled/conv1": how many of its units, ...}
     """
     layers = layers_of(parts.encoder, parts.head)
     new_layers = layers_of(parts.draw_encoder(), parts.draw_head())
@@ -92,7 +91,7 @@ def recycle(parts: AgentParts, settings: RedoSettings) -> dict[str, int]:
         outgoing.masked_fill_(mask, 0)
         empty_in_part(parts.optimizer, outgoing, mask)
 
-    return {name: int(units.sum()) for name, units in dormant.items()}
+    return {f"recycled/{name}": int(units.sum()) for name, units in dormant.items()}
 
 
 ALTERNATIVE = Alternative(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from alternatives import ALTERNATIVES
 from analysis.curves import TRAINING_RETURN, RecordedRun, read_curves, read_run
 from dqn_injection_atari import INTERVENTIONS, Args
 from support.flags import RunFlags
@@ -30,6 +31,7 @@ REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", *KEYS_
 # These an arm's name tells of in words of its own
 IN_WORDS = {"env_id", "intervention", "injection", "injection_trigger", "injection_norm_ratio"}
 IN_WORDS |= {"freeze_heads", "moments"}
+RECYCLED = "injection/recycled/"  # how the tags of what ReDo logs begin
 MOST_STEPS = 4  # of one arm that are named one by one
 
 
@@ -86,6 +88,22 @@ def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     return shared
 
 
+def goes_on(intervention: str) -> bool:
+    """Whether it happens every so often from a step on."""
+    return intervention in ALTERNATIVES and ALTERNATIVES[intervention].period is not None
+
+
+def recycled_from(run: RecordedRun) -> int | None:
+    """From which step on units were recycled before a fork, whose own arguments do not tell of it."""
+    steps: list[float] = []
+    for tag, points in run.scalars.items():
+        if tag.startswith(RECYCLED):
+            steps += points[0].tolist()
+    if goes_on(run.args.intervention):
+        steps = [step for step in steps if step < run.args.injection_step[0]]
+    return int(min(steps)) if steps else None
+
+
 def short(step: float) -> str:
     """A number of steps as figures show it: 0, 802, 400k, 12.5M."""
     unit, letter = (1e6, "M") if step >= 1e6 else (1e3, "k")
@@ -95,9 +113,11 @@ def short(step: float) -> str:
 
 
 def at_steps(intervention: str, steps: tuple[int, ...]) -> str:
-    """Injections at 1k and 2k; of many in equal distances the first two and the last."""
+    """Injections at 1k and 2k; of many in equal distances the first two and the last; ReDo from 1k on."""
     words = INTERVENTIONS[intervention]
     shown = [short(step) for step in steps]
+    if goes_on(intervention):
+        return f"{words.noun} from {shown[0]} on"
     if len(steps) == 1:
         return f"{words.noun} at {shown[0]}"
     distances = {after - before for before, after in itertools.pairwise(steps)}
@@ -144,7 +164,8 @@ def group(runs: list[RecordedRun], metric: str = TRAINING_RETURN) -> tuple[list[
     members: dict[tuple, dict[int, RecordedRun]] = defaultdict(dict)  # {setting: {seed: run}}
     left_out = {}
     for run in runs:
-        by_seed = members[tuple(setting(run.args, metric).items())]
+        shared = setting(run.args, metric) | {"recycled_from": recycled_from(run)}
+        by_seed = members[tuple(shared.items())]
         other = by_seed.get(run.args.seed, run)
         shorter, longer = sorted((run, other), key=lambda run: run.last_step)
         by_seed[run.args.seed] = longer

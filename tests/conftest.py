@@ -129,6 +129,14 @@ def make_learner(**kwargs):
     return Learner(Args(**settings | kwargs), ACTIONS, "cpu")
 
 
+def trained(**settings):
+    """A learner after three updates."""
+    learner = make_learner(**settings)
+    for k in range(3):
+        learner.update(random_batch(k))
+    return learner
+
+
 def random_batch(rng=0, size=8):
     """What replay would give, of noise from a seed or generator."""
     rng = np.random.default_rng(rng)

@@ -3,19 +3,12 @@
 import pytest
 import torch
 import torch.nn as nn
-from conftest import all_same, make_learner, moments_of, random_batch, same, weights
+from conftest import all_same, moments_of, random_batch, same, trained, weights
 
 from alternatives.alternative import AgentParts, NoSettings
 from alternatives.reset_head import ALTERNATIVE, reset_head
 from dqn_injection_atari import Head, Stream
 from support.randomness import stream_seed
-
-
-def trained(optimizer="adam", moments="fresh", **settings):
-    learner = make_learner(intervention="reset-head", optimizer=optimizer, moments=moments, **settings)
-    for k in range(3):
-        learner.update(random_batch(k))
-    return learner
 
 
 def test_the_head_gets_the_weights_of_a_new_one_in_place_and_the_encoder_is_left_alone():
@@ -45,7 +38,7 @@ def test_it_draws_the_head_and_has_no_settings():
 
 
 def test_a_learners_head_is_drawn_anew_with_the_bits_of_its_seed_and_number_and_nothing_else_changes():
-    learner = trained(seed=3)
+    learner = trained(intervention="reset-head", seed=3)
     for count in range(2):
         before = weights(learner.q_network.encoder)
         learner.intervene(step=10)
@@ -60,7 +53,7 @@ def test_a_learners_head_is_drawn_anew_with_the_bits_of_its_seed_and_number_and_
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
 @pytest.mark.parametrize("choice", ["fresh", "keep"])
 def test_moments_of_the_head_are_emptied_or_kept_and_those_of_the_encoder_stay(optimizer, choice):
-    learner = trained(optimizer, choice)
+    learner = trained(intervention="reset-head", optimizer=optimizer, moments=choice)
     encoder = moments_of(learner, "encoder")
     head = moments_of(learner, "head.theta")
     assert len(head) == 4

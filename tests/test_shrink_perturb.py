@@ -3,20 +3,13 @@
 import pytest
 import torch
 import torch.nn as nn
-from conftest import all_same, make_learner, moments_of, random_batch, same, weights
+from conftest import all_same, moments_of, random_batch, same, trained, weights
 
 from alternatives.alternative import AgentParts
 from alternatives.shrink_perturb import ALTERNATIVE, ShrinkPerturbSettings, shrink_perturb
 from dqn_injection_atari import Args, Head, QNetwork, Stream
 from support.randomness import stream_seed
 from support.usage import UsageError
-
-
-def trained(optimizer="adam", moments="fresh", **settings):
-    learner = make_learner(intervention="shrink-perturb", optimizer=optimizer, moments=moments, **settings)
-    for k in range(3):
-        learner.update(random_batch(k))
-    return learner
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.25, 1.0])
@@ -58,7 +51,7 @@ def test_its_factor_is_a_share_that_only_it_and_a_baseline_take():
 
 
 def test_a_learners_new_parts_have_the_bits_of_their_seed_and_number():
-    learner = trained(seed=3, shrink_factor=0.7)
+    learner = trained(intervention="shrink-perturb", seed=3, shrink_factor=0.7)
     for count in range(2):
         before = weights(learner.q_network.encoder)
         learner.intervene(step=10)
@@ -75,7 +68,7 @@ def test_a_learners_new_parts_have_the_bits_of_their_seed_and_number():
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
 @pytest.mark.parametrize("choice", ["fresh", "keep"])
 def test_moments_of_the_head_are_emptied_or_kept_and_those_of_the_encoder_stay_in_both(optimizer, choice):
-    learner = trained(optimizer, choice)
+    learner = trained(intervention="shrink-perturb", optimizer=optimizer, moments=choice)
     encoder = moments_of(learner, "encoder")
     head = moments_of(learner, "head.theta")
     assert len(encoder) == 6 and len(head) == 4
