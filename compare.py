@@ -28,6 +28,12 @@ a fresh network? That needs no second arm, but says nothing about the return.
 takes each through a sequence of random targets, also as a copy that is injected at a task, and one whose head
 is reset there: does it lose its plasticity, and does an injection restore it (paper, §3)? Without a
 checkpoint, three fresh networks do that.
+
+    python compare.py --audit runs/A/checkpoint-5000000
+    python compare.py --audit fresh --env-id PhoenixNoFrameskip-v4
+
+does what each arm does, to one agent, and shows what changes: tensors, the optimizer's state, Q, the target
+network, what learns from then on. Without a checkpoint the agent has learned a little from random play.
 """
 
 import math
@@ -46,6 +52,7 @@ try:
     if __name__ == "__main__":
         exit_with_wrong_versions()
     from analysis.arms import Arm, readable
+    from analysis.audited_arms import print_audit
     from analysis.canvas import FORMATS
     from analysis.curves import write_curves
     from analysis.fitting import NO_CHECKPOINT, PROBE_LEARNING_RATE, TASKS_LEARNING_RATE, ProbeSettings
@@ -61,7 +68,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {package} is not installed: {fix}")
 
 from support.process import begin_in_utf8, ends_in_one_line
-from support.usage import Count, UsageError, changed_fields, check_bounds, flags_given, words_given
+from support.usage import Count, UsageError, changed_fields, check_bounds, flag, flags_given, words_given
 
 LONGEST_FILE_NAME = 240  # characters; file systems allow 255, and a number and the ending come after it
 
@@ -88,8 +95,10 @@ class Settings:
     probe: tuple[str, ...] = ()
     """checkpoints, runs/FOLDER/checkpoint-STEP, or fresh: how well do they still fit random targets?
     (Lyle et al. 2023)"""
+    audit: str | None = None
+    """a checkpoint, runs/FOLDER/checkpoint-STEP, or fresh: what does each arm change in the agent?"""
     env_id: str | None = None
-    """the game of --probe fresh, whose observations are of random play"""
+    """the game of --probe fresh, whose observations are of random play; or of --audit fresh"""
     probe_tasks: Annotated[int | None, Ge(2)] = None
     """random targets that are fitted one after the other; by default a single one, for fresh 21"""
     probe_inject_at: int | None = None
@@ -114,6 +123,9 @@ def check(settings: Settings, named: Collection[str] = ()) -> None:
         UsageError: a setting contradicts another one, or would be passed over.
     """
     check_bounds(settings)
+    if settings.audit is not None:
+        check_audit(settings, named)
+        return
     fresh = NO_CHECKPOINT in settings.probe
     if settings.runs and settings.probe:
         raise UsageError(
@@ -137,6 +149,23 @@ def check(settings: Settings, named: Collection[str] = ()) -> None:
         raise UsageError(f"export keeps curves of runs, a probe has none: {fix}")
     if settings.out is not None and Path(settings.out).suffix not in FORMATS:
         raise UsageError(f"out is {settings.out}, but must end in .png, .pdf or .svg: change --out")
+
+
+def check_audit(settings: Settings, named: Collection[str]) -> None:
+    """
+    Raises:
+        UsageError: an audit would pass over a setting.
+    """
+    others = set(changed_fields(settings, Settings())).union(named)
+    for name in sorted(others.difference(("audit", "env_id"))):
+        fix = f"leave out {flag(name)}"
+        if name == "runs":
+            fix = "give folders of runs, or one checkpoint after --audit"
+        raise UsageError(f"{name} and audit exclude each other: {fix}")
+    if settings.audit == NO_CHECKPOINT and settings.env_id is None:
+        raise UsageError("an audit of a fresh agent needs a game: give --env-id PhoenixNoFrameskip-v4")
+    if settings.audit != NO_CHECKPOINT and settings.env_id is not None:
+        raise UsageError("env_id is of a fresh agent, a checkpoint has its own: leave out --env-id")
 
 
 def runs_in(folders: Sequence[str]) -> tuple[tuple[str, ...], Path]:
@@ -184,6 +213,9 @@ def main() -> None:
     with ends_in_one_line():
         settings = tyro.cli(Settings, description=__doc__, args=words_given())
         check(settings, flags_given())
+        if settings.audit is not None:
+            print_audit(settings.audit, settings.env_id or "")
+            return
         out = Path(settings.out) if settings.out is not None else None
         tasks = settings.probe_tasks
         if tasks is None and NO_CHECKPOINT in settings.probe:

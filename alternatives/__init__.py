@@ -28,4 +28,6 @@ if TYPE_CHECKING:
 
 else:
     kinds = dict.fromkeys(alternative.settings for alternative in ALTERNATIVES.values())
-    AlternativeSettings = make_dataclass("AlternativeSettings", (), bases=tuple(kinds), frozen=True)
+    # the last base's fields come first
+    bases = tuple(reversed(kinds))
+    AlternativeSettings = make_dataclass("AlternativeSettings", (), bases=bases, frozen=True)

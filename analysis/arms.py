@@ -140,8 +140,10 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
     other_width = setting["injected_head_width"] not in (None, setting["head_width"])
     if other_width and "injected_head_width" not in shown:
         shown.append("injected_head_width")  # another network than its baseline's
+    if "recycled_from" not in shown:
+        shown.append("recycled_from")  # another past than its arguments tell of
     for name in shown:
-        value = setting[name]
+        value = setting.get(name)
         plain = name.replace("_", " ")
         if isinstance(value, bool):
             words.append(plain if value else f"no {plain}")

@@ -480,3 +480,91 @@ def faults_of_recycling(findings: Findings) -> list[str]:
     if findings.target_changed:
         faults.append("the target changes, which waits for its next sync")
     return faults
+
+
+# Showing
+
+
+def table(rows: dict[str, Findings]) -> str:
+    """Findings of {name of a row: what was found} as a table in Markdown.
+
+    A part with a star is meant in part. Moments are not told of parts that had none. A target that is "–" is
+    as it was before. The gradient of φ is that of the formula, or off by a share of its length.
+    """
+    lines = [["arm", "changed", "updates", "optimizer", "moments", "ΔQ", "target", "∇φ", "trained"]]
+    for name, findings in rows.items():
+        lines.append([name, *cells(findings)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["".ljust(width, "-") for width in widths])
+    padded = []
+    for line in lines:
+        columns = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        padded.append(f"| {' | '.join(columns)} |")
+    return "\n".join(padded)
+
+
+def cells(findings: Findings) -> list[str]:
+    """One row of `table`, without its name."""
+    parts = findings.parts
+    updates = names_of({part: found.first_update for part, found in parts.items()})
+    second = names_of({part: found.second_update for part, found in parts.items()})
+    if second != updates:
+        updates = f"{updates}; {second}"
+    in_optimizer = names_of({part: found.in_optimizer for part, found in parts.items()})
+    if in_optimizer == " ".join(parts):
+        in_optimizer = "all"
+    gradient = f"off by {findings.gradient_error:.0%}"
+    if findings.gradient_error <= SAME_GRADIENT:
+        gradient = "✓"
+    trained = rounded(findings.trainable_before)
+    if findings.trainable_after != findings.trainable_before:
+        trained += f" → {rounded(findings.trainable_after)}"
+    return [
+        names_of({part: found.changed for part, found in parts.items()}),
+        updates,
+        in_optimizer,
+        moments_in_words(parts),
+        f"{findings.max_abs_delta_q:.1g}",
+        target_in_words(findings),
+        gradient,
+        trained,
+    ]
+
+
+def names_of(extents: dict[str, Extent]) -> str:
+    """φ θ*: the parts of which all is meant, and with a star those of which a part is."""
+    names = []
+    for part, how_far in extents.items():
+        if how_far == "all":
+            names.append(part)
+        elif how_far == "part":
+            names.append(f"{part}*")
+    return " ".join(names) or "–"
+
+
+def moments_in_words(parts: dict[str, PartFindings]) -> str:
+    """kept φ, emptied θ: the parts by what became of their moments, but for those that had none."""
+    by_word: dict[str, list[str]] = {}
+    for part, found in parts.items():
+        if found.moments != "none":
+            by_word.setdefault(found.moments, []).append(part)
+    return ", ".join(f"{word} {' '.join(names)}" for word, names in by_word.items()) or "–"
+
+
+def target_in_words(findings: Findings) -> str:
+    if findings.target_outputs_equal and findings.target_state_equal:
+        return "copy"
+    if not findings.target_changed:
+        return "–"
+    if findings.target_outputs_equal:
+        return "copy but for its state"
+    return "another"
+
+
+def rounded(count: int) -> str:
+    """A number of parameters: 1.69M, 279k, 802."""
+    if count >= 1e6:
+        return f"{count / 1e6:.3g}M"
+    if count >= 1e3:
+        return f"{count / 1e3:.3g}k"
+    return str(count)

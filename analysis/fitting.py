@@ -55,13 +55,18 @@ def num_actions(checkpoint: Checkpoint) -> int:
     return QNetwork.num_actions_in(checkpoint.state["learner"]["q_network"])
 
 
-def probe_args(checkpoint: Checkpoint, seed: int = 0) -> Args:
-    """The run's arguments, for learning in float32 and with room for one injection more than there were."""
+def probe_args(checkpoint: Checkpoint, seed: int = 0, arm: dict[str, Any] | None = None) -> Args:
+    """The run's arguments, for learning in float32 and with room for one injection more than there were.
+
+    Args:
+        arm: arguments that say what is done to the agent in the place of an injection
+    """
     injections = num_injections(checkpoint) + 1
     steps = tuple(range(1, injections + 1))
     changes: dict[str, Any] = {"seed": seed, "bf16": False, "cuda_graphs": False, "keep_checkpoints": ()}
     changes |= {"intervention": "injection", "injection_trigger": "step", "injection_step": steps}
     changes |= {"total_timesteps": injections + 1, "num_envs": 1}
+    changes |= arm or {}
     for name, condition in CONDITIONS.items():  # what has no effect under these may not be set
         if changes[condition.field] not in condition.values:
             changes[name] = getattr(Args, name)
@@ -100,27 +105,35 @@ def random_play(env_id: str, count: int, device: torch.device) -> torch.Tensor:
 def replayed_observations(checkpoint: Checkpoint, count: int, device: torch.device) -> torch.Tensor:
     """Observations of `count` different transitions in a replay, always the same: (count, 4, 84, 84) uint8.
 
-    Until it returns it takes the memory of the whole replay, 7.3 GB for 1M steps. A UsageError where that
-    is not free, where the replay holds fewer, or cannot be read.
+    Until it returns it takes the memory of the whole replay. A UsageError where the replay cannot be read, or
+    holds fewer.
     """
+    replay = read_replay(checkpoint, device)
+    held = replay.size() * replay.n_envs
+    if held < count:
+        fix = f"lower --probe-observations to {held}" if held else "take a later one"
+        raise UsageError(
+            f"{checkpoint.path} cannot be probed, its replay holds {held:,} observations "
+            f"and not {count:,}: {fix}"
+        )
+    chosen = np.random.default_rng(0).choice(held, size=count, replace=False)
+    return replay.transitions(*np.divmod(chosen, replay.n_envs)).observations
+
+
+def read_replay(checkpoint: Checkpoint, device: torch.device) -> FrameReplayBuffer:
+    """The whole replay, which takes 7.3 GB for 1M steps; a UsageError where that is not free."""
     args = saved_args(checkpoint)
-    refused = f"{checkpoint.path} cannot be probed, its replay"
     with reading(checkpoint.path, "a checkpoint", "take another"):
         needed = checkpoint.state["replay"]["used"] * FRAME_SIZE**2 + 40 * args.buffer_size
     free = free_memory()
     if needed > free:
         sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
-        raise UsageError(f"{refused} {sizes}: free more, or probe it on another machine")
+        raise UsageError(f"{checkpoint.path}: its replay {sizes}: free more, or go to another machine")
     obs_space = gym.spaces.Box(0, 255, (STACK, FRAME_SIZE, FRAME_SIZE), np.uint8)
     action_space = gym.spaces.Discrete(num_actions(checkpoint))
     replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, n_envs=args.num_envs)
     checkpoint.restore({"replay": replay})
-    held = replay.size() * args.num_envs
-    if held < count:
-        fix = f"lower --probe-observations to {held}" if held else "take a later one"
-        raise UsageError(f"{refused} holds {held:,} observations and not {count:,}: {fix}")
-    chosen = np.random.default_rng(0).choice(held, size=count, replace=False)
-    return replay.transitions(*np.divmod(chosen, args.num_envs)).observations
+    return replay
 
 
 def observations_for(subject: Checkpoint, count: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ from recorded_graphs import RecordedGraph, memory
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from alternatives import ALTERNATIVES
 from benchmarks.kill_test import differences, flat
 from dqn_injection_atari import Args, FrameReplayBuffer, Learner
 from support.acceleration import (
@@ -86,6 +87,8 @@ def test_the_working_copy_computes_in_bfloat16_but_for_its_output_layers():
     network = torch.nn.Sequential(
         torch.nn.Conv2d(1, 2, 1), torch.nn.Flatten(), HiddenLayer(2, 3), torch.nn.Linear(3, 4)
     )
+    norms = torch.nn.Sequential(torch.nn.GroupNorm(1, 2), torch.nn.LayerNorm(3))
+    assert {parameter.dtype for parameter in in_bfloat16(norms).parameters()} == {torch.bfloat16}
     copy = in_bfloat16(network)
     assert [parameter.dtype for parameter in copy.parameters()] == [torch.bfloat16] * 4 + [torch.float32] * 2
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
@@ -302,6 +305,8 @@ CASES = {  # updates in each call, and settings
     "plain": (1, {}),
     "all heads learn, soft target": (2, {"freeze_heads": False, "tau": 0.5}),
     "bf16": (2, {"bf16": True, "moments": "keep"}),
+    "layer norm and weight decay": (2, {"layer_norm": True, "weight_decay": 1e-3}),
+    "the same in bf16": (1, {"layer_norm": True, "weight_decay": 1e-3, "bf16": True}),
     "the paper's optimizer": (2, {"optimizer": "rmsprop", "learning_rate": 2.5e-4, "shared_bias": True}),
 }
 PARAMETERS = []
@@ -328,7 +333,8 @@ def test_captured_updates_and_actions_equal_eager_ones(count, settings):
 
 
 def test_interventions_of_another_kind_are_captured_anew_too(stand_in):
-    for intervention in ("reset-head", "shrink-perturb"):
+    once = [name for name, alternative in ALTERNATIVES.items() if alternative.period is None]
+    for intervention in once:
         learners = pair(intervention=intervention)
         assert unequal(*learners) == set()
         for learner in learners:

@@ -61,11 +61,16 @@ OTHER = {  # another value of every field that may make another arm, and what it
     "injection_norm_ratio": (2.0, NORM),
     "injection_check_frequency": (7, NORM),
     "max_injections": (2, NORM),
+    "reset_moments_of": ("all", {"intervention": "reset-moments"}),
     "shrink_factor": (0.5, {"intervention": "shrink-perturb"}),
+    "redo_frequency": (100, {"intervention": "redo"}),
+    "redo_threshold": (0.1, {"intervention": "redo"}),
     "head_width": (64, {}),
     "injected_head_width": (64, {}),
     "optimizer": ("rmsprop", {}),
     "learning_rate": (1e-3, {}),
+    "weight_decay": (1e-3, {}),
+    "layer_norm": (True, {}),
     "shared_bias": (True, {}),
     "gamma": (0.9, {}),
     "tau": (0.5, {}),
@@ -239,6 +244,42 @@ def test_interventions_are_named_and_in_their_company_a_baseline_is_one_without_
     ]
     assert names(shrink | {"shrink_factor": 0.5}, shrink)[0] == "shrink and perturb at 5M, shrink factor 0.5"
     assert names({"injection_step": (5, 7), "intervention": "reset-head"}) == ["head resets at 5 and 7"]
+
+
+def test_an_intervention_that_goes_on_is_named_by_where_it_begins():
+    redo = AT | {"intervention": "redo"}
+    moments = AT | {"intervention": "reset-moments"}
+    assert names({}, redo, moments, moments | {"reset_moments_of": "all"}) == [
+        "no intervention",
+        "ReDo from 5M on",
+        "moment reset at 5M, reset moments of all",
+        "moment reset at 5M, reset moments of head",
+    ]
+    assert names(redo, redo | {"redo_threshold": 0.1}) == [
+        "ReDo from 5M on, redo threshold 0.025",
+        "ReDo from 5M on, redo threshold 0.1",
+    ]
+
+
+def test_runs_that_recycled_units_before_a_fork_are_arms_of_their_own_and_say_so():
+    recycled = {
+        RETURN: np.array([[1.0], [0.0]]),
+        "injection/recycled/conv1": np.array([[300.0, 400.0], [1, 0]]),
+    }
+    plain = {RETURN: np.array([[1.0], [0.0]])}
+
+    def run(folder, scalars, **args):
+        return RecordedRun(folder, Args(**args), scalars, lineage=())
+
+    redo = {"intervention": "redo", "injection_step": (300,)}
+    arms, _ = group([run("a", plain), run("b", recycled), run("c", recycled, **redo)])
+    assert [arm.name for arm in arms] == [
+        "no intervention",
+        "no intervention, recycled from 300",
+        "ReDo from 300 on",
+    ]
+    arms, _ = group([run("c", recycled, **redo), run("d", recycled, **redo | {"injection_step": (400,)})])
+    assert [arm.name for arm in arms] == ["ReDo from 300 on", "ReDo from 400 on, recycled from 300"]
 
 
 def test_arms_of_a_game_stand_together_the_one_without_intervention_first():

@@ -170,7 +170,10 @@ def test_a_run_that_goes_on_takes_no_preset(monkeypatch, flag):
         ),
         ({"moments": "keep", "injected_head_width": 1024}, "give --moments fresh"),
         ({"shrink_factor": 0.5, "injection_step": (5,)}, "only --intervention shrink-perturb"),
-        ({"intervention": "reset"}, "one of injection, reset-head, shrink-perturb, none"),
+        (
+            {"intervention": "reset"},
+            f"one of injection, {', '.join(ALTERNATIVES)}, none",
+        ),
         ({"moments": "copy", "injection_step": (5,)}, "one of fresh, keep"),
         ({"optimizer": "sgd"}, "one of adam, rmsprop"),
         ({"eval_steps": 100}, "give --eval-episodes 0 with --eval-steps"),

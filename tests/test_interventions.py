@@ -6,12 +6,14 @@ import io
 import math
 import re
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import BRIEF, make_learner, random_batch, scalars
+from conftest import BRIEF, make_learner, random_batch, scalars, trained
 
-from dqn_injection_atari import PRESETS, Args, Training, plasticity_measures, train
+from alternatives import ALTERNATIVES
+from dqn_injection_atari import PRESETS, Args, Learner, Stream, Training, plasticity_measures, train
 from support.optimizers import moments_by_name
 
 # 20 updates before the injection and as many after it
@@ -24,13 +26,6 @@ PAPER = PRESETS["paper"] | {
 }
 PAPER |= {"injection_step": (142,), "checkpoint_frequency": 0, "eval_frequency": 200, "eval_steps": 40}
 PAPER |= {"batch_size": Args.batch_size, "head_width": Args.head_width}
-
-
-def trained(count=3, **args):
-    learner = make_learner(**args)
-    for k in range(count):
-        learner.update(random_batch(k))
-    return learner
 
 
 def parameters(learner):
@@ -107,8 +102,11 @@ def test_copied_moments_move_the_new_head_where_none_would_not():
 
 # whatever the intervention
 
+ONCE = ["injection", *(name for name, alternative in ALTERNATIVES.items() if alternative.period is None)]
+DRAWING = ["injection", *(name for name, alternative in ALTERNATIVES.items() if alternative.draws_head)]
 
-@pytest.mark.parametrize("intervention", ["injection", "reset-head", "shrink-perturb"])
+
+@pytest.mark.parametrize("intervention", ONCE)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_target_mirrors_whatever_was_done_and_learning_goes_on(intervention, bf16):
     learner = trained(intervention=intervention, bf16=bf16, tau=0.5)  # which counts for syncs alone
@@ -126,10 +124,12 @@ def test_the_target_mirrors_whatever_was_done_and_learning_goes_on(intervention,
     assert moved == names(learner.q_network, "encoder") | names(learner.q_network, newest_head)
 
 
-@pytest.mark.parametrize("intervention", ["injection", "reset-head", "shrink-perturb"])
+@pytest.mark.parametrize("intervention", DRAWING)
 def test_what_is_drawn_depends_on_seed_and_count_alone(intervention):
     def drawn(updates, seed, times):
-        learner = trained(updates, intervention=intervention, seed=seed)
+        learner = make_learner(intervention=intervention, seed=seed)
+        for k in range(updates):
+            learner.update(random_batch(k))
         for _ in range(times):
             torch.rand(updates + 1)  # the global generator is not asked
             learner.intervene(step=10)
@@ -141,8 +141,11 @@ def test_what_is_drawn_depends_on_seed_and_count_alone(intervention):
 
 INTERVENTIONS = {
     "injection": "plasticity injected",
+    "reset-moments": "optimizer's moments emptied",
     "reset-head": "head drawn anew",
     "shrink-perturb": "encoder shrunk and perturbed, head drawn anew",
+    "reset-all": "whole network drawn anew",
+    "fire": r"convolutions made near orthogonal, head drawn anew \(FIRE\)",
 }
 
 
@@ -174,7 +177,7 @@ def test_a_run_does_at_its_step_what_was_asked_for_and_says_so(arms, interventio
     assert [step for step, _ in begun] == [142], "141 lies in the vector step that ends at 142"
     assert curves["injection/step"] == [(142, 142)]
     ((step, delta),) = curves["injection/max_abs_delta_q"]
-    assert step == 142 and (delta == 0) == (intervention == "injection")
+    assert step == 142 and (delta == 0) == (intervention in ("injection", "reset-moments"))
     line = f"^step 142: {INTERVENTIONS[intervention]}, largest change of Q .* observations: (.*)$"
     (printed,) = re.findall(line, out, re.MULTILINE)
     assert float(printed) == pytest.approx(delta, rel=1e-3) and "baseline arm" not in out
@@ -188,19 +191,20 @@ def test_a_baseline_does_nothing_and_says_so(arms):
 
 @pytest.mark.slow
 def test_arms_with_one_seed_are_bitwise_equal_up_to_the_intervention_and_differ_after_it(arms):
-    first, *others = (arms[name][2][0][1] for name in INTERVENTIONS)
+    first, *others = (begun[0][1] for _, _, begun in arms.values() if begun)
     shared = {name: value for name, value in first.items() if "theta_prime_" not in name}
     assert all(same(shared, other) for other in others)
     new_heads = [value for name, value in first.items() if name not in shared]
     assert new_heads and not any(value.any() for value in new_heads), "they are not in use"
     losses = [dict(curves["losses/td_loss"]) for curves, *_ in arms.values()]
-    assert len({curve[120] for curve in losses}) == 1 and len({curve[200] for curve in losses}) == 4
+    assert len({curve[120] for curve in losses}) == 1
+    assert len({curve[200] for curve in losses}) == 1 + len(INTERVENTIONS)
 
 
 # when the norm has grown
 
 
-@pytest.mark.parametrize("intervention", ["injection", "reset-head", "shrink-perturb"])
+@pytest.mark.parametrize("intervention", DRAWING)
 def test_norms_of_what_was_drawn_anew_count_from_then_on_and_those_of_the_encoder_from_its_first_draw(
     intervention,
 ):
@@ -209,7 +213,9 @@ def test_norms_of_what_was_drawn_anew_count_from_then_on_and_those_of_the_encode
     learner.intervene(step=10)
     measures = plasticity_measures(learner, random_batch())
     assert learner.norms.growth(learner.growing()) == measures["weight_norm_ratio/head"] == 1
-    assert learner.norms.initial["encoder"] == encoder and measures["weight_norm_ratio/encoder"] != 1
+    drawn_anew = intervention == "reset-all"
+    assert (learner.norms.initial["encoder"] != encoder) == drawn_anew
+    assert (measures["weight_norm_ratio/encoder"] == 1) == drawn_anew
 
 
 def test_growth_is_the_norm_of_encoder_and_head_over_what_it_was_when_the_head_began():
@@ -360,3 +366,155 @@ def test_what_is_measured_of_a_head_is_measured_at_its_own_width():
     measures = plasticity_measures(learner, random_batch())
     assert 1 <= measures["srank/head"] <= 32 and 1 <= measures["effective_rank/head"] <= 32
     assert math.isfinite(measures["dormant_fraction/theta"]) and measures["weight_norm_ratio/head"] > 0
+
+
+# what goes on every so often
+
+RECYCLING = replace(
+    SMALL,
+    intervention="redo",
+    injection_step=(141,),
+    redo_frequency=20,
+    redo_threshold=0.5,
+    learning_rate=1e-3,
+)
+
+
+def order_of_calls(args):
+    """(step, what was called) of a run, from its first recycling on."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def watch(kind, name):
+            original = getattr(kind, name)
+
+            def called(self, *given, **named):
+                calls.append(name)
+                return original(self, *given, **named)
+
+            patch.setattr(kind, name, called)
+
+        watch(Learner, "update")
+        watch(Learner, "sync_target")
+        watch(Learner, "repeat")
+        watch(Training, "advance")
+        train(args)
+    steps = []
+    step = 0
+    for name in calls:
+        if name == "advance":
+            step = min(step + args.num_envs, args.total_timesteps)
+        else:
+            steps.append((step, name))
+    first = [name for _, name in steps].index("repeat")
+    while steps[first - 1][0] == steps[first][0]:
+        first -= 1
+    return steps[first:]
+
+
+@pytest.mark.slow
+def test_units_are_recycled_after_the_updates_and_before_a_sync_that_is_due_then():
+    calls = order_of_calls(replace(RECYCLING, injection_step=(160,), target_network_frequency=40))
+    at_steps = {}
+    for step, name in calls:
+        at_steps.setdefault(step, []).append(name)
+    assert at_steps[160] == at_steps[200] == at_steps[240] == ["update", "repeat", "sync_target"]
+    assert at_steps[180] == at_steps[220] == ["update", "repeat"]
+    assert [step for step, name in calls if name == "repeat"] == [160, 180, 200, 220, 240]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 8])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_recycling_is_due_at_the_injection_step_and_then_every_so_often_rounded_up_to_a_vector_step(
+    num_envs, overlap
+):
+    args = replace(RECYCLING, num_envs=num_envs, overlap=overlap, buffer_size=240, plasticity_frequency=0)
+    curves = scalars(train(args))
+    expected = [args.end_of_vector_step(step) for step in range(141, 241, 20)]
+    for name in ("conv1", "conv2", "conv3", "head"):
+        assert [step for step, _ in curves[f"injection/recycled/{name}"]] == expected
+    counts = [value for _, value in curves["injection/recycled/head"]]
+    assert max(counts) > 0 and all(value == int(value) for value in counts)
+    assert "injection/step" not in curves and "injection/max_abs_delta_q" not in curves
+
+
+@pytest.mark.slow
+def test_a_run_that_recycles_says_so_once_writes_no_checkpoint_for_it_and_is_the_baseline_before(capsys):
+    curves = scalars(train(RECYCLING))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "recycled" in line]
+    counts = ", ".join(
+        f"recycled/{name} {curves[f'injection/recycled/{name}'][0][1]:.0f}"
+        for name in ("conv1", "conv2", "conv3", "head")
+    )
+    assert lines == [f"step 142: dormant units recycled (ReDo), {counts}; again every 20 steps"]
+    folder = train(replace(RECYCLING, checkpoint_frequency=200))
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-240"]
+    baseline = scalars(train(replace(RECYCLING, intervention="none")))
+    for tag in ("losses/td_loss", "losses/q_values"):
+        pairs = zip(curves[tag], baseline[tag], strict=True)
+        assert [ours == theirs for ours, theirs in pairs] == [True, True, False, False][-len(curves[tag]) :]
+
+
+def test_the_batch_is_64_transitions_drawn_by_seed_and_step():
+    drawn = []
+
+    class Replay:
+        n_envs = 2
+
+        def size(self):
+            return 1_000
+
+        def transitions(self, rows, columns):
+            drawn.append((rows, columns))
+            return SimpleNamespace(observations=None)
+
+    training = SimpleNamespace(args=SimpleNamespace(seed=5), replay=Replay(), MEASURED=48)
+    for step in (40, 40, 44):
+        Training.replayed(training, Stream.PERTURBATION, step, 64)
+    (rows, columns), again, later = drawn
+    assert len(rows) == len(columns) == 64 and (rows == again[0]).all() and (rows != later[0]).any()
+    assert ALTERNATIVES["redo"].batch_size == 64
+
+
+# settings of the agent, beside any intervention
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("intervention", [*ONCE, "redo", "none"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_intervention_runs_with_layer_norm_and_weight_decay(intervention, bf16):
+    args = replace(SMALL, intervention=intervention, layer_norm=True, weight_decay=1e-3, bf16=bf16)
+    if intervention == "redo":
+        args = replace(args, redo_frequency=20)
+    curves = scalars(train(replace(args, plasticity_frequency=60)))
+    last_step, last_loss = curves["losses/td_loss"][-1]
+    assert last_step == 240 and math.isfinite(last_loss)
+    assert [step for step, _ in curves["plasticity/dormant_fraction"]] == [60, 120, 180, 240]
+    if intervention == "injection":
+        assert curves["injection/max_abs_delta_q"] == [(142, 0.0)]
+
+
+# policy churn
+
+
+@pytest.mark.slow
+def test_policy_churn_is_measured_just_before_the_first_sync_after_measures_were_due():
+    measured = {}
+    original = Learner.sync_target
+
+    def noted(learner):
+        pairs = zip(learner.q_network.parameters(), learner.target_network.parameters(), strict=True)
+        measured[learner] = any(not torch.equal(online, target) for online, target in pairs)
+        original(learner)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "sync_target", noted)
+        args = replace(SMALL, target_network_frequency=20, plasticity_frequency=50, learning_rate=3e-3)
+        curves = scalars(train(replace(args, intervention="none")))
+    # multiples of 50 lie in 41 to 60, 81 to 100, 141 to 160 and 181 to 200; learning begins after 60
+    assert [step for step, _ in curves["plasticity/policy_churn"]] == [100, 160, 200]
+    assert all(0 <= value <= 1 for _, value in curves["plasticity/policy_churn"])
+    assert any(value > 0 for _, value in curves["plasticity/policy_churn"]), "not after the sync"
+    assert list(measured.values()) == [True]
+    assert "plasticity/policy_churn" not in scalars(train(replace(args, plasticity_frequency=0)))

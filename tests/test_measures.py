@@ -18,6 +18,7 @@ from support.measures import (
     dormant_units,
     effective_rank,
     joint_norm,
+    policy_churn,
     share_of_q,
     singular_values,
     srank,
@@ -111,6 +112,19 @@ def test_share_of_q_is_the_part_of_the_sizes():
     new = torch.tensor([[-1.0, 1.0]])
     assert share_of_q(old, new).item() == 0.25 and share_of_q(old, torch.zeros(1, 2)).item() == 0
     assert share_of_q(torch.zeros(1, 2), torch.zeros(1, 2)).isnan()
+
+
+def test_policy_churn_is_the_share_of_states_with_another_greedy_action():
+    rng = np.random.default_rng(0)
+    online = rng.normal(size=(300, 4)).astype(np.float32)
+    target = online + rng.normal(size=(300, 4)).astype(np.float32)
+    changed = 0
+    for ours, theirs in zip(online.tolist(), target.tolist(), strict=True):
+        changed += ours.index(max(ours)) != theirs.index(max(theirs))
+    assert 0 < changed < 300
+    churn = policy_churn(torch.from_numpy(online), torch.from_numpy(target))
+    assert churn.item() == pytest.approx(changed / 300)
+    assert policy_churn(torch.from_numpy(online), 2 * torch.from_numpy(online)) == 0
 
 
 def test_joint_norm_is_that_of_all_numbers_together():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dqn_injection_atari import QNetwork
+from dqn_injection_atari import Args, QNetwork, make_optimizer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -307,3 +307,75 @@ def test_the_width_changes_nothing_that_is_drawn_where_it_is_the_default():
     torch.manual_seed(3)
     named = QNetwork(6, head_width=512, injected_head_width=512)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), named.parameters(), strict=True))
+
+
+# layer norm and weight decay
+
+
+def test_layer_norm_stands_before_each_relu_and_takes_no_random_number():
+    torch.manual_seed(0)
+    plain = QNetwork(6)
+    torch.manual_seed(0)
+    normalised = QNetwork(6, layer_norm=True)
+    matrices = [
+        [value for value in network.parameters() if value.dim() > 1] for network in (plain, normalised)
+    ]
+    for value, with_norm in zip(*matrices, strict=True):
+        assert torch.equal(value, with_norm)
+    kinds = [type(module).__name__ for module in normalised.encoder]
+    assert kinds == [*["Conv2d", "GroupNorm", "ReLU"] * 3, "Flatten"]
+    added = sum(p.numel() for p in normalised.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert added == 2 * (32 + 64 + 64) + 3 * 2 * 512, "the head's in θ, θ′₁ and θ′₂"
+    assert not any("norm" in name for name, _ in plain.named_parameters())
+
+
+def test_what_goes_into_each_relu_has_mean_0_and_variance_1_over_the_whole_layer():
+    network = QNetwork(6, layer_norm=True)
+    inputs = []
+    for path in network.relus():
+        module = network.get_submodule(path)
+        module.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach().clone()))
+    network(observations(5))
+    assert [tuple(values.shape[1:]) for values in inputs] == [(32, 20, 20), (64, 9, 9), (64, 7, 7), (512,)]
+    for values in inputs:
+        flat = values.flatten(start_dim=1)
+        torch.testing.assert_close(flat.mean(dim=1), torch.zeros(5), atol=1e-3, rtol=0)
+        torch.testing.assert_close(flat.var(dim=1, correction=0), torch.ones(5), atol=0.05, rtol=0)
+
+
+def test_measured_layers_are_the_outputs_of_relus_with_and_without_layer_norm():
+    for layer_norm in (False, True):
+        network = QNetwork(6, layer_norm=layer_norm)
+        assert list(network.relus().values()) == ["conv1", "conv2", "conv3", "head"]
+        for path in network.relus():
+            assert isinstance(network.get_submodule(path), torch.nn.ReLU)
+
+
+def test_normalised_heads_are_injected_without_a_change_of_q_and_stay_in_channels_last():
+    network = trained(QNetwork(6, layer_norm=True).to(memory_format=torch.channels_last))
+    obs = observations(7)
+    before = network(obs)
+    network.inject(seeded())
+    assert torch.equal(network(obs), before)
+    features = network.encoder[:3](obs.float().contiguous(memory_format=torch.channels_last) / 255)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_weight_decay_is_coupled_and_off_by_default(optimizer):
+    steps = []
+    for weight_decay in (0.0, 0.5):
+        torch.manual_seed(0)
+        network = QNetwork(6, max_injections=1, head_width=8)
+        chosen = make_optimizer(Args(optimizer=optimizer, weight_decay=weight_decay), network)
+        before = network.encoder[0].weight.detach().clone()
+        frozen = snapshot(network.head.theta_prime_1)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        chosen.step()
+        steps.append(network.encoder[0].weight.detach() - before)
+        assert equal(frozen, network.head.theta_prime_1)
+    assert not steps[0].any(), "no gradient, no step"
+    assert (steps[1][before != 0].sign() == -before[before != 0].sign()).all(), "towards zero"
+    assert Args().weight_decay == 0 and not Args().layer_norm

@@ -53,10 +53,29 @@ def test_at_small_gradients_torchs_own_rmsprop_would_step_much_further():
 def test_the_rmsprop_optimizer_has_the_papers_constants_and_leaves_gradients_alone():
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = CenteredRMSProp([parameter], lr=0.5)
-    assert optimizer.defaults == {"lr": 0.5, "decay": 0.95, "eps": 0.01 / 32**2}
+    assert optimizer.defaults == {"lr": 0.5, "decay": 0.95, "eps": 0.01 / 32**2, "weight_decay": 0}
     parameter.grad = torch.tensor([3.0, -4.0])
     optimizer.step()
     assert parameter.grad.tolist() == [3, -4] and set(optimizer.state[parameter]) == {"mean", "square"}
+
+
+def test_weight_decay_adds_its_share_of_the_weight_to_the_gradient_and_to_no_other_number():
+    start = torch.tensor([3.0, -4.0, 0.0])
+    gradient = torch.tensor([1e-3, 2e-3, -1e-3])
+    decayed, by_hand, frozen = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    optimizers = (
+        CenteredRMSProp([decayed, frozen], lr=0.1, weight_decay=0.01),
+        CenteredRMSProp([by_hand], lr=0.1),
+    )
+    for _ in range(3):
+        decayed.grad = gradient.clone()
+        by_hand.grad = gradient + 0.01 * by_hand.detach()
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(decayed, by_hand)
+        assert torch.equal(decayed.grad, gradient), "gradients stay what they are"
+    assert torch.equal(frozen, start), "what has no gradient is not trained, and does not decay"
+    assert not torch.equal(decayed, start)
 
 
 MAKERS = {

@@ -297,9 +297,27 @@ def test_a_checkpoint_is_what_its_manifest_says_wherever_it_lies():
         planning.identity_of("gone")
 
 
+def test_a_run_that_recycles_forks_from_a_baseline_and_is_no_trunk():
+    flags = ["--injection-step", "1001", *FLAGS[3:]]
+    runs = plan(asked("redo", "reset-all", "none", flags=flags, seeds=(1,)))
+    assert [run.arm for run in runs] == ["none", "redo", "reset-all"]
+    redo = runs[1]
+    assert redo.trunk == runs[0].name and redo.begins == STEP
+    assert "--redo-frequency" not in redo.flags
+    alone = plan(asked("redo", "reset-all", flags=flags, seeds=(1,)))
+    assert [run.trunk for run in alone] == [None, None], "the first has no checkpoint before it recycles"
+    assert [run.begins for run in alone] == [0, 0]
+    with pytest.raises(UsageError, match="redo goes on from one step"):
+        plan(asked("redo", "none"))
+
+
 def test_arms_without_a_meaning_are_refused():
     for interventions, custom, words in (
-        (("reset",), {}, 'arm reset is none of injection, reset-head.*give --arm "reset" FLAGS'),
+        (
+            ("reset",),
+            {},
+            'arm reset is none of injection, reset-moments.*give --arm "reset" FLAGS',
+        ),
         ((), {"injection": "--no-freeze-heads"}, "another name to --arm"),
         ((), {"x": "--exp-name 'a"}, "'a is no part of a command line"),
     ):

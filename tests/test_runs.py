@@ -462,6 +462,10 @@ ARMS = {
     "the injection": {"intervention": "injection"},
     "another one later": {"intervention": "injection", "injection_step": (142, 190)},
     "shrink-perturb": {"intervention": "shrink-perturb"},
+    "reset of all moments": {"intervention": "reset-moments", "reset_moments_of": "all"},
+    "full reset": {"intervention": "reset-all"},
+    "FIRE": {"intervention": "fire"},
+    "ReDo": {"intervention": "redo", "redo_frequency": 20, "redo_threshold": 0.5},
     "the baseline itself": {},
 }
 
@@ -474,7 +478,77 @@ def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_
     folder = fork(uninterrupted(BASELINE) / "checkpoint-142", BASELINE, **ARMS[arm])
     same = replace(BASELINE, **ARMS[arm])
     assert_same_end(folder, uninterrupted(same))
-    assert created(folder / END) == [*(same.injection_step if same.intervention != "none" else ())]
+    once = same.intervention not in ("none", "redo")
+    assert created(folder / END) == (list(same.injection_step) if once else [])
+
+
+REDO = replace(SMALL, intervention="redo", redo_frequency=20, redo_threshold=0.5)
+
+
+@slow
+def test_a_fork_from_where_units_are_recycled_first_and_the_target_is_synced_equals_the_whole_run(
+    uninterrupted,
+):
+    baseline = replace(BASELINE, injection_step=(150,), plasticity_frequency=0)
+    assert baseline.target_network_frequency == 50 and baseline.tau == 1
+    recycling = {"intervention": "redo", "redo_frequency": 20, "redo_threshold": 0.5}
+    folder = fork(uninterrupted(baseline) / "checkpoint-150", baseline, **recycling)
+    whole = uninterrupted(replace(baseline, **recycling))
+    assert_same_end(folder, whole)
+    recycled = scalars(whole)["injection/recycled/head"]
+    assert [step for step, _ in recycled] == [150, 170, 190, 210, 230]
+
+
+@slow
+def test_units_are_recycled_on_and_on_in_a_run_that_is_killed_without_checkpoints_of_their_own(uninterrupted):
+    whole = uninterrupted(REDO)
+    assert names(whole) == [END]
+    assert [step for step, _ in scalars(whole)["injection/recycled/conv1"]] == [142, 162, 182, 202, 222]
+    folder = until_signal(162, REDO)  # recycled in this very step
+    assert [step for step, _ in scalars(folder)["injection/recycled/conv1"]] == [142, 162]
+    train(Args(resume=str(folder)))
+    assert_same_end(folder, whole)
+
+
+def test_recycling_does_not_follow_an_injection():
+    with pytest.raises(UsageError, match="give an earlier checkpoint"):
+        check_fork(replace(SMALL, intervention="redo", injection_step=(190,)), FORKED)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"seed": 2},
+        {"intervention": "none"},
+        {"intervention": "injection", "injection_step": (190,)},
+        {"intervention": "reset-head", "injection_step": (160,)},
+        {"injection_step": (160,), "redo_threshold": 0.1},
+    ],
+    ids=str,
+)
+def test_a_fork_later_than_where_units_were_first_recycled_is_possible(changes):
+    origin = REDO
+    if changes.get("intervention", "redo") not in ("redo", "none"):
+        origin = replace(REDO, redo_frequency=Args.redo_frequency, redo_threshold=Args.redo_threshold)
+    check_fork(replace(origin, **changes), checkpoint_of(origin, 160))
+
+
+@pytest.mark.parametrize(
+    ("origin", "changes"),
+    [
+        (BASELINE, {"intervention": "redo"}),
+        (REDO, {"redo_threshold": 0.1}),
+        (REDO, {"redo_frequency": 40}),
+        (REDO, {"injection_step": (100,)}),
+    ],
+    ids=str,
+)
+def test_recycling_that_was_not_so_is_refused(origin, changes):
+    checkpoint = checkpoint_of(origin, 160)
+    with pytest.raises(UsageError, match="give an --injection-step of 160 or later, or an earlier"):
+        check_fork(replace(origin, **changes), checkpoint)
+    check_fork(replace(origin, **changes | {"injection_step": (160,)}), checkpoint)
 
 
 @slow
@@ -741,6 +815,8 @@ NOT_FORKABLE = {
     **{"env_id": "x", "num_envs": 1, "env_backend": "sb3", "optimizer": "rmsprop", "learning_rate": 1.0},
     **{
         "shared_bias": True,
+        "layer_norm": True,
+        "weight_decay": 0.1,
         "gamma": 0.5,
         "tau": 0.5,
         "target_network_frequency": 51,
