@@ -1,4 +1,4 @@
-"""Plasticity injection in Stable-Baselines3's own DQN: CartPole, half a minute on a CPU.
+"""Plasticity injection in Stable-Baselines3's own DQN: CartPole, in half a minute on a CPU.
 
     python examples/stable_baselines3_dqn.py
 
@@ -9,7 +9,7 @@ The agent stays theirs, without double Q-learning. What is added is a policy, an
 import sys
 import tempfile
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from stable_baselines3 import DQN
@@ -99,18 +99,11 @@ def mean_return(model: DQN) -> object:
 
 def main() -> None:
     torch.set_num_threads(1)  # faster with so small a network
-    model = DQN(
-        InjectablePolicy,
-        "CartPole-v1",
-        learning_rate=1e-3,
-        gradient_steps=2,
-        target_update_interval=100,
-        seed=1,
-    )
+    settings: dict[str, Any] = {"gamma": 0.98, "gradient_steps": 2, "target_update_interval": 100}
+    model = DQN(InjectablePolicy, "CartPole-v1", learning_rate=1e-3, seed=1, **settings)
     print(f"step 0: return {mean_return(model)}")
     model.learn(10_000, InjectAt(5_000))
-    print(f"step 10000: return {mean_return(model)}")
-
+    print(f"step {model.num_timesteps}: return {mean_return(model)}")
     with tempfile.TemporaryDirectory() as folder:
         model.save(f"{folder}/agent")
         model.save_replay_buffer(f"{folder}/replay")
@@ -118,9 +111,8 @@ def main() -> None:
         loaded.load_replay_buffer(f"{folder}/replay")
     assert mean_return(loaded) == mean_return(model), "loaded, it plays otherwise"
     loaded.learn(1_000, InjectAt(5_000), reset_num_timesteps=False)
-    before = head_of(model).state_dict()
-    after = head_of(loaded).state_dict()
-    assert torch.equal(before["theta.0.weight"], after["theta.0.weight"]), "loaded, θ is not frozen"
+    theta = head_of(model).state_dict()["theta.0.weight"]
+    assert torch.equal(theta, head_of(loaded).state_dict()["theta.0.weight"]), "loaded, θ is not frozen"
     print(f"loaded, step {loaded.num_timesteps}: return {mean_return(loaded)}, θ as it was")
 
 
