@@ -1213,14 +1213,14 @@ def check_injection_steps(args: Args) -> None:
 def check_intervention(args: Args) -> None:
     """Raises UsageError for an intervention that would never happen or contradicts its settings."""
     by_norm = args.injection_trigger == "norm"
-    if by_norm and args.injection_step:
-        raise UsageError(
-            "injection_trigger norm decides when to inject: give --injection-step without a number"
-        )
     if args.intervention_period > 0 and (by_norm or len(args.injection_step) > 1):
         raise UsageError(
             f"intervention {args.intervention} goes on from one step: "
             "give --injection-trigger step, and one --injection-step"
+        )
+    if by_norm and args.injection_step:
+        raise UsageError(
+            "injection_trigger norm decides when to inject: give --injection-step without a number"
         )
     if args.intervention in ALTERNATIVES:
         ALTERNATIVES[args.intervention].settings_in(args)

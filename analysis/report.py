@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from alternatives import ALTERNATIVES
 from analysis.arms import TRAINING_RETURN, Arm, read_arms
 from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
@@ -45,7 +46,13 @@ def other_causes(pair: Comparison) -> list[str]:
     args = pair.arms[1].runs[0].args
     causes = []
     if pair.arms[1].setting["moments"] == "fresh":
-        causes.append("fresh optimizer moments, as the new layers began with none (--moments fresh)")
+        control = "--intervention reset-moments"
+        if pair.intervention in ALTERNATIVES and ALTERNATIVES[pair.intervention].draws_encoder:
+            control += " --reset-moments-of all"
+        causes.append(
+            "fresh optimizer moments, as the new layers began with none (--moments fresh); "
+            f"{control} would tell"
+        )
     wider = (args.injected_head_width or args.head_width) > args.head_width
     if verdict == "raised" and (wider or not args.freeze_heads):
         causes.append("more capacity, as more parameters learn than before")

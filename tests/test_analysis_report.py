@@ -209,6 +209,12 @@ def test_other_causes_are_named_of_other_interventions_too_and_of_no_verdict():
         resets.append(make_run(f"r{seed}", {RETURN: games(seed, 2)}, seed=seed, intervention="reset-head"))
     _, (pair,) = compared(*make_arms()[::2], *resets)
     assert other_causes(pair)[-1] == f"{LIMIT} no effect was seen here"
+    assert other_causes(pair)[0].endswith("; --intervention reset-moments would tell")
+    whole = []
+    for seed in (1, 2, 3):
+        whole.append(make_run(f"a{seed}", {RETURN: games(seed, 2)}, seed=seed, intervention="reset-all"))
+    _, (pair,) = compared(*make_arms()[::2], *whole)
+    assert other_causes(pair)[0].endswith("; --intervention reset-moments --reset-moments-of all would tell")
     _, (few,) = compared(*make_arms((1, 2)))
     assert other_causes(few) == []
 

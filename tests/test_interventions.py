@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import asdict, replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -370,14 +371,8 @@ def test_what_is_measured_of_a_head_is_measured_at_its_own_width():
 
 # what goes on every so often
 
-RECYCLING = replace(
-    SMALL,
-    intervention="redo",
-    injection_step=(141,),
-    redo_frequency=20,
-    redo_threshold=0.5,
-    learning_rate=1e-3,
-)
+REDO: dict[str, Any] = {"intervention": "redo", "redo_frequency": 20, "redo_threshold": 0.5}
+RECYCLING = replace(SMALL, learning_rate=1e-3, **REDO)
 
 
 def order_of_calls(args):

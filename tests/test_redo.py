@@ -258,7 +258,8 @@ def test_its_settings_are_its_own_and_a_baselines():
             Args(intervention="injection", injection_step=(5,), **settings)
     with pytest.raises(UsageError, match="at least num_envs"):
         Args(intervention="redo", injection_step=(5,), redo_frequency=4, num_envs=8)
-    for settings in ({"injection_trigger": "norm"}, {"injection_step": (5, 9)}):
+    by_norm = {"injection_trigger": "norm"}
+    for settings in (by_norm, by_norm | {"injection_step": (5,)}, {"injection_step": (5, 9)}):
         with pytest.raises(
             UsageError, match="redo goes on from one step: give --injection-trigger step, and"
         ):

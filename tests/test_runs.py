@@ -17,6 +17,7 @@ import time
 import types
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -458,6 +459,7 @@ def test_games_cut_at_a_boundary_bootstrap_and_are_no_returns(monkeypatch):
 # fork
 
 
+RECYCLING: dict[str, Any] = {"intervention": "redo", "redo_frequency": 20, "redo_threshold": 0.5}
 ARMS = {
     "the injection": {"intervention": "injection"},
     "another one later": {"intervention": "injection", "injection_step": (142, 190)},
@@ -465,7 +467,7 @@ ARMS = {
     "reset of all moments": {"intervention": "reset-moments", "reset_moments_of": "all"},
     "full reset": {"intervention": "reset-all"},
     "FIRE": {"intervention": "fire"},
-    "ReDo": {"intervention": "redo", "redo_frequency": 20, "redo_threshold": 0.5},
+    "ReDo": RECYCLING,
     "the baseline itself": {},
 }
 
@@ -482,7 +484,7 @@ def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_
     assert created(folder / END) == (list(same.injection_step) if once else [])
 
 
-REDO = replace(SMALL, intervention="redo", redo_frequency=20, redo_threshold=0.5)
+REDO = replace(SMALL, **RECYCLING)
 
 
 @slow
@@ -491,9 +493,8 @@ def test_a_fork_from_where_units_are_recycled_first_and_the_target_is_synced_equ
 ):
     baseline = replace(BASELINE, injection_step=(150,), plasticity_frequency=0)
     assert baseline.target_network_frequency == 50 and baseline.tau == 1
-    recycling = {"intervention": "redo", "redo_frequency": 20, "redo_threshold": 0.5}
-    folder = fork(uninterrupted(baseline) / "checkpoint-150", baseline, **recycling)
-    whole = uninterrupted(replace(baseline, **recycling))
+    folder = fork(uninterrupted(baseline) / "checkpoint-150", baseline, **RECYCLING)
+    whole = uninterrupted(replace(baseline, **RECYCLING))
     assert_same_end(folder, whole)
     recycled = scalars(whole)["injection/recycled/head"]
     assert [step for step, _ in recycled] == [150, 170, 190, 210, 230]

@@ -16,10 +16,11 @@ ORDER = {
     "dqn_injection_atari": 2,
     "analysis": 3,
     "compare": 4,
+    "examples": 4,
     "orchestration": 4,
     "sweep": 5,
 }
-FOLDERS = ("support", "alternatives", "analysis", "orchestration", "benchmarks", "tests", "img")
+FOLDERS = ("support", "alternatives", "analysis", "orchestration", "examples", "benchmarks", "tests", "img")
 SOURCES = sorted(ROOT.glob("*.py"))
 for folder in FOLDERS:
     SOURCES += sorted((ROOT / folder).rglob("*.py"))

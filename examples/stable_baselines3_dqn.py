@@ -1,0 +1,120 @@
+"""Plasticity injection in Stable-Baselines3's own DQN: CartPole, in half a minute on a CPU.
+
+    python examples/stable_baselines3_dqn.py
+
+Trains, injects in the middle, saves, loads, goes on, and stops where anything is not as it should be.
+The agent stays theirs, without double Q-learning. What is added is a policy, and a callback that injects.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from stable_baselines3 import DQN
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.torch_layers import create_mlp
+from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from analysis.audit import Audited, audit, faults_of_injection
+from dqn_injection_atari import InjectableHead
+
+
+class InjectablePolicy(DQNPolicy):
+    """The first hidden layer of `net_arch` is the encoder φ, what comes after it is the head h."""
+
+    def make_q_net(self) -> QNetwork:
+        network = super().make_q_net()
+        width, *head_widths = network.net_arch
+        num_actions = int(network.action_space.n)
+        encoder = torch.nn.Sequential(*create_mlp(network.features_dim, -1, [width]))  # -1: no output layer
+        head = InjectableHead(lambda: torch.nn.Sequential(*create_mlp(width, num_actions, head_widths)))
+        network.q_net = torch.nn.Sequential(encoder, head).to(self.device)
+        return network  # the policy makes its optimizer next, over all heads
+
+
+def head_of(model: DQN) -> InjectableHead:
+    return cast(InjectableHead, model.q_net.q_net[1])
+
+
+def inject(model: DQN) -> None:
+    head_of(model).inject(torch.Generator().manual_seed(1))
+    # the library's syncs copy parameters alone, which do not say that more heads are in use now
+    model.q_net_target.load_state_dict(model.q_net.state_dict())
+
+
+class InjectAt(BaseCallback):
+    """Injects once, at a step. An agent that was saved and loaded knows that it was injected."""
+
+    model: DQN
+
+    def __init__(self, step: int):
+        super().__init__()
+        self.step = step
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps >= self.step and head_of(self.model).num_injections == 0:
+            print(f"step {self.num_timesteps}: return {mean_return(self.model)}")
+            audit_injection(self.model)  # an agent of your own calls inject(self.model), no more
+        return True
+
+
+def audit_injection(model: DQN) -> None:
+    """Injects, makes two updates, and stops where something is wrong."""
+    encoder = model.q_net.q_net[0]
+    head = head_of(model)
+
+    def formula(obs: torch.Tensor) -> torch.Tensor:
+        features = encoder(obs)
+        return head.theta(features) + (head.theta_prime_1[0](features) - head.theta_prime_2[0](features))
+
+    agent = Audited(
+        network=model.q_net,
+        target=model.q_net_target,
+        optimizer=model.policy.optimizer,
+        parts={
+            "φ": "q_net.0",
+            "θ": "q_net.1.theta",
+            "θ′₁": "q_net.1.theta_prime_1.0",
+            "θ′₂": "q_net.1.theta_prime_2.0",
+        },
+        obs=torch.randn(256, 4, generator=torch.Generator().manual_seed(1)).to(model.device),
+        formula=formula,
+        update=lambda: model.train(gradient_steps=1, batch_size=model.batch_size),
+    )
+    findings = audit(lambda: agent, lambda: inject(model))
+    faults = faults_of_injection(findings)
+    assert not faults, "\n".join(faults)
+    print(f"injected: Q changed by {findings.max_abs_delta_q}, the audit found nothing wrong")
+
+
+def mean_return(model: DQN) -> object:
+    """Of 10 games without exploration, the same for every agent."""
+    return evaluate_policy(model, make_vec_env("CartPole-v1", seed=1000))[0]
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # faster with so small a network
+    settings: dict[str, Any] = {"gamma": 0.98, "gradient_steps": 2, "target_update_interval": 100}
+    model = DQN(InjectablePolicy, "CartPole-v1", learning_rate=1e-3, seed=1, **settings)
+    print(f"step 0: return {mean_return(model)}")
+    model.learn(10_000, InjectAt(5_000))
+    print(f"step {model.num_timesteps}: return {mean_return(model)}")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/agent")
+        model.save_replay_buffer(f"{folder}/replay")
+        loaded = DQN.load(f"{folder}/agent", model.get_env())
+        loaded.load_replay_buffer(f"{folder}/replay")
+    assert mean_return(loaded) == mean_return(model), "loaded, it plays otherwise"
+    loaded.learn(1_000, InjectAt(5_000), reset_num_timesteps=False)
+    theta = head_of(model).state_dict()["theta.0.weight"]
+    assert torch.equal(theta, head_of(loaded).state_dict()["theta.0.weight"]), "loaded, θ is not frozen"
+    print(f"loaded, step {loaded.num_timesteps}: return {mean_return(loaded)}, θ as it was")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,281 @@
+"""An injection in other agents: the examples run, and what their page says is so."""
+
+import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from stable_baselines3 import DQN
+from stable_baselines3.common.env_util import make_vec_env
+
+from analysis.audit import audit, faults_of_injection
+from examples import stable_baselines3_dqn as example
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "examples" / "stable_baselines3_dqn.py"
+PAGE = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+
+
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(language):
+    return [text for name, text in BLOCK.findall(PAGE) if name == language]
+
+
+# Stable-Baselines3
+
+
+def without_numbers(text):
+    return re.sub(r"\d+(\.\d+)?", "0", text)
+
+
+@pytest.mark.slow
+def test_the_script_learns_injects_is_loaded_and_prints_what_the_page_shows():
+    ended = subprocess.run([sys.executable, SCRIPT], capture_output=True, encoding="utf-8", check=False)
+    assert ended.returncode == 0, ended.stderr
+    shown, _ = blocks("")
+    assert without_numbers(ended.stdout) == without_numbers(shown)
+    assert "Q changed by 0.0," in ended.stdout
+    first, _, last, _ = map(float, re.findall(r"return ([\d.]+)", ended.stdout))
+    assert last > 3 * first
+
+
+def test_the_script_has_at_most_120_lines():
+    assert len(SCRIPT.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def small_model(**settings):
+    defaults = {"env": "CartPole-v1", "learning_starts": 8, "batch_size": 8, "target_update_interval": 10}
+    return DQN(example.InjectablePolicy, **defaults | settings, seed=1, device="cpu")
+
+
+def weights(module):
+    return {name: values.clone() for name, values in module.state_dict().items()}
+
+
+def changed(before, module):
+    return {name for name, values in module.state_dict().items() if not torch.equal(values, before[name])}
+
+
+OBS = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_librarys_optimizer_holds_all_heads_from_the_start():
+    model = small_model()
+    (group,) = model.policy.optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.q_net.parameters()]
+    assert {name.partition(".")[0] for name, _ in example.head_of(model).named_parameters()} == {
+        "theta",
+        "theta_prime_1",
+        "theta_prime_2",
+    }
+
+
+def test_the_encoder_and_the_head_together_are_the_librarys_own_layers():
+    ours = small_model(policy_kwargs={"net_arch": [16, 12, 8]}).q_net
+    theirs = DQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [16, 12, 8]}, device="cpu").q_net
+    layers = [*ours.q_net[0], *ours.q_net[1].theta]
+    assert [str(layer) for layer in layers] == [str(layer) for layer in theirs.q_net]
+    for layer, other in zip(layers, theirs.q_net, strict=True):
+        layer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(ours(OBS), theirs(OBS))
+
+
+def test_an_injection_leaves_q_brings_the_target_along_and_draws_no_other_random_number():
+    model = small_model().learn(33)
+    before = model.q_net(OBS)
+    assert not torch.equal(model.q_net_target(OBS), before)
+    random_state = torch.get_rng_state()
+    example.inject(model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(model.q_net(OBS), before)
+    assert torch.equal(model.q_net_target(OBS), before)
+    assert model.q_net_target.q_net[1].num_injections == 1
+
+
+def test_the_librarys_syncs_bring_the_new_head_to_the_target_from_then_on():
+    model = small_model().learn(33)
+    example.inject(model)
+    # ends at a sync, before the update that comes after it
+    model.learn(27, reset_num_timesteps=False)
+    before = weights(model.q_net_target)
+    model.learn(40, reset_num_timesteps=False)
+    moved = changed(before, model.q_net_target)
+    assert {name.rpartition(".")[0] for name in moved} == {
+        "q_net.0.0",
+        "q_net.1.theta_prime_1.0.0",
+        "q_net.1.theta_prime_1.0.2",
+    }
+
+
+@pytest.mark.parametrize(("num_envs", "expected"), [(1, 25), (4, 28)])
+def test_the_callback_injects_once_at_the_first_step_that_there_is(monkeypatch, num_envs, expected):
+    steps = []
+
+    def note(model):
+        steps.append(model.num_timesteps)
+        example.inject(model)
+
+    monkeypatch.setattr(example, "audit_injection", note)
+    monkeypatch.setattr(example, "mean_return", lambda model: None)
+    model = small_model(env=make_vec_env("CartPole-v1", num_envs))
+    model.learn(60, example.InjectAt(25))
+    assert steps == [expected]
+
+
+def test_a_loaded_agent_plays_the_same_is_frozen_still_and_is_not_injected_again(tmp_path):
+    model = small_model().learn(33)
+    example.inject(model)
+    model.learn(40, reset_num_timesteps=False)
+    model.save(tmp_path / "agent")
+    model.save_replay_buffer(tmp_path / "replay")
+    loaded = DQN.load(tmp_path / "agent", model.get_env())
+    loaded.load_replay_buffer(tmp_path / "replay")
+    assert torch.equal(loaded.q_net(OBS), model.q_net(OBS))
+    assert torch.equal(loaded.q_net_target(OBS), model.q_net_target(OBS))
+    for ours, theirs in zip(loaded.q_net.parameters(), model.q_net.parameters(), strict=True):
+        assert ours.requires_grad == theirs.requires_grad
+    states = (loaded.policy.optimizer.state_dict()["state"], model.policy.optimizer.state_dict()["state"])
+    assert states[0].keys() == states[1].keys()
+
+    before = weights(loaded.q_net)
+    loaded.learn(40, example.InjectAt(33), reset_num_timesteps=False)
+    assert {name.rpartition(".")[0] for name in changed(before, loaded.q_net)} == {
+        "q_net.0.0",
+        "q_net.1.theta_prime_1.0.0",
+        "q_net.1.theta_prime_1.0.2",
+    }
+
+
+def test_the_script_stops_where_the_audit_finds_something_wrong(monkeypatch):
+    model = small_model().learn(33)
+    monkeypatch.setattr(example, "inject", lambda model: example.head_of(model).inject())
+    with pytest.raises(AssertionError, match="the target stays behind"):
+        example.audit_injection(model)
+
+
+# the page
+
+
+@pytest.fixture
+def page(capsys):
+    """The names that the page's code has made once it has run, and what it printed."""
+    torch.manual_seed(0)
+    names = {}
+    for block in blocks("python"):
+        exec(block, names)
+    return names | {"printed": capsys.readouterr().out}
+
+
+def test_the_pages_code_runs_and_prints_what_the_page_shows(page):
+    _, shown = blocks("")
+    assert page["printed"] == shown
+
+
+def test_the_pages_agent_learns_with_its_newest_head_alone(page):
+    agent = page["Agent"]()
+    agent.update()
+    agent.inject()
+    before = weights(agent.online)
+    agent.update()
+    moved = changed(before, agent.online)
+    assert {name.rpartition(".")[0] for name in moved} == {
+        "0.0",
+        "1.theta_prime_1.0.0",
+        "1.theta_prime_1.0.2",
+    }
+
+
+def without_new_heads(agent):
+    """As an optimizer that was made before there were any."""
+    trained = [*agent.online[0].parameters(), *agent.online[1].theta.parameters()]
+    agent.optimizer = torch.optim.Adam(trained)
+    agent.update()
+    agent.inject()
+
+
+def with_a_new_optimizer(agent):
+    agent.inject()
+    agent.optimizer = torch.optim.Adam(agent.online.parameters())
+
+
+def without_the_target(agent):
+    agent.online[1].inject()
+
+
+def with_a_flag_that_no_state_has(agent):
+    agent.inject()
+    agent.online[1].num_injections = 0
+
+
+def loaded_without_requires_grad(agent):
+    agent.inject()
+    agent.online.requires_grad_(True)
+
+
+def with_the_difference_last(agent):
+    agent.inject()
+    head = agent.online[1]
+    head.forward = lambda x: head.theta(x) + head.theta_prime_1[0](x) - head.theta_prime_2[0](x)
+    agent.target[1].forward = copy.copy(head.forward)
+
+
+def with_a_detached_twin(agent):
+    agent.inject()
+    head = agent.online[1]
+    head.forward = lambda x: head.theta(x) + (head.theta_prime_1[0](x) - head.theta_prime_2[0](x).detach())
+
+
+@pytest.mark.parametrize(
+    ("inject", "fault"),
+    [
+        (without_new_heads, "θ′₁ is not in the optimizer, or not all of it"),
+        (with_a_new_optimizer, "φ has lost its moments: the optimizer was made anew"),
+        (
+            without_the_target,
+            "the target stays behind: it is no copy of the online network after the injection",
+        ),
+        (with_a_flag_that_no_state_has, "θ′₁ does not change at an update: it never learns"),
+        (loaded_without_requires_grad, "θ changes at an update: it is not frozen"),
+        (with_the_difference_last, "Q changes at the injection, by up to ..."),
+        (with_a_detached_twin, "φ's gradient is not that of the whole sum, ...: is a head detached?"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_audit_says_of_each_mistake_what_the_page_says_that_it_says(page, inject, fault):
+    assert f"`{fault}`" in PAGE
+    agent = page["Agent"]()
+    for _ in range(3):
+        agent.update()
+    page["look"].__globals__["agent"] = agent
+    faults = faults_of_injection(audit(page["look"], lambda: inject(agent)))
+    pattern = re.escape(fault).replace(r"\.\.\.", ".*")
+    assert any(re.match(pattern, found) for found in faults), faults
+
+
+def test_the_pages_audit_finds_nothing_wrong_with_an_injection_that_is_saved_and_loaded(page):
+    agent = page["Agent"]()
+    agent.update()
+
+    def inject_save_and_load():
+        agent.inject()
+        network = agent.online.state_dict()
+        optimizer = agent.optimizer.state_dict()
+        agent.__init__()
+        agent.online.load_state_dict(network)
+        agent.target.load_state_dict(network)
+        agent.optimizer.load_state_dict(optimizer)
+
+    page["look"].__globals__["agent"] = agent
+    assert faults_of_injection(audit(page["look"], inject_save_and_load)) == []
+
+
+def test_what_the_page_links_to_is_there():
+    links = re.findall(r"\]\((?!https:)([^)#]+)", BLOCK.sub("", PAGE))
+    assert links
+    for link in links:
+        assert (ROOT / "examples" / link).exists(), link
