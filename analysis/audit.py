@@ -65,8 +65,8 @@ class PartFindings:
     """after the intervention: whether all its parameters are in the optimizer, some, or none"""
     moments: str
     """at the intervention the optimizer's state was kept, emptied, zeroed, zeroed in part, copied (from
-    another part), shared (with one, which is wrong), changed; or there was none. Several, where its
-    parameters differ"""
+    another part), shared (with one, which is wrong), changed; or it was empty and is so still. Several, where
+    its parameters differ"""
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def changed_entries(before: Parameters, after: Parameters) -> Parameters:
 def what_became_of(before: State, after: State, parameter: torch.Tensor) -> str:
     """Of the optimizer's state of one parameter."""
     if not after:
-        return "emptied" if before else "none"
+        return "emptied" if before else "empty"
     if not before:
         return "new"
     if equal_states(before, after):
@@ -450,7 +450,7 @@ def faults_of_injection(findings: Findings, freeze: bool = True) -> list[str]:
         faults.append(f"{ENCODER} has lost its moments: the optimizer was made anew")
     elif parts[ENCODER].moments != "kept":
         faults.append(f"{ENCODER}'s moments are not kept: {parts[ENCODER].moments}")
-    if parts[NEW_HEAD].moments not in ("none", "emptied", "copied"):
+    if parts[NEW_HEAD].moments not in ("empty", "emptied", "copied"):
         faults.append(f"{NEW_HEAD}'s moments are neither empty nor a copy of {OLD_HEAD}'s")
 
     # the target network, and the encoder's gradient
@@ -488,8 +488,8 @@ def faults_of_recycling(findings: Findings) -> list[str]:
 def table(rows: dict[str, Findings]) -> str:
     """Findings of {name of a row: what was found} as a table in Markdown.
 
-    A part with a star is meant in part. Moments are not told of parts that had none. A target that is "–" is
-    as it was before. The gradient of φ is that of the formula, or off by a share of its length.
+    A part with a star is meant in part. A target that is "–" is as it was before. The gradient of φ is that of
+    the formula, or off by a share of its length.
     """
     lines = [["arm", "changed", "updates", "optimizer", "moments", "ΔQ", "target", "∇φ", "trained"]]
     for name, findings in rows.items():
@@ -543,12 +543,11 @@ def names_of(extents: dict[str, Extent]) -> str:
 
 
 def moments_in_words(parts: dict[str, PartFindings]) -> str:
-    """kept φ, emptied θ: the parts by what became of their moments, but for those that had none."""
+    """kept φ, emptied θ: the parts by what became of their moments."""
     by_word: dict[str, list[str]] = {}
     for part, found in parts.items():
-        if found.moments != "none":
-            by_word.setdefault(found.moments, []).append(part)
-    return ", ".join(f"{word} {' '.join(names)}" for word, names in by_word.items()) or "–"
+        by_word.setdefault(found.moments, []).append(part)
+    return ", ".join(f"{word} {' '.join(names)}" for word, names in by_word.items())
 
 
 def target_in_words(findings: Findings) -> str:

@@ -39,9 +39,9 @@ LEGEND = """\
 Parts: φ encoder, θ head, θ′₁ θ′₂ the injection's heads; * in part; – none. Arms: keep is --moments keep,
 all heads is --no-freeze-heads.
 changed: at the intervention. updates: what moves in the first and in the second after it, where they differ
-with a semicolon. optimizer: what it holds. moments: what became of them at the intervention; parts that are
-not named had none. ΔQ: its largest change. target: a copy of the online network, or – as before. ∇φ: the
-encoder's gradient is that of the formula. trained: how many numbers, before → after."""
+with a semicolon. optimizer: what it holds. moments: what became of them at the intervention; empty ones were
+so before. ΔQ: its largest change. target: a copy of the online network, or – as before. ∇φ: the encoder's
+gradient is that of the formula. trained: how many numbers, before → after."""
 OBSERVATIONS = 64  # on which Q and gradients are looked at, and on which ReDo decides
 FRESH_STEPS = 200  # of random play in each of 8 games
 FRESH_UPDATES = 100

@@ -179,7 +179,7 @@ class MakesHeadsWhenItInjects(Agent):
 def test_a_copy_of_moments_all_heads_trained_and_heads_that_come_late_are_right_too():
     agent = KeepsMoments()
     findings = audited(agent, agent.inject)
-    assert findings.parts["θ′₁"].moments == "copied" and findings.parts["θ′₂"].moments == "none"
+    assert findings.parts["θ′₁"].moments == "copied" and findings.parts["θ′₂"].moments == "empty"
     assert faults_of_injection(findings) == []
 
     agent = TrainsAllHeads()
@@ -519,7 +519,7 @@ def zero_first_and_forget_second(agent):
 )
 def test_what_became_of_moments_is_told_in_words(change, words):
     found = moments_after(change)
-    assert found["φ"] == words and found["θ′₁"] == "none"
+    assert found["φ"] == words and found["θ′₁"] == "empty"
 
 
 def test_moments_that_come_from_nowhere_are_new():
@@ -536,7 +536,7 @@ def test_an_optimizer_whose_state_holds_none_is_read():
     agent.update()
     for parameter in agent.online.parameters():
         agent.optimizer.state[parameter]["momentum_buffer"] = None
-    assert faults_of_injection(audited(agent, agent.inject)) == ["φ's moments are not kept: none"]
+    assert faults_of_injection(audited(agent, agent.inject)) == ["φ's moments are not kept: empty"]
 
 
 # gradients, and what cannot be audited

@@ -79,9 +79,9 @@ def test_there_is_a_row_for_each_arm_in_each_of_its_kinds(rows):
     ("arm", "changed", "moments"),
     [
         ("none", "–", "kept φ θ"),
-        ("injection", "θ′₁ θ′₂", "kept φ θ"),
-        ("injection, keep", "θ′₁ θ′₂", "kept φ θ, copied θ′₁"),
-        ("injection, all heads", "θ′₁ θ′₂", "kept φ θ"),
+        ("injection", "θ′₁ θ′₂", "kept φ θ, empty θ′₁ θ′₂"),
+        ("injection, keep", "θ′₁ θ′₂", "kept φ θ, copied θ′₁, empty θ′₂"),
+        ("injection, all heads", "θ′₁ θ′₂", "kept φ θ, empty θ′₁ θ′₂"),
         ("reset-moments, head", "–", "kept φ, emptied θ"),
         ("reset-moments, all", "–", "emptied φ θ"),
         ("reset-head", "θ", "kept φ, emptied θ"),
