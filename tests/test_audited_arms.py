@@ -244,6 +244,7 @@ def test_a_fresh_agent_has_learned_from_random_play_without_a_sync_and_has_two_s
     learner.update(batch)
     _, later = measures.activations(learner.q_network, learner.q_network.relus(), batch.observations)
     assert not later["conv1"][:, :2].any() and not later["head"][:, :2].any(), "they have momentum"
+    assert (learner.q_network.encoder[0].bias[:2] < -0.5).all(), "and stay silent in any case"
 
     again = fresh_subject()
     for name, values in saved.state["learner"]["q_network"].items():
