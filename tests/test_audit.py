@@ -117,8 +117,8 @@ def test_an_injection_done_right_has_no_fault_and_its_findings_say_what_it_does(
     assert found == {
         "φ": ["none", "all", "all", "all", "kept"],
         "θ": ["none", "none", "none", "all", "kept"],
-        "θ′₁": ["all", "all", "all", "all", "none"],
-        "θ′₂": ["all", "none", "none", "all", "none"],
+        "θ′₁": ["all", "all", "all", "all", "empty"],
+        "θ′₂": ["all", "none", "none", "all", "empty"],
     }
     assert findings.max_abs_delta_q == 0 and findings.gradient_error < 1e-5
     assert findings.target_outputs_equal and findings.target_state_equal
