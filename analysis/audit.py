@@ -488,8 +488,8 @@ def faults_of_recycling(findings: Findings) -> list[str]:
 def table(rows: dict[str, Findings]) -> str:
     """Findings of {name of a row: what was found} as a table in Markdown.
 
-    A part with a star is meant in part. A target that is "–" is as it was before. The gradient of φ is that of
-    the formula, or off by a share of its length.
+    A part with a star is meant in part. A target that is "–" is as it was before. The gradient of φ is that
+    of the formula, or off by a share of its length.
     """
     lines = [["arm", "changed", "updates", "optimizer", "moments", "ΔQ", "target", "∇φ", "trained"]]
     for name, findings in rows.items():
