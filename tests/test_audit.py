@@ -52,7 +52,7 @@ class Agent:
     """A right one: it learns random targets, and injects as it has to be. What follows it is wrong."""
 
     freeze = True
-    head_class = InjectableHead
+    head_class: type[nn.Module] = InjectableHead
 
     def __init__(self):
         torch.manual_seed(0)
@@ -314,6 +314,14 @@ class SharesMoments(Agent):
             self.optimizer.state[new] = self.optimizer.state[old]
 
 
+class EncoderIsDetached(Agent):
+    class Head(InjectableHead):
+        def forward(self, features):
+            return super().forward(features.detach())
+
+    head_class = Head
+
+
 class TargetWasACopy(Agent):
     def __init__(self):
         super().__init__()
@@ -335,6 +343,7 @@ Q_CHANGES = "Q changes at the injection, by up to 0: θ′₁ and θ′₂ must 
         (TwinIsDetached, [IS_A_HEAD_DETACHED]),
         (NewHeadsAreDetached, [IS_A_HEAD_DETACHED]),
         (OptimizerIsMadeAnew, ["φ has lost its moments: the optimizer was made anew"]),
+        (EncoderIsDetached, [f"φ {NEVER_LEARNS}", "φ's moments are not kept: empty", IS_A_HEAD_DETACHED]),
         (TargetStaysBehind, [STAYS_BEHIND]),
         (TargetGetsParametersAlone, [STAYS_BEHIND]),
         (DifferenceComesLast, [f"{Q_CHANGES} before the sum"]),
@@ -376,6 +385,49 @@ def test_an_injection_that_does_nothing_or_too_much_is_no_injection():
         "θ changes at the injection",
         "φ's moments are not kept: changed",
     ]
+
+
+class LearnsInTurns(Agent):
+    """Of the two updates after the injection θ′₁ moves in the first alone, θ in the second alone."""
+
+    def inject(self):
+        super().inject()
+        self.turns = [self.online.head.theta_prime_1, self.online.head.theta]
+
+    def update(self):
+        super().update()
+        if hasattr(self, "turns"):
+            turn = self.turns.pop(0)
+            self.online.head.load_state_dict(self.target.head.state_dict())
+            for parameter in turn.parameters():
+                parameter.data += 1
+            self.target.head.load_state_dict(self.online.head.state_dict())
+
+
+def test_the_two_updates_are_told_apart():
+    agent = LearnsInTurns()
+    findings = audited(agent, agent.inject)
+    assert (findings.parts["θ′₁"].first_update, findings.parts["θ′₁"].second_update) == ("all", "none")
+    assert (findings.parts["θ"].first_update, findings.parts["θ"].second_update) == ("none", "all")
+    assert faults_of_injection(findings)[:2] == [
+        "θ changes at an update: it is not frozen",
+        "θ′₁ does not change at an update: it never learns",
+    ]
+    assert "| φ θ′₁; φ θ |" in table({"in turns": findings})
+
+
+def test_a_target_is_as_before_only_where_its_state_is_too():
+    agent = Agent()
+    agent.sync()
+    unused = agent.target.head.theta_prime_1[0][0].weight
+
+    def change():
+        unused.data += 1
+
+    findings = audited(agent, change)
+    assert findings.target_equal_before and findings.target_changed and not findings.target_state_equal
+    assert findings.target_outputs_equal
+    assert not audited(agent, lambda: None).target_equal_before, "its unused heads differ"
 
 
 # recycling
@@ -459,15 +511,16 @@ def test_other_faults_of_a_recycling_are_named(agent_with_silent_units):
 
 
 def test_a_unit_that_is_silent_with_one_sign_of_its_new_weights_is_not_missed():
-    """Its inputs are positive: half of all draws leave it silent, whatever it is read by."""
-    for seed in range(10):
+    for unit in range(
+        WIDTH
+    ):  # half of them are silent, whatever they are read by, with the weights of a first draw
         agent = Agent()
-        torch.manual_seed(seed)
+        agent.online.head.theta[0].bias.data[unit] = 0
 
-        def draw_one_unit(agent=agent):
-            agent.online.head.theta[0].weight.data[0] = torch.randn(CHANNELS * 9)
+        def draw_one_unit(agent=agent, unit=unit):
+            agent.online.head.theta[0].weight.data[unit] = torch.randn(CHANNELS * 9)
 
-        assert audited(agent, draw_one_unit).new_reaches_q
+        assert audited(agent, draw_one_unit).new_reaches_q, unit
 
 
 # moments, one by one
@@ -520,6 +573,12 @@ def zero_first_and_forget_second(agent):
 def test_what_became_of_moments_is_told_in_words(change, words):
     found = moments_after(change)
     assert found["φ"] == words and found["θ′₁"] == "empty"
+
+
+def test_moments_of_another_shape_are_changed():
+    weight = torch.zeros(2, 2)
+    before, after = {"exp_avg": torch.zeros(3)}, {"exp_avg": torch.zeros(2, 2)}
+    assert auditing.what_became_of(before, after, weight) == "changed"
 
 
 def test_moments_that_come_from_nowhere_are_new():
@@ -602,10 +661,12 @@ def test_a_table_shows_each_finding_in_a_word_or_two():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0] == ["arm", "changed", "updates", "optimizer", "moments", "ΔQ", "target", "∇φ", "trained"]
     assert set("".join(cells[1])) == {"-"}
-    expected = ["keep", "θ′₁ θ′₂", "φ θ′₁", "all", "kept φ θ, copied θ′₁", "0", "copy", "✓", "1.04k"]
+    expected = ["keep", "θ′₁ θ′₂", "φ θ′₁", "all"]
+    expected += ["kept φ θ, copied θ′₁, empty θ′₂", "0", "copy", "✓", "1.04k"]
     assert cells[2] == expected
     assert cells[3][2] == "φ θ θ′₁ θ′₂" and cells[3][8] == "1.04k → 2.91k"
-    assert cells[4][6] == "copy but for its state" and cells[4][4] == "kept φ θ"
+    assert cells[4][6] == "copy but for its state" and cells[4][4] == "kept φ θ, empty θ′₁ θ′₂"
     assert cells[5][7].startswith("off by ")
     assert cells[6][2:4] == ["φ", "φ θ"]
-    assert cells[7] == ["nothing", "–", "φ θ", "all", "emptied φ θ", "0", "–", "✓", "1.04k"]
+    nothing = ["nothing", "–", "φ θ", "all", "emptied φ θ, empty θ′₁ θ′₂", "0", "–", "✓", "1.04k"]
+    assert cells[7] == nothing

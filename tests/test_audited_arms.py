@@ -241,6 +241,9 @@ def test_a_fresh_agent_has_learned_from_random_play_without_a_sync_and_has_two_s
         silent = (values.transpose(0, 1).flatten(start_dim=1) == 0).all(dim=1)
         assert silent[:2].all(), name
     assert not layers["conv1"].transpose(0, 1).flatten(start_dim=1)[2:].eq(0).all()
+    learner.update(batch)
+    _, later = measures.activations(learner.q_network, learner.q_network.relus(), batch.observations)
+    assert not later["conv1"][:, :2].any() and not later["head"][:, :2].any(), "they have momentum"
 
     again = fresh_subject()
     for name, values in saved.state["learner"]["q_network"].items():
@@ -281,8 +284,23 @@ def test_agents_of_all_kinds_of_runs_are_audited(checkpoint, settings):
     for name in ("injection", "injection, all heads", "shrink-perturb, keep", "redo"):
         findings = audit_arm(saved_subject(checkpoint), arms()[name])
         assert findings.gradient_error < SAME_GRADIENT, name
+        assert not findings.target_equal_before, "as it was in the checkpoint"
         if name == "injection":
             assert findings.parts["θ"].first_update == "none"
+
+
+def test_the_agent_that_was_saved_is_audited_with_the_run_s_own_seed(checkpoint):
+    def change_of_q():
+        return audit_arm(saved_subject(checkpoint), arms()["reset-head"]).max_abs_delta_q
+
+    def lift(q_network):
+        q_network["head.theta.output.bias"] += 100
+
+    before = change_of_q()
+    change(checkpoint, seed=5)
+    assert change_of_q() != before
+    change(checkpoint, network=lift)
+    assert change_of_q() > 50
 
 
 def test_a_setting_of_the_run_counts_where_its_arm_is_audited(checkpoint):

@@ -16,6 +16,7 @@ from simulated_runs import ALIEN, PHOENIX, RETURN, games, make_arms, make_games,
 
 import compare
 from analysis.fitting import ProbeSettings
+from dqn_injection_atari import INTERVENTIONS
 
 SCRIPT = Path(compare.__file__)
 
@@ -208,6 +209,20 @@ def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_onl
         (["runs/a", "--probe-updates", 5], "probe_updates is given, but nothing to probe"),
         (["runs/a", "--probe-observations", 512], "probe_observations is given, but nothing to probe"),
         (["--probe", "nowhere"], "no checkpoint to probe; nowhere cannot be read as a checkpoint"),
+        (["runs/a", "--audit", "b"], "give folders of runs, or one checkpoint after --audit"),
+        (["--audit", "a", "b"], "give folders of runs, or one checkpoint after --audit"),
+        (["--audit", "a", "--probe", "b"], "probe and audit exclude each other: leave out --probe"),
+        (
+            ["--audit", "a", "--probe-seeds", 3],
+            "probe_seeds and audit exclude each other: leave out --probe-seeds",
+        ),
+        (["--audit", "a", "--out", "x.png"], "out and audit exclude each other: leave out --out"),
+        (["--audit", "a", "--window", 5], "window and audit exclude each other: leave out --window"),
+        (["--audit", "a", "--aggregate", "mean"], "aggregate and audit exclude each other"),
+        (["--audit", "fresh"], "an audit of a fresh agent needs a game: give --env-id PhoenixNoFrameskip-v4"),
+        (["--audit", "fresh", "--env-id", "Foo"], "unknown env_id 'Foo'"),
+        (["--audit", "a", "--env-id", PHOENIX], "a checkpoint has its own: leave out --env-id"),
+        (["--audit", "nowhere"], "nowhere cannot be read as a checkpoint"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line_with_the_fix(command, arguments, fix):
@@ -260,6 +275,42 @@ def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
         (("a",), "", 4, 3, ProbeSettings(5, 200, 3, 0.1), Path("tasks.png")),
         (("fresh",), PHOENIX, 21, None, ProbeSettings(512, 200, 3, 5e-4), Path("d.png")),
     ]
+
+
+def rows_of_an_audit(printed):
+    """{arm: its other cells}"""
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {arm: others for arm, *others in cells[2:]}
+
+
+def test_a_checkpoint_is_audited(command, checkpoint):
+    status, printed, errors = command("--audit", checkpoint)
+    assert status == 0 and printed.startswith(f"{checkpoint}: TinyPhoenix-v5, step 180\n\n| arm ")
+    assert "|" not in errors, "nothing but progress"
+    rows = rows_of_an_audit(printed)
+    assert {name.partition(",")[0] for name in rows} == {*INTERVENTIONS, "none"}
+    assert rows["injection"][0] == "θ′₁ θ′₂" and rows["reset-head"][0] == "θ"
+    assert printed.endswith("\nno fault in injections and recycling\n") and len(list(Path().iterdir())) == 1
+
+
+def test_a_checkpoint_behind_an_injection_is_not_audited(command, injected_checkpoint):
+    status, printed, errors = command("--audit", injected_checkpoint)
+    assert status == 1 and printed == ""
+    assert (
+        errors.startswith(f"error: {injected_checkpoint} lies behind an injection")
+        and errors.count("\n") == 1
+    )
+
+
+@pytest.mark.slow
+def test_a_fresh_agent_is_audited_within_a_minute():
+    words = [sys.executable, SCRIPT, "--audit", "fresh", "--env-id", PHOENIX]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 0
+    rows = rows_of_an_audit(done.stdout)
+    assert rows["redo"][0] == "φ* θ*" and rows["injection"][4] == "0" != rows["reset-all"][4]
+    assert done.stdout.endswith("\nno fault in injections and recycling\n")
 
 
 @pytest.mark.parametrize("package", ["scipy", "matplotlib"])
