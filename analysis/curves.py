@@ -23,6 +23,7 @@ LENGTH = "charts/episodic_length"
 GAMES_CUT = "charts/games_cut"
 SPEED = "charts/SPS"  # mean over the run, up to its last step
 PLASTICITY = "plasticity/"  # how the tags of measures begin; in a CSV file they have six digits
+POLICY_CHURN = "plasticity/policy_churn"  # is measured before a sync, at other steps than the others
 COMPARED = (TRAINING_RETURN, LENGTH, GAMES_CUT, "eval/", "injection/", PLASTICITY)  # how their tags begin
 
 
@@ -83,10 +84,13 @@ class RecordedRun:
 
     def undefined(self, tag: str) -> np.ndarray:
         """(K,) steps, after its first value, at which a measure of plasticity has none and others do."""
-        if not tag.startswith(PLASTICITY):
+        if not tag.startswith(PLASTICITY) or tag == POLICY_CHURN:
             return np.empty(0)
         steps, values = self.scalars[tag]
-        measured = [points[0] for name, points in self.scalars.items() if name.startswith(PLASTICITY)]
+        measured = []
+        for name, points in self.scalars.items():
+            if name.startswith(PLASTICITY) and name != POLICY_CHURN:
+                measured.append(points[0])
         missing = np.setdiff1d(np.concatenate(measured), steps[np.isfinite(values)])
         return missing[missing > steps.min()]
 

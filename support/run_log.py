@@ -42,6 +42,7 @@ SIDE_BY_SIDE = {  # {title: tag}, in TensorBoard's CUSTOM SCALARS and in compari
     "encoder's weight norm ÷ initial": "plasticity/weight_norm_ratio/encoder",
     "learning head's weight norm ÷ initial": "plasticity/weight_norm_ratio/head",
     "encoder's gradient norm": "plasticity/gradient_norm/encoder",
+    "policy churn": "plasticity/policy_churn",
     "new heads' share of Q": "plasticity/new_heads_share_of_q",
 }
 

@@ -8,6 +8,7 @@ from simulated_runs import INJECTION, RETURN, TOTAL, games, make_arms, make_game
 
 from analysis.arms import group
 from analysis.canvas import COLOURS, Figure, drawing, plot_broken
+from analysis.curves import POLICY_CHURN
 from analysis.figures import curve, draw, draw_differences, draw_plasticity, draw_returns, looks_of
 from analysis.verdict import comparisons
 
@@ -105,6 +106,13 @@ def test_a_measure_that_begins_late_is_not_undefined_before_and_returns_never_ar
     }
     run = make_run("r", points, seed=1)
     assert run.undefined(MEASURE).tolist() == [] and run.undefined(RETURN).tolist() == []
+
+
+def test_churn_which_is_measured_at_other_steps_makes_no_measure_undefined_and_is_never_so():
+    churn = [(step + 50, 0.5) for step in MEASURED]
+    points = {RETURN: games(1, 0), MEASURE: [(s, 1.0) for s in MEASURED], POLICY_CHURN: churn}
+    run = make_run("r", points, seed=1)
+    assert run.undefined(MEASURE).tolist() == [] and run.undefined(POLICY_CHURN).tolist() == []
 
 
 def test_a_value_between_two_gaps_is_a_dot():
