@@ -1225,10 +1225,10 @@ def check_intervention(args: Args) -> None:
     if args.intervention in ALTERNATIVES:
         ALTERNATIVES[args.intervention].settings_in(args)
         if not by_norm and not args.injection_step:
-            raise UsageError(
-                f"intervention {args.intervention} would never happen: "
-                "give --injection-step, or --injection-trigger norm"
-            )
+            fix = "give --injection-step, or --injection-trigger norm"
+            if args.intervention_period > 0:
+                fix = "give --injection-step"
+            raise UsageError(f"intervention {args.intervention} would never happen: {fix}")
     if args.moments == "keep" and args.injected_head_width not in (None, args.head_width):
         raise UsageError("a head of another width has no moments to copy: give --moments fresh")
 

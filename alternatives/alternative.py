@@ -65,8 +65,8 @@ class Alternative:
     name: str
     words: Words
     apply: Callable[[AgentParts, Any], dict[str, int] | None]
-    """changes the parts; called without gradients, with `settings` as the second argument. Counts that it
-    returns are logged"""
+    """changes the parts; called without gradients, with `settings` as the second argument. The counts that
+    one with a period returns, by their names, are logged"""
     draws_head: bool
     """whether that draws the learning head anew, so that --moments decides on its moments"""
     draws_encoder: bool = False

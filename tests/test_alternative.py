@@ -68,6 +68,9 @@ def test_settings_are_flags_that_a_fork_may_change_and_that_only_this_alternativ
 def test_an_alternative_without_a_step_is_refused(alternative):
     with pytest.raises(UsageError, match=f"^intervention {alternative.name} would never happen: give "):
         Args(intervention=alternative.name)
+    with pytest.raises(UsageError) as error:
+        Args(intervention=alternative.name)
+    assert ("--injection-trigger norm" in str(error.value)) == (alternative.period is None)
     if alternative.period is None:
         Args(intervention=alternative.name, injection_trigger="norm")
 
