@@ -304,9 +304,9 @@ def test_a_checkpoint_behind_an_injection_is_not_audited(command, injected_check
 
 
 @pytest.mark.slow
-def test_a_fresh_agent_is_audited_within_a_minute():
+def test_a_fresh_agent_is_audited_with_the_whole_network():
     words = [sys.executable, SCRIPT, "--audit", "fresh", "--env-id", PHOENIX]
-    done = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=60)
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0
     rows = rows_of_an_audit(done.stdout)
     assert rows["redo"][0] == "φ* θ*" and rows["injection"][4] == "0" != rows["reset-all"][4]
