@@ -148,18 +148,23 @@ def in_a_run(intervention, **settings):
     return Training(learner.args, cast(Run, run), cast(LearnerView, None), learner, replay)
 
 
-@pytest.mark.parametrize("intervention", [*ONCE, "redo"])
-def test_replay_exploration_losses_and_the_optimizers_settings_stay_whatever_is_done(intervention):
-    training = in_a_run(intervention, injection_step=(10,))
+@pytest.mark.parametrize(
+    ("intervention", "settings"),
+    [*((name, {}) for name in ONCE), ("reset-moments", {"reset_moments_of": "all"}), ("redo", {})],
+)
+def test_replay_exploration_losses_and_the_optimizers_settings_stay_whatever_is_done(intervention, settings):
+    training = in_a_run(intervention, injection_step=(10,), **settings)
     learner = training.learner
+    learner.act(random_batch().observations.numpy(), epsilon=0.5)
+    training.replay.sample(4)
 
     def untouched():
-        settings = []
+        groups = []
         for group in learner.optimizer.param_groups:
-            settings.append({name: value for name, value in group.items() if name != "params"})
+            groups.append({name: value for name, value in group.items() if name != "params"})
         return copy.deepcopy(
             {
-                "optimizer": settings,
+                "optimizer": groups,
                 "exploration": learner.rng.bit_generator.state,
                 "losses": {name: value.tolist() for name, value in learner.losses.state_dict().items()},
                 "transitions": training.replay.size(),
