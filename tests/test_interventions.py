@@ -7,15 +7,20 @@ import math
 import re
 from dataclasses import asdict, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
-from conftest import BRIEF, make_learner, random_batch, scalars, trained
+from conftest import ACTIONS, BRIEF, make_learner, random_batch, scalars, trained
 
 from alternatives import ALTERNATIVES
 from dqn_injection_atari import PRESETS, Args, Learner, Stream, Training, plasticity_measures, train
+from support.environments import LearnerView
 from support.optimizers import moments_by_name
+from support.replay import FrameReplayBuffer
+from support.runs import Run
 
 # 20 updates before the injection and as many after it
 SMALL = replace(BRIEF, total_timesteps=240, learning_starts=60, checkpoint_frequency=0, injection_step=(141,))
@@ -123,6 +128,61 @@ def test_the_target_mirrors_whatever_was_done_and_learning_goes_on(intervention,
     moved = {name for name, value in parameters(learner).items() if not torch.equal(value, before[name])}
     newest_head = learner.q_network.newest_head()
     assert moved == names(learner.q_network, "encoder") | names(learner.q_network, newest_head)
+
+
+def in_a_run(intervention, **settings):
+    """A run without games, whose replay holds noise; its learner has learned."""
+    learner = trained(intervention=intervention, **settings)
+    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    action_space = gym.spaces.Discrete(ACTIONS)
+    replay = FrameReplayBuffer(
+        100, observation_space, action_space, "cpu", generator=np.random.default_rng(0)
+    )
+    rng = np.random.default_rng(1)
+    for _ in range(100):
+        frames = rng.integers(0, 256, (1, 5, 84, 84), dtype=np.uint8)
+        action = rng.integers(ACTIONS, size=1)
+        replay.add(frames[:, :-1], frames[:, 1:], action, np.zeros(1), np.zeros(1, bool), [{}])
+    log = SimpleNamespace(scalar=lambda *_: None, say=lambda _: None)
+    run = SimpleNamespace(step=10, log=log)
+    return Training(learner.args, cast(Run, run), cast(LearnerView, None), learner, replay)
+
+
+@pytest.mark.parametrize(
+    ("intervention", "settings"),
+    [*((name, {}) for name in ONCE), ("reset-moments", {"reset_moments_of": "all"}), ("redo", {})],
+)
+def test_replay_exploration_losses_and_the_optimizers_settings_stay_whatever_is_done(intervention, settings):
+    training = in_a_run(intervention, injection_step=(10,), **settings)
+    learner = training.learner
+    learner.act(random_batch().observations.numpy(), epsilon=0.5)
+    training.replay.sample(4)
+
+    def untouched():
+        groups = []
+        for group in learner.optimizer.param_groups:
+            groups.append({name: value for name, value in group.items() if name != "params"})
+        return copy.deepcopy(
+            {
+                "optimizer": groups,
+                "exploration": learner.rng.bit_generator.state,
+                "losses": {name: value.tolist() for name, value in learner.losses.state_dict().items()},
+                "transitions": training.replay.size(),
+                "replay": training.replay.generator.bit_generator.state,
+                "step": training.run.step,
+            }
+        )
+
+    before = untouched()
+    (group,) = learner.optimizer.param_groups
+    assert before["losses"]["counts"] == [3, 3] and before["transitions"] == 100
+    if intervention == "redo":
+        training.repeat()
+    else:
+        training.intervene()
+    assert untouched() == before
+    for parameter, known in zip(learner.q_network.parameters(), group["params"], strict=True):
+        assert parameter is known, "the optimizer's own"
 
 
 @pytest.mark.parametrize("intervention", DRAWING)
@@ -451,25 +511,39 @@ def test_a_run_that_recycles_says_so_once_writes_no_checkpoint_for_it_and_is_the
         assert [ours == theirs for ours, theirs in pairs] == [True, True, False, False][-len(curves[tag]) :]
 
 
-def test_the_batch_is_64_transitions_drawn_by_seed_and_step():
-    drawn = []
+def test_units_are_judged_by_64_transitions_drawn_by_seed_and_step(monkeypatch):
+    judged_by = []
 
-    class Replay:
-        n_envs = 2
+    def repeat(learner, obs, step):
+        judged_by.append((obs, step))
+        return {}
 
-        def size(self):
-            return 1_000
+    monkeypatch.setattr(Learner, "repeat", repeat)
+    training = in_a_run("redo", injection_step=(10,), seed=5)
+    for step in (10, 30):
+        training.run.step = step
+        training.repeat()
+        expected = training.replayed(Stream.PERTURBATION, step, 64).observations
+        obs, step_given = judged_by.pop()
+        assert obs.shape == (64, 4, 84, 84) and torch.equal(obs, expected) and step_given == step
 
-        def transitions(self, rows, columns):
-            drawn.append((rows, columns))
-            return SimpleNamespace(observations=None)
 
-    training = SimpleNamespace(args=SimpleNamespace(seed=5), replay=Replay(), MEASURED=48)
-    for step in (40, 40, 44):
-        Training.replayed(training, Stream.PERTURBATION, step, 64)
-    (rows, columns), again, later = drawn
-    assert len(rows) == len(columns) == 64 and (rows == again[0]).all() and (rows != later[0]).any()
-    assert ALTERNATIVES["redo"].batch_size == 64
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("begin", "period"), [(141, 20), (142, 20), (7, 8), (24, 9)])
+def test_recycling_is_due_in_each_vector_step_in_which_a_period_after_the_first_step_ends(
+    num_envs, begin, period
+):
+    args = Args(intervention="redo", injection_step=(begin,), redo_frequency=period, num_envs=num_envs)
+    learner = SimpleNamespace(last_repeat=-1)
+    due_at = []
+    for step in range(num_envs, 400, num_envs):
+        training = Training(args, cast(Run, SimpleNamespace(step=step)), *cast(Any, (None, learner, None)))
+        if training.repeat_due():
+            due_at.append(step)
+            learner.last_repeat = step
+            assert not training.repeat_due(), "once"
+    expected = [args.end_of_vector_step(step) for step in range(begin, 400, period)]
+    assert due_at == [step for step in expected if step < 400]
 
 
 # settings of the agent, beside any intervention
@@ -491,6 +565,44 @@ def test_every_intervention_runs_with_layer_norm_and_weight_decay(intervention, 
 
 
 # policy churn
+
+
+def test_policy_churn_compares_both_float32_networks_on_the_states_that_are_measured(monkeypatch):
+    compared = []
+
+    def compare(online, target):
+        compared.append((online, target))
+        return torch.tensor(0.25)
+
+    monkeypatch.setattr("support.measures.policy_churn", compare)
+    training = in_a_run("none", bf16=True)
+    for step in (10, 30):
+        training.run.step = step
+        training.measure_churn()
+        obs = training.replayed(Stream.PLASTICITY, step).observations
+        online, target = compared.pop()
+        with torch.no_grad():
+            assert torch.equal(online, training.learner.q_network(obs))
+            assert torch.equal(target, training.learner.target_network(obs))
+        assert len(online) == Training.MEASURED
+
+
+@pytest.mark.parametrize("num_envs", [1, 2, 3, 8])
+@pytest.mark.parametrize(("sync_every", "measure_every"), [(20, 50), (20, 27), (24, 10), (9, 100)])
+def test_policy_churn_is_due_at_the_first_sync_at_or_after_each_multiple_of_its_frequency(
+    num_envs, sync_every, measure_every
+):
+    args = Args(num_envs=num_envs, target_network_frequency=sync_every, plasticity_frequency=measure_every)
+    due_at = []
+    for sync in range(sync_every, 400, sync_every):
+        step = args.end_of_vector_step(sync)
+        training = Training(args, cast(Run, SimpleNamespace(step=step)), *cast(Any, (None, None, None)))
+        if training.churn_due():
+            due_at.append(sync)
+    expected = set()
+    for multiple in range(measure_every, 400, measure_every):
+        expected.add(math.ceil(multiple / sync_every) * sync_every)
+    assert due_at == [sync for sync in sorted(expected) if sync < 400]
 
 
 @pytest.mark.slow

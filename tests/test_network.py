@@ -343,6 +343,19 @@ def test_what_goes_into_each_relu_has_mean_0_and_variance_1_over_the_whole_layer
         torch.testing.assert_close(flat.var(dim=1, correction=0), torch.ones(5), atol=0.05, rtol=0)
 
 
+@torch.no_grad()
+def test_a_convolution_is_normalised_over_all_channels_and_positions_of_an_observation_together():
+    encoder = QNetwork(6, layer_norm=True).encoder
+    values = observations(5) / 255
+    for i in (0, 3, 6):
+        convolution, norm, relu = encoder[i : i + 3]
+        values = convolution(values)
+        mean = values.mean(dim=(1, 2, 3), keepdim=True)
+        variance = values.var(dim=(1, 2, 3), keepdim=True, correction=0)
+        torch.testing.assert_close(norm(values), (values - mean) / (variance + 1e-5).sqrt())
+        values = relu(norm(values))
+
+
 def test_measured_layers_are_the_outputs_of_relus_with_and_without_layer_norm():
     for layer_norm in (False, True):
         network = QNetwork(6, layer_norm=layer_norm)
@@ -362,20 +375,28 @@ def test_normalised_heads_are_injected_without_a_change_of_q_and_stay_in_channel
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
-def test_weight_decay_is_coupled_and_off_by_default(optimizer):
-    steps = []
-    for weight_decay in (0.0, 0.5):
+def test_weight_decay_is_added_to_the_gradient_of_all_that_is_trained_and_off_by_default(optimizer):
+    networks = {}
+    for name, weight_decay, added_by_hand in (
+        ("without", 0.0, 0.0),
+        ("with", 1e-3, 0.0),
+        ("by hand", 0.0, 1e-3),
+    ):
         torch.manual_seed(0)
         network = QNetwork(6, max_injections=1, head_width=8)
-        chosen = make_optimizer(Args(optimizer=optimizer, weight_decay=weight_decay), network)
-        before = network.encoder[0].weight.detach().clone()
+        args = Args(optimizer=optimizer, learning_rate=0.01, weight_decay=weight_decay)
+        chosen = make_optimizer(args, network)
         frozen = snapshot(network.head.theta_prime_1)
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        chosen.step()
-        steps.append(network.encoder[0].weight.detach() - before)
+        for _ in range(2):
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = 1e-5 + added_by_hand * parameter.detach()
+            chosen.step()
         assert equal(frozen, network.head.theta_prime_1)
-    assert not steps[0].any(), "no gradient, no step"
-    assert (steps[1][before != 0].sign() == -before[before != 0].sign()).all(), "towards zero"
+        networks[name] = network
+    for name, value in networks["with"].named_parameters():
+        torch.testing.assert_close(value, networks["by hand"].get_parameter(name), atol=1e-6, rtol=0)
+        if value.requires_grad:
+            difference = (value - networks["without"].get_parameter(name)).abs().max()
+            assert difference > 1e-5, "and that is far from none"
     assert Args().weight_decay == 0 and not Args().layer_norm

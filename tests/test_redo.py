@@ -212,6 +212,21 @@ def test_a_normalised_unit_gets_a_fresh_scale_and_shift_too():
         assert (norm.weight != 1).any(), "of those alone"
 
 
+def test_activity_is_that_of_the_float32_network_also_with_bf16():
+    learner = trained(intervention="redo", injection_step=(40,), redo_threshold=0.0, bf16=True)
+    silence(learner.q_network)  # and not the working copy
+    counts = learner.repeat(random_batch(7, size=64).observations, 40)
+    assert counts == {f"recycled/{name}": len(units) for name, units in SILENT.items()}
+
+
+def test_norms_count_on_from_where_they_began():
+    learner = trained(intervention="redo", injection_step=(40,))
+    before = learner.norms.state_dict()
+    silence(learner.q_network)
+    learner.repeat(random_batch(7, size=64).observations, 40)
+    assert learner.norms.state_dict() == before
+
+
 def test_the_target_waits_for_its_sync_bf16_copies_follow_and_there_is_no_entry_among_interventions():
     learner = trained(intervention="redo", injection_step=(40,), redo_threshold=0.0, bf16=True)
     silence(learner.q_network)

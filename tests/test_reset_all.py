@@ -9,15 +9,16 @@ from dqn_injection_atari import Head, QNetwork, Stream, plasticity_measures
 from support.randomness import stream_seed
 
 
-def test_both_parts_get_the_bits_of_their_seed_and_number_in_place():
-    learner = trained(intervention="reset-all", seed=3)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_both_parts_get_the_bits_of_their_seed_and_number_in_place(layer_norm):
+    learner = trained(intervention="reset-all", seed=3, layer_norm=layer_norm)
     tensors = list(learner.q_network.parameters())
     for count in range(2):
         learner.intervene(step=10)
         torch.manual_seed(stream_seed(3, Stream.PERTURBATION, count))
-        assert same(weights(learner.q_network.encoder), weights(QNetwork.make_encoder()))
+        assert same(weights(learner.q_network.encoder), weights(QNetwork.make_encoder(layer_norm)))
         torch.manual_seed(stream_seed(3, Stream.INJECTION, count))
-        assert same(weights(learner.q_network.head.theta), weights(Head(64, 6)))
+        assert same(weights(learner.q_network.head.theta), weights(Head(64, 6, layer_norm=layer_norm)))
         assert same(weights(learner.target_network), weights(learner.q_network))
         learner.update(random_batch(9))
     for tensor, parameter in zip(tensors, learner.q_network.parameters(), strict=True):

@@ -42,11 +42,13 @@ def test_the_first_steps_after_it_are_those_of_a_head_whose_moments_are_fresh():
     assert steps["reset-moments"] == steps["reset-head"]
 
 
-def test_norms_and_their_beginnings_stay():
+def test_initial_norms_stay_and_growth_counts_from_then_on():
     learner = trained(intervention="reset-moments", injection_step=(), injection_trigger="norm")
     before = dict(learner.norms.initial)
+    assert learner.norms.growth(learner.growing()) != 1
     learner.intervene(step=10)
     assert learner.norms.initial == before
+    assert learner.norms.growth(learner.growing()) == 1, "or the norm would trigger it again at once"
 
 
 def test_whose_moments_is_a_setting_that_only_it_and_a_baseline_take():

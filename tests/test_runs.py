@@ -47,7 +47,7 @@ import support.checkpoints as checkpoints
 import support.run_log as run_log
 import support.runs as runs
 from benchmarks import kill_test
-from benchmarks.kill_test import WALL_CLOCK, content, differences
+from benchmarks.kill_test import WALL_CLOCK, content, differences, flat
 from dqn_injection_atari import FORKABLE, Args, Learner, check_fork, train
 from support.checkpoints import (
     CHECKSUMS,
@@ -498,6 +498,28 @@ def test_a_fork_from_where_units_are_recycled_first_and_the_target_is_synced_equ
     assert_same_end(folder, whole)
     recycled = scalars(whole)["injection/recycled/head"]
     assert [step for step, _ in recycled] == [150, 170, 190, 210, 230]
+
+
+@slow
+def test_where_syncs_are_soft_a_fork_that_recycles_at_once_does_not_make_one_again(
+    uninterrupted, monkeypatch
+):
+    baseline = replace(BASELINE, injection_step=(150,), tau=0.5)
+    checkpoint = uninterrupted(baseline) / "checkpoint-150"
+    begun = []
+
+    def note(training):
+        begun.append(copy.deepcopy(training.learner.state_dict()))
+        raise Killed
+
+    monkeypatch.setattr(script.Training, "advance", note)
+    with pytest.raises(Killed):
+        fork(checkpoint, baseline, **RECYCLING)
+    (state,) = begun
+    saved = load_checkpoint(checkpoint).state["learner"]
+    assert state["last_repeat"] == 150
+    assert differences(flat(state["target_network"]), flat(saved["target_network"])) == []
+    assert differences(flat(state["q_network"]), flat(saved["q_network"])) != [], "recycled"
 
 
 @slow

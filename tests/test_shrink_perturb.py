@@ -50,15 +50,16 @@ def test_its_factor_is_a_share_that_only_it_and_a_baseline_take():
         Args(intervention="shrink-perturb", injection_step=(5,), shrink_factor=1.5)
 
 
-def test_a_learners_new_parts_have_the_bits_of_their_seed_and_number():
-    learner = trained(intervention="shrink-perturb", seed=3, shrink_factor=0.7)
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_a_learners_new_parts_have_the_bits_of_their_seed_and_number(layer_norm):
+    learner = trained(intervention="shrink-perturb", seed=3, shrink_factor=0.7, layer_norm=layer_norm)
     for count in range(2):
         before = weights(learner.q_network.encoder)
         learner.intervene(step=10)
         torch.manual_seed(stream_seed(3, Stream.PERTURBATION, count))
-        new_encoder = weights(QNetwork.make_encoder())
+        new_encoder = weights(QNetwork.make_encoder(layer_norm))
         torch.manual_seed(stream_seed(3, Stream.INJECTION, count))
-        assert same(weights(learner.q_network.head.theta), weights(Head(64, 6)))
+        assert same(weights(learner.q_network.head.theta), weights(Head(64, 6, layer_norm=layer_norm)))
         for name, value in weights(learner.q_network.encoder).items():
             assert torch.equal(value, 0.7 * before[name] + (1 - 0.7) * new_encoder[name])
         assert learner.q_network.num_injections == 0
