@@ -1313,7 +1313,7 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     if args.total_timesteps <= step:
         raise UsageError(f"{where} lies at step {step}: give a --total-timesteps of {step + 1} or more")
     check_earlier_interventions(args, saved, checkpoint)
-    check_earlier_repeats(args, saved, step, where)
+    check_earlier_repeats(args, saved, checkpoint)
 
     if step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency):
         raise UsageError(
@@ -1379,22 +1379,28 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
             )
 
 
-def check_earlier_repeats(args: Args, saved: Args, step: int, where: str) -> None:
+def check_earlier_repeats(args: Args, saved: Args, checkpoint: Checkpoint) -> None:
     """
     Raises:
         UsageError: a fork's arguments have a periodic intervention begin earlier, where it did not.
     """
     if args.intervention_period == 0:
         return
+    step = checkpoint.step
     begin = args.injection_step[0]
-    if args.end_of_vector_step(begin) >= step:
-        return
+    # of a checkpoint that is only planned, nothing was repeated before
+    last_repeat = checkpoint.state["learner"].get("last_repeat", -1)
+    begins_here = args.end_of_vector_step(begin) >= step and last_repeat < begin
     changed = usage.changed_fields(args, saved)
-    if any(name in changed for name in ("injection_step", *OF_INTERVENTION)):
-        raise UsageError(
-            f"{where} was not come to with this --intervention {args.intervention} from step {begin} on: "
-            f"give an --injection-step of {step} or later, or an earlier checkpoint"
-        )
+    if begins_here or not any(name in changed for name in ("injection_step", *OF_INTERVENTION)):
+        return
+    earliest = step
+    if last_repeat == step:
+        earliest += 1
+    raise UsageError(
+        f"checkpoint {checkpoint.path} was not come to with this --intervention {args.intervention} "
+        f"from step {begin} on: give an --injection-step of {earliest} or later, or an earlier checkpoint"
+    )
 
 
 def interventions_fix(args: Args, earlier: tuple[int, ...], step: int) -> str:

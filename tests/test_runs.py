@@ -533,6 +533,20 @@ def test_units_are_recycled_on_and_on_in_a_run_that_is_killed_without_checkpoint
     assert_same_end(folder, whole)
 
 
+@pytest.mark.parametrize(("begin", "num_envs"), [(162, 1), (161, 2)])
+def test_where_units_have_just_been_recycled_a_fork_cannot_begin_to_do_so_with_other_settings(
+    begin, num_envs
+):
+    origin = replace(REDO, num_envs=num_envs)
+    checkpoint = checkpoint_of(origin, 162)
+    checkpoint.state["learner"]["last_repeat"] = 162
+    other = {"redo_threshold": 0.9, "injection_step": (begin,)}
+    with pytest.raises(UsageError, match="give an --injection-step of 163 or later, or an earlier"):
+        check_fork(replace(origin, **other), checkpoint)
+    check_fork(replace(origin, **other | {"injection_step": (163,)}), checkpoint)
+    check_fork(origin, checkpoint)
+
+
 def test_recycling_does_not_follow_an_injection():
     with pytest.raises(UsageError, match="give an earlier checkpoint"):
         check_fork(replace(SMALL, intervention="redo", injection_step=(190,)), FORKED)
