@@ -130,7 +130,7 @@ class Experiment:
     """who plays: Stable-Baselines3's wrappers, or ALE's C++ vectoriser"""
 
     injection_step: tuple[int, ...] = ()
-    """steps at which plasticity is injected (paper: 12_500_000 = 50M frames)"""
+    """steps at which plasticity is injected, or done what --intervention names (paper: 12_500_000)"""
     intervention: Intervention = "injection"
     """what is done then; none leaves it out and nothing else: the baseline (paper)"""
     freeze_heads: Annotated[bool, WITH_INJECTION] = True
@@ -226,7 +226,7 @@ class Args(RunFlags, AlternativeSettings, Experiment):
 
     @property
     def planned_changes(self) -> tuple[int, ...]:
-        """`planned_interventions`, but for one that goes on from there: each has a checkpoint before it."""
+        """`planned_interventions`, each with a checkpoint before it. One that goes on has none: ()."""
         if self.intervention_period > 0:
             return ()
         return self.planned_interventions
@@ -928,7 +928,8 @@ class Training:
         """
         args = self.args
         run = self.run
-        if self.repeat_due():  # in a fork: its checkpoint lies behind where that is done, and behind the sync
+        if self.repeat_due():
+            # in a fork, whose checkpoint was written after the place in `advance` where this is done
             self.repeat()
             if args.tau == 1 and self.sync_due():
                 self.learner.sync_target()
@@ -975,13 +976,14 @@ class Training:
             learner.update(self.replay.sample(args.batch_size, batches=updates), updates)
         if overlap:
             self.receive(obs, actions)
-        # what --intervention does every so often
+        # measure what a sync would hide
+        if self.sync_due() and self.churn_due():
+            self.measure_churn()
+        # do what --intervention does every so often
         if self.repeat_due():
             self.repeat()
         # sync
         if self.sync_due():
-            if self.churn_due():
-                self.measure_churn()
             learner.sync_target()
         # log
         if run.due(args.log_frequency) or run.step == args.total_timesteps:
@@ -1017,7 +1019,10 @@ class Training:
         self.begin_games()
 
     def replayed(self, stream: Stream, key: int, count: int | None = None) -> ReplayBufferSamples:
-        """Replayed transitions, drawn by a generator from (seed, stream, key): training's does not move."""
+        """Replayed transitions, drawn by a generator from (seed, stream, key): training's does not move.
+
+        There are `count` of them, or as many as measures take.
+        """
         if count is None:
             count = self.MEASURED
         rng = np.random.default_rng(stream_seed(self.args.seed, stream, key))
@@ -1029,7 +1034,10 @@ class Training:
         return self.run.due(self.args.target_network_frequency, after=self.args.learning_starts) > 0
 
     def churn_due(self) -> bool:
-        """Whether this sync is the first since measures of plasticity were due: at most one for each."""
+        """Whether this sync is the first at or after a multiple of --plasticity-frequency.
+
+        With measures every 50,000 steps and a sync every 8,000, the one at 56,000 is.
+        """
         args = self.args
         if args.plasticity_frequency == 0:
             return False
@@ -1038,7 +1046,7 @@ class Training:
         return sync // args.plasticity_frequency > (sync - period) // args.plasticity_frequency
 
     def measure_churn(self) -> None:
-        """Just before a sync: after it, no action differs."""
+        """To be called just before a sync: after it, no action differs."""
         learner = self.learner
         obs = self.replayed(Stream.PLASTICITY, self.run.step).observations
         with torch.no_grad():

@@ -140,6 +140,10 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
     other_width = setting["injected_head_width"] not in (None, setting["head_width"])
     if other_width and "injected_head_width" not in shown:
         shown.append("injected_head_width")  # another network than its baseline's
+    if intervention in ALTERNATIVES:
+        for field in fields(ALTERNATIVES[intervention].settings):
+            if setting[field.name] != field.default and field.name not in shown:
+                shown.append(field.name)
     if "recycled_from" not in shown:
         shown.append("recycled_from")  # another past than its arguments tell of
     for name in shown:

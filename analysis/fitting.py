@@ -74,9 +74,9 @@ def probe_args(checkpoint: Checkpoint, seed: int = 0, arm: dict[str, Any] | None
 
 
 def read_subject(path: Path, rate: float) -> Checkpoint:
-    """A checkpoint of an agent to be probed, with this learning rate in the place of its own."""
+    """A checkpoint of an agent to be probed, with this learning rate in the place of its own, undecayed."""
     checkpoint = load_checkpoint(path)
-    args = asdict(saved_args(checkpoint)) | {"learning_rate": rate}
+    args = asdict(saved_args(checkpoint)) | {"learning_rate": rate, "weight_decay": 0.0}
     return replace(checkpoint, meta=checkpoint.meta | {"args": args})
 
 

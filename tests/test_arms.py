@@ -255,6 +255,10 @@ def test_an_intervention_that_goes_on_is_named_by_where_it_begins():
         "moment reset at 5M, reset moments of all",
         "moment reset at 5M, reset moments of head",
     ]
+    assert names({}, moments | {"reset_moments_of": "all"}) == [
+        "no intervention",
+        "moment reset at 5M, reset moments of all",
+    ]
     assert names(redo, redo | {"redo_threshold": 0.1}) == [
         "ReDo from 5M on, redo threshold 0.025",
         "ReDo from 5M on, redo threshold 0.1",

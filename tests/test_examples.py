@@ -154,7 +154,7 @@ def test_a_loaded_agent_plays_the_same_is_frozen_still_and_is_not_injected_again
 def test_the_script_stops_where_the_audit_finds_something_wrong(monkeypatch):
     model = small_model().learn(33)
     monkeypatch.setattr(example, "inject", lambda model: example.head_of(model).inject())
-    with pytest.raises(AssertionError, match="the target stays behind"):
+    with pytest.raises(SystemExit, match="the target stays behind"):
         example.audit_injection(model)
 
 

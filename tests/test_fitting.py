@@ -82,9 +82,11 @@ def test_a_replay_that_does_not_fit_in_memory_is_refused(checkpoint, monkeypatch
         fitting.replayed_observations(load_checkpoint(checkpoint), 16, CPU)
 
 
-def test_the_learning_rate_is_the_one_that_is_given(checkpoint):
+def test_the_learning_rate_is_the_one_that_is_given_and_no_weight_decays(checkpoint):
+    change(checkpoint, weight_decay=0.1)
     learner = fitting.make_contender("agent", read_subject(checkpoint, 0.5), 0, CPU)
     assert [group["lr"] for group in learner.optimizer.param_groups] == [0.5]
+    assert [group["weight_decay"] for group in learner.optimizer.param_groups] == [0]
     for subject in (read_subject(checkpoint, 0.5), fresh_subject(TINY_GAMES, 0, 0.5)):
         assert saved_args(subject).learning_rate == 0.5
 

@@ -453,6 +453,7 @@ def order_of_calls(args):
         watch(Learner, "sync_target")
         watch(Learner, "repeat")
         watch(Training, "advance")
+        watch(Training, "measure_churn")
         train(args)
     steps = []
     step = 0
@@ -469,11 +470,13 @@ def order_of_calls(args):
 
 @pytest.mark.slow
 def test_units_are_recycled_after_the_updates_and_before_a_sync_that_is_due_then():
-    calls = order_of_calls(replace(RECYCLING, injection_step=(160,), target_network_frequency=40))
+    args = replace(RECYCLING, injection_step=(160,), target_network_frequency=40, plasticity_frequency=80)
+    calls = order_of_calls(args)
     at_steps = {}
     for step, name in calls:
         at_steps.setdefault(step, []).append(name)
-    assert at_steps[160] == at_steps[200] == at_steps[240] == ["update", "repeat", "sync_target"]
+    assert at_steps[160] == at_steps[240] == ["update", "measure_churn", "repeat", "sync_target"]
+    assert at_steps[200] == ["update", "repeat", "sync_target"]
     assert at_steps[180] == at_steps[220] == ["update", "repeat"]
     assert [step for step, name in calls if name == "repeat"] == [160, 180, 200, 220, 240]
 
