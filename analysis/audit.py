@@ -27,9 +27,8 @@ SAME_GRADIENT = 1e-3  # relative difference up to which two ways to compute a gr
 
 Extent = Literal["none", "part", "all"]
 Parameters = dict[str, dict[str, torch.Tensor]]  # {part: {name in the part: values}}
-State = dict[
-    str, torch.Tensor
-]  # of one parameter, as an optimizer has it: its moments, the count of its steps
+# of one parameter, as an optimizer has it: its moments, the count of its steps
+State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,8 @@ class Findings:
     trainable_after: int
     new_reaches_q: bool
     """whether Q depends on what was drawn anew. Recycled units must not be felt before they have learned"""
+    new_head_is_old: bool
+    """whether θ′₁ has, right after the intervention, a tensor of weights that θ has"""
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
         trainable_before=trainable_before,
         trainable_after=trainable_after,
         new_reaches_q=reaches_q,
+        new_head_is_old=shares_weights(after.parameters),
     )
 
 
@@ -290,6 +292,16 @@ def changed_entries(before: Parameters, after: Parameters) -> Parameters:
             else:
                 masks[part][name] = torch.ones_like(values, dtype=torch.bool)
     return masks
+
+
+def shares_weights(parameters: Parameters) -> bool:
+    """Whether the new head has one of the old head's tensors, but for those whose numbers are all equal."""
+    old_head = parameters.get(OLD_HEAD, {})
+    for name, values in parameters.get(NEW_HEAD, {}).items():
+        differ = bool((values != values.flatten()[0]).any())
+        if differ and name in old_head and torch.equal(values, old_head[name]):
+            return True
+    return False
 
 
 def what_became_of(before: State, after: State, parameter: torch.Tensor) -> str:
@@ -431,6 +443,8 @@ def faults_of_injection(findings: Findings, freeze: bool = True) -> list[str]:
     for part in (NEW_HEAD, FROZEN_TWIN):
         if parts[part].changed == "none":
             faults.append(f"{part} is not drawn anew")
+    if findings.new_head_is_old:
+        faults.append(f"{NEW_HEAD} has weights of {OLD_HEAD}: it is not drawn anew")
 
     # in the updates
     learning = [ENCODER, NEW_HEAD]
@@ -442,6 +456,8 @@ def faults_of_injection(findings: Findings, freeze: bool = True) -> list[str]:
                 faults.append(f"{part} is not in the optimizer, or not all of it")
             if "none" in (found.first_update, found.second_update):
                 faults.append(f"{part} does not change at an update: it never learns")
+            elif part == NEW_HEAD and "part" in (found.first_update, found.second_update):
+                faults.append(f"{part} changes in part at an update: some of its weights never learn")
         elif found.first_update != "none" or found.second_update != "none":
             faults.append(f"{part} changes at an update: it is not frozen")
 
@@ -465,13 +481,19 @@ def faults_of_injection(findings: Findings, freeze: bool = True) -> list[str]:
 
 
 def faults_of_recycling(findings: Findings) -> list[str]:
-    """The same of a recycling of dormant units, in a network without normalisation; some must be dormant."""
+    """The same of a recycling of dormant units, in a network without normalisation whose parameters all have
+    moments; some units must be dormant.
+
+    It does not see where more outgoing weights are zero than need be, nor what is between recycled units.
+    """
     faults = []
     if all(found.changed == "none" for found in findings.parts.values()):
         faults.append("nothing was recycled: silence some units first")
     for part, found in findings.parts.items():
         if found.changed == "all":
             faults.append(f"{part} changes as a whole, not just its dormant units")
+        if found.changed != "none" and found.moments != "zeroed in part":
+            faults.append(f"{part}'s moments are {found.moments}: those of recycled weights become zero")
     if findings.new_reaches_q:
         faults.append(
             "recycled units reach Q: other outgoing weights were set to zero than theirs; "

@@ -2,9 +2,9 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +12,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from alternatives import ALTERNATIVES
-from alternatives.alternative import Alternative
 from analysis import fitting
 from analysis.audit import (
     ENCODER,
@@ -41,7 +39,8 @@ all heads is --no-freeze-heads.
 changed: at the intervention. updates: what moves in the first and in the second after it, where they differ
 with a semicolon. optimizer: what it holds. moments: what became of them at the intervention; empty ones were
 so before. ΔQ: its largest change. target: a copy of the online network, or – as before. ∇φ: the encoder's
-gradient is that of the formula. trained: how many numbers, before → after."""
+gradient is that of the formula. trained: how many numbers, before → after.
+All in float32, without captured graphs. A layer norm that is drawn anew has the same constants as before."""
 OBSERVATIONS = 64  # on which Q and gradients are looked at, and on which ReDo decides
 FRESH_STEPS = 200  # of random play in each of 8 games
 FRESH_UPDATES = 100
@@ -69,6 +68,8 @@ def saved_subject(path: Path) -> Subject:
     Raises:
         UsageError: it cannot be read, has no replay to learn from, or lies behind an injection.
     """
+    if not path.is_dir():
+        raise UsageError(f"there is no folder {path}: give runs/FOLDER/checkpoint-STEP")
     checkpoint = load_checkpoint(path)
     args = fitting.saved_args(checkpoint)
     if fitting.num_injections(checkpoint) > 0:
@@ -116,46 +117,28 @@ def silence(network: QNetwork) -> None:
 # The arms
 
 
-def choices(annotation: Any) -> tuple[Any, ...]:
-    """The values that a flag of this type can have, of one that lists them; else none."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) is not Literal:
-        return ()
-    return get_args(annotation)
-
-
-def variants(alternative: Alternative) -> dict[str, dict[str, Any]]:
-    """{name: arguments} of an alternative in each of its kinds; its numbers are the run's."""
-    found: dict[str, dict[str, Any]] = {
-        alternative.name: {"intervention": alternative.name, "moments": "fresh"}
-    }
-    for field in fields(alternative.settings):
-        if not choices(field.type):
-            continue
-        by_choice = {}
-        for name, arguments in found.items():
-            for choice in choices(field.type):
-                by_choice[f"{name}, {choice}"] = arguments | {field.name: choice}
-        found = by_choice
-    if alternative.draws_head:
-        for name, arguments in tuple(found.items()):
-            found[f"{name}, keep"] = arguments | {"moments": "keep"}
-    return found
-
-
 def arms() -> dict[str, dict[str, Any]]:
-    """{name: arguments} of every arm."""
+    """{name: arguments} of every arm in each of its kinds. Numbers that are not here are the run's."""
     injection: dict[str, Any] = {"intervention": "injection", "moments": "fresh", "freeze_heads": True}
-    found: dict[str, dict[str, Any]] = {
+    fresh = {"moments": "fresh"}
+    keep = {"moments": "keep"}
+    return {
         "none": {"intervention": "none"},
         "injection": injection,
-        "injection, keep": injection | {"moments": "keep"},
+        "injection, keep": injection | keep,
         "injection, all heads": injection | {"freeze_heads": False},
+        "reset-moments, head": {"intervention": "reset-moments", "reset_moments_of": "head"},
+        "reset-moments, all": {"intervention": "reset-moments", "reset_moments_of": "all"},
+        "reset-head": {"intervention": "reset-head"} | fresh,
+        "reset-head, keep": {"intervention": "reset-head"} | keep,
+        "shrink-perturb": {"intervention": "shrink-perturb"} | fresh,
+        "shrink-perturb, keep": {"intervention": "shrink-perturb"} | keep,
+        "reset-all": {"intervention": "reset-all"} | fresh,
+        "reset-all, keep": {"intervention": "reset-all"} | keep,
+        "fire": {"intervention": "fire"} | fresh,
+        "fire, keep": {"intervention": "fire"} | keep,
+        "redo": {"intervention": "redo"},
     }
-    for alternative in ALTERNATIVES.values():
-        found |= variants(alternative)
-    return found
 
 
 # The equation, with no module's forward
@@ -264,6 +247,7 @@ def print_audit(path: str, env_id: str = "") -> None:
 
     Raises:
         UsageError: there is no such agent.
+        SystemExit: something is wrong with an arm; it is printed below the table.
     """
     prepare_process()
     if path == NO_CHECKPOINT:
@@ -279,4 +263,10 @@ def print_audit(path: str, env_id: str = "") -> None:
         rows[name] = findings
         wrong += [f"wrong, {name}: {fault}" for fault in found]
     print(f"{where}\n\n{table(rows)}\n\n{LEGEND}")
-    print("\n".join(wrong) or "no fault in injections and recycling", flush=True)
+    if wrong:
+        print("\n".join(wrong), flush=True)
+        raise SystemExit(1)
+    if subject.is_fresh:
+        print("no fault in injections and recycling", flush=True)
+    else:
+        print("no fault in injections; recycling is judged in a fresh agent only", flush=True)

@@ -303,6 +303,22 @@ class TwinIsAnotherDraw(Agent):
         self.sync()
 
 
+class HeadIsACopyOfTheOldOne(Agent):
+    """In its first layer alone, and so is its twin."""
+
+    def inject(self):
+        super().inject()
+        for new in (self.online.head.theta_prime_1[0], self.online.head.theta_prime_2[0]):
+            new[0].load_state_dict(self.online.head.theta[0].state_dict())
+        self.sync()
+
+
+class HeadIsFrozenInPart(Agent):
+    def inject(self):
+        super().inject()
+        self.online.head.theta_prime_1[0][0].requires_grad_(False)
+
+
 class SharesMoments(Agent):
     """What was to be a copy is the same tensors."""
 
@@ -348,6 +364,8 @@ Q_CHANGES = "Q changes at the injection, by up to 0: θ′₁ and θ′₂ must 
         (TargetGetsParametersAlone, [STAYS_BEHIND]),
         (DifferenceComesLast, [f"{Q_CHANGES} before the sum"]),
         (TwinIsAnotherDraw, [f"{Q_CHANGES} before the sum"]),
+        (HeadIsACopyOfTheOldOne, ["θ′₁ has weights of θ: it is not drawn anew"]),
+        (HeadIsFrozenInPart, ["θ′₁ changes in part at an update: some of its weights never learn"]),
         (FrozenHeadsFollowTheirMomentum, ["θ changes at an update: it is not frozen", OTHER_MOMENTS]),
         (SharesMoments, [OTHER_MOMENTS]),
         (TargetWasACopy, ["the target was a copy before: make an update after a sync, or it shows nothing"]),
@@ -475,6 +493,37 @@ def test_recycling_done_right_has_no_fault(agent_with_silent_units):
         assert findings.parts[part].changed == "part" and findings.parts[part].moments == "zeroed in part"
 
 
+def forget_all(agent, _):
+    agent.optimizer.state.clear()
+
+
+def count_anew(agent, _):
+    for state in agent.optimizer.state.values():
+        state["step"].zero_()
+
+
+def keep_moments(agent, before):
+    agent.optimizer.load_state_dict(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "became"),
+    [(forget_all, "emptied"), (count_anew, "changed"), (keep_moments, "kept")],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_recycling_that_does_another_thing_to_moments_is_named(agent_with_silent_units, change, became):
+    agent = agent_with_silent_units
+
+    def recycle_and_change():
+        before = copy.deepcopy(agent.optimizer.state_dict())
+        recycle(agent)
+        change(agent, before)
+
+    assert faults_of_recycling(audited(agent, recycle_and_change)) == [
+        f"{part}'s moments are {became}: those of recycled weights become zero" for part in ("φ", "θ")
+    ]
+
+
 def test_a_recycling_mask_with_the_channels_in_another_order_is_named(agent_with_silent_units, monkeypatch):
     choose = redo.choose
 
@@ -509,10 +558,10 @@ def test_other_faults_of_a_recycling_are_named(agent_with_silent_units):
     def reset_head():
         agent.online.head.theta.load_state_dict(make_head().state_dict())
 
-    whole, reaches = faults_of_recycling(audited(agent, reset_head))
-    assert whole == "θ changes as a whole, not just its dormant units" and reaches.startswith(
-        "recycled units"
-    )
+    whole, moments, reaches = faults_of_recycling(audited(agent, reset_head))
+    assert whole == "θ changes as a whole, not just its dormant units"
+    assert moments == "θ's moments are kept: those of recycled weights become zero"
+    assert reaches.startswith("recycled units")
 
 
 def test_a_unit_that_is_silent_with_one_sign_of_its_new_weights_is_not_missed():

@@ -1,9 +1,8 @@
 """Every arm, done to one Atari agent: what the table says of each, and which agents it takes."""
 
 import functools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import pytest
@@ -14,11 +13,11 @@ from saved_agents import CPU, SMALL, change
 from alternatives import ALTERNATIVES, redo
 from analysis import audited_arms
 from analysis.audit import SAME_GRADIENT, table
-from analysis.audited_arms import arms, audit_arm, print_audit, q_by_the_equation, saved_subject, variants
+from analysis.audited_arms import arms, audit_arm, print_audit, q_by_the_equation, saved_subject
 from dqn_injection_atari import Learner
 from support import measures
 from support.optimizers import moments_by_name
-from support.usage import OnlyWith, UsageError
+from support.usage import UsageError
 
 PAGE = Path(audited_arms.__file__).parent.parent / "docs" / "arms.md"
 BEGIN, END = "<!-- audit -->", "<!-- end of audit -->"
@@ -138,23 +137,6 @@ def test_the_page_of_arms_shows_what_an_audit_finds(rows):
     assert audited_arms.LEGEND in shown
 
 
-@dataclass(frozen=True)
-class Kinds:
-    kind: Annotated[Literal["a", "b"], OnlyWith("intervention", ("reset-head", "none"))] = "a"
-    size: float = 1.0
-
-
-def test_an_alternative_that_is_added_has_its_kinds_in_the_table():
-    alternative = replace(ALTERNATIVES["reset-head"], settings=Kinds)
-    of_all = {"intervention": "reset-head"}
-    assert variants(alternative) == {
-        "reset-head, a": of_all | {"kind": "a", "moments": "fresh"},
-        "reset-head, b": of_all | {"kind": "b", "moments": "fresh"},
-        "reset-head, a, keep": of_all | {"kind": "a", "moments": "keep"},
-        "reset-head, b, keep": of_all | {"kind": "b", "moments": "keep"},
-    }
-
-
 # wrong arms
 
 
@@ -190,7 +172,8 @@ def test_what_is_wrong_with_an_arm_stands_below_the_table(small_and_fresh, monke
 
     monkeypatch.setattr(redo, "choose", in_another_order)
     monkeypatch.setattr(Learner, "_after_intervention", lambda learner, step: None)
-    print_audit("fresh", TINY_GAMES)
+    with pytest.raises(SystemExit, match=r"^1$"):
+        print_audit("fresh", TINY_GAMES)
     wrong = [line for line in lines_of(capsys) if line.startswith("wrong, ")]
     stays_behind = "the target stays behind: it is no copy of the online network after the injection"
     assert wrong[:3] == [f"wrong, {name}: {stays_behind}" for name in INJECTIONS]
@@ -261,6 +244,7 @@ def test_a_checkpoints_own_agent_and_replay_are_audited(checkpoint, capsys):
     assert {row["∇φ"] for row in rows.values()} == {"✓"} and rows["injection"]["ΔQ"] == "0"
     subject = saved_subject(checkpoint)
     assert subject.replay.size() == 90 and not subject.is_fresh
+    assert lines[-1] == "no fault in injections; recycling is judged in a fresh agent only"
 
 
 @pytest.mark.parametrize(
@@ -328,7 +312,7 @@ def test_an_arm_that_the_runs_settings_do_not_allow_is_left_out_and_says_why(che
 def test_a_checkpoint_behind_an_injection_or_without_replay_is_refused(checkpoint, injected_checkpoint):
     with pytest.raises(UsageError, match=r"lies behind an injection, .*: give the checkpoint before it"):
         saved_subject(injected_checkpoint)
-    with pytest.raises(UsageError, match="nowhere cannot be read as a checkpoint"):
+    with pytest.raises(UsageError, match="there is no folder nowhere: give runs/FOLDER/checkpoint-STEP"):
         saved_subject(Path("nowhere"))
 
 

@@ -222,7 +222,7 @@ def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_onl
         (["--audit", "fresh"], "an audit of a fresh agent needs a game: give --env-id PhoenixNoFrameskip-v4"),
         (["--audit", "fresh", "--env-id", "Foo"], "unknown env_id 'Foo'"),
         (["--audit", "a", "--env-id", PHOENIX], "a checkpoint has its own: leave out --env-id"),
-        (["--audit", "nowhere"], "nowhere cannot be read as a checkpoint"),
+        (["--audit", "nowhere"], "there is no folder nowhere: give runs/FOLDER/checkpoint-STEP"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line_with_the_fix(command, arguments, fix):
@@ -291,7 +291,8 @@ def test_a_checkpoint_is_audited(command, checkpoint):
     rows = rows_of_an_audit(printed)
     assert {name.partition(",")[0] for name in rows} == {*INTERVENTIONS, "none"}
     assert rows["injection"][0] == "θ′₁ θ′₂" and rows["reset-head"][0] == "θ"
-    assert printed.endswith("\nno fault in injections and recycling\n") and len(list(Path().iterdir())) == 1
+    assert printed.endswith("\nno fault in injections; recycling is judged in a fresh agent only\n")
+    assert len(list(Path().iterdir())) == 1, "nothing is written"
 
 
 def test_a_checkpoint_behind_an_injection_is_not_audited(command, injected_checkpoint):
