@@ -18,6 +18,12 @@ from support.run_log import SIDE_BY_SIDE
 
 MAX_BINS = 100  # points of a curve
 GAMES_PER_BIN = 10  # at least, on average, in the curves of return
+SHARES = (
+    "plasticity/dormant_fraction",
+    "plasticity/active_fraction",
+    "plasticity/policy_churn",
+    "plasticity/new_heads_share_of_q",
+)
 NOWHERE = np.empty(0)
 LETTERS = 16  # of a legend, in an inch
 SAMPLE = 12  # letters that are as wide as a line's sample in it
@@ -68,6 +74,8 @@ def draw_arm(
     aggregated = np.full((3, len(middles)), np.nan)
     aggregated[:, common] = interval(curves[:, common], aggregate)
     centre, low, high = aggregated
+    if tag in SHARES:
+        low, high = np.clip((low, high), 0, 1)  # a share is no less and no more
     above = 3 if arm.intervention == "none" else 2  # it also shows what the arms share
     for one_run in curves:
         canvas.plot_broken(ax, middles, one_run, color=style.colour, lw=0.6, alpha=0.45, zorder=above)

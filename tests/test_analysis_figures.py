@@ -115,6 +115,19 @@ def test_churn_which_is_measured_at_other_steps_makes_no_measure_undefined_and_i
     assert run.undefined(MEASURE).tolist() == [] and run.undefined(POLICY_CHURN).tolist() == []
 
 
+@pytest.mark.parametrize(("tag", "highest"), [(POLICY_CHURN, 1), ("plasticity/srank/head", 2)])
+def test_the_band_of_a_share_ends_at_1_and_that_of_another_measure_does_not(tag, highest):
+    runs = []
+    for seed, value in ((1, 0.2), (2, 0.9), (3, 1.0)):
+        points = {RETURN: games(seed, 0), tag: [(step, value) for step in MEASURED]}
+        runs.append(make_run(f"r{seed}", points, seed=seed))
+    ax, arms = Figure().subplots(), arms_of(*runs)
+    draw(ax, arms, looks_of(arms), tag, 30, "mean")
+    (band,) = ax.collections
+    top = band.get_paths()[0].vertices[:, 1].max()
+    assert top == pytest.approx(1) if highest == 1 else top > 1.2
+
+
 def test_a_value_between_two_gaps_is_a_dot():
     ax = Figure().subplots()
     plot_broken(ax, np.arange(6), np.array([1, 2, np.nan, 3, np.nan, 4.0]))
