@@ -331,7 +331,8 @@ def test_a_program_begins_once_more_in_utf8_where_names_of_files_are_in_another_
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "compare.py", "l\udcc3\udca4ufe/a b"])
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     monkeypatch.setenv("PYTHONUTF8", "0")
-    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # so that it is taken back, whatever becomes of it
+    monkeypatch.delenv("PYTHONIOENCODING")
     process.begin_in_utf8()
     again = [sys.executable, "-X", "utf8", "-X", "dev", "compare.py", "l\udcc3\udca4ufe/a b"]
     assert begun == ([] if encoding == "utf-8" else [(sys.executable, again)])

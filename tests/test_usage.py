@@ -162,15 +162,19 @@ def test_settings_of_another_version_are_refused_by_the_file_they_are_in(values)
 
 
 PERIODS = """log_frequency target_network_frequency plasticity_frequency eval_frequency checkpoint_frequency
-injection_check_frequency buffer_size""".split()
+injection_check_frequency redo_frequency buffer_size""".split()
+NEEDED = {  # by some of them, to be looked at
+    "injection_check_frequency": {"injection_trigger": "norm"},
+    "redo_frequency": {"intervention": "none"},
+}
 
 
 @pytest.mark.parametrize("name", PERIODS)
 def test_a_period_below_a_vector_step_is_refused_with_the_fix(name):
-    norm = {"injection_trigger": "norm"} if name == "injection_check_frequency" else {}
-    Args(**norm, num_envs=8, **{name: 8})
+    needed = NEEDED.get(name, {})
+    Args(**needed, num_envs=8, **{name: 8})
     with pytest.raises(UsageError) as error:
-        Args(**norm, num_envs=8, **{name: 7})
+        Args(**needed, num_envs=8, **{name: 7})
     flag = f"--{name.replace('_', '-')}"
     fix = f"raise {flag} or lower --num-envs"
     assert str(error.value) == f"{name} is 7, but must be at least num_envs (8): {fix}"
@@ -178,13 +182,13 @@ def test_a_period_below_a_vector_step_is_refused_with_the_fix(name):
 
 @pytest.mark.parametrize("name", PERIODS)
 def test_only_what_may_be_left_out_may_be_zero(name):
-    norm = {"injection_trigger": "norm"} if name == "injection_check_frequency" else {}
+    needed = NEEDED.get(name, {})
     optional = name in ("plasticity_frequency", "eval_frequency", "checkpoint_frequency")
     if optional:
-        Args(**norm, num_envs=8, **{name: 0})
+        Args(**needed, num_envs=8, **{name: 0})
     else:
         with pytest.raises(UsageError, match=f"{name} is 0, but must be 0 or more and at least 1"):
-            Args(**norm, **{name: 0})
+            Args(**needed, **{name: 0})
 
 
 def test_every_period_of_a_run_has_its_bound():
