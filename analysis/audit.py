@@ -458,9 +458,11 @@ def faults_of_injection(findings: Findings, freeze: bool = True) -> list[str]:
                 faults.append(f"{part} is not in the optimizer, or not all of it")
             if "none" in (found.first_update, found.second_update):
                 faults.append(f"{part} does not change at an update: it never learns")
-            # of φ and θ a dead layer may stand still; what was just drawn is not dead
+            # φ and θ may have died in part; what was just drawn stands still only behind a dead φ
             elif part in (NEW_HEAD, FROZEN_TWIN) and "part" in (found.first_update, found.second_update):
-                faults.append(f"{part} changes in part at an update: some of its weights never learn")
+                faults.append(
+                    f"{part} changes in part at an update: is it frozen in part, or {ENCODER} dead?"
+                )
         elif found.first_update != "none" or found.second_update != "none":
             faults.append(f"{part} changes at an update: it is not frozen")
 

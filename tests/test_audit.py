@@ -366,7 +366,7 @@ Q_CHANGES = "Q changes at the injection, by up to 0: θ′₁ and θ′₂ must 
         (DifferenceComesLast, [f"{Q_CHANGES} before the sum"]),
         (TwinIsAnotherDraw, [f"{Q_CHANGES} before the sum"]),
         (HeadIsACopyOfTheOldOne, ["θ′₁ has weights of θ: it is not drawn anew"]),
-        (HeadIsFrozenInPart, ["θ′₁ changes in part at an update: some of its weights never learn"]),
+        (HeadIsFrozenInPart, ["θ′₁ changes in part at an update: is it frozen in part, or φ dead?"]),
         (FrozenHeadsFollowTheirMomentum, ["θ changes at an update: it is not frozen", OTHER_MOMENTS]),
         (SharesMoments, [OTHER_MOMENTS]),
         (TargetWasACopy, ["the target was a copy before: make an update after a sync, or it shows nothing"]),
@@ -394,7 +394,7 @@ def test_what_was_drawn_has_to_learn_as_a_whole_and_what_may_have_died_has_not(u
         if part in ("φ", "θ"):
             assert faults == []
         else:
-            assert faults == [f"{part} changes in part at an update: some of its weights never learn"]
+            assert faults == [f"{part} changes in part at an update: is it frozen in part, or φ dead?"]
 
 
 def test_a_new_head_may_begin_with_the_constants_of_the_old_one_and_with_no_other_tensor():
@@ -405,6 +405,18 @@ def test_a_new_head_may_begin_with_the_constants_of_the_old_one_and_with_no_othe
     assert not auditing.shares_weights({"φ": {"0": drawn}, "θ′₁": {"0": drawn.clone()}}), (
         "before there is a θ"
     )
+
+
+def test_dead_layers_are_no_fault_of_an_injection_but_behind_a_dead_encoder_it_cannot_be_judged():
+    for layer, faults in (
+        ("head.theta.0", []),
+        ("encoder.0", ["θ′₁ changes in part at an update: is it frozen in part, or φ dead?"]),
+    ):
+        agent = Agent()
+        with torch.no_grad():
+            agent.online.get_submodule(layer).weight.zero_()
+            agent.online.get_submodule(layer).bias.fill_(-1)
+        assert faults_of_injection(audited(agent, agent.inject)) == faults
 
 
 class EncoderIsFrozenInPart(Agent):
