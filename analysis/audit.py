@@ -116,7 +116,7 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
         intervene: does the intervention to that agent
 
     Raises:
-        UsageError: there is no part φ, or one without parameters.
+        UsageError: there is no part φ, or one without parameters; or weights of φ are frozen.
     """
     agent = look()
     before = snapshot(agent)
@@ -373,6 +373,8 @@ def shared_moments(agent: Audited) -> set[str]:
 def encoder_gradient(agent: Audited, q_values: torch.Tensor) -> torch.Tensor:
     """Of a sum of the Q-values with fixed random weights, as one vector."""
     parameters = list(agent.network.get_submodule(agent.parts[ENCODER]).parameters())
+    if not all(parameter.requires_grad for parameter in parameters):
+        raise UsageError(f"{ENCODER} has frozen weights: it is to learn on, set requires_grad of all of them")
     weights = torch.randn(q_values.shape, generator=torch.Generator().manual_seed(0))
     total = (q_values * weights.to(q_values.device)).sum()
     gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
@@ -456,8 +458,11 @@ def faults_of_injection(findings: Findings, freeze: bool = True) -> list[str]:
                 faults.append(f"{part} is not in the optimizer, or not all of it")
             if "none" in (found.first_update, found.second_update):
                 faults.append(f"{part} does not change at an update: it never learns")
-            elif part == NEW_HEAD and "part" in (found.first_update, found.second_update):
-                faults.append(f"{part} changes in part at an update: some of its weights never learn")
+            # φ and θ may have died in part; what was just drawn stands still only behind a dead φ
+            elif part in (NEW_HEAD, FROZEN_TWIN) and "part" in (found.first_update, found.second_update):
+                faults.append(
+                    f"{part} changes in part at an update: is it frozen in part, or {ENCODER} dead?"
+                )
         elif found.first_update != "none" or found.second_update != "none":
             faults.append(f"{part} changes at an update: it is not frozen")
 
@@ -484,7 +489,8 @@ def faults_of_recycling(findings: Findings) -> list[str]:
     """The same of a recycling of dormant units, in a network without normalisation whose parameters all have
     moments; some units must be dormant.
 
-    It does not see where more outgoing weights are zero than need be, nor what is between recycled units.
+    It does not see where more outgoing weights are zero than need be, what is between recycled units, nor
+    whether the moments that are zero are those of recycled weights.
     """
     faults = []
     if all(found.changed == "none" for found in findings.parts.values()):

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -365,7 +366,7 @@ Q_CHANGES = "Q changes at the injection, by up to 0: θ′₁ and θ′₂ must 
         (DifferenceComesLast, [f"{Q_CHANGES} before the sum"]),
         (TwinIsAnotherDraw, [f"{Q_CHANGES} before the sum"]),
         (HeadIsACopyOfTheOldOne, ["θ′₁ has weights of θ: it is not drawn anew"]),
-        (HeadIsFrozenInPart, ["θ′₁ changes in part at an update: some of its weights never learn"]),
+        (HeadIsFrozenInPart, ["θ′₁ changes in part at an update: is it frozen in part, or φ dead?"]),
         (FrozenHeadsFollowTheirMomentum, ["θ changes at an update: it is not frozen", OTHER_MOMENTS]),
         (SharesMoments, [OTHER_MOMENTS]),
         (TargetWasACopy, ["the target was a copy before: make an update after a sync, or it shows nothing"]),
@@ -381,6 +382,53 @@ def test_a_wrong_injection_is_named_by_what_is_wrong_with_it_and_by_nothing_else
 def without_numbers(fault):
     """With 0 in the place of each."""
     return re.sub(r"\d[\d.e+-]*", "0", fault)
+
+
+@pytest.mark.parametrize("update", ["first_update", "second_update"])
+def test_what_was_drawn_has_to_learn_as_a_whole_and_what_may_have_died_has_not(update):
+    agent = TrainsAllHeads()
+    findings = audited(agent, agent.inject)
+    for part, found in findings.parts.items():
+        in_part = replace(found, **{update: "part"})
+        faults = faults_of_injection(replace(findings, parts=findings.parts | {part: in_part}), freeze=False)
+        if part in ("φ", "θ"):
+            assert faults == []
+        else:
+            assert faults == [f"{part} changes in part at an update: is it frozen in part, or φ dead?"]
+
+
+def test_a_new_head_may_begin_with_the_constants_of_the_old_one_and_with_no_other_tensor():
+    constant, drawn = torch.ones(3), torch.arange(3.0)
+    assert not auditing.shares_weights({"θ": {"norm": constant}, "θ′₁": {"norm": constant.clone()}})
+    assert auditing.shares_weights({"θ": {"0": drawn}, "θ′₁": {"0": drawn.clone()}})
+    assert not auditing.shares_weights({"θ": {"0": drawn}, "θ′₁": {"0": drawn + 1}})
+    assert not auditing.shares_weights({"φ": {"0": drawn}, "θ′₁": {"0": drawn.clone()}}), (
+        "before there is a θ"
+    )
+
+
+def test_dead_layers_are_no_fault_of_an_injection_but_behind_a_dead_encoder_it_cannot_be_judged():
+    for layer, faults in (
+        ("head.theta.0", []),
+        ("encoder.0", ["θ′₁ changes in part at an update: is it frozen in part, or φ dead?"]),
+    ):
+        agent = Agent()
+        with torch.no_grad():
+            agent.online.get_submodule(layer).weight.zero_()
+            agent.online.get_submodule(layer).bias.fill_(-1)
+        assert faults_of_injection(audited(agent, agent.inject)) == faults
+
+
+class EncoderIsFrozenInPart(Agent):
+    def inject(self):
+        super().inject()
+        self.online.encoder[0].bias.requires_grad_(False)
+
+
+def test_an_encoder_that_is_frozen_is_refused_in_one_line():
+    agent = EncoderIsFrozenInPart()
+    with pytest.raises(UsageError, match=r"^φ has frozen weights: .* set requires_grad of all of them$"):
+        audited(agent, agent.inject)
 
 
 def test_an_injection_that_does_nothing_or_too_much_is_no_injection():
@@ -502,13 +550,19 @@ def count_anew(agent, _):
         state["step"].zero_()
 
 
+def zero_all(agent, _):
+    for state in agent.optimizer.state.values():
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
+
+
 def keep_moments(agent, before):
     agent.optimizer.load_state_dict(before)
 
 
 @pytest.mark.parametrize(
     ("change", "became"),
-    [(forget_all, "emptied"), (count_anew, "changed"), (keep_moments, "kept")],
+    [(forget_all, "emptied"), (count_anew, "changed"), (zero_all, "zeroed"), (keep_moments, "kept")],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_recycling_that_does_another_thing_to_moments_is_named(agent_with_silent_units, change, became):

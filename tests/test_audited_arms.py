@@ -69,6 +69,11 @@ def test_there_is_a_row_for_each_arm_in_each_of_its_kinds(rows):
     assert {name.partition(",")[0] for name in rows} == {"none", "injection", *ALTERNATIVES}
     for name, alternative in ALTERNATIVES.items():
         assert (f"{name}, keep" in rows) == alternative.draws_head
+    for name, arguments in arms().items():
+        alternative = ALTERNATIVES.get(arguments["intervention"])
+        if name.startswith("injection") or (alternative is not None and alternative.draws_head):
+            expected = "keep" if name.endswith(", keep") else "fresh"
+            assert arguments["moments"] == expected, "not the run's own"
     assert {"injection, keep", "injection, all heads", "reset-moments, head", "reset-moments, all"} < set(
         rows
     )
@@ -110,6 +115,14 @@ def test_the_table_says_what_an_arm_does(rows, arm, changed, moments):
 
 def test_nothing_is_wrong_with_injections_and_recycling(audits):
     assert {name for name, (_, faults) in audits.items() if faults} == set()
+
+
+def test_recycling_is_judged_in_a_fresh_agent_alone(subject, audits, checkpoint):
+    nothing_recycled = audits["none"][0]
+    assert audited_arms.faults(subject, arms()["redo"], nothing_recycled) == [
+        "nothing was recycled: silence some units first"
+    ]
+    assert audited_arms.faults(saved_subject(checkpoint), arms()["redo"], nothing_recycled) == []
 
 
 def test_recycled_units_reach_nothing_and_a_new_head_does(audits):
