@@ -1359,8 +1359,8 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
     where = f"checkpoint {checkpoint.path}"
     with reading(checkpoint.path, "this run's checkpoint", "move it away, and go on from another"):
         earlier = tuple(checkpoint.state["learner"]["interventions"])
-    planned = tuple(planned for planned in args.planned_interventions if planned < step)
-    if args.intervention == "none" or args.intervention_period > 0:
+    planned = tuple(planned for planned in args.planned_changes if planned < step)
+    if args.intervention == "none":
         planned = ()
     elif args.injection_trigger == "norm":
         planned = earlier

@@ -147,7 +147,7 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
     if "recycled_from" not in shown:
         shown.append("recycled_from")  # another past than its arguments tell of
     for name in shown:
-        value = setting.get(name)
+        value = setting[name]
         plain = name.replace("_", " ")
         if isinstance(value, bool):
             words.append(plain if value else f"no {plain}")

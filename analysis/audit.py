@@ -401,10 +401,9 @@ def new_reaches_q(agent: Audited, new: Parameters) -> bool:
     That is what changed and is not zero. It is drawn with either sign, so that no unit with a ReLU misses it.
     """
     q_values = agent.network(agent.obs).clone()
-    generator = torch.Generator().manual_seed(0)
+    kept = copy_parameters_of(agent)
     for sign in (1, -1):
-        generator.manual_seed(0)
-        kept = copy_parameters_of(agent)
+        generator = torch.Generator().manual_seed(0)
         for part, parameters in parameters_of(agent).items():
             for name, parameter in parameters.items():
                 drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)

@@ -11,6 +11,7 @@ import numpy as np
 
 from analysis import canvas
 from analysis.arms import TRAINING_RETURN, Arm, describe, short
+from analysis.curves import POLICY_CHURN
 from analysis.intervals import interval
 from analysis.verdict import Comparison, noun, number_in
 from dqn_injection_atari import INTERVENTIONS
@@ -21,7 +22,7 @@ GAMES_PER_BIN = 10  # at least, on average, in the curves of return
 SHARES = (
     "plasticity/dormant_fraction",
     "plasticity/active_fraction",
-    "plasticity/policy_churn",
+    POLICY_CHURN,
     "plasticity/new_heads_share_of_q",
 )
 NOWHERE = np.empty(0)

@@ -135,9 +135,8 @@ def timed_parts(training: script.Training, vector_steps: int) -> dict[str, float
         "update": [(learner, "update")],
     }
     spent = dict.fromkeys(parts, 0.0)
-    shadowed: list[
-        tuple[object, str, Any]
-    ] = []  # and what stood there: a method that is captured, or nothing
+    # and what stood there: a method that is captured, or nothing
+    shadowed: list[tuple[object, str, Any]] = []
 
     def watch(part: str, owner: object, name: str) -> None:
         original = getattr(owner, name)
