@@ -25,9 +25,10 @@ a fresh network? That needs no second arm, but says nothing about the return.
     python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 21 --out img/tasks.png
     python compare.py --probe fresh --env-id PhoenixNoFrameskip-v4
 
-takes each through a sequence of random targets, also as a copy that is injected at a task, and one whose head
-is reset there: does it lose its plasticity, and does an injection restore it (paper, §3)? Without a
-checkpoint, three fresh networks do that.
+takes each through a sequence of random targets, until it has lost its plasticity: until its error has been
+above five times its own best, twice in a row. From there on it goes on as it is, as a copy that is injected,
+and as one whose head is reset: does an injection restore it (paper, §3)? Without a checkpoint, three fresh
+networks do that.
 
     python compare.py --audit runs/A/checkpoint-5000000
     python compare.py --audit fresh --env-id PhoenixNoFrameskip-v4
@@ -55,7 +56,7 @@ try:
     from analysis.audited_arms import print_audit
     from analysis.canvas import FORMATS
     from analysis.curves import write_curves
-    from analysis.fitting import NO_CHECKPOINT, PROBE_LEARNING_RATE, TASKS_LEARNING_RATE, ProbeSettings
+    from analysis.fitting import FRESH_SEQUENCE, NO_CHECKPOINT, ONE_TARGET, SEQUENCE, ProbeSettings
     from analysis.probe import probe
     from analysis.report import report
     from analysis.task_sequence import probe_sequence
@@ -100,16 +101,21 @@ class Settings:
     env_id: str | None = None
     """the game of --probe fresh, whose observations are of random play; or of --audit fresh"""
     probe_tasks: Annotated[int | None, Ge(2)] = None
-    """random targets that are fitted one after the other; by default a single one, for fresh 21"""
+    """random targets that are fitted one after the other. A network that loses its plasticity on the way is
+    followed for five tasks more, and no further. By default a single target, for fresh 40"""
     probe_inject_at: int | None = None
-    """task before which a copy is injected; by default the one at two thirds"""
-    probe_observations: Count = 512
-    """how many observations to fit targets at: replayed ones, for fresh of random play"""
+    """task before which a copy is injected, whatever the errors are; by default the one before which the
+    network has lost its plasticity, by its error"""
+    probe_observations: Annotated[int | None, Ge(1)] = None
+    """how many observations to fit targets at: replayed ones, for fresh of random play; by default 512, for
+    fresh 256"""
     probe_updates: Annotated[int | None, Ge(1)] = None
     """gradient steps at each target, with the run's batch size; by default 1,000, in a sequence 200"""
     probe_learning_rate: Annotated[float | None, Interval(gt=0, lt=math.inf)] = None
-    """of all networks, whatever the run's was; by default 1e-4, in a sequence of tasks 5e-4. A higher one is
-    no good for a single target: an agent that has lost plasticity may fit it as well as any"""
+    """of all networks, whatever the run's was; by default 1e-4, in a sequence of tasks 5e-4, for fresh 1e-3.
+    For a single target a higher one is no good: an agent that has lost plasticity may fit it as well as any"""
+    probe_head_width: Annotated[int | None, Ge(1)] = None
+    """hidden units in the head of the networks of --probe fresh; by default 64"""
     probe_seeds: Count = 3
     """repetitions, each with its own targets, batches, fresh weights and injection"""
 
@@ -134,6 +140,10 @@ def check(settings: Settings, named: Collection[str] = ()) -> None:
     if fresh != (settings.env_id is not None):
         raise UsageError(
             "fresh and env_id belong together: give --probe fresh --env-id PhoenixNoFrameskip-v4, or neither"
+        )
+    if settings.probe_head_width is not None and settings.probe and not fresh:
+        raise UsageError(
+            "probe_head_width is of fresh networks, an agent has its own: leave out --probe-head-width"
         )
     if settings.probe_inject_at is not None and not (settings.probe_tasks or fresh):
         raise UsageError("probe_inject_at is a task of a sequence: give --probe-tasks")
@@ -209,6 +219,20 @@ def compare_runs(settings: Settings, out: Path | None) -> None:
         print(f"wrote {path}, {path.stat().st_size / 1e3:,.0f} kB")
 
 
+def probe_settings(settings: Settings, tasks: int | None) -> ProbeSettings:
+    """How networks are probed: as the command line says, else as is usual for what is probed."""
+    usual = ONE_TARGET if tasks is None else SEQUENCE
+    if NO_CHECKPOINT in settings.probe:
+        usual = FRESH_SEQUENCE
+    return ProbeSettings(
+        observations=settings.probe_observations or usual.observations,
+        updates=settings.probe_updates or usual.updates,
+        seeds=settings.probe_seeds,
+        learning_rate=settings.probe_learning_rate or usual.learning_rate,
+        head_width=settings.probe_head_width or usual.head_width,
+    )
+
+
 def main() -> None:
     with ends_in_one_line():
         settings = tyro.cli(Settings, description=__doc__, args=words_given())
@@ -219,15 +243,8 @@ def main() -> None:
         out = Path(settings.out) if settings.out is not None else None
         tasks = settings.probe_tasks
         if tasks is None and NO_CHECKPOINT in settings.probe:
-            tasks = 21
-        updates = 1_000 if tasks is None else 200
-        learning_rate = PROBE_LEARNING_RATE if tasks is None else TASKS_LEARNING_RATE
-        how = ProbeSettings(
-            observations=settings.probe_observations,
-            updates=settings.probe_updates or updates,
-            seeds=settings.probe_seeds,
-            learning_rate=settings.probe_learning_rate or learning_rate,
-        )
+            tasks = 40
+        how = probe_settings(settings, tasks)
         if not settings.probe:
             compare_runs(settings, out)
         elif tasks is None:

@@ -25,20 +25,26 @@ Errors = Sequence[float] | np.ndarray  # one per seed
 FRESH = "fresh network"
 CONTENDERS = ("agent", "agent, injected", FRESH)  # of a probe
 NO_CHECKPOINT = "fresh"  # in its place: a fresh network and random play
-# Whatever the agent was trained with: at a high rate 1,000 updates fit anything, so those agents looked best
-# that had most to gain; at 1e-4 the probe saw them (docs/results.md)
-PROBE_LEARNING_RATE = 1e-4
-TASKS_LEARNING_RATE = 5e-4  # a task of a sequence has few updates, in which 1e-4 learns hardly anything
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How checkpoints are probed."""
+    """How networks are probed."""
 
     observations: int
     updates: int  # at each target
     seeds: int
     learning_rate: float  # of all networks, whatever the run's was
+    head_width: int = Args.head_width  # of networks that are no agent's
+
+
+# At a high rate 1,000 updates fit anything, whatever the agent was trained with, so those agents looked best
+# that had most to gain; at 1e-4 the probe saw them (docs/results.md)
+ONE_TARGET = ProbeSettings(observations=512, updates=1_000, seeds=3, learning_rate=1e-4)
+# a task of a sequence has few updates, in which 1e-4 learns hardly anything
+SEQUENCE = ProbeSettings(observations=512, updates=200, seeds=3, learning_rate=5e-4)
+# chosen since networks lose plasticity in minutes (docs/results.md)
+FRESH_SEQUENCE = ProbeSettings(observations=256, updates=200, seeds=3, learning_rate=1e-3, head_width=64)
 
 
 def saved_args(checkpoint: Checkpoint) -> Args:
@@ -80,9 +86,16 @@ def read_subject(path: Path, rate: float) -> Checkpoint:
     return replace(checkpoint, meta=checkpoint.meta | {"args": args})
 
 
-def fresh_subject(env_id: str, seed: int, rate: float) -> Checkpoint:
+def fresh_subject(env_id: str, seed: int, settings: ProbeSettings) -> Checkpoint:
     """A network that has learned nothing, as if it were in a checkpoint, without replay."""
-    args = Args(env_id=env_id, env_backend="ale", num_envs=8, seed=seed, learning_rate=rate)
+    args = Args(
+        env_id=env_id,
+        env_backend="ale",
+        num_envs=8,
+        seed=seed,
+        learning_rate=settings.learning_rate,
+        head_width=settings.head_width,
+    )
     with contextlib.closing(make_envs(args)) as envs:
         learner = Learner(args, int(envs.single_action_space.n), torch.device("cpu"))
     meta = {"step": 0, "args": asdict(args)}
@@ -155,6 +168,7 @@ def measured_on(subject: Checkpoint, settings: ProbeSettings) -> dict[str, Any]:
         "step": subject.step,
         "injections": num_injections(subject),
         "learning_rate": settings.learning_rate,
+        "head_width": args.head_width,
         "batch_size": args.batch_size,
         "probe_observations": settings.observations,
         "probe_updates": settings.updates,
@@ -241,9 +255,9 @@ def relative_error(errors: Errors, reference: Errors) -> dict[str, Any] | None:
 
     Returns:
         "per_seed" (seeds,), and their "ratio" and "interval", see `geometric_interval`, None for one seed;
-        or None where an error is not finite or 0
+        or None where an error is not finite or 0, or there is none
     """
-    if not all(0 < error < math.inf for error in (*errors, *reference)):
+    if not len(errors) or not all(0 < error < math.inf for error in (*errors, *reference)):
         return None
     logs = np.log(errors) - np.log(reference)
     ratio, low, high = geometric_interval(logs, min_seeds=2).tolist()

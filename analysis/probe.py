@@ -77,11 +77,11 @@ def judged(relative: dict[str, Any], above: str = "worse", neither: str = "no cl
 
 def remark(rate: float) -> str | None:
     """What to know of the learning rate of a probe of one target; None at the default and below."""
-    if rate <= fitting.PROBE_LEARNING_RATE:
+    if rate <= fitting.ONE_TARGET.learning_rate:
         return None
     doubt = f"at learning rate {rate:g} an agent may fit well that has lost plasticity"
     reason = "with enough updates a high rate fits anything"
-    return f"{doubt}: {reason}; leave out --probe-learning-rate for {fitting.PROBE_LEARNING_RATE:g}"
+    return f"{doubt}: {reason}; leave out --probe-learning-rate for {fitting.ONE_TARGET.learning_rate:g}"
 
 
 def probe_in_words(result: dict[str, Any]) -> str:

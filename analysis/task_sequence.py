@@ -1,8 +1,7 @@
 """Does a network that fits random targets in a sequence get worse at it, and an injection mend that (§3)?"""
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from alternatives import ALTERNATIVES
 from analysis import canvas, fitting
-from analysis.fitting import ProbeSettings
+from analysis.fitting import FRESH, ProbeSettings
 from analysis.intervals import geometric_interval, interval
 from analysis.probe import each_probed, judged, plain, times, write_json
 from dqn_injection_atari import Learner
@@ -23,9 +22,8 @@ from support.usage import UsageError
 SAME = "one network"
 INJECTED = "injected"
 RESET = "head reset"
-EACH_FRESH = "a fresh network for each task"
-BRANCHES = (INJECTED, RESET)
-NAMES = (SAME, *BRANCHES, EACH_FRESH)
+COPIES = (INJECTED, RESET)
+NAMES = (SAME, *COPIES, FRESH)
 MEASURED = ("start", "error", "dormant", "encoder_active")
 DRAWN = {
     "error": "error at the end of the task",
@@ -36,14 +34,19 @@ LOOKS = {
     SAME: canvas.Look(canvas.INK, "-", ""),
     INJECTED: canvas.Look(canvas.COLOURS[0], "-", "s"),
     RESET: canvas.Look(canvas.COLOURS[1], "-.", "^", shift=0.5),
-    EACH_FRESH: canvas.Look("#999999", "--", ""),
+    FRESH: canvas.Look("#999999", "--", ""),
 }
+LOST = 5  # times its own smallest error: a network that is above that has lost plasticity,
+IN_A_ROW = 2  # if it is in as many tasks, one after the other, since one task may be harder than others
+FOLLOWED = 5  # tasks of all networks from there on
 LEARNED = 0.9  # a network that leaves more than this of its error has not learned the task
 
 
-def early(inject_at: int) -> slice:
-    """The one network's first five tasks before the injection; from the second, as it may begin fresh."""
-    return slice(min(1, inject_at - 2), min(6, inject_at - 1))
+def has_lost(errors: Sequence[float]) -> bool:
+    """Whether a network's last errors, one per task, say that it has lost plasticity by its own standard."""
+    before = errors[:-IN_A_ROW]
+    last = errors[-IN_A_ROW:]
+    return len(before) > 0 and min(last) > LOST * min(before)
 
 
 def twin(learner: Learner) -> Learner:
@@ -64,138 +67,229 @@ def measured_shares(learner: Learner, obs: torch.Tensor) -> dict[str, float]:
 
 
 def run_tasks(
-    subject: Checkpoint, obs: torch.Tensor, tasks: int, inject_at: int, updates: int, seed: int
+    subject: Checkpoint, obs: torch.Tensor, tasks: int, inject_at: int | None, updates: int, seed: int
 ) -> Iterator[dict[str, dict[str, float]]]:
     """One network through a sequence of tasks, and those that it is compared with.
 
-    A task is a random target of its own, and `fit`'s updates towards it. All networks get the same tasks and
-    batches. Before task `inject_at`, counted from 1, the one network is copied, moments included; one copy is
-    injected, and of another the head is reset. `seed` decides targets, batches, and all weights drawn.
+    A task is a random target of its own, and `fit`'s updates towards it. Before task `inject_at`, counted
+    from 1, the one network is copied, moments included; one copy is injected, and of another the head is
+    reset. With None that is as soon as the network `has_lost`, and the sequence ends `FOLLOWED` tasks later.
+    All get the same tasks and batches. A fresh network fits the first task alone, since tasks are alike.
+    `seed` decides targets, batches, and all weights drawn.
 
     Yields:
         of each task {network's name: what is `MEASURED`}: "start" and "error" are the mean squared error at
-        its start and at its end, where `unit_measures` are taken
+        its start and at its end, where `measured_shares` are taken
     """
     rng = np.random.default_rng(seed)
     network = fitting.make_contender("agent", subject, seed, obs.device)
     copies: dict[str, Learner] = {}
-    for task in range(1, tasks + 1):
+    errors: list[float] = []
+    last = tasks
+    task = 0
+    while task < last:
+        task += 1
         targets, batches, for_fresh = fitting.next_task(subject, obs, updates, rng)
-        if task == inject_at:
-            copies = {name: twin(network) for name in BRANCHES}
+        learners = {SAME: network}
+        if task == 1:
+            learners[FRESH] = fitting.make_contender(FRESH, subject, for_fresh, obs.device)
+        due = has_lost(errors) if inject_at is None else task == inject_at
+        if due and not copies:
+            copies = {name: twin(network) for name in COPIES}
             copies[INJECTED].inject()
             copies[RESET].apply(ALTERNATIVES["reset-head"])
-        fresh = fitting.make_contender(fitting.FRESH, subject, for_fresh, obs.device)
+            if inject_at is None:
+                last = task + FOLLOWED - 1
         measured = {}
-        for name, learner in {SAME: network, **copies, EACH_FRESH: fresh}.items():
+        for name, learner in (learners | copies).items():
             start, end = fitting.fit(learner, obs, targets, batches)
             measured[name] = {"start": start, "error": end} | measured_shares(learner, obs)
+        errors.append(measured[SAME]["error"])
         yield measured
 
 
 def run_sequence(
-    path: Path, env_id: str, tasks: int, inject_at: int, settings: ProbeSettings
+    path: Path, env_id: str, tasks: int, inject_at: int | None, settings: ProbeSettings
 ) -> dict[str, Any]:
     """`run_tasks` with several seeds, for an agent, or for fresh networks on frames of random play.
 
     Returns:
-        plain data: what is `MEASURED` {name: (seeds, tasks)}, None where there is none or it is not finite;
-        "relative" {name: {"at", "since"}}, see `relative_error`: its error in task `inject_at`, and its mean
-        from there on, as a multiple of the one network's mean in its `early` tasks; "relative_to_fresh"
-        {name: ...}, its mean as a multiple of the fresh networks'; "sentence"; and `measured_on`
+        plain data: what is `MEASURED` {name: a list for each seed, with a number for each task}, None where
+        there is none or it is not finite; "copied_before", a task for each seed, or None; what
+        `compare_copies` says; "sentence"; and `measured_on`
     """
-    seeds = settings.seeds
     if path == Path(fitting.NO_CHECKPOINT):
-        subjects = [fitting.fresh_subject(env_id, seed, settings.learning_rate) for seed in range(seeds)]
+        subjects = [fitting.fresh_subject(env_id, seed, settings) for seed in range(settings.seeds)]
     else:
-        subjects = [fitting.read_subject(path, settings.learning_rate)] * seeds
+        subjects = [fitting.read_subject(path, settings.learning_rate)] * settings.seeds
     obs = fitting.observations_for(subjects[0], settings.observations)
-    curves: dict[str, dict[str, np.ndarray]] = {}
-    for measure in MEASURED:
-        curves[measure] = {name: np.full((seeds, tasks), math.nan) for name in NAMES}
-    with tqdm(total=seeds * tasks, desc=f"tasks of {path}", leave=False, disable=None) as progress:
-        for seed, subject in enumerate(subjects):
-            course = run_tasks(subject, obs, tasks, inject_at, settings.updates, seed)
-            for task, measured in enumerate(course):
-                for name, measure in itertools.product(measured, MEASURED):
-                    curves[measure][name][seed, task] = measured[name][measure]
-                progress.update()
     result = fitting.measured_on(subjects[0], settings)
-    result |= {"probe_tasks": tasks, "probe_inject_at": inject_at}
-    for measure, by_name in curves.items():
-        result[measure] = {name: plain(values.tolist()) for name, values in by_name.items()}
-    early_error = curves["error"][SAME][:, early(inject_at)].mean(axis=1)
-    fresh_error = curves["error"][EACH_FRESH][:, inject_at - 1 :].mean(axis=1)
-    result |= {"relative": {}, "relative_to_fresh": {}}
-    for name, error in curves["error"].items():
-        at = fitting.relative_error(error[:, inject_at - 1], early_error)
-        error_since = error[:, inject_at - 1 :].mean(axis=1)
-        result["relative"][name] = {"at": at, "since": fitting.relative_error(error_since, early_error)}
-        if name != EACH_FRESH:
-            result["relative_to_fresh"][name] = fitting.relative_error(error_since, fresh_error)
+    result |= {"probe_tasks": tasks, "probe_inject_at": inject_at, "copied_before": []}
+    for measure in MEASURED:
+        result[measure] = {name: [] for name in NAMES}
+    with tqdm(total=settings.seeds * tasks, desc=f"tasks of {path}", leave=False, disable=None) as progress:
+        for seed, subject in enumerate(subjects):
+            copied_before = None
+            for name in NAMES:
+                for measure in MEASURED:
+                    result[measure][name].append([])
+            course = run_tasks(subject, obs, tasks, inject_at, settings.updates, seed)
+            for task, measured in enumerate(course, start=1):
+                if INJECTED in measured and copied_before is None:
+                    copied_before = task
+                for name in NAMES:
+                    for measure in MEASURED:
+                        value = measured[name][measure] if name in measured else math.nan
+                        result[measure][name][seed].append(plain(value))
+                progress.update()
+            result["copied_before"].append(copied_before)
+    result |= compare_copies(result)
     return result | {"sentence": sequence_in_words(result)}
+
+
+def compare_copies(result: dict[str, Any]) -> dict[str, Any]:
+    """What the networks did from the task on before which the copies were made.
+
+    Returns:
+        "best" (seeds,), the one network's smallest error up to there; "since" {name: (seeds,)}, mean errors
+        from there on, None where nothing was copied; and these as multiples of others, see `relative_error`,
+        of the seeds with copies: "relative_to_best" and "relative_to_fresh" {name: ...}, and of the copies
+        "relative_to_one", to the one network's
+    """
+    copied = [seed for seed, task in enumerate(result["copied_before"]) if task is not None]
+    best = []
+    since = {name: np.full(len(result["copied_before"]), math.nan) for name in (SAME, *COPIES)}
+    for seed, task in enumerate(result["copied_before"]):
+        best.append(np.array(result["error"][SAME][seed][: task and task - 1], float).min())
+        for name, mean_errors in since.items():
+            if task is not None:
+                mean_errors[seed] = np.array(result["error"][name][seed][task - 1 :], float).mean()
+    fresh = np.array([of_seed[0] for of_seed in result["error"][FRESH]], float)
+    standards = {"best": np.array(best), "fresh": fresh, "one": since[SAME]}
+    found: dict[str, Any] = {"best": plain(best)}
+    found["since"] = {name: plain(mean_errors.tolist()) for name, mean_errors in since.items()}
+    for standard, reference in standards.items():
+        found[f"relative_to_{standard}"] = {
+            name: fitting.relative_error(mean_errors[copied], reference[copied])
+            for name, mean_errors in since.items()
+            if mean_errors is not reference
+        }
+    return found
+
+
+def num_recovered(result: dict[str, Any]) -> int:
+    """How many of the networks that had lost plasticity are in the end, left alone, no longer so bad."""
+    count = 0
+    for seed, task in enumerate(result["copied_before"]):
+        if task is not None and result["error"][SAME][seed][-1] <= LOST * result["best"][seed]:
+            count += 1
+    return count
+
+
+def in_a_list(numbers: Iterable[int]) -> str:
+    """`3, 5 and 8`"""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def no_answer(result: dict[str, Any]) -> str | None:
+    """Why the tasks do not tell anything, and what to change; None where they do."""
+    errors = [np.array(of_seed, float) for of_seed in result["error"][SAME]]
+    if not all(np.isfinite(of_seed).all() for of_seed in errors):
+        return "a network diverged, lower --probe-learning-rate"
+    start = np.mean([of_seed[0] for of_seed in result["start"][FRESH]])
+    enough = LEARNED * start
+    if result["probe_inject_at"] is None:
+        enough = start / LOST  # or no error could ever say that plasticity is lost
+    if np.mean(result["best"]) > enough:
+        fix = "raise --probe-updates or change --probe-learning-rate"
+        return f"{result['probe_updates']:,} updates hardly fit a target, {fix}"
+    if any(result["copied_before"]) and None in result["relative_to_one"].values():
+        return "a copy diverged, lower --probe-learning-rate"
+    return None
 
 
 def sequence_in_words(result: dict[str, Any]) -> str:
     """What a result of `run_sequence` says, in one sentence."""
-    relative = result["relative"]
-    at = result["probe_inject_at"]
-    tasks = result["probe_tasks"]
-    for name in (SAME, *BRANCHES):
-        if None in relative[name].values():
-            return "no answer: a network diverged, lower --probe-learning-rate"
-    first = early(at)
-    error = np.array(result["error"][SAME], float)[:, first].mean()
-    if error > LEARNED * np.array(result["start"][EACH_FRESH], float)[:, first].mean():
-        fix = "raise --probe-updates or change --probe-learning-rate"
-        return f"no answer: {result['probe_updates']:,} updates hardly fit a target, {fix}"
-
-    def against_early(name: str, when: str, *words: str) -> str:
-        return f"{times(relative[name][when])} ({judged(relative[name][when], *words)})"
-
-    loss = against_early(SAME, "since", "plasticity was lost", "no clear loss of plasticity")
-    standard = f"the one network's own error in tasks {first.start + 1} to {first.stop}"
-    injected = f"{against_early(INJECTED, 'at')} in that task and {against_early(INJECTED, 'since')}"
-    reset = f"{against_early(RESET, 'at')} and {against_early(RESET, 'since')}"
-    return (
-        f"relative to {standard}: in tasks {at} to {tasks} it is {loss}; "
-        f"with an injection before task {at} it is {injected} in tasks {at} to {tasks}, "
-        f"with the head reset there {reset}"
-    )
+    reason = no_answer(result)
+    if reason is not None:
+        return f"no answer: {reason}"
+    networks = len(result["copied_before"])
+    copied = [task for task in result["copied_before"] if task is not None]
+    standard = f"error above {LOST}× its own best, {IN_A_ROW} tasks in a row"
+    if not copied:
+        return f"none of {networks} networks lost plasticity in {result['probe_tasks']} tasks ({standard})"
+    alone = f"{times(result['relative_to_best'][SAME])} its own best"
+    if result["probe_inject_at"] is None:
+        before = f"before {'tasks' if len(copied) > 1 else 'task'} {in_a_list(copied)}"
+        begin = f"{len(copied)} of {networks} networks lost plasticity, {before} ({standard})"
+        alone += f", {num_recovered(result)} recovered"
+    else:
+        begin = f"{networks} networks, copied before task {copied[0]}"
+    parts = [f"{begin}; from there on the error of one that is left alone is {alone}"]
+    for name, deed in ((INJECTED, "with an injection"), (RESET, "with the head reset")):
+        relative = result["relative_to_one"][name]
+        better = sum(ratio < 1 for ratio in relative["per_seed"])
+        verdict = f"{judged(relative)}, lower in {better} of {len(copied)}"
+        parts.append(f"{deed} it is {times(relative)} that ({verdict})")
+    return "; ".join(parts)
 
 
-def sequence_table(result: dict[str, Any]) -> str:
-    """Markdown: each network's error at the end of tasks, and what its units still do in the end."""
-    tasks = result["probe_tasks"]
-    at = result["probe_inject_at"]
-    spans = sorted({(early(at).start + 1, early(at).stop), (max(1, at - 5), at - 1), (at, at), (at, tasks)})
-    titles = [f"task {a}" if a == b else f"tasks {a}–{b}" for a, b in spans]
-    units = ["head dormant in the end", "encoder active in the end"]
-    lines = [["mean squared error at the end of", *titles, *units]]
-    lines.append(["---"] * len(lines[0]))
-    for name in NAMES:
-        errors = np.array(result["error"][name], float)
-        cells = [in_cell(errors[:, a - 1 : b].mean(axis=1)) for a, b in spans]
-        for measure in ("dormant", "encoder_active"):
-            share = np.array(result[measure][name], float)[:, -1].mean()
-            cells.append(f"{share:.0%}" if math.isfinite(share) else "–")
-        lines.append([name, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def in_cell(errors: np.ndarray) -> str:
-    """`0.123 [0.1, 0.146]`: geometric mean and its interval of one error per seed; – where there is none."""
-    if not np.isfinite(errors).all():
+def cell(errors: np.ndarray) -> str:
+    """`0.123 [0.1, 0.146]`: geometric mean and its interval of one error per seed; – where one is missing."""
+    if not len(errors) or not np.isfinite(errors).all():
         return "–"
     centre, low, high = geometric_interval(np.log(errors))
     return f"{centre:.3g}" if math.isnan(low) else f"{centre:.3g} [{low:.3g}, {high:.3g}]"
 
 
+def sequence_table(result: dict[str, Any]) -> str:
+    """Markdown: a row for each network, then geometric means of those that were copied."""
+    columns = {
+        "best error": np.array(result["best"], float),
+        "then: left alone": np.array(result["since"][SAME], float),
+        "injected": np.array(result["since"][INJECTED], float),
+        "head reset": np.array(result["since"][RESET], float),
+        "a fresh network": np.array([of_seed[0] for of_seed in result["error"][FRESH]], float),
+    }
+    lines = [["network", "copied before task", *columns, "head dormant by then", "encoder active by then"]]
+    lines.append(["---"] * len(lines[0]))
+    for seed, task in enumerate(result["copied_before"]):
+        line = [f"seed {seed}", "–" if task is None else str(task)]
+        line += [cell(errors[[seed]]) for errors in columns.values()]
+        for measure in ("dormant", "encoder_active"):
+            share = result[measure][SAME][seed][-1 if task is None else task - 2]
+            line.append("–" if share is None else f"{share:.0%}")
+        lines.append(line)
+    copied = [seed for seed, task in enumerate(result["copied_before"]) if task is not None]
+    if len(copied) > 1:
+        means = [cell(errors[copied]) for errors in columns.values()]
+        lines.append([f"{len(copied)} that were copied", "", *means, "", ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def aligned(result: dict[str, Any], measure: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Tasks counted from that before which the copies were made, which is 0; and a row for each network.
+
+    Networks without copies have no row. But where none has any, all have, and tasks count from 1.
+    """
+    copied = result["copied_before"]
+    rows = [seed for seed, task in enumerate(copied) if task is not None] or range(len(copied))
+    firsts = [0 if copied[seed] is None else copied[seed] for seed in rows]
+    lengths = [len(result[measure][name][seed]) for seed in rows]
+    begin = 1 - max(firsts)
+    end = max(length - first for length, first in zip(lengths, firsts, strict=True))
+    values = np.full((len(rows), end - begin + 1), math.nan)
+    for row, (seed, first) in enumerate(zip(rows, firsts, strict=True)):
+        place = 1 - first - begin
+        values[row, place : place + lengths[row]] = np.array(result[measure][name][seed], float)
+    return np.arange(begin, end + 1), values
+
+
 def draw_panel(ax: canvas.Axes, result: dict[str, Any], measure: str) -> None:
-    """Of each network the seeds' values at the end of each task, their mean and its interval."""
-    task = np.arange(1, result["probe_tasks"] + 1)
-    for name in NAMES:
-        values = np.array(result[measure][name], float)
+    """Of each network its values at the end of each task, and where all have one their mean and interval."""
+    for name in (SAME, *COPIES):
+        task, values = aligned(result, measure, name)
         if measure == "error":
             centre, low, high = geometric_interval(np.log(values))
         else:
@@ -204,8 +298,16 @@ def draw_panel(ax: canvas.Axes, result: dict[str, Any], measure: str) -> None:
         canvas.plot_broken(ax, task, centre, **style.line, lw=2, label=name)
         ax.fill_between(task, low, high, color=style.colour, alpha=0.18, lw=0)
         ax.plot(task, values.T, color=style.colour, lw=0.6, alpha=0.4)
-    ax.axvline(result["probe_inject_at"], **canvas.DASHED, label="injection or reset, before this task")
+    if any(result["copied_before"]):
+        ax.axvline(-0.5, **canvas.DASHED, label="injection or reset")
     if measure == "error":
+        fresh = np.array([of_seed[0] for of_seed in result["error"][FRESH]], float)
+        ax.axhline(
+            float(geometric_interval(np.log(fresh))[0]),
+            color=LOOKS[FRESH].colour,
+            ls=LOOKS[FRESH].dashes,
+            label=FRESH,
+        )
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(canvas.LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
@@ -224,12 +326,16 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
         for ax, measure in zip(column, DRAWN, strict=True):
             draw_panel(ax, result, measure)
         fresh = result["checkpoint"] == fitting.NO_CHECKPOINT
-        network = "a fresh network" if fresh else f"the agent of step {result['step']:,}"
-        title = f"{result['env_id']}: {network}, one random target after another"
+        subject = "fresh networks" if fresh else f"the agent of step {result['step']:,}"
+        copied = [task for task in result["copied_before"] if task is not None]
+        title = f"{result['env_id']}: {subject}, one random target after another"
+        counted = "task"
+        if copied:
+            title += f"\n{len(copied)} of {len(result['copied_before'])} that were copied"
+            counted = "tasks since the copies were made"
         column[0].set_title(title, loc="left", fontweight="bold", fontsize=10)
-        column[-1].set_xlim(0.5, result["probe_tasks"] + 0.5)
         column[-1].xaxis.set_major_locator(canvas.MaxNLocator(integer=True))
-        column[-1].set_xlabel(f"task ({result['probe_updates']:,} updates each)")
+        column[-1].set_xlabel(f"{counted} ({result['probe_updates']:,} updates each)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=3, loc="outside lower left")
     canvas.save(figure, path)
 
@@ -238,13 +344,12 @@ def probe_sequence(
     paths: Iterable[str], env_id: str, tasks: int, inject_at: int | None, settings: ProbeSettings, out: Path
 ) -> list[dict[str, Any]]:
     """Prints, draws, writes and returns `run_sequence` of every checkpoint."""
-    at = max(2, tasks * 2 // 3) if inject_at is None else inject_at
-    if not 1 < at <= tasks:
+    if inject_at is not None and not 1 < inject_at <= tasks:
         fix = "change --probe-inject-at or --probe-tasks"
-        raise UsageError(f"probe_inject_at is {at}, but must be 2 to {tasks}: {fix}")
+        raise UsageError(f"probe_inject_at is {inject_at}, but must be 2 to {tasks}: {fix}")
 
     def measure(path: Path) -> dict[str, Any]:
-        return run_sequence(path, env_id, tasks, at, settings)
+        return run_sequence(path, env_id, tasks, inject_at, settings)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
