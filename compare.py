@@ -113,7 +113,7 @@ class Settings:
     """gradient steps at each target, with the run's batch size; by default 1,000, in a sequence 200"""
     probe_learning_rate: Annotated[float | None, Interval(gt=0, lt=math.inf)] = None
     """of all networks, whatever the run's was; by default 1e-4, in a sequence of tasks 5e-4, for fresh 1e-3.
-    For a single target a higher one is no good: an agent that has lost plasticity may fit it as well as any"""
+    For a single target a higher one is no good: an agent that has lost plasticity may fit it, too"""
     probe_head_width: Annotated[int | None, Ge(1)] = None
     """hidden units in the head of the networks of --probe fresh; by default 64"""
     probe_seeds: Count = 3
