@@ -221,8 +221,9 @@ def sequence_in_words(result: dict[str, Any]) -> str:
         return f"none of {networks} networks lost plasticity in {result['probe_tasks']} tasks ({standard})"
     alone = f"{times(result['relative_to_best'][SAME])} its own best"
     if result["probe_inject_at"] is None:
-        before = f"before {'tasks' if len(copied) > 1 else 'task'} {in_a_list(copied)}"
-        begin = f"{len(copied)} of {networks} networks lost plasticity, {before} ({standard})"
+        tasks = "tasks" if len(copied) > 1 else "task"
+        begin = f"{len(copied)} of {networks} networks lost plasticity, "
+        begin += f"before {tasks} {in_a_list(copied)} ({standard})"
         alone += f", {num_recovered(result)} recovered"
     else:
         begin = f"{networks} networks, copied before task {copied[0]}"

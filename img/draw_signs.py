@@ -111,7 +111,7 @@ def add_probe(agents: Agents, path: Path) -> None:
         if agent is None or checkpoint.name != f"checkpoint-{agent.step}":
             print(f"left out of {path}: {checkpoint}, no gain is known from there on")
         elif None in ratios:
-            print(f"left out of {path}: {checkpoint}, it diverged")
+            print(f"left out of {path}: {checkpoint}, it diverged, or no copy was made")
         else:
             as_it_is, injected = (ratio["ratio"] for ratio in ratios)
             agent.measures[f"{path.stem}, agent"] = as_it_is

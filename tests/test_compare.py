@@ -195,6 +195,7 @@ def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_onl
             "must be 2 to 4: change --probe-inject-at",
         ),
         (["--probe", "a", "--probe-inject-at", 5], "give --probe-tasks"),
+        (["--probe", "a", "--probe-head-width", 9], "an agent has its own: leave out --probe-head-width"),
         (["--probe", "a", "--probe-tasks", 4], "a cannot be read as a checkpoint"),
         (["--probe", "a", "--env-id", PHOENIX], "give --probe fresh --env-id"),
         (["--probe", "fresh"], "give --probe fresh --env-id"),
@@ -273,7 +274,12 @@ def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
     command("--probe", "fresh", "--env-id", PHOENIX, "--out", "d.png")
     assert given == [
         (("a",), "", 4, 3, ProbeSettings(5, 200, 3, 0.1), Path("tasks.png")),
-        (("fresh",), PHOENIX, 21, None, ProbeSettings(512, 200, 3, 5e-4), Path("d.png")),
+        (("fresh",), PHOENIX, 40, None, ProbeSettings(256, 200, 3, 1e-3, 64), Path("d.png")),
+    ]
+    given.clear()
+    command("--probe", "fresh", "--env-id", PHOENIX, "--probe-tasks", 9, "--probe-head-width", 7)
+    assert given == [
+        (("fresh",), PHOENIX, 9, None, ProbeSettings(256, 200, 3, 1e-3, 7), Path("tasks.png")),
     ]
 
 
