@@ -22,7 +22,7 @@ environment = 4 emulator frames.
 asks saved agents, in minutes: how well does each fit random targets, as it is and after an injection, next to
 a fresh network? That needs no second arm, but says nothing about the return.
 
-    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 21 --out img/tasks.png
+    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 40 --out img/tasks.png
     python compare.py --probe fresh --env-id PhoenixNoFrameskip-v4
 
 takes each through a sequence of random targets, until it has lost its plasticity: until its error has been
