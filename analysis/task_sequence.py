@@ -160,7 +160,9 @@ def compare_copies(result: dict[str, Any]) -> dict[str, Any]:
     best = []
     since = {name: np.full(len(result["copied_before"]), math.nan) for name in (SAME, *COPIES)}
     for seed, task in enumerate(result["copied_before"]):
-        best.append(np.array(result["error"][SAME][seed][: task and task - 1], float).min())
+        errors = np.array(result["error"][SAME][seed], float)
+        until = len(errors) if task is None else task - 1
+        best.append(errors[:until].min())
         for name, mean_errors in since.items():
             if task is not None:
                 mean_errors[seed] = np.array(result["error"][name][seed][task - 1 :], float).mean()
@@ -197,14 +199,15 @@ def no_answer(result: dict[str, Any]) -> str | None:
     errors = [np.array(of_seed, float) for of_seed in result["error"][SAME]]
     if not all(np.isfinite(of_seed).all() for of_seed in errors):
         return "a network diverged, lower --probe-learning-rate"
+    copied = any(result["copied_before"])
     start = np.mean([of_seed[0] for of_seed in result["start"][FRESH]])
     enough = LEARNED * start
-    if result["probe_inject_at"] is None:
+    if not copied:
         enough = start / LOST  # or no error could ever say that plasticity is lost
     if np.mean(result["best"]) > enough:
         fix = "raise --probe-updates or change --probe-learning-rate"
         return f"{result['probe_updates']:,} updates hardly fit a target, {fix}"
-    if any(result["copied_before"]) and None in result["relative_to_one"].values():
+    if copied and None in result["relative_to_one"].values():
         return "a copy diverged, lower --probe-learning-rate"
     return None
 
