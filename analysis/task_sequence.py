@@ -39,6 +39,7 @@ LOOKS = {
 LOST = 5  # times its own smallest error: a network that is above that has lost plasticity,
 IN_A_ROW = 2  # if it is in as many tasks, one after the other, since one task may be harder than others
 FOLLOWED = 5  # tasks of all networks from there on
+SHOWN_BEFORE = 14  # tasks before the copies were made that a figure has room for
 LEARNED = 0.9  # a network that leaves more than this of its error has not learned the task
 
 
@@ -335,8 +336,12 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
         title = f"{result['env_id']}: {subject}, one random target after another"
         counted = "task"
         if copied:
-            title += f"\n{len(copied)} of {len(result['copied_before'])} that were copied"
-            counted = "tasks since the copies were made"
+            counted = "task, 0 is the first after the injection or the reset"
+            column[-1].set_xlim(left=max(-SHOWN_BEFORE, 1 - max(copied)) - 0.5)
+        if copied and result["probe_inject_at"] is None:
+            title += (
+                f"\n{len(copied)} of {len(result['copied_before'])} networks lost plasticity, and are shown"
+            )
         column[0].set_title(title, loc="left", fontweight="bold", fontsize=10)
         column[-1].xaxis.set_major_locator(canvas.MaxNLocator(integer=True))
         column[-1].set_xlabel(f"{counted} ({result['probe_updates']:,} updates each)")
