@@ -494,7 +494,7 @@ def controls(arms: list[Arm], intervened: Arm) -> list[Arm]:
 def compare_with_control(pair: Comparison, arms: list[Arm], metric: str) -> Comparison | None:
     """A comparison's arm and its control, over the same window; None where that is not among the arms.
 
-    So of the runs that both have, the verdict's difference is this one and the control's own, added up.
+    So where seeds are the same, the verdict's difference is this one and the control's to no intervention.
     """
     intervened = pair.arms[1]
     for control in controls(arms, intervened):
