@@ -56,6 +56,19 @@ class Arm:
         """Steps of its interventions; () where it has none, or the norm decides."""
         return self.setting["injection"]
 
+    @property
+    def control(self) -> dict[str, str]:
+        """What its control does, as in a setting: to the optimizer what this arm does, to weights nothing.
+
+        Empty where that is the arm without an intervention.
+        """
+        if self.setting["moments"] != "fresh":
+            return {}
+        control = {"intervention": "reset-moments", "reset_moments_of": "head"}
+        if self.intervention in ALTERNATIVES and ALTERNATIVES[self.intervention].draws_encoder:
+            control["reset_moments_of"] = "all"
+        return control
+
     def intervention_steps(self, run: RecordedRun) -> tuple[int, ...]:
         """Those planned or, where the norm decides, those that a run has logged so far."""
         if self.planned_steps:

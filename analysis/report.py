@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from alternatives import ALTERNATIVES
 from analysis.arms import TRAINING_RETURN, Arm, read_arms
 from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import MIN_SEEDS, interval
 from analysis.verdict import LEAST_SHARE, Comparison, Side, comparisons, not_compared, noun, show, varied
-from support.usage import UsageError
+from dqn_injection_atari import Args
+from support.usage import UsageError, flag
 
 HEAD = ["game", "arm", "seeds", "n", "mean return in the window", "difference", "verdict", "human-normalised"]
 
@@ -33,9 +33,44 @@ def caution(pair: Comparison, metric: str) -> list[str]:
             evaluations = run.between("eval/episodic_return", pair.window.after, pair.window.upto)
             if run.args.seed in side.means and evaluations.size == 0:
                 fix = "give runs an --eval-frequency, and compare --metric eval/episodic_return"
-    lacking = f"{games[0]} without and {games[1]} with {noun(pair.intervention)} were cut or still going"
+    words = pair.sides_in_words
+    lacking = f"{games[0]} {words[0]} and {games[1]} {words[1]} were cut or still going"
     most = f"up to {shares[0]} and {shares[1]} of a run's games or steps"
     return [f"caution: {lacking}, {most}; they are the long ones, and what they lack could carry this: {fix}"]
+
+
+def method(pair: Comparison) -> str:
+    """Of which kind the interval is, and over which seeds."""
+    if math.isnan(pair.judgement.low):
+        return "no interval"
+    word = noun(pair.intervention)
+    seeds = [f"{len(means)} seeds ({', '.join(map(str, means)) or 'none'})" for means in pair.means]
+    if pair.paired:
+        within = f"95% t interval of the differences within {seeds[0]}"
+        if pair.one_agent:
+            return f"{within}, continuations of one agent from the {word} on"
+        return f"{within}, whose runs share their history up to the {word}"
+    related = "which do not share their history"
+    if pair.shared > 0:
+        verb = "shares" if pair.shared == 1 else "share"
+        related = f"of which {pair.shared} {verb} a history, too few to pair"
+    words = pair.sides_in_words
+    return f"95% Welch interval, {seeds[0]} {words[0]} and {seeds[1]} {words[1]}, {related}"
+
+
+def beyond_control(pair: Comparison, metric: str) -> list[str]:
+    """Lines on an arm and its control, if they are compared: difference, caution, runs left out."""
+    contrast = pair.beyond_control
+    if contrast is None:
+        return []
+    line = f"beyond its control, {contrast.arms[0].name}: {contrast.judgement.sentence}"
+    if not math.isnan(contrast.judgement.low):
+        line += f"; {method(contrast)}"
+    lines = [line, *caution(contrast, metric)]
+    for folder, reason in contrast.left_out.items():
+        if folder not in pair.left_out:
+            lines.append(f"not in the comparison with its control: {reason}")
+    return lines
 
 
 def other_causes(pair: Comparison) -> list[str]:
@@ -44,14 +79,17 @@ def other_causes(pair: Comparison) -> list[str]:
         return []
     verdict = pair.judgement.verdict
     args = pair.arms[1].runs[0].args
+    control = pair.arms[1].control
+    tells = pair.beyond_control is not None and not math.isnan(pair.beyond_control.judgement.low)
     causes = []
-    if pair.arms[1].setting["moments"] == "fresh":
-        control = "--intervention reset-moments"
-        if pair.intervention in ALTERNATIVES and ALTERNATIVES[pair.intervention].draws_encoder:
-            control += " --reset-moments-of all"
+    if control and not tells:
+        flags = []
+        for name, value in control.items():
+            if value != getattr(Args(), name):
+                flags.append(f"{flag(name)} {value}")
         causes.append(
             "fresh optimizer moments, as the new layers began with none (--moments fresh); "
-            f"{control} would tell"
+            f"{' '.join(flags)} would tell"
         )
     wider = (args.injected_head_width or args.head_width) > args.head_width
     if verdict == "raised" and (wider or not args.freeze_heads):
@@ -103,33 +141,18 @@ def late_intervention(pair: Comparison) -> list[str]:
 
 def in_words(pair: Comparison, metric: str) -> list[str]:
     """A comparison in four lines, arms, verdict, window, method; then cautions, and runs left out."""
-    word = noun(pair.intervention)
-    seeds = [f"{len(means)} seeds ({', '.join(map(str, means)) or 'none'})" for means in pair.means]
-    if math.isnan(pair.judgement.low):
-        method = "no interval"
-    elif pair.paired:
-        method = f"95% t interval of the differences within {seeds[0]}"
-        if pair.one_agent:
-            method += f", continuations of one agent from the {word} on"
-        else:
-            method += f", whose runs share their history up to the {word}"
-    else:
-        related = "which do not share their history"
-        if pair.shared > 0:
-            verb = "shares" if pair.shared == 1 else "share"
-            related = f"of which {pair.shared} {verb} a history, too few to pair"
-        method = f"95% Welch interval, {seeds[0]} without and {seeds[1]} with {word}, {related}"
     window = f"window {pair.window.after:,} < step ≤ {pair.window.upto:,}{ending(pair)}"
     counts = [side.points for side in pair.sides]
-    points = f"{counts[0]:,} points of {metric} without and {counts[1]:,} with {word}"
+    words = pair.sides_in_words
+    points = f"{counts[0]:,} points of {metric} {words[0]} and {counts[1]:,} {words[1]}"
     if pair.firsts and not pair.arms[1].planned_steps:
         begins = ", ".join(f"{step:,} with seed {seed}" for seed, step in sorted(pair.firsts.items()))
-        points += f"; first {word} at {begins}"
+        points += f"; first {noun(pair.intervention)} at {begins}"
     return [
         f"{pair.game}: {pair.arms[1].name} against {pair.arms[0].name}",
         pair.judgement.sentence,
         f"{window}, {points}",
-        method,
+        method(pair),
         *correction(pair),
         *late_intervention(pair),
         *caution(pair, metric),
@@ -189,7 +212,7 @@ def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], met
     lines += ["", "Brackets are 95% intervals.", ""]
     for pair in pairs:
         lines.append(f"- {'; '.join(in_words(pair, metric))}.")
-        lines += [f"  - {line}." for line in other_causes(pair)]
+        lines += [f"  - {line}." for line in (*beyond_control(pair, metric), *other_causes(pair))]
     if totals:
         lines += ["", "## Over games", ""]
         lines += [f"- {'; '.join(aggregate_in_words(total))}." for total in totals]
@@ -227,24 +250,32 @@ def side_as_json(side: Side) -> dict[str, Any]:
     }
 
 
-def comparison_as_json(pair: Comparison) -> dict[str, Any]:
+def difference_as_json(pair: Comparison) -> dict[str, Any]:
     judged = pair.judgement
     return {
-        "game": pair.game,
         "without": side_as_json(pair.sides[0]),
         "with": side_as_json(pair.sides[1]),
-        "first_injections": pair.firsts,
         "window": {"after": pair.window.after, "upto": pair.window.upto, "ended_by": pair.window.ended_by},
         "paired": pair.paired,
         "one_agent": pair.one_agent,
         "difference": finite(judged.difference),
         "interval": [finite(judged.low), finite(judged.high)],
         "p": finite(judged.p),
-        "p_holm": finite(pair.p_holm),
-        "verdict": judged.verdict,
         "sentence": judged.sentence,
-        "other_causes": other_causes(pair),
         "left_out": pair.left_out,
+    }
+
+
+def comparison_as_json(pair: Comparison) -> dict[str, Any]:
+    contrast = pair.beyond_control
+    return {
+        "game": pair.game,
+        "first_injections": pair.firsts,
+        **difference_as_json(pair),
+        "p_holm": finite(pair.p_holm),
+        "verdict": pair.judgement.verdict,
+        "beyond_control": None if contrast is None else difference_as_json(contrast),
+        "other_causes": other_causes(pair),
     }
 
 
@@ -286,7 +317,7 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
         for reason in reasons.values():
             print(f"{kind.replace('_', ' ')}: {reason}")
     for pair in pairs:
-        print(*in_words(pair, metric), *other_causes(pair), sep="\n  ")
+        print(*in_words(pair, metric), *beyond_control(pair, metric), *other_causes(pair), sep="\n  ")
     for total in over_games:
         print(*aggregate_in_words(total), sep="\n  ")
     if not pairs and remarks["not_compared"]:

@@ -74,6 +74,7 @@ class Comparison:
     left_out: dict[str, str]  # folder: reason
     verdicts: int = 1  # that are given together with this one, itself included
     p_holm: float = math.nan  # the judgement's p, corrected for them
+    beyond_control: "Comparison | None" = None  # of the arm with its control; no verdict on plasticity
 
     @property
     def game(self) -> str:
@@ -86,6 +87,10 @@ class Comparison:
     @property
     def arms(self) -> tuple[Arm, Arm]:
         return self.sides[0].arm, self.sides[1].arm
+
+    @property
+    def sides_in_words(self) -> tuple[str, str]:
+        return sides_in_words(self.arms[0].intervention, self.intervention)
 
     @property
     def means(self) -> tuple[dict[int, float], dict[int, float]]:
@@ -127,8 +132,20 @@ def noun(intervention: str) -> str:
     return "injection" if intervention == "injection" else "intervention"
 
 
+def sides_in_words(baseline: str, intervention: str) -> tuple[str, str]:
+    """How a sentence tells the sides of a comparison apart, from what is done to each."""
+    if baseline == "none":
+        return "without", f"with {noun(intervention)}"
+    return "of the control", "of the arm"
+
+
 def judge(
-    without: np.ndarray, intervened: np.ndarray, paired: bool, intervention: str, same_capacity: bool
+    without: np.ndarray,
+    intervened: np.ndarray,
+    paired: bool,
+    intervention: str,
+    same_capacity: bool,
+    baseline: str = "none",
 ) -> Judgement:
     """The verdict, for an injection on plasticity, from one mean return per run.
 
@@ -136,11 +153,13 @@ def judge(
         without, intervened: (n,) and (m,); if paired, n = m and the values at one index are of one seed
         intervention: what sets them apart, as in Args
         same_capacity: whether as many parameters learn as before; where more do, a gain may come from those
+        baseline: what is done to the runs without that; of a control, nothing is said of plasticity
     """
     counts = (len(without), len(intervened))
     difference = float(intervened.mean() - without.mean()) if min(counts) > 0 else math.nan
     if min(counts) < MIN_SEEDS:
-        few = f"{counts[0]} without and {counts[1]} with {noun(intervention)}, it takes {MIN_SEEDS} of each"
+        sides = sides_in_words(baseline, intervention)
+        few = f"{counts[0]} {sides[0]} and {counts[1]} {sides[1]}, it takes {MIN_SEEDS} of each"
         return Judgement(difference, "too few seeds", f"too few seeds to say: {few}")
     spread = np.ptp(intervened - without) if paired else np.ptp(without) + np.ptp(intervened)
     if spread <= 1e-9 * max(abs(without).max(), abs(intervened).max()):
@@ -152,7 +171,7 @@ def judge(
         result = scipy.stats.ttest_ind(intervened, without, equal_var=False)
     low, high = map(float, result.confidence_interval(CONFIDENCE))
     deed = INTERVENTIONS[intervention].deed
-    on_plasticity = intervention == "injection" and same_capacity
+    on_plasticity = intervention == "injection" and same_capacity and baseline == "none"
     verdict = conclusion(low, high)
     if verdict == "raised":
         sentence = f"{deed} raised the return by {show(difference, low, high)}"
@@ -394,7 +413,7 @@ def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None)
     means = [np.array([*side.means.values()]) for side in sides]
     args = intervened.runs[0].args
     same_capacity = args.freeze_heads and args.injected_head_width in (None, args.head_width)
-    judgement = judge(means[0], means[1], paired, intervention, same_capacity)
+    judgement = judge(means[0], means[1], paired, intervention, same_capacity, without.intervention)
     if one_agent:
         sentence = f"{judgement.sentence}; over continuations of one agent, not over agents"
         judgement = replace(judgement, sentence=sentence)
@@ -440,27 +459,61 @@ def evaluated_differently(without: Arm, intervened: Arm) -> str:
     return ", ".join(differing)
 
 
+def differ_in_intervention_alone(arm: Arm, other: Arm) -> bool:
+    """Whether everything else that changes what is learned is the same."""
+    for name in arm.setting:
+        own = name in KEYS_OF_INTERVENTION or name in EVALUATION
+        if not own and arm.setting[name] != other.setting[name]:
+            return False
+    return True
+
+
 def counterparts(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
     """Pairs (without, with) of arms that differ in nothing that is learned but the intervention."""
-    not_in_common = (*KEYS_OF_INTERVENTION, *EVALUATION)
-
-    def in_common(arm: Arm) -> dict[str, Any]:
-        return {name: arm.setting[name] for name in arm.setting if name not in not_in_common}
-
     pairs = []
     for intervened, without in itertools.product(arms, arms):
-        alike = in_common(without) == in_common(intervened)
+        alike = differ_in_intervention_alone(without, intervened)
         if intervened.intervention != "none" and without.intervention == "none" and alike:
             pairs.append((without, intervened))
     return pairs
 
 
+def controls(arms: list[Arm], intervened: Arm) -> list[Arm]:
+    """The arms that are an arm's control, at the same planned steps, in whatever way they were evaluated."""
+    if not intervened.control or not intervened.planned_steps:
+        return []
+    found = []
+    for arm in arms:
+        does_that = all(arm.setting[name] == value for name, value in intervened.control.items())
+        at_these_steps = arm.planned_steps == intervened.planned_steps
+        if does_that and at_these_steps and differ_in_intervention_alone(arm, intervened):
+            found.append(arm)
+    return found
+
+
+def compare_with_control(pair: Comparison, arms: list[Arm], metric: str) -> Comparison | None:
+    """A comparison's arm and its control, over the same window; None where that is not among the arms.
+
+    So where seeds are the same, the verdict's difference is this one and the control's to no intervention.
+    """
+    intervened = pair.arms[1]
+    for control in controls(arms, intervened):
+        if not evaluated_differently(control, intervened):
+            return compare_arms(control, intervened, metric, pair.window.upto - pair.window.after)
+    return None
+
+
 def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Comparison]:
-    """One for every arm with an intervention that has a counterpart without, evaluated in the same way."""
+    """One for every arm with an intervention that has a counterpart without, evaluated in the same way.
+
+    Where the arm's control is among the arms, too, the difference to that is beside it, and counts as no
+    verdict.
+    """
     pairs = []
     for without, intervened in counterparts(arms):
         if not evaluated_differently(without, intervened):
-            pairs.append(compare_arms(without, intervened, metric, window))
+            pair = compare_arms(without, intervened, metric, window)
+            pairs.append(replace(pair, beyond_control=compare_with_control(pair, arms, metric)))
     judged = [i for i, pair in enumerate(pairs) if not math.isnan(pair.judgement.p)]
     corrected = holm([pairs[i].judgement.p for i in judged])
     for i, p in zip(judged, corrected, strict=True):
@@ -469,12 +522,22 @@ def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Compar
 
 
 def not_compared(arms: list[Arm], pairs: list[Comparison]) -> dict[str, str]:
-    """{arms: reason} of those of which one is in no comparison, since they were evaluated differently."""
+    """{arms: reason} of those that are not compared with no intervention, or with their control.
+
+    The reason is that they were evaluated differently.
+    """
     compared = [arm for pair in pairs for arm in pair.arms]
-    reasons = {}
+    candidates = []
     for without, intervened in counterparts(arms):
+        if without not in compared or intervened not in compared:
+            candidates.append((without, intervened))
+    for pair in pairs:
+        if pair.beyond_control is None:
+            candidates += [(control, pair.arms[1]) for control in controls(arms, pair.arms[1])]
+    reasons = {}
+    for without, intervened in candidates:
         difference = evaluated_differently(without, intervened)
-        if difference and (without not in compared or intervened not in compared):
+        if difference:
             names = f"{intervened.game}: {intervened.name} against {without.name}"
             reasons[names] = f"{names}, evaluated differently: {difference}"
     return reasons

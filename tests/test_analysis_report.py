@@ -21,7 +21,7 @@ from simulated_runs import (
 from analysis.arms import group
 from analysis.games import aggregates, normalised_mean
 from analysis.intervals import interval
-from analysis.report import aggregate_in_words, as_json, in_words, other_causes, table
+from analysis.report import aggregate_in_words, as_json, beyond_control, in_words, other_causes, table
 from analysis.verdict import comparisons, show
 
 
@@ -217,6 +217,86 @@ def test_other_causes_are_named_of_other_interventions_too_and_of_no_verdict():
     assert other_causes(pair)[0].endswith("; --intervention reset-moments --reset-moments-of all would tell")
     _, (few,) = compared(*make_arms((1, 2)))
     assert other_causes(few) == []
+
+
+def with_control(seeds=(1, 2, 3), effect=20.0, cut=0, **args):
+    """Runs of `make_arms`, and such whose moments are reset, of whose games some are cut."""
+    runs = make_arms()
+    for seed in seeds:
+        points = {RETURN: games(seed, 3, effect), "charts/games_cut": [(2_000, cut)]}
+        runs.append(make_run(f"m{seed}", points, seed=seed, intervention="reset-moments", **args))
+    return runs
+
+
+def lines_beyond_control(runs):
+    """Of the injection's comparison: those on its control, and on other causes."""
+    (pair,) = [pair for pair in compared(*runs)[1] if pair.intervention == "injection"]
+    return pair, beyond_control(pair, RETURN), other_causes(pair)
+
+
+def test_what_the_control_tells_stands_in_the_place_of_fresh_moments():
+    pair, (line,), causes = lines_beyond_control(with_control())
+    judged = pair.beyond_control.judgement
+    raised = f"injection raised the return by {show(judged.difference, judged.low, judged.high)}"
+    within = "95% t interval of the differences within 3 seeds (1, 2, 3)"
+    method = f"{within}, whose runs share their history up to the injection"
+    assert line == f"beyond its control, moment reset at 1k: {raised}; {method}"
+    assert [cause.startswith(begin) for cause, begin in zip(causes, (FROZEN, CHANCE), strict=True)] == [
+        True
+    ] * 2
+    arms, pairs = compared(*with_control())
+    text = table(arms, pairs, [], RETURN)
+    assert f"\n  - {line}.\n  - {causes[0]}.\n" in text and text.count("beyond its control") == 1
+    assert len(rows_of(text)) == 2 + 4, "two rows a verdict, and none for the control's comparison"
+
+
+def test_a_control_that_cannot_tell_says_why_and_fresh_moments_stay_a_cause():
+    _, lines, causes = lines_beyond_control(with_control(seeds=(1, 2)))
+    few = "too few seeds to say: 2 of the control and 3 of the arm, it takes 3 of each"
+    assert lines == [f"beyond its control, moment reset at 1k: {few}"]
+    assert causes[0].startswith(MOMENTS)
+    _, lines, causes = lines_beyond_control(make_arms())
+    assert lines == [] and causes[0].startswith(MOMENTS)
+
+
+def test_the_control_has_cautions_and_runs_left_out_of_its_own():
+    _, lines, _ = lines_beyond_control(with_control(cut=15))
+    assert len(lines) == 2 and lines[1].startswith(
+        "caution: 45 of 105 games of the control and 0 of 60 games of the arm were cut or still going"
+    )
+    going = make_run(
+        "m4", {RETURN: games(4, 3, upto=2_000)}, last=2_050, seed=4, intervention="reset-moments"
+    )
+    _, lines, _ = lines_beyond_control([*with_control(), going])
+    assert len(lines) == 2
+    reason = "runs/m4 is at step 2,050 and has not got to the window's end at 3,000"
+    assert lines[1] == f"not in the comparison with its control: {reason}"
+    lone = make_run("lone", {RETURN: games(5, 1)}, seed=5)
+    _, lines, _ = lines_beyond_control([*with_control(), lone])
+    assert len(lines) == 1, "it is named already, as one that the verdict leaves out"
+
+
+def test_a_control_whose_runs_share_no_history_is_compared_by_welch():
+    strangers = []
+    for seed in (1, 2, 3):
+        points = {RETURN: games(seed + 9, 3)}
+        strangers.append(make_run(f"s{seed}", points, seed=seed, intervention="reset-moments"))
+    _, (line,), _ = lines_beyond_control([*make_arms(), *strangers])
+    sides = "3 seeds (1, 2, 3) of the control and 3 seeds (1, 2, 3) of the arm"
+    assert line.endswith(f"; 95% Welch interval, {sides}, which do not share their history")
+
+
+def test_the_numbers_hold_the_difference_to_the_control_or_null():
+    runs = with_control()
+    pair, (line,), _ = lines_beyond_control(runs)
+    injection, reset = sorted(numbers_of(runs), key=lambda found: found["with"]["arm"])
+    found = injection["beyond_control"]
+    judged = pair.beyond_control.judgement
+    assert (found["difference"], *found["interval"]) == (judged.difference, judged.low, judged.high)
+    assert found["p"] == judged.p and found["paired"] and found["sentence"] in line
+    assert found["without"]["arm"] == "moment reset at 1k" and found["with"]["arm"] == "injection at 1k"
+    assert found["with"]["means"] == injection["with"]["means"] and found["window"] == injection["window"]
+    assert found["without"]["means"] == reset["with"]["means"] and reset["beyond_control"] is None
 
 
 def test_words_say_how_many_verdicts_there_are_and_what_remains_of_each():

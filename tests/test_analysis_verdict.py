@@ -22,7 +22,7 @@ from analysis import verdict as verdicts
 from analysis.arms import Arm, RecordedRun, group
 from analysis.curves import lineage_in
 from analysis.verdict import compare_arms, comparisons, holm, not_compared, share_history, show, varied
-from dqn_injection_atari import Args
+from dqn_injection_atari import INTERVENTIONS, Args
 
 EVALUATED = "eval/episodic_return"
 
@@ -404,6 +404,146 @@ def test_seeds_of_an_arm_that_were_evaluated_differently_are_not_averaged():
     everyone = [*runs, *evaluated("c", False, eval_epsilon=0.1)]
     found = compared(*everyone, metric=EVALUATED)
     assert len(found) == 2 and not not_compared(group(everyone, EVALUATED)[0], found)
+
+
+# an arm and its control
+
+
+def moment_resets(seeds=(1, 2, 3), effect=20.0, last=None, prefix="m", **args):
+    """Runs whose moments are reset, of the histories that `make_arms` has."""
+    runs = []
+    for seed in seeds:
+        points = {RETURN: games(seed, 3, effect, upto=last or TOTAL)}
+        how = {"intervention": "reset-moments", "seed": seed, **args}
+        runs.append(make_run(f"{prefix}{seed}", points, last, **how))
+    return runs
+
+
+def injected(found):
+    """Of several comparisons that of the injection."""
+    (comparison,) = [pair for pair in found if pair.intervention == "injection"]
+    return comparison
+
+
+@pytest.mark.parametrize("moments", ["fresh", "keep"])
+@pytest.mark.parametrize("intervention", ["none", *INTERVENTIONS])
+def test_the_control_empties_the_moments_that_the_arm_empties(intervention, moments):
+    """As the table in docs/arms.md has it."""
+    emptied = {
+        "injection": "head",
+        "reset-head": "head",
+        "shrink-perturb": "head",
+        "fire": "head",
+        "reset-all": "all",
+    }
+    how = {"intervention": intervention}
+    if intervention in emptied:
+        how["moments"] = moments
+    (arm,), _ = group([make_run("a", {RETURN: games(1, 1)}, **how)])
+    wanted = {}
+    if intervention in emptied and moments == "fresh":
+        wanted = {"intervention": "reset-moments", "reset_moments_of": emptied[intervention]}
+    assert arm.control == wanted
+
+
+def test_an_arm_is_compared_with_its_control_within_seeds_over_the_verdicts_window():
+    runs = [*make_arms((1, 2, 3, 4)), *moment_resets((1, 2, 3, 4))]
+    found = injected(compared(*runs, window=1_500))
+    contrast = found.beyond_control
+    assert contrast.arms[1] is found.arms[1] and contrast.arms[0].name == "moment reset at 1k"
+    assert contrast.window == found.window and contrast.window.upto == 2_500 and contrast.paired
+    means = []
+    for arm in (runs[8:], runs[1:8:2]):
+        returns = [run.scalars[RETURN] for run in arm]
+        means.append([values[(steps > 1_000) & (steps <= 2_500)].mean() for steps, values in returns])
+    test = scipy.stats.ttest_rel(means[1], means[0])
+    judged = contrast.judgement
+    assert (judged.low, judged.high) == pytest.approx((*test.confidence_interval(0.95),))
+    assert judged.p == pytest.approx(test.pvalue)
+    difference = np.mean(means[1]) - np.mean(means[0])
+    assert judged.difference == pytest.approx(difference) and 25 < difference < 35
+
+
+def test_the_difference_to_the_control_and_the_controls_own_add_up_to_the_verdicts():
+    found = compared(*make_arms(), *moment_resets())
+    (control,) = [pair for pair in found if pair.intervention == "reset-moments"]
+    total = control.judgement.difference + injected(found).beyond_control.judgement.difference
+    assert injected(found).judgement.difference == pytest.approx(total)
+
+
+def test_the_comparison_with_a_control_is_no_verdict():
+    """Neither one on plasticity, nor one of those that Holm corrects for."""
+    found = compared(*make_arms(), *moment_resets())
+    assert [pair.arms[0].intervention for pair in found] == ["none", "none"]
+    assert [pair.verdicts for pair in found] == [2, 2]
+    assert [pair.p_holm for pair in found] == pytest.approx(holm([pair.judgement.p for pair in found]))
+    raised = injected(found).beyond_control.judgement
+    assert raised.verdict == "raised" and "plasticity" not in raised.sentence
+    same = injected(compared(*make_arms(), *moment_resets(effect=50.0))).beyond_control.judgement
+    assert same.sentence.startswith("no evidence that injection changed the return: it changed by ")
+    few = injected(compared(*make_arms(), *moment_resets((1, 2)))).beyond_control.judgement
+    assert few.sentence == "too few seeds to say: 2 of the control and 3 of the arm, it takes 3 of each"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"reset_moments_of": "all"},
+        {"injection_step": (2_000,)},
+        {"injection_step": (1_000, 2_000)},
+        {"learning_rate": 1e-3},
+        {"env_id": "AlienNoFrameskip-v4"},
+        {"intervention": "reset-head"},
+    ],
+)
+def test_what_differs_in_more_than_the_weights_is_no_control(how):
+    assert injected(compared(*make_arms(), *moment_resets())).beyond_control is not None
+    assert injected(compared(*make_arms(), *moment_resets(**how))).beyond_control is None
+
+
+def test_kept_moments_and_interventions_that_the_norm_decides_have_no_control_but_none():
+    kept = [run for run in make_arms(prefix="k", moments="keep") if run.args.intervention == "injection"]
+    assert injected(compared(*make_arms()[::2], *kept, *moment_resets())).beyond_control is None
+    by_norm = make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]})
+    assert injected(compared(*by_norm, *moment_resets(**NORM))).beyond_control is None
+
+
+def test_of_two_resets_of_moments_each_arm_is_compared_with_its_own():
+    whole = []
+    for seed in (1, 2, 3):
+        whole.append(make_run(f"a{seed}", {RETURN: games(seed, 2)}, seed=seed, intervention="reset-all"))
+    both = [*moment_resets(), *moment_resets(prefix="all", reset_moments_of="all")]
+    of = {}
+    for pair in compared(*make_arms(), *whole, *both):
+        if pair.beyond_control is not None:
+            of[pair.intervention] = pair.beyond_control.arms[0].setting["reset_moments_of"]
+    assert of == {"injection": "head", "reset-all": "all"}
+
+
+def test_a_run_of_the_control_that_has_not_got_to_the_verdicts_window_end_is_left_out_and_named():
+    found = injected(compared(*make_arms((1, 2, 3, 4)), *moment_resets(), *moment_resets((4,), last=2_050)))
+    contrast = found.beyond_control
+    assert contrast.window.upto == found.window.upto == TOTAL and set(contrast.means[0]) == {1, 2, 3}
+    assert "has not got to the window's end at 3,000" in contrast.left_out["runs/m4"]
+    assert set(found.means[1]) == {1, 2, 3, 4} and not found.left_out
+
+
+def test_a_control_that_was_evaluated_differently_is_not_compared_and_it_is_said_why():
+    runs = [*evaluated("b", False), *evaluated("i", True)]
+    how = {"intervention": "reset-moments"}
+    for seed in (1, 2, 3):
+        points = {RETURN: games(seed, 3), EVALUATED: [(1_500, seed), (2_500, seed + 1.0)]}
+        runs.append(make_run(f"m{seed}", points, seed=seed, eval_epsilon=0.1, **how))
+    arms, _ = group(runs, EVALUATED)
+    found = comparisons(arms, EVALUATED, None)
+    assert injected(found).beyond_control is None
+    assert any(
+        "injection at 1k, eval epsilon 0.01 against moment reset at 1k, eval epsilon 0.1, " in reason
+        for reason in not_compared(arms, found).values()
+    )
+    arms, _ = group(runs)
+    found = comparisons(arms, RETURN, None)
+    assert injected(found).beyond_control is not None and not not_compared(arms, found), "of training games"
 
 
 # which runs are pairs

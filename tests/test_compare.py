@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import status_of
-from simulated_runs import ALIEN, PHOENIX, RETURN, games, make_arms, make_games, write, write_run
+from simulated_runs import ALIEN, PHOENIX, RETURN, games, make_arms, make_games, make_run, write, write_run
 
 import compare
 from analysis.fitting import ProbeSettings
@@ -100,6 +100,21 @@ def test_a_report_prints_its_verdict_and_writes_figures_table_and_numbers_that_a
     assert all(f"\n  {line}\n" in printed for line in found["other_causes"]) and found["other_causes"]
     assert "window 1,000 < step ≤ 2,500" in printed and f"- {printed.splitlines()[0]}; " in text
     assert all(Path(f"img/new/{file}").read_bytes().startswith(b"\x89PNG") for file in files[:2])
+
+
+def test_a_report_says_what_an_arm_does_beyond_its_control(command):
+    runs = make_arms()
+    for seed in (1, 2, 3):
+        points = {RETURN: games(seed, 3, 20.0)}
+        runs.append(make_run(f"m{seed}", points, seed=seed, intervention="reset-moments"))
+    status, printed, errors = command(*write_all(runs))
+    assert (status, errors) == (0, "")
+    beyond = [line for line in printed.splitlines() if "beyond its control" in line]
+    assert len(beyond) == 1 and "fresh optimizer moments" not in printed
+    assert f"\n  - {beyond[0].strip()}.\n" in Path("comparison.md").read_text(encoding="utf-8")
+    found = json.loads(Path("comparison.json").read_text(encoding="utf-8"))["comparisons"]
+    sentences = [one["beyond_control"]["sentence"] for one in found if one["beyond_control"] is not None]
+    assert len(found) == 2 and len(sentences) == 1 and sentences[0] in beyond[0]
 
 
 def test_what_is_wrong_or_missing_is_named_and_the_rest_is_compared(command):
