@@ -10,7 +10,8 @@ Welch's. There is one window: from the injection to the last step that all these
 those that have hardly gone beyond the injection, or --window steps long. Where the norm decided when to
 inject, it begins at the latest of the runs' first injections. Several verdicts at once are also corrected for
 their number (Holm). What else could have caused a verdict stands below it. A head reset, or shrink and
-perturb, is compared in the same way. Comparisons that differ in the game alone are also aggregated, as
+perturb, is compared in the same way. Where an arm's control is among the runs (docs/arms.md), the difference
+to it stands there, too. Comparisons that differ in the game alone are also aggregated, as
 human-normalised scores.
 
 Written beside --out: the figure of return, one of the plasticity measures (NAME_plasticity), a table
