@@ -15,9 +15,9 @@ was trained with ale are those of other games than --evaluate plays.
 import io
 import sys
 import textwrap
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -45,6 +45,7 @@ GAP = 12  # pixels
 FONT_SIZE = 18  # pixels
 LINE = 24  # pixels from one line of text to the next
 LINE_LENGTH = 36  # letters that fit above a screen
+TEXT_GREYS = range(int(INK[-2:], 16), 256, 13)  # of the edges of letters: from INK to white
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,20 @@ class FilmedGame:
     def at(self, number: int) -> tuple[np.ndarray, str]:
         """The picture with this number, and the line below it."""
         if number < len(self.pictures):
-            return self.pictures[number], f"so far {self.scores[number]:,.0f}"
-        return self.pictures[-1], f"game over, {self.scores[-1]:,.0f}"
+            return self.pictures[number], f"score so far: {self.scores[number]:,.0f}"
+        return self.pictures[-1], f"game over: {self.scores[-1]:,.0f}"
 
 
 def arm_name(args: Args) -> str:
     """As comparisons call the arm of a run with these arguments."""
     shared = setting(args) | {"recycled_from": None}  # which curves tell, and an agent's file does not
     return describe(shared, differing=[], baseline="no intervention")
+
+
+def middle_game(scores: np.ndarray) -> int:
+    """The number of the game with the median of scores (N,); with an even N of the lower middle one."""
+    by_score = np.argsort(scores, kind="stable")
+    return int(by_score[(len(scores) - 1) // 2])
 
 
 def median_game(q_network: QNetwork, trained: Args, step: int) -> FilmedGame:
@@ -88,13 +95,14 @@ def median_game(q_network: QNetwork, trained: Args, step: int) -> FilmedGame:
     name = arm_name(trained)
     print_scores(f"{name}, seed {trained.seed}, step {step:,}, ε {settings.eval_epsilon:g}", scores)
 
-    # of an even number the lower middle one: a game that was played
-    number = int(np.argsort(scores, kind="stable")[(GAMES - 1) // 2])
+    number = middle_game(scores)
     actions = envs.state_dict()["actions"][:, number].numpy()
     pictures, running = play_again(settings, seed + number, actions)
     assert running[-1] == scores[number], "the game does not repeat itself"
     seconds = (len(running) - 1) / RATE
-    print(f"median {running[-1]:g}: a game of {seconds:,.1f} s, {len(pictures) / RATE:.1f} s of it in the film")
+    print(
+        f"median {running[-1]:g}: a game of {seconds:,.1f} s, {len(pictures) / RATE:.1f} s of it in the film"
+    )
     title = [*textwrap.wrap(name, LINE_LENGTH), f"score {running[-1]:,.0f}, the median of {GAMES} games"]
     return FilmedGame(title, pictures, running)
 
@@ -142,25 +150,25 @@ def draw_picture(games: list[FilmedGame], number: int) -> Image.Image:
     return picture
 
 
-def common_palette(pictures: Iterable[Image.Image]) -> Image.Image:
-    """A picture whose palette has every colour of these, or, of more than 255, as many that are close."""
-    seen: set = set()
-    for picture in pictures:
-        counts = picture.getcolors(picture.width * picture.height)
-        assert counts is not None
-        seen.update(colour for _, colour in counts)
-    row = Image.new("RGB", (len(seen), 1))
-    row.putdata(sorted(seen))
-    return row.quantize(255)  # of 256: one is left to stand for what stays as it was
+def palette_of(games: list[FilmedGame]) -> Image.Image:
+    """A picture that has the palette of the film: the colours of its screens, and those of text."""
+    colours: set[Any] = {(grey, grey, grey) for grey in TEXT_GREYS}
+    for game in games:
+        for screen in game.pictures:
+            counts = Image.fromarray(screen).getcolors()
+            assert counts is not None  # of an Atari's 128 colours
+            colours.update(colour for _, colour in counts)
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(colours)] = sorted(colours)
+    picture = Image.new("P", (1, 1))
+    picture.putpalette(table.tobytes())
+    return picture
 
 
 def as_gif(games: list[FilmedGame]) -> bytes:
     """The film of these games."""
     numbers = range(SECONDS * RATE)
-    palette = common_palette(draw_picture(games, number) for number in numbers)
-    table = palette.getpalette() or []
-    table += [0] * (3 * 256 - len(table))
-
+    palette = palette_of(games)
     # a GIF counts in hundredths of a second: 7, 6 and 7 are three pictures of 1/15 s
     ends = [round(100 * (number + 1) / RATE) for number in numbers]
     milliseconds = [10 * int(hundredths) for hundredths in np.diff(ends, prepend=0)]
@@ -175,7 +183,7 @@ def as_gif(games: list[FilmedGame]) -> bytes:
         append_images=pictures,
         duration=milliseconds,
         loop=0,  # for ever
-        palette=bytes(table),  # or every picture would have one of its own
+        palette=bytes(palette.getpalette() or []),  # or every picture would have one of its own
         optimize=True,  # stores of a picture what has changed
     )
     return film.getvalue()
@@ -189,7 +197,7 @@ def check_agents(trained: list[Args]) -> None:
     names = [arm_name(args) for args in trained]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"several of the runs have {name}: give one of each arm")
+            raise UsageError(f"several runs are of the arm {name!r}: give one of each arm")
     env_ids = sorted({args.env_id for args in trained})
     if len(env_ids) > 1:
         raise UsageError(f"the agents play {' and '.join(env_ids)}: give runs of one game")
