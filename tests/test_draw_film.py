@@ -130,23 +130,32 @@ def test_a_game_that_does_not_repeat_itself_is_noticed(monkeypatch, short):
 
 
 def test_a_long_name_stands_above_the_screen_in_several_lines(short):
-    run_with_agent("run", moments="keep", freeze_heads=False, injected_head_width=32)
+    run_with_agent("run", freeze_heads=False, injected_head_width=32)
     *name, score = median_game(*load_agent(Path("run/agent.pt"), "cpu")).title
-    words = "injection at 10, injected head width 32, optimizer state copied, all heads trained"
+    words = "injection at 10, injected head width 32, all heads trained"
     assert len(name) > 1 and " ".join(name) == words
     font = ImageFont.load_default(draw_film.FONT_SIZE)
     assert max(map(font.getlength, (*name, score))) < 320
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(1, 15), (20, 30)])
+def test_of_a_game_nothing_is_shown_after_its_end_or_after_the_films(monkeypatch, seconds, shown):
+    monkeypatch.setattr(draw_film, "SECONDS", seconds)
+    pictures, scores = draw_film.play_again(Args(env_id=TINY_GAMES), 3, np.zeros(50, np.uint8))
+    assert len(pictures) == shown and len(scores) == 30 + 1
 
 
 # what a film consists of
 
 
 def made_up_game(length, colour):
-    """A bright bar moves down the screen, and a decision scores 1,000."""
+    """Two bars move, one up and one down, over noise that stays; a decision scores 1,000."""
+    noise = np.random.default_rng(0).integers(2, size=(210, 160, 1)) * np.array([66, 72, 200])
     pictures = []
     for decision in range(min(length, 15)):
-        screen = np.zeros((210, 160, 3), np.uint8)
-        screen[10 * decision : 10 * decision + 10] = colour
+        screen = noise.astype(np.uint8)
+        for row in (10 * decision, 200 - 10 * decision):
+            screen[row : row + 10] = colour
         pictures.append(screen)
     return FilmedGame(["arm", "score"], pictures, [1_000.0 * decision for decision in range(length + 1)])
 
@@ -198,7 +207,8 @@ def test_a_film_lasts_as_long_as_the_game_and_keeps_its_colours_with_one_palette
     games = [made_up_game(40, (200, 72, 72)), made_up_game(6, (66, 158, 130))]
     film = as_gif(games)
     assert local_palettes(film) == (15, 0)
-    assert len(film) < 40_000
+    still = as_gif([made_up_game(1, (200, 72, 72))] * 2)
+    assert len(film) < 4 * len(still), "what stays as it was is stored once"
     read = Image.open(io.BytesIO(film))
     assert read.info["loop"] == 0 and read.n_frames == 15
     milliseconds = []
