@@ -28,7 +28,7 @@ a fresh network? That needs no second arm, but says nothing about the return.
 
 takes each through a sequence of random targets, until it has lost its plasticity: until its error has been
 above five times its own best, twice in a row. From there on it goes on as it is, as a copy that is injected,
-and as one whose head is reset: does an injection restore it (paper, §3)? Without a checkpoint, three fresh
+and as one whose head is reset: does an injection restore it (paper, §3)? Without a checkpoint, six fresh
 networks do that.
 
     python compare.py --audit runs/A/checkpoint-5000000
@@ -70,7 +70,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"error: {package} is not installed: {fix}")
 
 from support.process import begin_in_utf8, ends_in_one_line
-from support.usage import Count, UsageError, changed_fields, check_bounds, flag, flags_given, words_given
+from support.usage import UsageError, changed_fields, check_bounds, flag, flags_given, words_given
 
 LONGEST_FILE_NAME = 240  # characters; file systems allow 255, and a number and the ending come after it
 
@@ -117,8 +117,8 @@ class Settings:
     For a single target a higher one is no good: an agent that has lost plasticity may fit it, too"""
     probe_head_width: Annotated[int | None, Ge(1)] = None
     """hidden units in the head of the networks of --probe fresh; by default 64"""
-    probe_seeds: Count = 3
-    """repetitions, each with its own targets, batches, fresh weights and injection"""
+    probe_seeds: Annotated[int | None, Ge(1)] = None
+    """repetitions, each with its own targets, batches, weights and injection; by default 3, for fresh 6"""
 
 
 def check(settings: Settings, named: Collection[str] = ()) -> None:
@@ -228,7 +228,7 @@ def probe_settings(settings: Settings, tasks: int | None) -> ProbeSettings:
     return ProbeSettings(
         observations=settings.probe_observations or usual.observations,
         updates=settings.probe_updates or usual.updates,
-        seeds=settings.probe_seeds,
+        seeds=settings.probe_seeds or usual.seeds,
         learning_rate=settings.probe_learning_rate or usual.learning_rate,
         head_width=settings.probe_head_width or usual.head_width,
     )

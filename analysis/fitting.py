@@ -43,8 +43,9 @@ class ProbeSettings:
 ONE_TARGET = ProbeSettings(observations=512, updates=1_000, seeds=3, learning_rate=1e-4)
 # a task of a sequence has few updates, in which 1e-4 learns hardly anything
 SEQUENCE = ProbeSettings(observations=512, updates=200, seeds=3, learning_rate=5e-4)
-# chosen since networks lose plasticity in minutes (docs/results.md)
-FRESH_SEQUENCE = ProbeSettings(observations=256, updates=200, seeds=3, learning_rate=1e-3, head_width=64)
+# chosen since networks lose plasticity in minutes (docs/results.md); of three, one that an injection does not
+# help would leave no answer
+FRESH_SEQUENCE = ProbeSettings(observations=256, updates=200, seeds=6, learning_rate=1e-3, head_width=64)
 
 
 def saved_args(checkpoint: Checkpoint) -> Args:

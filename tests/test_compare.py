@@ -289,12 +289,12 @@ def test_reports_and_probes_are_given_their_settings(command, monkeypatch):
     command("--probe", "fresh", "--env-id", PHOENIX, "--out", "d.png")
     assert given == [
         (("a",), "", 4, 3, ProbeSettings(5, 200, 3, 0.1), Path("tasks.png")),
-        (("fresh",), PHOENIX, 40, None, ProbeSettings(256, 200, 3, 1e-3, 64), Path("d.png")),
+        (("fresh",), PHOENIX, 40, None, ProbeSettings(256, 200, 6, 1e-3, 64), Path("d.png")),
     ]
     given.clear()
     command("--probe", "fresh", "--env-id", PHOENIX, "--probe-tasks", 9, "--probe-head-width", 7)
     assert given == [
-        (("fresh",), PHOENIX, 9, None, ProbeSettings(256, 200, 3, 1e-3, 7), Path("tasks.png")),
+        (("fresh",), PHOENIX, 9, None, ProbeSettings(256, 200, 6, 1e-3, 7), Path("tasks.png")),
     ]
 
 
