@@ -100,13 +100,14 @@ def test_plasticity_is_lost_where_two_errors_in_a_row_are_above_five_times_the_b
 def test_copies_branch_off_as_soon_as_plasticity_is_lost_and_all_are_followed_for_five_tasks(
     checkpoint, scripted
 ):
-    scripted(0.1, 0.05, 0.3, 0.1, 0.3, 0.4, *[0.45] * (FOLLOWED + 9))
+    before, since = [0.1, 0.05, 0.3, 0.1, 0.3, 0.4], [0.02, 0.7, 0.4, 0.5, 0.63]
+    scripted(*before, *since, *[0.45] * 9)
     result = run_sequence(checkpoint, "", 30, None, ONCE)
     assert result["copied_before"] == [7]
-    assert result["error"][SAME] == [[0.1, 0.05, 0.3, 0.1, 0.3, 0.4] + [0.45] * FOLLOWED]
-    assert result["error"][INJECTED] == [[None] * 6 + [0.01] * FOLLOWED]
-    assert result["error"][RESET] == [[None] * 6 + [0.02] * FOLLOWED]
-    assert result["error"][FRESH] == [[0.02] + [None] * (5 + FOLLOWED)], "in the first task alone"
+    assert result["error"][SAME] == [before + since]
+    assert result["error"][INJECTED] == [[None] * 6 + [0.01] * 5]
+    assert result["error"][RESET] == [[None] * 6 + [0.02] * 5]
+    assert result["error"][FRESH] == [[0.02] + [None] * 10], "in the first task alone"
     assert result["best"] == [0.05] and result["since"][SAME] == [pytest.approx(0.45)]
     assert result["relative_to_best"][SAME]["ratio"] == pytest.approx(0.45 / 0.05)
     assert result["relative_to_one"][INJECTED]["ratio"] == pytest.approx(0.01 / 0.45)
