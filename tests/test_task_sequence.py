@@ -388,6 +388,18 @@ def found_in_four():
     return result | task_sequence.compare_copies(result)
 
 
+def test_errors_are_compared_within_the_networks_that_were_copied():
+    result = found_in_four()
+    of_copied = {name: [result["since"][name][seed] for seed in (0, 1, 3)] for name in (SAME, *COPIES)}
+    fresh = [result["error"][FRESH][seed][0] for seed in (0, 1, 3)]
+    best = [result["best"][seed] for seed in (0, 1, 3)]
+    for name in COPIES:
+        assert result["relative_to_one"][name] == relative_error(of_copied[name], of_copied[SAME])
+        assert result["relative_to_fresh"][name] == relative_error(of_copied[name], fresh)
+        assert result["relative_to_best"][name] == relative_error(of_copied[name], best)
+    assert result["since"][SAME][2] is None and result["best"][2] == min(result["error"][SAME][2])
+
+
 def test_networks_are_aligned_at_the_task_before_which_they_were_copied():
     result = found_in_four()
     tasks, values = task_sequence.aligned(result, "error", SAME)
