@@ -142,12 +142,10 @@ def check(settings: Settings, named: Collection[str] = ()) -> None:
         raise UsageError(
             "fresh and env_id belong together: give --probe fresh --env-id PhoenixNoFrameskip-v4, or neither"
         )
-    if settings.probe_head_width is not None and settings.probe and not fresh:
+    if fresh and len(settings.probe) > 1:
         raise UsageError(
-            "probe_head_width is of fresh networks, an agent has its own: leave out --probe-head-width"
+            "fresh networks are probed with other settings than agents: give --probe fresh by itself"
         )
-    if settings.probe_inject_at is not None and not (settings.probe_tasks or fresh):
-        raise UsageError("probe_inject_at is a task of a sequence: give --probe-tasks")
     for name in sorted({*changed_fields(settings, Settings()), *named}):
         if settings.probe and name in ("metric", "window", "aggregate"):
             raise UsageError(f"{name} is of comparisons, a probe makes none: leave out --{name}")
@@ -155,6 +153,12 @@ def check(settings: Settings, named: Collection[str] = ()) -> None:
             raise UsageError(
                 f"{name} is given, but nothing to probe: give --probe runs/FOLDER/checkpoint-STEP"
             )
+    if settings.probe_head_width is not None and not fresh:
+        raise UsageError(
+            "probe_head_width is of fresh networks, an agent has its own: leave out --probe-head-width"
+        )
+    if settings.probe_inject_at is not None and not (settings.probe_tasks or fresh):
+        raise UsageError("probe_inject_at is a task of a sequence: give --probe-tasks")
     if settings.export is not None and settings.probe:
         fix = "leave out --export, --out NAME.png writes its numbers"
         raise UsageError(f"export keeps curves of runs, a probe has none: {fix}")

@@ -94,19 +94,19 @@ def run_tasks(
         learners = {SAME: network}
         if task == 1:
             learners[FRESH] = fitting.make_contender(FRESH, subject, for_fresh, obs.device)
-        due = has_lost(errors) if inject_at is None else task == inject_at
+        measured = {}
+        for name, learner in (learners | copies).items():
+            start, end = fitting.fit(learner, obs, targets, batches)
+            measured[name] = {"start": start, "error": end} | measured_shares(learner, obs)
+        yield measured
+        errors.append(measured[SAME]["error"])
+        due = has_lost(errors) if inject_at is None else task == inject_at - 1
         if due and not copies:
             copies = {name: twin(network) for name in COPIES}
             copies[INJECTED].inject()
             copies[RESET].apply(ALTERNATIVES["reset-head"])
             if inject_at is None:
-                last = task + FOLLOWED - 1
-        measured = {}
-        for name, learner in (learners | copies).items():
-            start, end = fitting.fit(learner, obs, targets, batches)
-            measured[name] = {"start": start, "error": end} | measured_shares(learner, obs)
-        errors.append(measured[SAME]["error"])
-        yield measured
+                last = task + FOLLOWED
 
 
 def run_sequence(
@@ -128,7 +128,7 @@ def run_sequence(
     result |= {"probe_tasks": tasks, "probe_inject_at": inject_at, "copied_before": []}
     for measure in MEASURED:
         result[measure] = {name: [] for name in NAMES}
-    with tqdm(total=settings.seeds * tasks, desc=f"tasks of {path}", leave=False, disable=None) as progress:
+    with tqdm(desc=f"tasks of {path}", leave=False, disable=None) as progress:
         for seed, subject in enumerate(subjects):
             copied_before = None
             for name in NAMES:
@@ -172,16 +172,15 @@ def compare_copies(result: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"best": plain(best)}
     found["since"] = {name: plain(mean_errors.tolist()) for name, mean_errors in since.items()}
     for standard, reference in standards.items():
-        found[f"relative_to_{standard}"] = {
-            name: fitting.relative_error(mean_errors[copied], reference[copied])
-            for name, mean_errors in since.items()
-            if mean_errors is not reference
-        }
+        relative = {}
+        for name in COPIES if standard == "one" else (SAME, *COPIES):
+            relative[name] = fitting.relative_error(since[name][copied], reference[copied])
+        found[f"relative_to_{standard}"] = relative
     return found
 
 
-def num_recovered(result: dict[str, Any]) -> int:
-    """How many of the networks that had lost plasticity are in the end, left alone, no longer so bad."""
+def num_below(result: dict[str, Any]) -> int:
+    """How many networks that had lost plasticity are, left alone, no longer so bad in the last task."""
     count = 0
     for seed, task in enumerate(result["copied_before"]):
         if task is not None and result["error"][SAME][seed][-1] <= LOST * result["best"][seed]:
@@ -189,10 +188,11 @@ def num_recovered(result: dict[str, Any]) -> int:
     return count
 
 
-def in_a_list(numbers: Iterable[int]) -> str:
+def in_a_list(numbers: list[int]) -> str:
     """`3, 5 and 8`"""
-    *others, last = map(str, numbers)
-    return f"{', '.join(others)} and {last}" if others else last
+    if len(numbers) == 1:
+        return str(numbers[0])
+    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
 
 
 def no_answer(result: dict[str, Any]) -> str | None:
@@ -218,19 +218,21 @@ def sequence_in_words(result: dict[str, Any]) -> str:
     reason = no_answer(result)
     if reason is not None:
         return f"no answer: {reason}"
-    networks = len(result["copied_before"])
+    subjects = "networks" if result["checkpoint"] == fitting.NO_CHECKPOINT else "repetitions"
+    everything = f"{len(result['copied_before'])} {subjects}"
     copied = [task for task in result["copied_before"] if task is not None]
     standard = f"error above {LOST}× its own best, {IN_A_ROW} tasks in a row"
     if not copied:
-        return f"none of {networks} networks lost plasticity in {result['probe_tasks']} tasks ({standard})"
+        way = f"on the way through {result['probe_tasks']} tasks"
+        return f"none of {everything} lost plasticity {way} ({standard})"
     alone = f"{times(result['relative_to_best'][SAME])} its own best"
     if result["probe_inject_at"] is None:
         tasks = "tasks" if len(copied) > 1 else "task"
-        begin = f"{len(copied)} of {networks} networks lost plasticity, "
+        begin = f"{len(copied)} of {everything} lost plasticity on the way, "
         begin += f"before {tasks} {in_a_list(copied)} ({standard})"
-        alone += f", {num_recovered(result)} recovered"
+        alone += f", in the last task that of {num_below(result)} is below {LOST}×"
     else:
-        begin = f"{networks} networks, copied before task {copied[0]}"
+        begin = f"{everything}, copied before task {copied[0]}"
     parts = [f"{begin}; from there on the error of one that is left alone is {alone}"]
     for name, deed in ((INJECTED, "with an injection"), (RESET, "with the head reset")):
         relative = result["relative_to_one"][name]
@@ -279,7 +281,9 @@ def aligned(result: dict[str, Any], measure: str, name: str) -> tuple[np.ndarray
     Networks without copies have no row. But where none has any, all have, and tasks count from 1.
     """
     copied = result["copied_before"]
-    rows = [seed for seed, task in enumerate(copied) if task is not None] or range(len(copied))
+    rows = [seed for seed, task in enumerate(copied) if task is not None]
+    if not rows:
+        rows = list(range(len(copied)))
     firsts = [0 if copied[seed] is None else copied[seed] for seed in rows]
     lengths = [len(result[measure][name][seed]) for seed in rows]
     begin = 1 - max(firsts)
@@ -339,9 +343,8 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
             counted = "task, 0 is the first after the injection or the reset"
             column[-1].set_xlim(left=max(-SHOWN_BEFORE, 1 - max(copied)) - 0.5)
         if copied and result["probe_inject_at"] is None:
-            title += (
-                f"\n{len(copied)} of {len(result['copied_before'])} networks lost plasticity, and are shown"
-            )
+            lost = f"{len(copied)} of {len(result['copied_before'])}"
+            title += f"\n{lost} lost plasticity on the way, and are shown"
         column[0].set_title(title, loc="left", fontweight="bold", fontsize=10)
         column[-1].xaxis.set_major_locator(canvas.MaxNLocator(integer=True))
         column[-1].set_xlabel(f"{counted} ({result['probe_updates']:,} updates each)")
@@ -353,6 +356,10 @@ def probe_sequence(
     paths: Iterable[str], env_id: str, tasks: int, inject_at: int | None, settings: ProbeSettings, out: Path
 ) -> list[dict[str, Any]]:
     """Prints, draws, writes and returns `run_sequence` of every checkpoint."""
+    if inject_at is None and tasks <= IN_A_ROW:
+        least = IN_A_ROW + 1
+        fix = f"give --probe-tasks {least} or more, or a task for the injection by --probe-inject-at"
+        raise UsageError(f"probe_tasks is {tasks}, but it takes {least} to see a loss of plasticity: {fix}")
     if inject_at is not None and not 1 < inject_at <= tasks:
         fix = "change --probe-inject-at or --probe-tasks"
         raise UsageError(f"probe_inject_at is {inject_at}, but must be 2 to {tasks}: {fix}")

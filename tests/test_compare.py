@@ -210,6 +210,12 @@ def test_several_games_are_aggregated_everywhere_and_one_game_in_the_numbers_onl
             "must be 2 to 4: change --probe-inject-at",
         ),
         (["--probe", "a", "--probe-inject-at", 5], "give --probe-tasks"),
+        (["--probe-inject-at", 8], "probe_inject_at is given, but nothing to probe: give --probe runs/"),
+        (["--probe", "a", "fresh", "--env-id", PHOENIX], "give --probe fresh by itself"),
+        (
+            ["--probe", "a", "--probe-tasks", 2],
+            "it takes 3 to see a loss of plasticity: give --probe-tasks 3",
+        ),
         (["--probe", "a", "--probe-head-width", 9], "an agent has its own: leave out --probe-head-width"),
         (["--probe", "a", "--probe-tasks", 4], "a cannot be read as a checkpoint"),
         (["--probe", "a", "--env-id", PHOENIX], "give --probe fresh --env-id"),

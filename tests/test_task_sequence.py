@@ -115,23 +115,24 @@ def test_copies_branch_off_as_soon_as_plasticity_is_lost_and_all_are_followed_fo
 
 
 def test_a_network_that_keeps_its_plasticity_is_not_copied_and_not_compared(checkpoint, scripted):
-    scripted(0.1, 0.05, 0.3, 0.1, 0.3, 0.4)
+    scripted(0.1, 0.05, 0.3, 0.1, 0.3, 0.2)
     result = run_sequence(checkpoint, "", 6, None, ONCE)
     assert result["copied_before"] == [None] and result["best"] == [0.05]
     assert result["since"] == {name: [None] for name in (SAME, *COPIES)}
     assert set(result["relative_to_one"].values()) == {None}
     assert result["sentence"] == (
-        "none of 1 networks lost plasticity in 6 tasks (error above 5× its own best, 2 tasks in a row)"
+        "none of 1 repetitions lost plasticity on the way through 6 tasks "
+        "(error above 5× its own best, 2 tasks in a row)"
     )
     task_sequence.draw_sequences([result], Path("x.png"))
     assert sequence_table(result).splitlines()[2].startswith("| seed 0 | – | 0.05 | – | – | – | 0.02 |")
 
 
-def test_the_last_task_before_which_it_can_be_lost_is_the_last_of_the_sequence(checkpoint, scripted):
+@pytest.mark.parametrize("tasks", [3, 4, 9])
+def test_a_loss_that_shows_in_the_last_task_is_followed_all_the_same(checkpoint, scripted, tasks):
     scripted(0.05, 0.3, 0.3, *[0.3] * FOLLOWED)
-    assert run_sequence(checkpoint, "", 3, None, ONCE)["copied_before"] == [None]
-    scripted(0.05, 0.3, 0.3, *[0.3] * FOLLOWED)
-    assert run_sequence(checkpoint, "", 4, None, ONCE)["copied_before"] == [4]
+    result = run_sequence(checkpoint, "", tasks, None, ONCE)
+    assert result["copied_before"] == [4] and len(result["error"][INJECTED][0]) == 3 + FOLLOWED
 
 
 def test_a_task_for_the_injection_can_be_given_and_then_all_go_on_to_the_end(checkpoint, scripted):
@@ -295,11 +296,11 @@ def relative(*ratios, bounds=None):
 
 
 def lost_by_three(**changes):
-    """What makes the sentence of a sequence: 3 of 4 networks lost plasticity, and 1 recovered."""
-    result = {"probe_tasks": 9, "probe_inject_at": None, "probe_updates": 200}
+    """What makes the sentence of a sequence: 3 of 4 networks lost plasticity."""
+    result = {"checkpoint": "fresh", "probe_tasks": 9, "probe_inject_at": None, "probe_updates": 200}
     result |= {"copied_before": [4, None, 5, 6], "best": [0.05, 0.05, 0.04, 0.06]}
     result["start"] = {FRESH: [[0.5], [0.5], [0.5], [0.5]]}
-    result["error"] = {SAME: [[0.05, 0.4], [0.05, 0.05], [0.04, 0.4], [0.06, 0.3]]}
+    result["error"] = {SAME: [[0.05, 0.4], [0.05, 0.05], [0.04, 0.4], [0.06, 0.2]]}
     result["relative_to_best"] = {SAME: relative(7, 8, 6, bounds=[5, 9])}
     result["relative_to_one"] = {
         INJECTED: relative(0.1, 0.2, 0.3, bounds=[0.05, 0.5]),
@@ -310,8 +311,9 @@ def lost_by_three(**changes):
 
 def test_the_sentence_claims_what_the_intervals_support():
     assert sequence_in_words(lost_by_three()) == (
-        "3 of 4 networks lost plasticity, before tasks 4, 5 and 6 (error above 5× its own best, 2 tasks in a "
-        "row); from there on the error of one that is left alone is 7× [5, 9] its own best, 1 recovered; "
+        "3 of 4 networks lost plasticity on the way, before tasks 4, 5 and 6 (error above 5× its own best, "
+        "2 tasks in a row); from there on the error of one that is left alone is 7× [5, 9] its own best, "
+        "in the last task that of 1 is below 5×; "
         "with an injection it is 0.1× [0.05, 0.5] that (better, lower in 3 of 3); "
         "with the head reset it is 0.9× [0.5, 1.5] that (no clear difference, lower in 2 of 3)"
     )
@@ -321,7 +323,9 @@ def test_the_sentence_claims_what_the_intervals_support():
         "its own best; with an injection"
     )
     one = lost_by_three(copied_before=[None, 7, None, None])
-    assert "1 of 4 networks lost plasticity, before task 7 (" in sequence_in_words(one)
+    assert "1 of 4 networks lost plasticity on the way, before task 7 (" in sequence_in_words(one)
+    agent = lost_by_three(checkpoint="runs/a/checkpoint-100")
+    assert sequence_in_words(agent).startswith("3 of 4 repetitions lost plasticity"), "of one agent"
 
 
 @pytest.mark.parametrize(
@@ -409,6 +413,12 @@ def test_networks_are_aligned_at_the_task_before_which_they_were_copied():
         assert row[-len(own) :].tolist() == own and np.isnan(row[: -len(own)]).all()
     _, injected = task_sequence.aligned(result, "error", INJECTED)
     assert np.isnan(injected[:, :5]).all() and not np.isnan(injected[:, 5:]).any()
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_sequence_too_short_to_see_a_loss_is_refused(checkpoint, tasks):
+    with pytest.raises(UsageError, match=f"probe_tasks is {tasks}, but it takes 3 to see a loss"):
+        probe_sequence([str(checkpoint)], "", tasks, None, ONCE, out=Path("x.png"))
 
 
 def test_intervals_of_an_error_are_on_the_log_scale_and_what_is_dashed_has_a_name(monkeypatch):
