@@ -88,9 +88,19 @@ def with_interval(centre, interval, unit=""):
 CHOSE_THE_SETTING = 3  # of the seeds of the sequences of tasks; the others decide
 
 
+def sequence(file):
+    (result,) = json.loads((ROOT / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def ratio(errors, reference):
+    logs = np.log(errors) - np.log(reference)
+    return np.exp(logs.mean()), np.exp(t_interval(logs))
+
+
 @pytest.mark.parametrize("file", ["tasks", "tasks_avx2"])
 def test_documents_print_what_the_sequences_of_tasks_give(file):
-    (result,) = json.loads((ROOT / "results" / f"{file}.json").read_text(encoding="utf-8"))
+    result = sequence(file)
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     assert sequence_table(result) in text
     copied = result["copied_before"][CHOSE_THE_SETTING:]
@@ -103,11 +113,52 @@ def test_documents_print_what_the_sequences_of_tasks_give(file):
             alone = result["error"]["one network"][seed]
             means.append(np.mean(result["error"][name][seed][at:]))
             standards.append(min(alone[:at]) if name == "one network" else np.mean(alone[at:]))
-        logs = np.log(means) - np.log(standards)
-        ratios[name] = with_interval(np.exp(logs.mean()), np.exp(t_interval(logs)), unit="×")
+        ratios[name] = with_interval(*ratio(means, standards), unit="×")
     *first, last = map(str, copied)
     cells = ["6 of 6", f"{', '.join(first)} and {last}", ratios["one network"], f"**{ratios['injected']}**"]
     assert f"| {' | '.join([*cells, ratios['head reset']])} |" in text
+
+
+def test_documents_say_what_a_fresh_network_would_have_done():
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for file in ("tasks", "tasks_avx2"):
+        result = sequence(file)
+        fresh = np.array([of_seed[0] for of_seed in result["error"]["fresh network"]])[CHOSE_THE_SETTING:]
+        alone = np.array(result["since"]["one network"])[CHOSE_THE_SETTING:]
+        centre, (low, high) = ratio(alone, fresh)
+        assert f"{centre:.2g}× [{low:.2g}, {high:.2g}]" in text
+        best, _ = ratio(np.array(result["best"])[CHOSE_THE_SETTING:], fresh)
+        assert round(best, 1) == 0.1, "a tenth"
+
+
+def test_documents_say_that_one_network_was_not_helped_by_an_injection():
+    helped = []
+    for file in ("tasks", "tasks_avx2"):
+        helped += [left < 0.5 for left in sequence(file)["relative_to_one"]["injected"]["per_seed"]]
+    assert len(helped) == 18 and helped.count(False) == 1
+    other = sequence("tasks_avx2")
+    left = [other["since"][name][:CHOSE_THE_SETTING] for name in ("injected", "one network")]
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert f"seeds 0 to 2 alone have {with_interval(*ratio(*left), unit='×')}" in text
+    at = other["copied_before"][2] - 1
+    assert other["encoder_active"]["one network"][2][at - 1] < 0.01
+
+
+def test_documents_say_how_many_networks_come_back_by_themselves():
+    found = {}
+    for file in ("tasks", "tasks_avx2"):
+        result = sequence(file)
+        below = []
+        for seed in range(CHOSE_THE_SETTING, 9):
+            at = result["copied_before"][seed] - 1
+            errors = np.array(result["error"]["one network"][seed][at:])
+            below.append(errors <= 5 * result["best"][seed])
+        found[file] = (np.any(below, axis=1).sum(), np.array(below)[:, -1].sum())
+    assert found == {"tasks": (4, 1), "tasks_avx2": (2, 2)}
+    result = sequence("tasks")
+    course = np.array(result["error"]["one network"][6][12:]) / result["best"][6]
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert f"comes down to {course.min():.1f} times its best" in text and f"{course[-1]:.1f} times" in text
 
 
 def test_the_readme_prints_what_an_injection_leaves_of_the_error_in_tasks():
