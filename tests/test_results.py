@@ -119,6 +119,25 @@ def test_documents_print_what_the_sequences_of_tasks_give(file):
     assert f"| {' | '.join([*cells, ratios['head reset']])} |" in text
 
 
+@pytest.mark.parametrize("file", ["tasks", "tasks_avx2"])
+def test_documents_print_what_an_injection_does_before_anything_is_lost(file):
+    late = sequence(file)
+    early = sequence(file.replace("tasks", "tasks_early"))
+    for seed in range(9):
+        shared = early["error"]["one network"][seed]
+        assert late["error"]["one network"][seed][: len(shared)] == shared, "the same networks"
+        assert late["copied_before"][seed] > early["copied_before"][seed] == 6
+    found = {}
+    for name in ("injected", "head reset"):
+        before, after = (np.array(of["relative_to_one"][name]["per_seed"])[3:] for of in (early, late))
+        found[name] = [
+            with_interval(*ratio(*pair), unit="×") for pair in ((before, 1), (after, 1), (after, before))
+        ]
+    before, after, contrast = found["injected"]
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert f"| {before} | {after} | **{contrast}** | {found['head reset'][2]} |" in text
+
+
 def test_documents_say_what_a_fresh_network_would_have_done():
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     for file in ("tasks", "tasks_avx2"):
