@@ -87,15 +87,15 @@ def read_subject(path: Path, rate: float) -> Checkpoint:
     return replace(checkpoint, meta=checkpoint.meta | {"args": args})
 
 
-def fresh_subject(env_id: str, seed: int, settings: ProbeSettings) -> Checkpoint:
+def fresh_subject(env_id: str, seed: int, rate: float, head_width: int = Args.head_width) -> Checkpoint:
     """A network that has learned nothing, as if it were in a checkpoint, without replay."""
     args = Args(
         env_id=env_id,
         env_backend="ale",
         num_envs=8,
         seed=seed,
-        learning_rate=settings.learning_rate,
-        head_width=settings.head_width,
+        learning_rate=rate,
+        head_width=head_width,
     )
     with contextlib.closing(make_envs(args)) as envs:
         learner = Learner(args, int(envs.single_action_space.n), torch.device("cpu"))

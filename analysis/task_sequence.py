@@ -120,7 +120,8 @@ def run_sequence(
         `compare_copies` says; "sentence"; and `measured_on`
     """
     if path == Path(fitting.NO_CHECKPOINT):
-        subjects = [fitting.fresh_subject(env_id, seed, settings) for seed in range(settings.seeds)]
+        how = (settings.learning_rate, settings.head_width)
+        subjects = [fitting.fresh_subject(env_id, seed, *how) for seed in range(settings.seeds)]
     else:
         subjects = [fitting.read_subject(path, settings.learning_rate)] * settings.seeds
     obs = fitting.observations_for(subjects[0], settings.observations)
