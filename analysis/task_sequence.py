@@ -129,13 +129,14 @@ def run_sequence(
     result |= {"probe_tasks": tasks, "probe_inject_at": inject_at, "copied_before": []}
     for measure in MEASURED:
         result[measure] = {name: [] for name in NAMES}
-    with tqdm(desc=f"tasks of {path}", leave=False, disable=None) as progress:
+    with tqdm(unit=" tasks", leave=False, disable=None) as progress:
         for seed, subject in enumerate(subjects):
             copied_before = None
             for name in NAMES:
                 for measure in MEASURED:
                     result[measure][name].append([])
             course = run_tasks(subject, obs, tasks, inject_at, settings.updates, seed)
+            progress.set_description(f"{path}: network {seed + 1} of {settings.seeds}")
             for task, measured in enumerate(course, start=1):
                 if INJECTED in measured and copied_before is None:
                     copied_before = task
