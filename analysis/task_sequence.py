@@ -136,7 +136,7 @@ def run_sequence(
                 for measure in MEASURED:
                     result[measure][name].append([])
             course = run_tasks(subject, obs, tasks, inject_at, settings.updates, seed)
-            progress.set_description(f"{path}: network {seed + 1} of {settings.seeds}")
+            progress.set_description_str(f"{path}: network {seed + 1} of {settings.seeds}")
             for task, measured in enumerate(course, start=1):
                 if INJECTED in measured and copied_before is None:
                     copied_before = task
