@@ -150,6 +150,16 @@ def run_sequence(
     return result | {"sentence": sequence_in_words(result)}
 
 
+def copied_seeds(result: dict[str, Any]) -> list[int]:
+    """The seeds whose network was copied."""
+    return [seed for seed, task in enumerate(result["copied_before"]) if task is not None]
+
+
+def fresh_errors(result: dict[str, Any]) -> np.ndarray:
+    """A fresh network's error at the end of the first task, (seeds,), NaN where it is not finite."""
+    return np.array([of_seed[0] for of_seed in result["error"][FRESH]], float)
+
+
 def compare_copies(result: dict[str, Any]) -> dict[str, Any]:
     """What the networks did from the task on before which the copies were made.
 
@@ -159,7 +169,7 @@ def compare_copies(result: dict[str, Any]) -> dict[str, Any]:
         of the seeds with copies: "relative_to_best" and "relative_to_fresh" {name: ...}, and of the copies
         "relative_to_one", to the one network's
     """
-    copied = [seed for seed, task in enumerate(result["copied_before"]) if task is not None]
+    copied = copied_seeds(result)
     best = []
     since = {name: np.full(len(result["copied_before"]), math.nan) for name in (SAME, *COPIES)}
     for seed, task in enumerate(result["copied_before"]):
@@ -169,8 +179,7 @@ def compare_copies(result: dict[str, Any]) -> dict[str, Any]:
         for name, mean_errors in since.items():
             if task is not None:
                 mean_errors[seed] = np.array(result["error"][name][seed][task - 1 :], float).mean()
-    fresh = np.array([of_seed[0] for of_seed in result["error"][FRESH]], float)
-    standards = {"best": np.array(best), "fresh": fresh, "one": since[SAME]}
+    standards = {"best": np.array(best), "fresh": fresh_errors(result), "one": since[SAME]}
     found: dict[str, Any] = {"best": plain(best)}
     found["since"] = {name: plain(mean_errors.tolist()) for name, mean_errors in since.items()}
     for standard, reference in standards.items():
@@ -184,8 +193,8 @@ def compare_copies(result: dict[str, Any]) -> dict[str, Any]:
 def num_below(result: dict[str, Any]) -> int:
     """How many networks that had lost plasticity are, left alone, no longer so bad in the last task."""
     count = 0
-    for seed, task in enumerate(result["copied_before"]):
-        if task is not None and result["error"][SAME][seed][-1] <= LOST * result["best"][seed]:
+    for seed in copied_seeds(result):
+        if result["error"][SAME][seed][-1] <= LOST * result["best"][seed]:
             count += 1
     return count
 
@@ -222,7 +231,7 @@ def sequence_in_words(result: dict[str, Any]) -> str:
         return f"no answer: {reason}"
     subjects = "networks" if result["checkpoint"] == fitting.NO_CHECKPOINT else "repetitions"
     everything = f"{len(result['copied_before'])} {subjects}"
-    copied = [task for task in result["copied_before"] if task is not None]
+    copied = [result["copied_before"][seed] for seed in copied_seeds(result)]
     standard = f"error above {LOST}× its own best, {IN_A_ROW} tasks in a row"
     if not copied:
         way = f"on the way through {result['probe_tasks']} tasks"
@@ -259,7 +268,7 @@ def sequence_table(result: dict[str, Any]) -> str:
         "then: left alone": np.array(result["since"][SAME], float),
         "injected": np.array(result["since"][INJECTED], float),
         "head reset": np.array(result["since"][RESET], float),
-        "a fresh network": np.array([of_seed[0] for of_seed in result["error"][FRESH]], float),
+        "a fresh network": fresh_errors(result),
     }
     lines = [["network", "copied before task", *columns, "head dormant by then", "encoder active by then"]]
     lines.append(["---"] * len(lines[0]))
@@ -270,7 +279,7 @@ def sequence_table(result: dict[str, Any]) -> str:
             share = result[measure][SAME][seed][-1 if task is None else task - 2]
             line.append("–" if share is None else f"{share:.0%}")
         lines.append(line)
-    copied = [seed for seed, task in enumerate(result["copied_before"]) if task is not None]
+    copied = copied_seeds(result)
     if len(copied) > 1:
         means = [cell(errors[copied]) for errors in columns.values()]
         lines.append([f"{len(copied)} that were copied", "", *means, "", ""])
@@ -282,11 +291,11 @@ def aligned(result: dict[str, Any], measure: str, name: str) -> tuple[np.ndarray
 
     Networks without copies have no row. But where none has any, all have, and tasks count from 1.
     """
-    copied = result["copied_before"]
-    rows = [seed for seed, task in enumerate(copied) if task is not None]
+    rows = copied_seeds(result)
+    firsts = [result["copied_before"][seed] for seed in rows]
     if not rows:
-        rows = list(range(len(copied)))
-    firsts = [0 if copied[seed] is None else copied[seed] for seed in rows]
+        rows = list(range(len(result["copied_before"])))
+        firsts = [0] * len(rows)
     lengths = [len(result[measure][name][seed]) for seed in rows]
     begin = 1 - max(firsts)
     end = max(length - first for length, first in zip(lengths, firsts, strict=True))
@@ -312,9 +321,9 @@ def draw_panel(ax: canvas.Axes, result: dict[str, Any], measure: str) -> None:
     if any(result["copied_before"]):
         ax.axvline(-0.5, **canvas.DASHED, label="injection or reset")
     if measure == "error":
-        fresh = np.array([of_seed[0] for of_seed in result["error"][FRESH]], float)
+        fresh, _, _ = geometric_interval(np.log(fresh_errors(result)))
         ax.axhline(
-            float(geometric_interval(np.log(fresh))[0]),
+            float(fresh),
             color=LOOKS[FRESH].colour,
             ls=LOOKS[FRESH].dashes,
             label=FRESH,
@@ -338,7 +347,7 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
             draw_panel(ax, result, measure)
         fresh = result["checkpoint"] == fitting.NO_CHECKPOINT
         subject = "fresh networks" if fresh else f"the agent of step {result['step']:,}"
-        copied = [task for task in result["copied_before"] if task is not None]
+        copied = [result["copied_before"][seed] for seed in copied_seeds(result)]
         title = f"{result['env_id']}: {subject}, one random target after another"
         counted = "task"
         if copied:

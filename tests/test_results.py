@@ -129,7 +129,9 @@ def test_documents_print_what_an_injection_does_before_anything_is_lost(file):
         assert late["copied_before"][seed] > early["copied_before"][seed] == 6
     found = {}
     for name in ("injected", "head reset"):
-        before, after = (np.array(of["relative_to_one"][name]["per_seed"])[3:] for of in (early, late))
+        before, after = (
+            np.array(of["relative_to_one"][name]["per_seed"])[CHOSE_THE_SETTING:] for of in (early, late)
+        )
         found[name] = [
             with_interval(*ratio(*pair), unit="×") for pair in ((before, 1), (after, 1), (after, before))
         ]
@@ -191,8 +193,7 @@ def test_documents_say_how_many_networks_come_back_by_themselves():
 
 
 def test_the_readme_prints_what_an_injection_leaves_of_the_error_in_tasks():
-    (result,) = json.loads((ROOT / "results" / "tasks.json").read_text(encoding="utf-8"))
-    left = np.array(result["relative_to_one"]["injected"]["per_seed"])[CHOSE_THE_SETTING:]
-    low, high = np.exp(t_interval(np.log(left)))
+    left = np.array(sequence("tasks")["relative_to_one"]["injected"]["per_seed"])[CHOSE_THE_SETTING:]
+    centre, (low, high) = ratio(left, 1)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{np.exp(np.log(left).mean()):.2g}× [{low:.2g}, {high:.2g}]" in text
+    assert f"{centre:.2g}× [{low:.2g}, {high:.2g}]" in text
