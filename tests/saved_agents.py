@@ -1,14 +1,19 @@
-"""A small run's checkpoints, and what may have become of the agents in them."""
+"""A small run's checkpoints and final agent, and what may have become of the agents in them."""
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from conftest import TINY_GAMES
 
-from dqn_injection_atari import Args, make_q_network
+from dqn_injection_atari import Args, Learner, make_q_network
 from support.checkpoints import CHECKSUMS, checksums
+from support.evaluation import save_agent
 
 CPU = torch.device("cpu")
+ACTIONS = 8  # of Phoenix
+STEP = 30  # of a final agent
 SMALL = Args(
     env_id=TINY_GAMES,
     env_backend="ale",
@@ -26,6 +31,14 @@ SMALL = Args(
     injection_step=(180,),
     cuda=False,
 )
+
+
+def run_with_agent(folder, **settings):
+    """Writes the agent.pt of a run, which has learned nothing; returns the folder."""
+    args = Args(**{"env_id": TINY_GAMES, "injection_step": (10,), "head_width": 16, **settings})
+    Path(folder).mkdir()
+    save_agent(Path(folder, "agent.pt"), Learner(args, ACTIONS, "cpu").q_network, asdict(args), STEP)
+    return folder
 
 
 def change(checkpoint, network=None, learner=None, **args):

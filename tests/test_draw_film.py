@@ -2,34 +2,23 @@
 
 import io
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import SHORT_GAMES, TINY_GAMES, status_of, variant
 from PIL import Image, ImageFont
+from saved_agents import ACTIONS, STEP, run_with_agent
 
-from dqn_injection_atari import Args, Learner, evaluate, load_agent, make_envs
+from dqn_injection_atari import Args, evaluate, load_agent, make_envs
 from img import draw_film
 from img.draw_film import FilmedGame, as_gif, draw_picture, median_game, middle_game
 from support import evaluation
-from support.evaluation import save_agent
 
-ACTIONS = 8  # of Phoenix
-STEP = 30
 MARGIN, TOP = (
     draw_film.GAP,
     draw_film.GAP + 2 * draw_film.LINE,
 )  # of the first screen, below two lines of text
-
-
-def run_with_agent(folder, **settings):
-    """Writes the agent.pt of a run, which has learned nothing; returns the folder."""
-    args = Args(**{"env_id": TINY_GAMES, "injection_step": (10,), "head_width": 16, **settings})
-    Path(folder).mkdir()
-    save_agent(Path(folder, "agent.pt"), Learner(args, ACTIONS, "cpu").q_network, asdict(args), STEP)
-    return folder
 
 
 def three_arms():

@@ -1,0 +1,224 @@
+"""The table and figure of img/draw_effects.py: what each arm changes against no intervention."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import status_of
+from simulated_runs import INJECTION, RETURN, TOTAL, games, make_run
+
+from analysis.curves import write_curves
+from img import draw_effects
+
+SEEDS = (1, 2, 3)
+DORMANT = "plasticity/dormant_fraction/head"
+GAIN = 50.0
+LATE_GAIN = 200.0  # in the last 500 steps
+PHASES = ("first 500", "all 2,000", "last 500")
+
+
+def arm(name, intervention, gain=0.0, late_gain=0.0, dormant=0.5, seeds=SEEDS, upto=TOTAL, **args):
+    """Runs that were one up to the injection; a game every 100 steps, up to the last."""
+    runs = []
+    for seed in seeds:
+        points = []
+        for step, value in games(seed, len(intervention), upto=upto):
+            effect = late_gain if step > TOTAL - 500 else gain * (step > INJECTION)
+            points.append((step, value + effect))
+        measured = {RETURN: points, DORMANT: [(INJECTION, 0.9), (upto, dormant + seed / 100)]}
+        runs.append(make_run(f"{name}-{seed}", measured, upto, seed=seed, intervention=intervention, **args))
+    return runs
+
+
+def write(name, runs):
+    write_curves(runs, Path(f"{name}.csv"))
+    return runs
+
+
+def write_both(**of_injection):
+    write("none", arm("none", "none"))
+    return write("injection", arm("injection", "injection", GAIN, LATE_GAIN, dormant=0.3, **of_injection))
+
+
+def write_scores(scores):
+    """Two games of each run's agent, of {folder: mean}."""
+    rows = ["run,game,score"]
+    for folder, mean in scores.items():
+        rows += [f"{folder},1,{mean - 10}", f"{folder},2,{mean + 10}"]
+    Path("games.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the script; returns its status, what it printed as {arm: cells}, other lines, its error."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["draw_effects.py", *words])
+        status = status_of(draw_effects.main)
+        printed, error = capsys.readouterr()
+        table = {}
+        others = []
+        for line in printed.splitlines():
+            if line.startswith("|"):
+                name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+                table[name] = cells
+            else:
+                others.append(line)
+        return status, table, others, error
+
+    return run
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """{name: figure} of those that would be saved."""
+    figures = {}
+    monkeypatch.setattr(draw_effects, "save", lambda figure, path: figures.update({path: figure}))
+    return figures
+
+
+def files():
+    return sorted(str(path) for path in Path().glob("*.csv"))
+
+
+def mean_of(cell):
+    return float(cell.partition(" ")[0].replace(",", "").replace("−", "-"))
+
+
+def test_each_number_is_of_its_own_steps(command):
+    runs = write_both()
+    status, table, _, _ = command("x.png", "500", *files())
+    assert status == 0 and Path("x.png").stat().st_size > 5_000
+    assert table["arm"] == [f"return, {phase} steps" for phase in PHASES] + ["dormant units of the head, end"]
+    first, whole, last, dormant = map(mean_of, table["injection at 1k: change"])
+    assert first == pytest.approx(GAIN, abs=2) and last == pytest.approx(LATE_GAIN, abs=2)
+    assert whole == pytest.approx((15 * GAIN + 5 * LATE_GAIN) / 20, abs=2)
+    assert dormant == pytest.approx(-0.2, abs=1e-3)
+    assert mean_of(table["no injection"][3]) == pytest.approx(0.52, abs=1e-3)
+    # the bounds are steps after which a part begins, and steps that belong to it
+    assert draw_effects.mean_return(runs[0], 1_000, 1_100) == runs[0].scalars[RETURN][1][10]
+
+
+def test_the_window_is_that_of_the_verdict(command):
+    write_both()
+    _, table, _, _ = command("x.png", "500", *files())
+    (pair,) = draw_effects.comparisons(draw_effects.read_files(files())[0], RETURN, None)
+    judged = pair.judgement
+    assert table["injection at 1k: change"][1] == draw_effects.show(
+        judged.difference, judged.low, judged.high
+    )
+
+
+def test_intervals_are_of_the_differences_within_seeds(command):
+    write("none", arm("none", "none"))
+    write("injection", arm("injection", "injection"))
+    offsets = {1: 1_000.0, 2: 2_000.0, 3: 3_000.0}
+    scores = {f"none-{seed}": offset for seed, offset in offsets.items()}
+    scores |= {f"injection-{seed}": offset + 100 + seed for seed, offset in offsets.items()}
+    write_scores(scores)
+    _, table, _, _ = command("x.png", "500", *files())
+    assert table["arm"][-1] == "final agent, whole games"
+    assert table["injection at 1k: change"][-1] == "102 [100, 104]"
+    assert table["no injection"][-1] == "2,000 [−484, 4,484]"
+
+
+def test_a_seed_without_a_value_is_left_out_and_the_others_are_counted(command):
+    runs = write_both()
+    silent = next(run for run in runs if run.args.seed == 2)
+    steps = silent.scalars[RETURN][0]
+    silent.scalars[RETURN] = silent.scalars[RETURN][:, steps <= TOTAL - 500]
+    write("injection", runs)
+    write_scores({"none-1": 10.0, "injection-1": 20.0, "injection-2": 30.0, "elsewhere": 40.0})
+    _, table, others, _ = command("x.png", "500", *files())
+    cells = table["injection at 1k: change"]
+    assert cells[2].endswith("(2 seeds)") and "seeds" not in cells[1]
+    assert cells[-1] == "10.0 (1 seed)"
+    assert others == ["left out: the scores of elsewhere, whose curves are in none of these files"]
+
+
+def test_a_run_that_does_not_count_in_the_comparison_changes_nothing(command):
+    write("none", arm("none", "none", seeds=(1, 2, 3, 4)))
+    runs = arm("injection", "injection", GAIN, LATE_GAIN)
+    write("injection", runs)
+    _, table, _, _ = command("x.png", "500", *files())
+    (elsewhere,) = arm("elsewhere", "injection", 10 * GAIN, seeds=(4,))
+    elsewhere.scalars[RETURN][1] += 1  # also of the games before the injection
+    write("injection", [*runs, elsewhere])
+    _, with_another, _, _ = command("x.png", "500", *files())
+    assert with_another == table
+
+
+def test_an_arm_without_any_value_has_a_dash(command, drawn):
+    write_both()
+    write_scores({f"none-{seed}": 10.0 * seed for seed in SEEDS})
+    _, table, _, _ = command("x.png", "500", *files())
+    assert table["injection at 1k: change"][-1] == "–" and table["no injection"][-1].startswith("20.0 [")
+    zero = drawn["x.png"].axes[-1].lines
+    assert len(zero) == 1
+
+
+def test_every_arm_has_a_row_in_the_figure(command, drawn):
+    write_both()
+    write("head", arm("head", "reset-head", -GAIN))
+    assert command("x.png", "500", *files())[0] == 0
+    axes = drawn["x.png"].axes
+    assert [ax.get_title(loc="left") for ax in axes] == command("x.png", "500", *files())[1]["arm"]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [
+        "head reset at 1k",
+        "injection at 1k",
+    ]
+    for row, mean in enumerate((-0.75 * GAIN, 0.75 * GAIN + 0.25 * LATE_GAIN)):
+        interval, centre, seeds = (line.get_xydata() for line in axes[1].lines[3 * row : 3 * row + 3])
+        assert centre.tolist() == [[pytest.approx(mean, abs=2), row]]
+        assert interval[:, 0].mean() == pytest.approx(centre[0, 0]) and np.ptp(interval[:, 0]) > 0.1
+        assert len(seeds) == 3 and seeds[:, 0].mean() == pytest.approx(centre[0, 0])
+        assert np.all(interval[:, 1] == row) and np.all(seeds[:, 1] == row + 0.25)
+    assert axes[1].yaxis_inverted()
+    assert axes[3].get_xlabel() == "change; without: 0.520"
+
+
+def test_what_cannot_be_compared_is_refused(command):
+    write_both(upto=TOTAL - 500)
+    write("head", arm("head", "reset-head"))
+    assert "has another window than the arms before it" in command("x.png", "500", *files())[3]
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (4, 5, 6)])
+def test_arms_that_share_no_history_are_refused(command, seeds):
+    write("none", arm("none", "none"))
+    write("injection", arm("injection", "injection", seeds=seeds))
+    problem = "its runs share no history with those without it: give forks, of 3 seeds"
+    assert problem in command("x.png", "500", *files())[3]
+
+
+def test_two_settings_are_refused(command):
+    write_both()
+    write("other", arm("other", "none", learning_rate=1e-3))
+    write("others", arm("others", "injection", learning_rate=1e-3))
+    assert "is compared with other runs than the arms before it" in command("x.png", "500", *files())[3]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ([], "give a figure, a number of steps, and files: python img/draw_effects.py"),
+        (["x.png", "none.csv", "injection.csv"], "give a figure, a number of steps, and files"),
+        (["x.gif", "500", "none.csv"], "must end in .png, .pdf or .svg"),
+        (
+            ["x.png", "500", "none.csv"],
+            "no two arms differ in the intervention alone: give the files of both",
+        ),
+        (["x.png", "500", "nowhere.csv"], "nowhere.csv cannot be read as a file (FileNotFoundError"),
+        (["x.png", "500", "empty.csv"], "empty.csv cannot be read as curves of runs"),
+        (["x.png", "500", "bad.csv"], "bad.csv cannot be read as scores of games"),
+        (["x.png", "2000", "none.csv", "injection.csv"], "has 2,000 steps: give fewer of them than 2,000"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(command, words, problem):
+    write_both()
+    Path("empty.csv").write_text("", encoding="utf-8")
+    Path("bad.csv").write_text("run,game,points\na,1,2\n", encoding="utf-8")
+    status, table, _, error = command(*words)
+    assert status == 1 and table == {} and problem in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and not Path("x.png").exists()
