@@ -53,7 +53,7 @@ class Agent:
     measures: dict[str, float]
 
 
-Agents = dict[tuple[str, str], Agent]  # by exp_name and seed of the run without an injection
+Agents = dict[str, Agent]  # by GAME__EXP_NAME__SEED, as the folder of the run without an injection is called
 ByRate = dict[float, list[Agent]]  # by learning rate
 
 
@@ -80,13 +80,13 @@ def agents_in(files: list[str]) -> Agents:
             seed = run.args.seed
             if seed not in pair.differences:
                 continue
-            key = run.args.exp_name, str(seed)
+            args = run.args
+            key = f"{args.env_id}__{args.exp_name}__{seed}".replace("/", "-")
             if key in agents:
-                twice = f"two agents have the exp_name {key[0]} and seed {seed}"
-                raise UsageError(f"{twice}: draw them one by one")
+                raise UsageError(f"two agents are called {key}: draw them one by one")
             gain = pair.differences[seed]
             agents[key] = Agent(
-                run.args.learning_rate, pair.window.after, gain, measures_at(run, pair.window.after)
+                args.learning_rate, pair.window.after, gain, measures_at(run, pair.window.after)
             )
     return agents
 
@@ -103,11 +103,8 @@ def add_probe(agents: Agents, path: Path) -> None:
             ratios = [result["relative_to_fresh"][name] for name in names]
             probed.append((Path(result["checkpoint"]), ratios))
     for checkpoint, ratios in probed:
-        # A run's folder is called GAME__EXP_NAME__SEED__TIME
-        _, _, after_game = checkpoint.parent.name.partition("__")
-        exp_name_and_seed, _, _ = after_game.rpartition("__")
-        exp_name, _, seed = exp_name_and_seed.rpartition("__")
-        agent = agents.get((exp_name, seed))
+        key, _, _ = checkpoint.parent.name.rpartition("__")  # without the time
+        agent = agents.get(key)
         if agent is None or checkpoint.name != f"checkpoint-{agent.step}":
             print(f"left out of {path}: {checkpoint}, no gain is known from there on")
         elif None in ratios:

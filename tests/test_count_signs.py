@@ -1,0 +1,126 @@
+"""The count of img/count_signs.py: how often a probe foretold the sign of a gain."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import status_of
+from simulated_runs import ALIEN, INJECTION, PHOENIX, RETURN, games, make_run
+
+from analysis.curves import write_curves
+from img import count_signs
+from img.count_signs import signs_in_words
+
+GAINS = {(PHOENIX, 1): 100, (PHOENIX, 2): 100, (PHOENIX, 3): -100}
+GAINS |= {(ALIEN, 1): 100, (ALIEN, 2): -100, (ALIEN, 3): 100}
+LEFT = {(PHOENIX, 1): 0.1, (PHOENIX, 2): 0.36, (PHOENIX, 3): 0.9}  # of the error
+LEFT |= {(ALIEN, 1): 0.359, (ALIEN, 2): 0.3, (ALIEN, 3): 2.0}
+
+
+def write_games():
+    """Both arms of two games; every agent gains what `GAINS` says."""
+    for game, arm in itertools.product((PHOENIX, ALIEN), ("none", "injection")):
+        runs = []
+        for seed in (1, 2, 3):
+            gain = GAINS[game, seed] if arm == "injection" else 0
+            points = {RETURN: games(seed, len(arm), gain)}
+            runs.append(make_run(f"{seed}", points, seed=seed, env_id=game, intervention=arm, exp_name=arm))
+        write_curves(runs, Path(f"{game}_{arm}.csv"))
+
+
+def write_probe(path="probe.json", left=LEFT, step=INJECTION):
+    """What a probe found, an agent's own error being half of a fresh network's."""
+    found = []
+    for (game, seed), share in left.items():
+        ratios = {"agent": {"ratio": 0.5}, "agent, injected": {"ratio": share / 2}}
+        checkpoint = f"sweeps/x/runs/{game}__none__{seed}__1795760000/checkpoint-{step}"
+        found.append({"checkpoint": checkpoint, "relative_to_fresh": ratios})
+    Path(path).write_text(json.dumps(found), encoding="utf-8")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the script; returns its status, the lines that it printed, and its error."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["count_signs.py", *words])
+        status = status_of(count_signs.main)
+        printed, error = capsys.readouterr()
+        return status, printed.splitlines(), error
+
+    return run
+
+
+def files():
+    return sorted(str(path) for path in Path().glob("*.*"))
+
+
+def test_each_agent_of_each_game_is_counted_once(command):
+    write_games()
+    write_probe()
+    status, printed, _ = command("0.36", *files())
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed[2:-4]]
+    found = {row[0]: row[1:] for row in rows}
+    assert status == 0 and len(rows) == 6
+    says = {(PHOENIX, 1): ("gains", "yes"), (PHOENIX, 2): ("does not gain", "no")}
+    says |= {(PHOENIX, 3): ("does not gain", "yes"), (ALIEN, 1): ("gains", "yes")}
+    says |= {(ALIEN, 2): ("gains", "no"), (ALIEN, 3): ("does not gain", "no")}
+    for (game, seed), (said, right) in says.items():
+        left, *words = found[f"{game}__none__{seed}"]
+        assert float(left) == LEFT[game, seed] and (words[0], words[2]) == (said, right)
+        assert float(words[1].replace("−", "-")) == pytest.approx(GAINS[game, seed], abs=3)
+    assert printed[-4] == "3 of 6 are as the probe says: 3 gain by the probe, 4 gained"
+    assert printed[-3] == "by chance as many or more: 0.656, were each sign a coin"
+    shuffled = "by chance as many or more: 0.8, were what the probe says shuffled among the agents"
+    assert printed[-2] == shuffled
+    assert printed[-1] == '"all gain" would be right of 4, "none gains" of 2'
+
+
+@pytest.mark.parametrize("said", [[True] * 2 + [False] * 3, [True] * 5, [False, True, False, False, True]])
+def test_chance_is_that_of_all_ways_to_shuffle(said):
+    gained = [True, True, True, False, False]
+    right = [a == b for a, b in zip(said, gained, strict=True)]
+    ways = list(itertools.permutations(said))
+    as_many = 0
+    for way in ways:
+        as_many += sum(a == b for a, b in zip(way, gained, strict=True)) >= sum(right)
+    coins = list(itertools.product((False, True), repeat=5))
+    heads = [coin for coin in coins if sum(coin) >= sum(right)]
+    words = signs_in_words(said, gained).splitlines()
+    assert f": {len(heads) / len(coins):.3g}, were each sign a coin" in words[1]
+    assert f": {as_many / len(ways):.3g}, were what the probe says" in words[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ([], "give a share of the error, the files of both arms, and a probe's: python img/count_signs.py"),
+        (["0.36", "probe.json"], "give a share of the error, the files of both arms"),
+        (["many", *"ab"], "give a share of the error, the files of both arms"),
+        (["many", "both"], "many is no share of the error below which an agent gains: give one like 0.36"),
+        (["0", "both"], "0 is no share of the error"),
+        (["nan", "both"], "nan is no share of the error"),
+        (["0.36", "both"], "0 files of probes: give one that compare.py --probe wrote"),
+        (["0.36", "both", "probe.json", "late.json"], "2 files of probes: give one"),
+        (
+            ["0.36", "both", "few.json"],
+            "few.json says nothing of AlienNoFrameskip-v4__none__1: probe all agents",
+        ),
+        (["0.36", "both", "late.json"], "late.json says nothing of"),
+        (["0.36", f"{PHOENIX}_none.csv", "probe.json"], "no agent has runs with and without an injection"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(command, words, problem):
+    write_games()
+    write_probe()
+    write_probe("few.json", left={agent: LEFT[agent] for agent in LEFT if agent[0] == PHOENIX})
+    write_probe("late.json", step=2 * INJECTION)
+    given = []
+    for word in words:
+        given += sorted(str(path) for path in Path().glob("*.csv")) if word == "both" else [word]
+    status, printed, error = command(*given)
+    assert status == 1 and problem in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert all(line.startswith("left out of late.json") for line in printed)
