@@ -212,6 +212,11 @@ class Args(RunFlags, AlternativeSettings, Experiment):
         return math.ceil(step / self.num_envs) * self.num_envs
 
     @property
+    def run_name(self) -> str:
+        """What the run's folder is called, but for the time."""
+        return f"{self.env_id}__{self.exp_name}__{self.seed}".replace("/", "-")
+
+    @property
     def planned_interventions(self) -> tuple[int, ...]:
         """`injection_step`, each at the end of its vector step."""
         return tuple(self.end_of_vector_step(step) for step in self.injection_step)
@@ -1156,7 +1161,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
         stack.callback(envs.close)
         run = Run(
             origin,
-            name=f"{args.env_id}__{args.exp_name}__{args.seed}",
+            name=args.run_name,
             version=__version__,
             args=asdict(args),
             parts={"learner": learner, "replay": replay, "envs": envs},

@@ -4,85 +4,112 @@
 
 The probe says that an agent gains where the injected copy's error is below 0.36 of the agent's own. It is
 right where the difference in mean return that compare.py finds for that agent has this sign. The JSON file is
-of compare.py --probe, at checkpoints of the injection's step.
+of compare.py --probe, at checkpoints of the injection's step. Where a network diverged in it, the probe has
+no answer, and is not right.
 
-What chance would give stands beside it: were each sign a coin, and were what the probe says shuffled among
-the agents. So does what "all gain" and "none gains" would get right.
+Beside it stands what chance would give: were each sign a coin, and were the answers shuffled among the
+agents, or among those of each game. The last says whether the probe tells agents apart, not only games. Last
+comes what "all gain" and "none gains" would get right.
 """
 
 import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.verdict import show
-from img.draw_signs import Agents, add_probe, agents_in
+from img.draw_signs import add_probe, agents_in, error_left
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
 
 
-def signs_table(left: dict[str, float], gains: dict[str, float], below: float) -> str:
-    """Markdown: of each agent what an injection left of its error, what that says, and what came."""
+def game_of(name: str) -> str:
+    game, _, _ = name.partition("__")
+    return game
+
+
+def chance_by_shuffling(said: list[bool], gained: list[bool], groups: list[str]) -> float:
+    """Probability of as many right answers, or more, were they shuffled among the agents of each group.
+
+    How many are said to gain, and how many do, stays what it is. So the more agents are both, the more
+    answers are right.
+    """
+    both = sum(answer and came for answer, came in zip(said, gained, strict=True))
+    chances = np.ones(1)  # of 0, 1, ... agents that are both
+    for group in dict.fromkeys(groups):
+        members = [i for i, other in enumerate(groups) if other == group]
+        num_said = sum(said[i] for i in members)
+        num_gained = sum(gained[i] for i in members)
+        counts = np.arange(len(members) + 1)
+        of_group = scipy.stats.hypergeom.pmf(counts, len(members), num_gained, num_said)
+        chances = np.convolve(chances, of_group)
+    return float(chances[both:].sum())
+
+
+def signs_table(ratios: dict[str, float], gains: dict[str, float], below: float) -> str:
+    """Markdown: of each agent what an injection leaves of its error, what that says, and what came."""
     lines = ["| agent | error, injected ÷ agent | the probe says | gain in return | right |"]
     lines.append("|---|---|---|---|---|")
-    for name, ratio in left.items():
-        said = "gains" if ratio < below else "does not gain"
-        right = "yes" if (ratio < below) == (gains[name] > 0) else "no"
-        lines.append(f"| {name} | {ratio:.3g} | {said} | {show(gains[name])} | {right} |")
+    for name, gain in gains.items():
+        ratio = ratios.get(name)
+        if ratio is None:
+            lines.append(f"| {name} | – | no answer | {show(gain)} | no |")
+            continue
+        answer = "gains" if ratio < below else "does not gain"
+        right = "yes" if (ratio < below) == (gain > 0) else "no"
+        lines.append(f"| {name} | {ratio:.3g} | {answer} | {show(gain)} | {right} |")
     return "\n".join(lines)
 
 
-def signs_in_words(said: list[bool], gained: list[bool]) -> str:
-    """How many are as the probe says, and what chance would give.
-
-    Args:
-        said, gained: of each agent whether it gains, as the probe says and as it came
-    """
-    agents = len(said)
-    num_said = sum(said)
-    num_gained = sum(gained)
-    right = sum(word == came for word, came in zip(said, gained, strict=True))
-    coin = scipy.stats.binom.sf(right - 1, agents, 0.5)
-    # with these numbers of words and gains, what is right is decided by how many of both are of one agent
-    both = sum(word and came for word, came in zip(said, gained, strict=True))
-    shuffled = scipy.stats.hypergeom.sf(both - 1, agents, num_gained, num_said)
+def signs_in_words(ratios: dict[str, float], gains: dict[str, float], below: float) -> str:
+    """How many are as the probe says, and what chance would give where it has an answer."""
+    said = [ratio < below for ratio in ratios.values()]
+    gained = [gains[name] > 0 for name in ratios]
+    games = [game_of(name) for name in ratios]
+    right = sum(answer == came for answer, came in zip(said, gained, strict=True))
+    coin = scipy.stats.binom.sf(right - 1, len(said), 0.5)
+    shuffled = chance_by_shuffling(said, gained, ["all"] * len(said))
+    within_games = chance_by_shuffling(said, gained, games)
+    all_gained = sum(gain > 0 for gain in gains.values())
     lines = [
-        f"{right} of {agents} are as the probe says: {num_said} gain by the probe, {num_gained} gained",
-        f"by chance as many or more: {coin:.3g}, were each sign a coin",
-        f"by chance as many or more: {shuffled:.3g}, were what the probe says shuffled among the agents",
-        f'"all gain" would be right of {num_gained}, "none gains" of {agents - num_gained}',
+        f"the probe is right for {right} of {len(gains)}: {sum(said)} gain by its answers, {all_gained} did",
+        f"as many or more are right by chance: {coin:.3g} if each sign is a coin's",
+        f"as many or more are right by chance: {shuffled:.3g} if answers are shuffled among the agents",
+        f"as many or more are right by chance: {within_games:.3g} if among those of each game",
+        f'"all gain" would be right for {all_gained}, "none gains" for {len(gains) - all_gained}',
     ]
     return "\n".join(lines)
 
 
 def read_agents(files: list[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """Of each agent what an injection left of its error, and what it gained; by the agent's name.
+    """What an injection leaves of agents' errors, where the probe has an answer, and what all agents gain.
 
     Raises:
-        UsageError: no agent has both, or one lacks a probe, or there are several files of probes.
+        UsageError: no agent has both, or there is not one file of probes.
     """
     probes = [Path(path) for path in files if path.endswith(".json")]
     if len(probes) != 1:
         raise UsageError(f"{len(probes)} files of probes: give one that compare.py --probe wrote")
-    agents: Agents = agents_in([path for path in files if path.endswith(".csv")])
+    agents = agents_in([path for path in files if path.endswith(".csv")])
     if not agents:
         raise UsageError("no agent has runs with and without an injection: give the files of both arms")
     add_probe(agents, probes[0])
-    left = {}
-    gains = {}
+    name_of_ratio = error_left(probes[0])
+    ratios = {}
     for name, agent in agents.items():
-        measure = f"{probes[0].stem}, injected ÷ agent"
-        if measure not in agent.measures:
-            raise UsageError(f"{probes[0]} says nothing of {name}: probe all agents, at the injection")
-        left[name] = agent.measures[measure]
-        gains[name] = agent.gain
-    return left, gains
+        if name_of_ratio in agent.measures:
+            ratios[name] = agent.measures[name_of_ratio]
+    if not ratios:
+        raise UsageError(f"{probes[0]} says nothing of these agents: probe them at the injection")
+    return ratios, {name: agent.gain for name, agent in agents.items()}
 
 
-def number(word: str) -> float:
+def threshold_in(word: str) -> float:
+    """The share of its error below which an agent gains."""
     try:
         below = float(word)
     except ValueError:
@@ -98,11 +125,10 @@ def main() -> None:
         if not any(path.endswith(".csv") for path in files):
             example = "python img/count_signs.py 0.36 results/FOLDER/*.csv results/FOLDER/probe.json"
             raise UsageError(f"give a share of the error, the files of both arms, and a probe's: {example}")
-        below = number(word)
-        left, gains = read_agents(files)
-        print(signs_table(left, gains, below))
-        said = [ratio < below for ratio in left.values()]
-        print(signs_in_words(said, [gain > 0 for gain in gains.values()]))
+        below = threshold_in(word)
+        ratios, gains = read_agents(files)
+        print(signs_table(ratios, gains, below))
+        print(signs_in_words(ratios, gains, below))
 
 
 if __name__ == "__main__":

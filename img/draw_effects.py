@@ -4,10 +4,11 @@
 
 The files are of compare.py --export, and of img/play_agents.py. A run has five numbers: its mean return in
 the first 20,000 steps after the intervention, in the whole window, and in the last 20,000 steps; the share of
-units that are dormant in the learning head when it was measured last; and the mean score of its final agent's
-games. What an arm changes is the mean of the differences within seeds, with a 95% t interval.
+units that are dormant in the learning head when it was measured last before the window's end, since at the
+end itself ReDo may have recycled them; and the mean score of its final agent's games. What an arm changes is
+the mean of the differences within seeds, with a 95% t interval.
 
-Games that training cuts, or that never end, are in no mean return. The final agent's are whole.
+Games that training cuts, or that never end, are in no mean return. Those of the final agent are whole.
 """
 
 import csv
@@ -16,6 +17,7 @@ import sys
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from analysis.arms import Arm, group
 from analysis.canvas import INK, Figure, MaxNLocator, check_name, drawing, look, save
 from analysis.curves import TRAINING_RETURN, RecordedRun, read_curves
-from analysis.intervals import interval
-from analysis.verdict import Comparison, Window, comparisons, show
+from analysis.intervals import MIN_SEEDS, interval
+from analysis.verdict import Comparison, Window, comparisons, share_history, show
 from support.process import ends_in_one_line
 from support.usage import UsageError, reading, words_given
 
@@ -36,6 +38,15 @@ LETTERS = 30  # of an arm's name in a line
 Scores = dict[str, float]  # by the name of a run's folder: mean score of its final agent's games
 Quantity = Callable[[RecordedRun], float]  # NaN where a run has none
 Values = dict[str, dict[int, float]]  # {quantity: {seed: value}} of an arm
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What the runs without an intervention have, and by how much those of the other arms differ."""
+
+    without: str  # the arm's name
+    values: Values  # its own
+    changes: dict[str, Values]  # {arm: differences to those}
 
 
 def read_scores(path: Path) -> Scores:
@@ -65,7 +76,9 @@ def read_files(paths: list[str]) -> tuple[list[Arm], Scores]:
     for name in scores:
         if name not in known:
             print(f"left out: the scores of {name}, whose curves are in none of these files")
-    arms, _ = group(runs)
+    arms, left_out = group(runs)
+    for reason in left_out.values():
+        print(f"left out: {reason}")
     return arms, scores
 
 
@@ -74,10 +87,9 @@ def mean_return(run: RecordedRun, after: int, upto: int) -> float:
     return float(returns.mean()) if returns.size else math.nan
 
 
-def dormant_in_the_end(run: RecordedRun) -> float:
-    if DORMANT not in run.scalars:
-        return math.nan
-    return float(run.scalars[DORMANT][1, -1])
+def last_dormant(run: RecordedRun, window: Window) -> float:
+    _, shares = run.between(DORMANT, window.after, window.upto - 1)
+    return float(shares[-1]) if shares.size else math.nan
 
 
 def quantities(window: Window, part: int, scores: Scores) -> dict[str, Quantity]:
@@ -88,7 +100,7 @@ def quantities(window: Window, part: int, scores: Scores) -> dict[str, Quantity]
         f"return, first {part:,} steps": lambda run: mean_return(run, after, after + part),
         f"return, all {upto - after:,} steps": lambda run: mean_return(run, after, upto),
         f"return, last {part:,} steps": lambda run: mean_return(run, upto - part, upto),
-        "dormant units of the head, end": dormant_in_the_end,
+        "dormant units of the head, end": lambda run: last_dormant(run, window),
         "final agent, whole games": lambda run: scores.get(run.lineage[0].folder or "", math.nan),
     }
 
@@ -104,18 +116,17 @@ def values_of(runs: list[RecordedRun], measured: dict[str, Quantity]) -> Values:
     return values
 
 
-def changes(without: Values, intervened: Values) -> Values:
+def changes(values_without: Values, intervened: Values) -> Values:
     """Differences within the seeds that both have, of all that the runs without an intervention have."""
     differences: Values = {}
-    for name, values in without.items():
+    for name, values in values_without.items():
         others = intervened.get(name, {})
         differences[name] = {seed: others[seed] - values[seed] for seed in others if seed in values}
     return differences
 
 
-def find_effects(arms: list[Arm], scores: Scores, part: int) -> dict[str, Values]:
-    """{arm: its values} of the runs without an intervention, then {arm: its changes} of the others.
-
+def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
+    """
     Raises:
         UsageError: an arm cannot be compared within seeds, or not over the same window as the others.
     """
@@ -124,34 +135,41 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> dict[str, Values
         raise UsageError("no two arms differ in the intervention alone: give the files of both")
     without = pairs[0].arms[0]
     window = pairs[0].window
-    for pair in pairs:
-        check_pair(pair, without, window)
     if part >= window.upto - window.after:
         raise UsageError(
             f"the window has {window.upto - window.after:,} steps: give fewer of them than {part:,}"
         )
     measured = quantities(window, part, scores)
-    baseline = values_of(without.runs, measured)
-    effects = {without.name: baseline}
+    values = values_of(without.runs, measured)
+    effects = Effects(without.name, values, {})
     for pair in pairs:
-        arm = pair.arms[1]
-        counted = [run for run in arm.runs if run.args.seed in pair.differences]
-        effects[arm.name] = changes(baseline, values_of(counted, measured))
+        runs = forks(pair, without, window)
+        effects.changes[pair.arms[1].name] = changes(values, values_of(runs, measured))
     return effects
 
 
-def check_pair(pair: Comparison, without: Arm, window: Window) -> None:
-    """
+def forks(pair: Comparison, without: Arm, window: Window) -> list[RecordedRun]:
+    """The runs of an arm that were one with those without an intervention up to the window.
+
+    Also those that are in no comparison, since none of their games in the window has ended.
+
     Raises:
-        UsageError: a comparison is none within seeds, has other runs to compare with, or another window.
+        UsageError: they are too few, or the arm is compared with other runs, or over another window.
     """
     name = pair.arms[1].name
-    if not pair.paired:
-        raise UsageError(f"{name}: its runs share no history with those without it: give forks, of 3 seeds")
     if pair.arms[0] is not without:
         raise UsageError(f"{name} is compared with other runs than the arms before it: draw them one by one")
     if (pair.window.after, pair.window.upto) != (window.after, window.upto):
         raise UsageError(f"{name} has another window than the arms before it: draw them one by one")
+    origins = {run.args.seed: run for run in without.runs}
+    found = []
+    for run in pair.arms[1].runs:
+        origin = origins.get(run.args.seed)
+        if origin is not None and share_history(origin, run, window.after):
+            found.append(run)
+    if len(found) < MIN_SEEDS:
+        raise UsageError(f"{name}: {len(found)} of its runs are forks of runs without it: give {MIN_SEEDS}")
+    return found
 
 
 def cell(values: dict[int, float], seeds: int) -> str:
@@ -165,27 +183,24 @@ def cell(values: dict[int, float], seeds: int) -> str:
     return text
 
 
-def effects_table(effects: dict[str, Values]) -> str:
-    """Them in Markdown."""
-    baseline, *_ = effects.values()
-    rows = [["arm", *baseline], ["---"] * (1 + len(baseline))]
-    for number, (arm, values) in enumerate(effects.items()):
-        seeds = max(len(of_seeds) for of_seeds in values.values())
-        cells = [cell(of_seeds, seeds) for of_seeds in values.values()]
-        name = arm if number == 0 else f"{arm}: change"
-        rows.append([name, *cells])
+def effects_table(effects: Effects) -> str:
+    """In Markdown: a row for each arm, a column for each quantity."""
+    seeds = max(len(of_seeds) for of_seeds in effects.values.values())
+    rows = [["arm", *effects.values], ["---"] * (1 + len(effects.values))]
+    rows.append([effects.without, *(cell(of_seeds, seeds) for of_seeds in effects.values.values())])
+    for arm, changed in effects.changes.items():
+        rows.append([f"{arm}: change", *(cell(of_seeds, seeds) for of_seeds in changed.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 @drawing()
-def draw(target: str, title: str, effects: dict[str, Values]) -> None:
+def draw(target: str, title: str, effects: Effects) -> None:
     """The figure: a panel for each quantity, with a row for each arm; small points are seeds."""
-    (_, baseline), *arms = effects.items()
-    figure = Figure(figsize=(12, 1.4 + 0.5 * len(arms)), layout="constrained")
-    axes = figure.subplots(1, len(baseline), sharey=True)
-    for ax, quantity in zip(axes, baseline, strict=True):
-        for row, (_, values) in enumerate(arms):
-            differences = np.array([*values[quantity].values()])
+    figure = Figure(figsize=(12, 1.4 + 0.5 * len(effects.changes)), layout="constrained")
+    axes = figure.subplots(1, len(effects.values), sharey=True)
+    for ax, (quantity, values) in zip(axes, effects.values.items(), strict=True):
+        for row, changed in enumerate(effects.changes.values()):
+            differences = np.array([*changed[quantity].values()])
             if not differences.size:
                 continue
             point = look(row + 1).point
@@ -196,9 +211,10 @@ def draw(target: str, title: str, effects: dict[str, Values]) -> None:
         ax.axvline(0, color=INK, lw=0.8)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.set_title(quantity, fontsize=9, loc="left")
-        mean = np.mean([*baseline[quantity].values()])
+        mean = np.mean([*values.values()])
         ax.set_xlabel(f"change; without: {show(float(mean))}")
-    axes[0].set_yticks(range(len(arms)), [textwrap.fill(name, LETTERS) for name, _ in arms])
+    names = [textwrap.fill(name, LETTERS) for name in effects.changes]
+    axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
     save(figure, target)
@@ -207,7 +223,7 @@ def draw(target: str, title: str, effects: dict[str, Values]) -> None:
 def main() -> None:
     with ends_in_one_line():
         words = words_given()
-        if len(words) < 3 or not words[1].isdecimal():
+        if len(words) < 3 or not words[1].isdecimal() or int(words[1]) == 0:
             example = "python img/draw_effects.py img/NAME.png 20000 results/FOLDER/*.csv"
             raise UsageError(f"give a figure, a number of steps, and files: {example}")
         target, steps, *files = words

@@ -53,7 +53,7 @@ class Agent:
     measures: dict[str, float]
 
 
-Agents = dict[str, Agent]  # by GAME__EXP_NAME__SEED, as the folder of the run without an injection is called
+Agents = dict[str, Agent]  # by the name of the run without an injection
 ByRate = dict[float, list[Agent]]  # by learning rate
 
 
@@ -80,15 +80,19 @@ def agents_in(files: list[str]) -> Agents:
             seed = run.args.seed
             if seed not in pair.differences:
                 continue
-            args = run.args
-            key = f"{args.env_id}__{args.exp_name}__{seed}".replace("/", "-")
-            if key in agents:
-                raise UsageError(f"two agents are called {key}: draw them one by one")
+            name = run.args.run_name
+            if name in agents:
+                raise UsageError(f"two agents are called {name}: give the files of one of them")
             gain = pair.differences[seed]
-            agents[key] = Agent(
-                args.learning_rate, pair.window.after, gain, measures_at(run, pair.window.after)
+            agents[name] = Agent(
+                run.args.learning_rate, pair.window.after, gain, measures_at(run, pair.window.after)
             )
     return agents
+
+
+def error_left(path: Path) -> str:
+    """What the share of its error is called that an injection leaves to an agent, by a file of probes."""
+    return f"{path.stem}, injected ÷ agent"
 
 
 def add_probe(agents: Agents, path: Path) -> None:
@@ -103,8 +107,8 @@ def add_probe(agents: Agents, path: Path) -> None:
             ratios = [result["relative_to_fresh"][name] for name in names]
             probed.append((Path(result["checkpoint"]), ratios))
     for checkpoint, ratios in probed:
-        key, _, _ = checkpoint.parent.name.rpartition("__")  # without the time
-        agent = agents.get(key)
+        name, _, _ = checkpoint.parent.name.rpartition("__")  # without the time
+        agent = agents.get(name)
         if agent is None or checkpoint.name != f"checkpoint-{agent.step}":
             print(f"left out of {path}: {checkpoint}, no gain is known from there on")
         elif None in ratios:
@@ -112,7 +116,7 @@ def add_probe(agents: Agents, path: Path) -> None:
         else:
             as_it_is, injected = (ratio["ratio"] for ratio in ratios)
             agent.measures[f"{path.stem}, agent"] = as_it_is
-            agent.measures[f"{path.stem}, injected ÷ agent"] = injected / as_it_is
+            agent.measures[error_left(path)] = injected / as_it_is
 
 
 def points(by_rate: ByRate, name: str) -> list[np.ndarray]:

@@ -33,6 +33,7 @@ def main() -> None:
         device = pick_device(Args.cuda, Args.torch_deterministic, Args.tf32)
         for agent in agents:
             load_agent(agent, device)  # one that cannot be loaded is found before any has played
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
         with open(target, "w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(["run", "game", "score"])

@@ -84,7 +84,7 @@ class PlannedRun:
     @property
     def name(self) -> str:
         """That of its folder, but for the time."""
-        return f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}".replace("/", "-")
+        return self.args.run_name
 
     @property
     def steps(self) -> int:

@@ -156,7 +156,7 @@ class Run:
         # its folder: that of a new run has only a name, until all that could refuse the run has been done
         folder = origin.folder
         if folder is None:
-            folder = Path("runs") / f"{name}__{int(time.time())}".replace("/", "-")
+            folder = Path("runs") / f"{name}__{int(time.time())}"
         else:
             self.place = HeldFolder(folder)
 

@@ -11,7 +11,7 @@ from simulated_runs import ALIEN, INJECTION, PHOENIX, RETURN, games, make_run
 
 from analysis.curves import write_curves
 from img import count_signs
-from img.count_signs import signs_in_words
+from img.count_signs import chance_by_shuffling
 
 GAINS = {(PHOENIX, 1): 100, (PHOENIX, 2): 100, (PHOENIX, 3): -100}
 GAINS |= {(ALIEN, 1): 100, (ALIEN, 2): -100, (ALIEN, 3): 100}
@@ -31,10 +31,10 @@ def write_games():
 
 
 def write_probe(path="probe.json", left=LEFT, step=INJECTION):
-    """What a probe found, an agent's own error being half of a fresh network's."""
+    """What a probe found, an agent's own error being half of a fresh network's; None where it diverged."""
     found = []
     for (game, seed), share in left.items():
-        ratios = {"agent": {"ratio": 0.5}, "agent, injected": {"ratio": share / 2}}
+        ratios = {"agent": {"ratio": 0.5}, "agent, injected": share and {"ratio": share / 2}}
         checkpoint = f"sweeps/x/runs/{game}__none__{seed}__1795760000/checkpoint-{step}"
         found.append({"checkpoint": checkpoint, "relative_to_fresh": ratios})
     Path(path).write_text(json.dumps(found), encoding="utf-8")
@@ -61,7 +61,7 @@ def test_each_agent_of_each_game_is_counted_once(command):
     write_games()
     write_probe()
     status, printed, _ = command("0.36", *files())
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed[2:-4]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed[2:-5]]
     found = {row[0]: row[1:] for row in rows}
     assert status == 0 and len(rows) == 6
     says = {(PHOENIX, 1): ("gains", "yes"), (PHOENIX, 2): ("does not gain", "no")}
@@ -71,26 +71,52 @@ def test_each_agent_of_each_game_is_counted_once(command):
         left, *words = found[f"{game}__none__{seed}"]
         assert float(left) == LEFT[game, seed] and (words[0], words[2]) == (said, right)
         assert float(words[1].replace("−", "-")) == pytest.approx(GAINS[game, seed], abs=3)
-    assert printed[-4] == "3 of 6 are as the probe says: 3 gain by the probe, 4 gained"
-    assert printed[-3] == "by chance as many or more: 0.656, were each sign a coin"
-    shuffled = "by chance as many or more: 0.8, were what the probe says shuffled among the agents"
-    assert printed[-2] == shuffled
-    assert printed[-1] == '"all gain" would be right of 4, "none gains" of 2'
+    by_chance = "as many or more are right by chance"
+    assert printed[-5:] == [
+        "the probe is right for 3 of 6: 3 gain by its answers, 4 did",
+        f"{by_chance}: 0.656 if each sign is a coin's",
+        f"{by_chance}: 0.8 if answers are shuffled among the agents",
+        f"{by_chance}: 0.778 if among those of each game",
+        '"all gain" would be right for 4, "none gains" for 2',
+    ]
+
+
+def test_an_agent_of_which_the_probe_says_nothing_counts_as_not_right(command):
+    write_games()
+    write_probe(left=LEFT | {(PHOENIX, 1): None})
+    status, printed, _ = command("0.36", *files())
+    name = f"{PHOENIX}__none__1"
+    assert status == 0 and printed[0].startswith("left out of probe.json: ") and "diverged" in printed[0]
+    (row,) = [line for line in printed if line.startswith(f"| {name} ")]
+    assert row.startswith(f"| {name} | – | no answer | ") and row.endswith(" | no |")
+    assert printed[-5] == "the probe is right for 2 of 6: 2 gain by its answers, 4 did"
+    # of the five with an answer
+    assert printed[-4].endswith("0.812 if each sign is a coin's")
+    assert printed[-1] == '"all gain" would be right for 4, "none gains" for 2'
+
+
+GAINED = [True, True, True, False, False]
+
+
+def num_right(said):
+    return sum(answer == came for answer, came in zip(said, GAINED, strict=True))
 
 
 @pytest.mark.parametrize("said", [[True] * 2 + [False] * 3, [True] * 5, [False, True, False, False, True]])
-def test_chance_is_that_of_all_ways_to_shuffle(said):
-    gained = [True, True, True, False, False]
-    right = [a == b for a, b in zip(said, gained, strict=True)]
-    ways = list(itertools.permutations(said))
-    as_many = 0
-    for way in ways:
-        as_many += sum(a == b for a, b in zip(way, gained, strict=True)) >= sum(right)
-    coins = list(itertools.product((False, True), repeat=5))
-    heads = [coin for coin in coins if sum(coin) >= sum(right)]
-    words = signs_in_words(said, gained).splitlines()
-    assert f": {len(heads) / len(coins):.3g}, were each sign a coin" in words[1]
-    assert f": {as_many / len(ways):.3g}, were what the probe says" in words[2]
+@pytest.mark.parametrize("groups", ["aaaaa", "aabbb", "abbba"])
+def test_chance_is_that_of_all_ways_to_shuffle(said, groups):
+    ways = []
+    for order in itertools.permutations(range(5)):
+        if all(groups[i] == groups[other] for i, other in enumerate(order)):
+            ways.append([said[other] for other in order])
+    as_many = [way for way in ways if num_right(way) >= num_right(said)]
+    assert chance_by_shuffling(said, GAINED, list(groups)) == pytest.approx(len(as_many) / len(ways))
+
+
+def test_a_probe_that_only_tells_games_apart_is_told_from_one_that_tells_agents_apart():
+    said = [True] * 5 + [False] * 5
+    assert chance_by_shuffling(said, said, ["x"] * 10) == pytest.approx(1 / 252)
+    assert chance_by_shuffling(said, said, [*"aaaaabbbbb"]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -105,17 +131,15 @@ def test_chance_is_that_of_all_ways_to_shuffle(said):
         (["0.36", "both"], "0 files of probes: give one that compare.py --probe wrote"),
         (["0.36", "both", "probe.json", "late.json"], "2 files of probes: give one"),
         (
-            ["0.36", "both", "few.json"],
-            "few.json says nothing of AlienNoFrameskip-v4__none__1: probe all agents",
+            ["0.36", "both", "late.json"],
+            "late.json says nothing of these agents: probe them at the injection",
         ),
-        (["0.36", "both", "late.json"], "late.json says nothing of"),
         (["0.36", f"{PHOENIX}_none.csv", "probe.json"], "no agent has runs with and without an injection"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(command, words, problem):
     write_games()
     write_probe()
-    write_probe("few.json", left={agent: LEFT[agent] for agent in LEFT if agent[0] == PHOENIX})
     write_probe("late.json", step=2 * INJECTION)
     given = []
     for word in words:

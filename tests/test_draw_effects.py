@@ -26,7 +26,8 @@ def arm(name, intervention, gain=0.0, late_gain=0.0, dormant=0.5, seeds=SEEDS, u
         for step, value in games(seed, len(intervention), upto=upto):
             effect = late_gain if step > TOTAL - 500 else gain * (step > INJECTION)
             points.append((step, value + effect))
-        measured = {RETURN: points, DORMANT: [(INJECTION, 0.9), (upto, dormant + seed / 100)]}
+        shares = [(INJECTION, 0.9), (1_500, 0.1), (upto - 1, dormant + seed / 100), (upto, 0.0)]
+        measured = {RETURN: points, DORMANT: shares}
         runs.append(make_run(f"{name}-{seed}", measured, upto, seed=seed, intervention=intervention, **args))
     return runs
 
@@ -149,6 +150,40 @@ def test_a_run_that_does_not_count_in_the_comparison_changes_nothing(command):
     assert with_another == table
 
 
+def test_a_run_none_of_whose_games_ended_still_has_its_other_numbers(command):
+    write_both()
+    runs = arm("injection", "injection", GAIN, LATE_GAIN, dormant=0.3, seeds=(1, 2, 3, 4))
+    longest = runs[3]
+    longest.scalars[RETURN] = longest.scalars[RETURN][:, :10]  # up to the injection
+    write("none", arm("none", "none", seeds=(1, 2, 3, 4)))
+    write("injection", runs)
+    write_scores({f"{name}-{seed}": seed for name in ("none", "injection") for seed in (1, 2, 3, 4)})
+    _, table, _, _ = command("x.png", "500", *files())
+    *of_return, dormant, final = table["injection at 1k: change"]
+    assert all(cell.endswith(" (3 seeds)") for cell in of_return)
+    assert not dormant.endswith(")") and final == "0"
+
+
+def test_a_run_that_is_given_twice_counts_once(command):
+    runs = write_both()
+    write("again", runs[:1])
+    _, table, others, _ = command("x.png", "500", *files())
+    assert others == [
+        "left out: injection.csv (seed 1) has the arm and the seed of again.csv (seed 1), "
+        "which has got to step 3,000: the run is left out"
+    ]
+    assert "seeds" not in table["injection at 1k: change"][1]
+
+
+def test_scores_may_be_in_several_files(command):
+    write_both()
+    write_scores({f"none-{seed}": 10.0 * seed for seed in SEEDS})
+    Path("games.csv").rename("others.csv")
+    write_scores({f"injection-{seed}": 10.0 * seed + seed for seed in SEEDS})
+    _, table, _, _ = command("x.png", "500", *files())
+    assert mean_of(table["injection at 1k: change"][-1]) == 2
+
+
 def test_an_arm_without_any_value_has_a_dash(command, drawn):
     write_both()
     write_scores({f"none-{seed}": 10.0 * seed for seed in SEEDS})
@@ -188,7 +223,8 @@ def test_what_cannot_be_compared_is_refused(command):
 def test_arms_that_share_no_history_are_refused(command, seeds):
     write("none", arm("none", "none"))
     write("injection", arm("injection", "injection", seeds=seeds))
-    problem = "its runs share no history with those without it: give forks, of 3 seeds"
+    forks = len(set(seeds) & set(SEEDS))
+    problem = f"injection at 1k: {forks} of its runs are forks of runs without it: give 3"
     assert problem in command("x.png", "500", *files())[3]
 
 
@@ -203,6 +239,7 @@ def test_two_settings_are_refused(command):
     ("words", "problem"),
     [
         ([], "give a figure, a number of steps, and files: python img/draw_effects.py"),
+        (["x.png", "0", "none.csv", "injection.csv"], "give a figure, a number of steps, and files"),
         (["x.png", "none.csv", "injection.csv"], "give a figure, a number of steps, and files"),
         (["x.gif", "500", "none.csv"], "must end in .png, .pdf or .svg"),
         (

@@ -117,7 +117,10 @@ def test_two_agents_of_one_name_and_seed_are_refused(monkeypatch, capsys):
         path.write_text(
             path.read_text(encoding="utf-8").replace("none_0.0001", "none_0.001"), encoding="utf-8"
         )
-    with pytest.raises(SystemExit, match="two agents are called PhoenixNoFrameskip-v4__none_0"):
+    with pytest.raises(
+        SystemExit,
+        match=r"two agents are called PhoenixNoFrameskip-v4__none_0.+: give the files of one of them",
+    ):
         draw(monkeypatch, capsys)
 
 

@@ -25,12 +25,16 @@ def command(monkeypatch, capsys):
     return run
 
 
+def test_agents_play_as_many_games_as_the_plan_says():
+    assert play_agents.GAMES == 30
+
+
 def test_each_game_of_each_agent_has_a_row(command):
     Path("runs").mkdir()
     folders = [run_with_agent("runs/a", seed=1), run_with_agent("runs/b", seed=2, env_backend="ale")]
-    status, printed, _ = command("games.csv", "runs/a", "runs/b/agent.pt")
+    status, printed, _ = command("new/games.csv", "runs/a", "runs/b/agent.pt")
     assert status == 0 and printed.splitlines()[0] == "a"
-    with open("games.csv", encoding="utf-8", newline="") as file:
+    with open("new/games.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     expected = []
     for folder in folders:
