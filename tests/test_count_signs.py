@@ -11,7 +11,7 @@ from simulated_runs import ALIEN, INJECTION, PHOENIX, RETURN, games, make_run
 
 from analysis.curves import write_curves
 from img import count_signs
-from img.count_signs import chance_by_shuffling
+from img.count_signs import chance_by_shuffling, game_of
 
 GAINS = {(PHOENIX, 1): 100, (PHOENIX, 2): 100, (PHOENIX, 3): -100}
 GAINS |= {(ALIEN, 1): 100, (ALIEN, 2): -100, (ALIEN, 3): 100}
@@ -111,6 +111,10 @@ def test_chance_is_that_of_all_ways_to_shuffle(said, groups):
             ways.append([said[other] for other in order])
     as_many = [way for way in ways if num_right(way) >= num_right(said)]
     assert chance_by_shuffling(said, GAINED, list(groups)) == pytest.approx(len(as_many) / len(ways))
+
+
+def test_agents_of_a_game_may_have_several_names():
+    assert game_of(f"{ALIEN}__none_learning-rate__1e-3__7") == ALIEN
 
 
 def test_a_probe_that_only_tells_games_apart_is_told_from_one_that_tells_agents_apart():
