@@ -95,8 +95,6 @@ def read_agents(files: list[str]) -> tuple[dict[str, float], dict[str, float]]:
     if len(probes) != 1:
         raise UsageError(f"{len(probes)} files of probes: give one that compare.py --probe wrote")
     agents = agents_in([path for path in files if path.endswith(".csv")])
-    if not agents:
-        raise UsageError("no agent has runs with and without an injection: give the files of both arms")
     add_probe(agents, probes[0])
     name_of_ratio = error_left(probes[0])
     ratios = {}

@@ -67,11 +67,15 @@ def measures_at(run: RecordedRun, step: int) -> dict[str, float]:
 
 
 def agents_in(files: list[str]) -> Agents:
-    """The agents in files of curves that went on both with an injection and without."""
+    """The agents in files of curves that went on both with an injection and without.
+
+    Raises:
+        UsageError: there is none, or two have one name.
+    """
     runs: list[RecordedRun] = []
     for path in files:
         runs += read_curves(Path(path), RETURN)
-    arms, _ = group(runs)
+    arms = group(runs)[0] if runs else []
     agents: Agents = {}
     for pair in comparisons(arms, RETURN, None):
         if pair.intervention != "injection":
@@ -87,6 +91,8 @@ def agents_in(files: list[str]) -> Agents:
             agents[name] = Agent(
                 run.args.learning_rate, pair.window.after, gain, measures_at(run, pair.window.after)
             )
+    if not agents:
+        raise UsageError("no agent has runs with and without an injection: give the files of both arms")
     return agents
 
 
@@ -212,10 +218,7 @@ def all_measures(agents: Agents) -> list[str]:
 def main() -> None:
     with ends_in_one_line():
         target, *files = words_given() or [""]
-        curves = [path for path in files if path.endswith(".csv")]
-        agents = agents_in(curves) if curves else {}
-        if not agents:
-            raise UsageError("no agent has runs with and without an injection: give the files of both arms")
+        agents = agents_in([path for path in files if path.endswith(".csv")])
         check_name(target)
         measured = all_measures(agents)
         for path in files:
