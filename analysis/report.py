@@ -12,6 +12,7 @@ from analysis.arms import TRAINING_RETURN, Arm, read_arms
 from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import MIN_SEEDS, interval
+from analysis.markdown import markdown_table
 from analysis.verdict import LEAST_SHARE, Comparison, Side, comparisons, not_compared, noun, show, varied
 from dqn_injection_atari import Args
 from support.usage import UsageError, flag
@@ -197,7 +198,7 @@ def row_of(side: Side, difference: str, verdict: str) -> list[str]:
 
 def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], metric: str) -> str:
     """The comparisons in Markdown: two rows each, one per arm that is in none; below them each in words."""
-    rows = [HEAD, ["---"] * len(HEAD)]
+    rows = []
     for pair in pairs:
         judged = pair.judgement
         difference = show(judged.difference, judged.low, judged.high) if all(pair.means) else "–"
@@ -208,8 +209,7 @@ def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], met
             seeds = sorted(str(run.args.seed) for run in arm.runs)
             cells = [", ".join(seeds), str(len(seeds)), "–", "–", "nothing to compare with", "–"]
             rows.append([arm.game, arm.name, *cells])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", "Brackets are 95% intervals.", ""]
+    lines = [markdown_table(HEAD, rows), "", "Brackets are 95% intervals.", ""]
     for pair in pairs:
         lines.append(f"- {'; '.join(in_words(pair, metric))}.")
         lines += [f"  - {line}." for line in (*beyond_control(pair, metric), *other_causes(pair))]

@@ -13,6 +13,7 @@ from alternatives import ALTERNATIVES
 from analysis import canvas, fitting
 from analysis.fitting import FRESH, ProbeSettings
 from analysis.intervals import geometric_interval, interval
+from analysis.markdown import markdown_table
 from analysis.probe import each_probed, judged, plain, times, write_json
 from dqn_injection_atari import Learner
 from support.checkpoints import Checkpoint
@@ -270,8 +271,8 @@ def sequence_table(result: dict[str, Any]) -> str:
         "head reset": np.array(result["since"][RESET], float),
         "a fresh network": fresh_errors(result),
     }
-    lines = [["network", "copied before task", *columns, "head dormant by then", "encoder active by then"]]
-    lines.append(["---"] * len(lines[0]))
+    header = ["network", "copied before task", *columns, "head dormant by then", "encoder active by then"]
+    lines = []
     for seed, task in enumerate(result["copied_before"]):
         line = [f"seed {seed}", "–" if task is None else str(task)]
         line += [cell(errors[[seed]]) for errors in columns.values()]
@@ -283,7 +284,7 @@ def sequence_table(result: dict[str, Any]) -> str:
     if len(copied) > 1:
         means = [cell(errors[copied]) for errors in columns.values()]
         lines.append([f"{len(copied)} that were copied", "", *means, "", ""])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(header, lines)
 
 
 def aligned(result: dict[str, Any], measure: str, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from analysis.markdown import markdown_table
 from analysis.verdict import show
 from img.draw_signs import add_probe, agents_in, error_left
 from support.process import ends_in_one_line
@@ -52,17 +53,17 @@ def chance_by_shuffling(said: list[bool], gained: list[bool], groups: list[str])
 
 def signs_table(ratios: dict[str, float], gains: dict[str, float], below: float) -> str:
     """Markdown: of each agent what an injection leaves of its error, what that says, and what came."""
-    lines = ["| agent | error, injected ÷ agent | the probe says | gain in return | right |"]
-    lines.append("|---|---|---|---|---|")
+    header = ["agent", "error, injected ÷ agent", "the probe says", "gain in return", "right"]
+    rows = []
     for name, gain in gains.items():
         ratio = ratios.get(name)
         if ratio is None:
-            lines.append(f"| {name} | – | no answer | {show(gain)} | no |")
+            rows.append([name, "–", "no answer", show(gain), "no"])
             continue
         answer = "gains" if ratio < below else "does not gain"
         right = "yes" if (ratio < below) == (gain > 0) else "no"
-        lines.append(f"| {name} | {ratio:.3g} | {answer} | {show(gain)} | {right} |")
-    return "\n".join(lines)
+        rows.append([name, f"{ratio:.3g}", answer, show(gain), right])
+    return markdown_table(header, rows)
 
 
 def signs_in_words(ratios: dict[str, float], gains: dict[str, float], below: float) -> str:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.canvas import Figure, check_name, drawing, look, plot_broken, save
 from analysis.curves import read_run
+from analysis.markdown import markdown_table
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
 
@@ -56,14 +57,14 @@ def main() -> None:
             evaluated, scores = run.scalars[RETURN]
             curves[run.args.exp_name].append(scores[np.isin(evaluated, steps)])
         arms = {name: np.array(values) for name, values in curves.items()}
-        print(f"| step | {' | '.join(arms)} |")
-        print(f"| --- | {' | '.join('---' for _ in arms)} |")
+        rows = []
         for i, step in enumerate(steps):
-            cells = []
+            cells = [f"{step:,.0f}"]
             for values in arms.values():
                 scores = values[:, i]
                 cells.append(f"{scores.mean():.1f} [{scores.min():.1f}, {scores.max():.1f}]")
-            print(f"| {step:,.0f} | {' | '.join(cells)} |")
+            rows.append(cells)
+        print(markdown_table(["step", *arms], rows))
         draw(target, runs[0].args.env_id, arms, steps)
 
 

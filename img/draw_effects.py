@@ -28,6 +28,7 @@ from analysis.arms import Arm, group
 from analysis.canvas import INK, Figure, MaxNLocator, check_name, drawing, look, save
 from analysis.curves import TRAINING_RETURN, RecordedRun, read_curves
 from analysis.intervals import MIN_SEEDS, interval
+from analysis.markdown import markdown_table
 from analysis.verdict import Comparison, Window, comparisons, share_history, show
 from support.process import ends_in_one_line
 from support.usage import UsageError, reading, words_given
@@ -186,11 +187,10 @@ def cell(values: dict[int, float], seeds: int) -> str:
 def effects_table(effects: Effects) -> str:
     """In Markdown: a row for each arm, a column for each quantity."""
     seeds = max(len(of_seeds) for of_seeds in effects.values.values())
-    rows = [["arm", *effects.values], ["---"] * (1 + len(effects.values))]
-    rows.append([effects.without, *(cell(of_seeds, seeds) for of_seeds in effects.values.values())])
+    rows = [[effects.without, *(cell(of_seeds, seeds) for of_seeds in effects.values.values())]]
     for arm, changed in effects.changes.items():
         rows.append([f"{arm}: change", *(cell(of_seeds, seeds) for of_seeds in changed.values())])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(["arm", *effects.values], rows)
 
 
 @drawing()

@@ -28,6 +28,7 @@ from analysis.arms import group
 from analysis.canvas import Figure, MaxNLocator, check_name, drawing, look, save
 from analysis.curves import RecordedRun, read_curves
 from analysis.fitting import CONTENDERS
+from analysis.markdown import markdown_table
 from analysis.task_sequence import INJECTED, SAME
 from analysis.verdict import comparisons
 from support.process import ends_in_one_line
@@ -194,7 +195,7 @@ def print_table(by_rate: ByRate, names: list[str]) -> None:
     header = ["at the injection", "agents", *rates, "correlation, all", "within learning rates"]
     gains = [[agent.gain for agent in agents] for agents in by_rate.values()]
     count = sum(len(of_rate) for of_rate in gains)
-    rows = [header, ["gain", str(count), *map(spread, gains), "–", "–"]]
+    rows = [["gain", str(count), *map(spread, gains), "–", "–"]]
     for name in names:
         groups = points(by_rate, name)
         together = np.hstack(groups)
@@ -202,9 +203,7 @@ def print_table(by_rate: ByRate, names: list[str]) -> None:
         for rho in (correlation([together]), correlation(groups)):
             row.append("–" if math.isnan(rho) else f"{rho:.2f}")
         rows.append(row)
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(1, f"|{'|'.join('---' for _ in header)}|")
-    print("\n".join(lines))
+    print(markdown_table(header, rows))
 
 
 def all_measures(agents: Agents) -> list[str]:
