@@ -76,7 +76,7 @@ def agents_in(files: list[str]) -> Agents:
     runs: list[RecordedRun] = []
     for path in files:
         runs += read_curves(Path(path), RETURN)
-    arms = group(runs)[0] if runs else []
+    arms, _ = group(runs)
     agents: Agents = {}
     for pair in comparisons(arms, RETURN, None):
         if pair.intervention != "injection":
@@ -193,8 +193,10 @@ def draw(target: str, by_rate: ByRate, drawn: list[str]) -> None:
 def print_table(by_rate: ByRate, names: list[str]) -> None:
     rates = [f"{rate:g}" for rate in by_rate]
     header = ["at the injection", "agents", *rates, "correlation, all", "within learning rates"]
-    gains = [[agent.gain for agent in agents] for agents in by_rate.values()]
-    count = sum(len(of_rate) for of_rate in gains)
+    gains: list[list[float]] = []
+    for agents in by_rate.values():
+        gains.append([agent.gain for agent in agents])
+    count = sum(map(len, gains))
     rows = [["gain", str(count), *map(spread, gains), "–", "–"]]
     for name in names:
         groups = points(by_rate, name)

@@ -235,6 +235,12 @@ def test_two_settings_are_refused(command):
     assert "is compared with other runs than the arms before it" in command("x.png", "500", *files())[3]
 
 
+def test_scores_without_curves_are_nothing_to_compare(command):
+    write_scores({"none-1": 100})
+    status, _, _, error = command("x.png", "500", "games.csv")
+    assert status != 0 and "no two arms differ in the intervention alone" in error
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
