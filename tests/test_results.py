@@ -8,50 +8,102 @@ import pytest
 from simulated_runs import RETURN
 
 from analysis.arms import read_arms
-from analysis.intervals import t_interval
+from analysis.intervals import interval, t_interval
 from analysis.task_sequence import sequence_table
-from analysis.verdict import comparisons
+from analysis.verdict import comparisons, show
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/results.md")
 
 
+def compared(*patterns):
+    """The comparisons of the curves under results/ whose names match, of which there is nothing to remark."""
+    paths = [str(path) for pattern in patterns for path in sorted((ROOT / "results").glob(pattern))]
+    arms, remarks = read_arms(paths, RETURN)
+    assert not any(remarks.values())
+    return comparisons(arms, RETURN, None)
+
+
+def printed(pair):
+    """A comparison's difference as documents print it."""
+    judged = pair.judgement
+    return f"{judged.difference:,.0f} [{judged.low:,.0f}, {judged.high:,.0f}]".replace("-", "−")
+
+
+def in_words(pair):
+    """The difference of each seed, as documents print them."""
+    without, intervened = pair.means
+    return [f"{intervened[seed] - without[seed]:,.0f}".replace("-", "−") for seed in without]
+
+
+def assert_whole(pair, seeds):
+    assert list(pair.means[0]) == list(pair.means[1]) == seeds
+    assert (pair.window.after, pair.window.upto) == (160_000, 320_000)
+
+
 @pytest.mark.parametrize(
-    ("files", "seeds", "verdicts"),
+    ("files", "seeds", "verdicts", "documents"),
     [
-        (("dose/*.csv",), [2, 3, 4, 5, 6], ["no evidence", "no evidence", "raised"]),
-        (("dose/*no-injection*0.001.csv", "alternatives/*"), [2, 3, 4, 5, 6], ["lowered", "lowered"]),
-        (("one_agent/*",), [101, 102, 103], ["no evidence"]),
+        (("dose/*.csv",), [2, 3, 4, 5, 6], ["no evidence", "no evidence", "raised"], DOCUMENTS),
+        (
+            ("dose/*no-injection*0.001.csv", "alternatives/*"),
+            [2, 3, 4, 5, 6],
+            ["lowered", "lowered"],
+            DOCUMENTS,
+        ),
+        (("one_agent/*",), [101, 102, 103], ["no evidence"], DOCUMENTS),
+        (
+            ("fresh_head/*.csv",),
+            [7, 8, 9, 10, 11],
+            ["raised", "raised", "no evidence", "no evidence"],
+            ("docs/results.md",),
+        ),
     ],
 )
-def test_documents_print_what_the_curves_give(files, seeds, verdicts):
-    paths = [str(path) for pattern in files for path in sorted((ROOT / "results").glob(pattern))]
-    arms, remarks = read_arms(paths, RETURN)
-    pairs = comparisons(arms, RETURN, None)
-    assert [pair.judgement.verdict for pair in pairs] == verdicts and not any(remarks.values())
+def test_documents_print_what_the_curves_give(files, seeds, verdicts, documents):
+    pairs = compared(*files)
+    assert [pair.judgement.verdict for pair in pairs] == verdicts
     for pair in pairs:
-        judged = pair.judgement
-        assert list(pair.means[0]) == list(pair.means[1]) == seeds and (
-            pair.window.after,
-            pair.window.upto,
-        ) == (
-            160_000,
-            320_000,
-        )
-        printed = f"{judged.difference:,.0f} [{judged.low:,.0f}, {judged.high:,.0f}]".replace("-", "−")
-        for name in DOCUMENTS:
-            assert printed in (ROOT / name).read_text(encoding="utf-8"), (
-                f"{name} lacks {pair.arms[1].name}: {printed}"
-            )
+        assert_whole(pair, seeds)
+        for name in documents:
+            text = (ROOT / name).read_text(encoding="utf-8")
+            assert printed(pair) in text, f"{name} lacks {pair.arms[1].name}: {printed(pair)}"
+
+
+def test_documents_print_what_a_fresh_head_brings_beyond_empty_moments():
+    (injected,) = [pair for pair in compared("fresh_head/*.csv") if pair.beyond_control is not None]
+    contrast = injected.beyond_control
+    names = [arm.name for arm in contrast.arms]
+    assert names == ["moment reset at 160k, reset moments of head", "injection at 160k"]
+    assert_whole(contrast, [7, 8, 9, 10, 11])
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert printed(injected) in text and printed(contrast) in text, f"{name}: {printed(contrast)}"
+    *others, last = in_words(contrast)
+    listed = f"({', '.join(others)} and {last}; p = {contrast.judgement.p:.2g})"
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert listed in " ".join(text.split())
+
+
+def test_documents_print_each_arm_of_the_fresh_heads_experiment():
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    pairs = compared("fresh_head/*.csv")
+    for pair in pairs:
+        mean = show(*interval(np.array([*pair.means[1].values()])))
+        (row,) = [row for row in text.splitlines() if f"| {mean} | {printed(pair)}" in row]
+        assert f"| {', '.join(in_words(pair))} |" in row
+    stay = [f"{pair.p_holm:.2g}" for pair in pairs if pair.p_holm < 0.05]
+    assert f"p = {' and '.join(stay)})" in " ".join(text.split())
+
+
+def test_documents_say_what_the_agents_had_just_before_the_injection():
+    arms, _ = read_arms([str(ROOT / "results/fresh_head/PhoenixNoFrameskip-v4_no-intervention.csv")], RETURN)
+    before = np.mean([run.between(RETURN, 140_000, 160_000)[1].mean() for run in arms[0].runs])
+    assert f"have {before:.0f} points" in (ROOT / "docs/results.md").read_text(encoding="utf-8")
 
 
 def test_documents_print_what_stays_after_correction_for_all_five_verdicts():
-    paths = [
-        str(path)
-        for folder in ("dose", "alternatives")
-        for path in sorted((ROOT / "results" / folder).glob("*.csv"))
-    ]
-    pairs = comparisons(read_arms(paths, RETURN)[0], RETURN, None)
+    pairs = compared("dose/*.csv", "alternatives/*.csv")
     assert [pair.verdicts for pair in pairs] == [5] * 5
     (stays,) = [pair for pair in pairs if pair.p_holm < 0.05]
     assert (
