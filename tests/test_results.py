@@ -82,7 +82,15 @@ def test_documents_print_what_a_fresh_head_brings_beyond_empty_moments():
     *others, last = in_words(contrast)
     listed = f"({', '.join(others)} and {last}; p = {contrast.judgement.p:.2g})"
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    assert listed in " ".join(text.split())
+    flowing = " ".join(text.split())
+    assert listed in flowing
+    off = max(side.reach for pair in (injected, contrast) for side in pair.sides)
+    lows = (injected.judgement.low, contrast.judgement.low)
+    assert off < min(lows)
+    assert (
+        f"a mean may be off by {off:.0f}, and the intervals begin at {lows[0]:.0f} and {lows[1]:.0f}"
+        in flowing
+    )
 
 
 def test_documents_print_each_arm_of_the_fresh_heads_experiment():
@@ -99,7 +107,7 @@ def test_documents_print_each_arm_of_the_fresh_heads_experiment():
 def test_documents_say_what_the_agents_had_just_before_the_injection():
     arms, _ = read_arms([str(ROOT / "results/fresh_head/PhoenixNoFrameskip-v4_no-intervention.csv")], RETURN)
     before = np.mean([run.between(RETURN, 140_000, 160_000)[1].mean() for run in arms[0].runs])
-    assert f"have {before:.0f} points" in (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert f"scored {before:.0f} points" in (ROOT / "docs/results.md").read_text(encoding="utf-8")
 
 
 def test_documents_print_what_stays_after_correction_for_all_five_verdicts():
