@@ -193,11 +193,8 @@ def group(runs: list[RecordedRun], metric: str = TRAINING_RETURN) -> tuple[list[
             reason = f"has the arm and the seed of {twin}: the run is left out"
             left_out[shorter.folder] = f"{shorter.folder} {reason}"
     settings = [dict(key) for key in members]
-    names: dict[str, Any] = {}
-    for shared in settings:
-        names |= shared
     differing = []
-    for name in names:
+    for name in settings[0] if settings else ():
         values = {shared[name] for shared in settings} - {None}
         if name not in IN_WORDS and len(values) > 1:
             differing.append(name)

@@ -24,16 +24,20 @@ def compared(*patterns):
     return comparisons(arms, RETURN, None)
 
 
+def whole_points(value):
+    return f"{value:,.0f}".replace("-", "−")
+
+
 def printed(pair):
     """A comparison's difference as documents print it."""
     judged = pair.judgement
-    return f"{judged.difference:,.0f} [{judged.low:,.0f}, {judged.high:,.0f}]".replace("-", "−")
+    return f"{whole_points(judged.difference)} [{whole_points(judged.low)}, {whole_points(judged.high)}]"
 
 
 def in_words(pair):
     """The difference of each seed, as documents print them."""
     without, intervened = pair.means
-    return [f"{intervened[seed] - without[seed]:,.0f}".replace("-", "−") for seed in without]
+    return [whole_points(intervened[seed] - without[seed]) for seed in without]
 
 
 def assert_whole(pair, seeds):
@@ -100,6 +104,8 @@ def test_documents_print_each_arm_of_the_fresh_heads_experiment():
         mean = show(*interval(np.array([*pair.means[1].values()])))
         (row,) = [row for row in text.splitlines() if f"| {mean} | {printed(pair)}" in row]
         assert f"| {', '.join(in_words(pair))} |" in row
+    mean = show(*interval(np.array([*pairs[0].means[0].values()])))
+    assert f"| no intervention | {mean} |" in text
     stay = [f"{pair.p_holm:.2g}" for pair in pairs if pair.p_holm < 0.05]
     assert f"p = {' and '.join(stay)})" in " ".join(text.split())
 
