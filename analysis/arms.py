@@ -169,7 +169,7 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
         elif value is not None:
             words.append(f"{plain} {value}")
     if setting["moments"] == "keep":
-        words.append("optimizer state copied" if intervention == "injection" else "optimizer state kept")
+        words.append("moments kept")
     if setting["freeze_heads"] is False:
         words.append("all heads trained")
     return ", ".join(words)

@@ -199,9 +199,9 @@ def test_arms_are_named_by_their_injections_and_by_what_else_sets_them_apart():
         "no injection, num envs 8, bf16",
     ]
     copied = AT | {"moments": "keep"}
-    assert names(AT, copied)[1] == "injection at 5M, optimizer state copied"
+    assert names(AT, copied)[1] == "injection at 5M, moments kept"
     kept = copied | {"intervention": "reset-head"}
-    assert names(kept) == ["head reset at 5M, optimizer state kept"]
+    assert names(kept) == ["head reset at 5M, moments kept"]
     assert names(NORM, NORM | {"max_injections": 2})[1].endswith("3×, max injections 2")
     assert names({}, AT | {"injected_head_width": 1024})[1] == "injection at 5M, injected head width 1,024"
     assert names({}, AT | {"injected_head_width": 512})[1] == "injection at 5M"
