@@ -46,6 +46,7 @@ class Aggregate:
     scores: np.ndarray  # (3, 3), see `aggregate_scores`; NaN where there is no interval
     left_out: dict[str, str]  # game: reason
     fewest: int  # runs of a game, on the side that has fewest
+    one_agent: bool  # the runs of a game continue one agent
 
 
 def emulator(env_id: str) -> dict[str, Any]:
@@ -126,15 +127,19 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
         kinds[tuple(key)].append(pair)
     found = []
     for pairs_of_kind in kinds.values():
-        usable = []
+        by_game: dict[str, Comparison] = {}
         left_out = {}
         for pair in pairs_of_kind:
+            game = emulator(pair.game).get("game", "")
             if human_normalised(pair.game, 0.0) is None:
                 left_out[pair.game] = "no human score is known"
             elif not all(pair.means):
                 left_out[pair.game] = "no run in the window on one side"
+            elif game in by_game:
+                left_out[pair.game] = f"it is the game of {by_game[game].game}, which counts once"
             else:
-                usable.append(pair)
+                by_game[game] = pair
+        usable = list(by_game.values())
         if not usable:
             continue
         without = [scores(pair, 0) for pair in usable]
@@ -149,6 +154,7 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
             scores=without_points(aggregate_scores(without, intervened, joint), fewest),
             left_out=left_out,
             fewest=fewest,
+            one_agent=any(pair.one_agent for pair in usable),
         )
         found.append(total)
     return found

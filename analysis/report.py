@@ -49,7 +49,7 @@ def method(pair: Comparison) -> str:
     if pair.paired:
         within = f"95% t interval of the differences within {seeds[0]}"
         if pair.one_agent:
-            return f"{within}, continuations of one agent from the {word} on"
+            return f"{within}, continuations of one agent"
         return f"{within}, whose runs share their history up to the {word}"
     related = "which do not share their history"
     if pair.shared > 0:
@@ -175,6 +175,8 @@ def aggregate_in_words(total: Aggregate) -> list[str]:
     for game, window in zip(total.games, total.windows, strict=True):
         games.append(f"{game} in {window.after:,} < step ≤ {window.upto:,}")
     runs = f"{total.runs[0]} runs without and {total.runs[1]} with"
+    if total.one_agent:
+        runs += ", which continue one agent of a game"
     return [
         f"{len(games)} games: {total.names[1]} against {total.names[0]}",
         f"human-normalised return, interquartile mean over runs: {without} without and {intervened} with",
@@ -235,6 +237,7 @@ def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
         "with": {"arm": total.names[1], "runs": total.runs[1], **rows[1]},
         "difference": rows[2]["iqm"],
         "interval": rows[2]["interval"],
+        "one_agent": total.one_agent,
         "left_out": total.left_out,
     }
 

@@ -314,10 +314,11 @@ def keep_within(candidates: Candidates, metric: str, window: Window, begin: str)
 
 
 def count_agents_once(candidates: Candidates, before: int) -> bool:
-    """Whether there are several seeds and all continue one agent: were one run up to the step `before`.
+    """Whether there are several seeds and all continue one agent.
 
-    If not, each agent counts once, and its other continuations are left out: they differ less than agents do,
-    and would make an interval over both too narrow.
+    Runs continue one agent if they were one run for half of the steps before the intervention, at `before`,
+    or longer. If not all do, each agent counts once, and its other continuations are left out: they differ
+    less than agents do, and would make an interval over both too narrow.
     """
     runs: dict[int, list[RecordedRun]] = {}
     for run in candidates.runs:
@@ -325,7 +326,7 @@ def count_agents_once(candidates: Candidates, before: int) -> bool:
 
     def one_agent(seed: int, other: int) -> bool:
         pairs = itertools.product(runs[seed], runs[other])
-        return seed == other or any(share_history(ours, theirs, before) for ours, theirs in pairs)
+        return seed == other or any(share_history(ours, theirs, before // 2) for ours, theirs in pairs)
 
     # of an agent's seeds the smallest counts, of those that both sides have where there are any
     order = sorted(runs, key=lambda seed: (len(runs[seed]) < 2, seed))

@@ -29,7 +29,15 @@ from analysis.canvas import INK, Figure, MaxNLocator, check_name, drawing, look,
 from analysis.curves import TRAINING_RETURN, RecordedRun, read_curves
 from analysis.intervals import MIN_SEEDS, interval
 from analysis.markdown import markdown_table
-from analysis.verdict import Comparison, Window, comparisons, share_history, show
+from analysis.verdict import (
+    Candidates,
+    Comparison,
+    Window,
+    comparisons,
+    count_agents_once,
+    share_history,
+    show,
+)
 from support.process import ends_in_one_line
 from support.usage import UsageError, reading, words_given
 
@@ -48,6 +56,8 @@ class Effects:
     without: str  # the arm's name
     values: Values  # its own
     changes: dict[str, Values]  # {arm: differences to those}
+    one_agent: bool  # the runs of an arm continue one agent
+    left_out: dict[str, str]  # {folder: reason} of runs that count nowhere
 
 
 def read_scores(path: Path) -> Scores:
@@ -106,11 +116,11 @@ def quantities(window: Window, part: int, scores: Scores) -> dict[str, Quantity]
     }
 
 
-def values_of(runs: list[RecordedRun], measured: dict[str, Quantity]) -> Values:
-    """What each run has. A seed without a value is left out, and so is what no run has."""
+def values_of(runs: dict[int, RecordedRun], measured: dict[str, Quantity]) -> Values:
+    """What each run, {seed: run}, has. A seed without a value is left out, and so is what no run has."""
     values: Values = {}
     for name, quantity in measured.items():
-        of_seeds = {run.args.seed: quantity(run) for run in runs}
+        of_seeds = {seed: quantity(run) for seed, run in runs.items()}
         finite = {seed: value for seed, value in of_seeds.items() if math.isfinite(value)}
         if finite:
             values[name] = finite
@@ -141,18 +151,28 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
             f"the window has {window.upto - window.after:,} steps: give fewer of them than {part:,}"
         )
     measured = quantities(window, part, scores)
-    values = values_of(without.runs, measured)
-    effects = Effects(without.name, values, {})
+    origins: dict[int, RecordedRun] = {}
+    forks: dict[str, dict[int, RecordedRun]] = {}
+    left_out: dict[str, str] = {}
     for pair in pairs:
-        runs = forks(pair, without, window)
-        effects.changes[pair.arms[1].name] = changes(values, values_of(runs, measured))
-    return effects
+        candidates = counting(pair, without, window)
+        origins |= candidates.sides[0]
+        forks[pair.arms[1].name] = candidates.sides[1]
+        left_out |= pair.left_out
+    for runs in (origins, *forks.values()):
+        for run in runs.values():
+            left_out.pop(run.folder, None)
+    values = values_of(origins, measured)
+    changed = {name: changes(values, values_of(runs, measured)) for name, runs in forks.items()}
+    one_agent = any(pair.one_agent for pair in pairs)
+    return Effects(without.name, values, changed, one_agent, left_out)
 
 
-def forks(pair: Comparison, without: Arm, window: Window) -> list[RecordedRun]:
-    """The runs of an arm that were one with those without an intervention up to the window.
+def counting(pair: Comparison, without: Arm, window: Window) -> Candidates:
+    """The runs of an arm, and those without an intervention that they were one with up to the window.
 
-    Also those that are in no comparison, since none of their games in the window has ended.
+    All have got to the window's end. They may be in no comparison, where none of their games in the window
+    has ended. Each agent counts once.
 
     Raises:
         UsageError: they are too few, or the arm is compared with other runs, or over another window.
@@ -163,14 +183,23 @@ def forks(pair: Comparison, without: Arm, window: Window) -> list[RecordedRun]:
     if (pair.window.after, pair.window.upto) != (window.after, window.upto):
         raise UsageError(f"{name} has another window than the arms before it: draw them one by one")
     origins = {run.args.seed: run for run in without.runs}
-    found = []
+    candidates = Candidates(({}, {}))
     for run in pair.arms[1].runs:
-        origin = origins.get(run.args.seed)
-        if origin is not None and share_history(origin, run, window.after):
-            found.append(run)
-    if len(found) < MIN_SEEDS:
-        raise UsageError(f"{name}: {len(found)} of its runs are forks of runs without it: give {MIN_SEEDS}")
-    return found
+        seed = run.args.seed
+        origin = origins.get(seed)
+        if origin is None or min(origin.last_step, run.last_step) < window.upto:
+            continue
+        if share_history(origin, run, window.after):
+            candidates.sides[0][seed] = origin
+            candidates.sides[1][seed] = run
+    count_agents_once(candidates, window.after)
+    forks = len(candidates.sides[1])
+    if forks < MIN_SEEDS:
+        raise UsageError(
+            f"{name}: {forks} of its runs are forks of runs without it, up to the window's end: "
+            f"give {MIN_SEEDS}"
+        )
+    return candidates
 
 
 def cell(values: dict[int, float], seeds: int) -> str:
@@ -230,8 +259,14 @@ def main() -> None:
         check_name(target)
         arms, scores = read_files(files)
         effects = find_effects(arms, scores, int(steps))
+        for reason in effects.left_out.values():
+            print(f"left out: {reason}")
+        title = arms[0].game
+        if effects.one_agent:
+            title += ", continuations of one agent, not agents"
+            print("the intervals are over continuations of one agent, not over agents")
         print(effects_table(effects))
-        draw(target, arms[0].game, effects)
+        draw(target, title, effects)
 
 
 if __name__ == "__main__":

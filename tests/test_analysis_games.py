@@ -171,6 +171,13 @@ def test_games_without_a_human_score_or_a_run_on_one_side_are_left_out_of_the_ag
     assert aggregates(compared(*make_games(TETRIS))) == []
 
 
+def test_two_ids_of_one_game_count_once():
+    other = "Phoenix-v4"  # differs in the frames per step alone, which this project sets
+    (total,) = aggregates(compared(*make_games(PHOENIX, ALIEN, other)))
+    assert total.games == [PHOENIX, ALIEN] and total.runs == (6, 6)
+    assert total.left_out == {other: f"it is the game of {PHOENIX}, which counts once"}
+
+
 def test_only_comparisons_that_differ_in_nothing_but_the_game_are_aggregated():
     sticky = make_games("ALE/Pong-v5")  # its actions may be repeated
     totals = aggregates(

@@ -338,9 +338,18 @@ def test_words_say_that_an_interval_is_over_continuations_of_one_agent():
     _, sentence, _, method = words(*runs)
     assert sentence.endswith("over continuations of one agent, not over agents")
     within = "95% t interval of the differences within 3 seeds (1, 2, 3)"
-    assert method == f"{within}, continuations of one agent from the injection on"
+    assert method == f"{within}, continuations of one agent"
     assert numbers(*runs)["comparisons"][0]["one_agent"] is True
     assert numbers(*make_arms())["comparisons"][0]["one_agent"] is False
+    (total,) = aggregates(compared(*runs)[1])
+    assert (
+        "3 runs without and 3 with, which continue one agent of a game; brackets"
+        in aggregate_in_words(total)[3]
+    )
+    assert numbers(*runs)["aggregates"][0]["one_agent"] is True
+    (total,) = aggregates(compared(*make_arms())[1])
+    assert "one agent" not in aggregate_in_words(total)[3]
+    assert numbers(*make_arms())["aggregates"][0]["one_agent"] is False
 
 
 def test_without_a_verdict_words_give_no_method():

@@ -245,6 +245,19 @@ def test_a_verdict_on_continuations_of_one_agent_says_so():
     assert not verdict(*make_arms((1,))).one_agent, "a single seed is no set of continuations"
 
 
+@pytest.mark.parametrize(("separate_at", "one_agent"), [(900, True), (500, True), (400, False)])
+def test_runs_that_separate_before_the_injection_are_one_agent_if_they_were_one_for_half_of_the_time(
+    separate_at, one_agent
+):
+    runs = []
+    for run in continuations(fork=f"runs/agent/checkpoint-{separate_at}"):
+        later = run.scalars[RETURN][0] > separate_at
+        run.scalars[RETURN][1, later] += run.args.seed  # every seed goes on in games of its own from there
+        runs.append(run)
+    found = verdict(*runs)
+    assert found.one_agent == one_agent and set(found.means[0]) == {1, 2, 3} and found.paired
+
+
 @pytest.mark.parametrize("games_before", [0, 1, 3, 10])
 def test_agents_of_other_seeds_are_never_one_however_many_games_are_equal(games_before):
     runs = continuations(fork=None)

@@ -150,6 +150,68 @@ def test_a_run_that_does_not_count_in_the_comparison_changes_nothing(command):
     assert with_another == table
 
 
+@pytest.mark.parametrize("side", ["none", "injection"])
+def test_a_run_that_ended_early_is_left_out_and_named(command, side):
+    arms = {name: arm(name, name, seeds=(1, 2, 3)) for name in ("none", "injection")}
+    for name, runs in arms.items():
+        write(name, runs)
+    _, expected, _, _ = command("x.png", "500", *files())
+    for name, runs in arms.items():
+        upto = TOTAL
+        if name == side:
+            upto = INJECTION + 600
+        write(name, [*runs, *arm(name, name, seeds=(4,), upto=upto)])
+    _, table, others, _ = command("x.png", "500", *files())
+    assert table == expected
+    assert others[0].startswith(
+        f"left out: {side}.csv (seed 4) is at step 1,600, 600 steps beyond the injection"
+    )
+    assert len(others) == 2, "and the one that it has no run to be compared with"
+
+
+def continued(seeds):
+    """Runs with and without an injection that go on from one checkpoint of seed 1, in other ways."""
+    for name in ("none", "injection"):
+        runs = arm(
+            name, name, GAIN * (name == "injection"), seeds=seeds, fork=f"runs/a/checkpoint-{INJECTION}"
+        )
+        for run in runs:
+            before = run.scalars[RETURN][0] <= INJECTION
+            run.scalars[RETURN][1, before] = [value for _, value in games(1, 0, upto=INJECTION)]
+        write(name, runs)
+
+
+def test_of_one_agent_it_is_said(command, drawn):
+    continued((1, 2, 3))
+    _, table, others, _ = command("x.png", "500", *files())
+    assert others == ["the intervals are over continuations of one agent, not over agents"]
+    assert drawn["x.png"].get_suptitle().endswith(", continuations of one agent, not agents")
+    assert "seed" not in table["injection at 1k: change"][1]
+    write_both()
+    assert command("x.png", "500", *files())[2] == []
+
+
+def test_beside_other_agents_each_agent_counts_once(command):
+    continued((1, 5, 6))
+    for name in ("none", "injection"):
+        Path(f"{name}.csv").rename(f"continued_{name}.csv")
+    write("none", arm("none", "none", seeds=(2, 3)))
+    write("injection", arm("injection", "injection", GAIN, seeds=(2, 3)))
+    _, table, others, _ = command("x.png", "500", *files())
+    assert sorted(others) == [
+        f"left out: continued_{name}.csv (seed {seed}) continues the agent of seed 1, "
+        "which counts once beside other agents"
+        for name in ("injection", "none")
+        for seed in (5, 6)
+    ]
+    (pair,) = draw_effects.comparisons(draw_effects.read_files(files())[0], RETURN, None)
+    judged = pair.judgement
+    assert list(pair.means[0]) == [1, 2, 3]
+    assert table["injection at 1k: change"][1] == draw_effects.show(
+        judged.difference, judged.low, judged.high
+    )
+
+
 def test_a_run_none_of_whose_games_ended_still_has_its_other_numbers(command):
     write_both()
     runs = arm("injection", "injection", GAIN, LATE_GAIN, dormant=0.3, seeds=(1, 2, 3, 4))
@@ -224,7 +286,9 @@ def test_arms_that_share_no_history_are_refused(command, seeds):
     write("none", arm("none", "none"))
     write("injection", arm("injection", "injection", seeds=seeds))
     forks = len(set(seeds) & set(SEEDS))
-    problem = f"injection at 1k: {forks} of its runs are forks of runs without it: give 3"
+    problem = (
+        f"injection at 1k: {forks} of its runs are forks of runs without it, up to the window's end: give 3"
+    )
     assert problem in command("x.png", "500", *files())[3]
 
 
