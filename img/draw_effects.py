@@ -161,7 +161,7 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
         left_out |= pair.left_out
     for runs in (origins, *forks.values()):
         for run in runs.values():
-            left_out.pop(run.folder, None)
+            left_out.pop(run.folder, None)  # one without a game in the window has other numbers
     values = values_of(origins, measured)
     changed = {name: changes(values, values_of(runs, measured)) for name, runs in forks.items()}
     one_agent = any(pair.one_agent for pair in pairs)

@@ -220,7 +220,8 @@ def test_a_run_none_of_whose_games_ended_still_has_its_other_numbers(command):
     write("none", arm("none", "none", seeds=(1, 2, 3, 4)))
     write("injection", runs)
     write_scores({f"{name}-{seed}": seed for name in ("none", "injection") for seed in (1, 2, 3, 4)})
-    _, table, _, _ = command("x.png", "500", *files())
+    _, table, others, _ = command("x.png", "500", *files())
+    assert others == []
     *of_return, dormant, final = table["injection at 1k: change"]
     assert all(cell.endswith(" (3 seeds)") for cell in of_return)
     assert not dormant.endswith(")") and final == "0"
