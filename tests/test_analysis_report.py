@@ -347,6 +347,8 @@ def test_words_say_that_an_interval_is_over_continuations_of_one_agent():
         in aggregate_in_words(total)[3]
     )
     assert numbers(*runs)["aggregates"][0]["one_agent"] is True
+    (total,) = aggregates(compared(*runs, *make_games(ALIEN))[1])
+    assert total.games == [PHOENIX, ALIEN] and total.one_agent, "in one of two games"
     (total,) = aggregates(compared(*make_arms())[1])
     assert "one agent" not in aggregate_in_words(total)[3]
     assert numbers(*make_arms())["aggregates"][0]["one_agent"] is False

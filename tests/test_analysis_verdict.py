@@ -258,6 +258,21 @@ def test_runs_that_separate_before_the_injection_are_one_agent_if_they_were_one_
     assert found.one_agent == one_agent and set(found.means[0]) == {1, 2, 3} and found.paired
 
 
+def test_where_the_norm_decides_one_agent_is_asked_for_at_the_earliest_first_injection():
+    forked_at = 700  # more than half of 1,200 and less than half of 1,700
+    runs = []
+    for run in make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}):
+        name = run.lineage[0].folder
+        before = run.scalars[RETURN][0] <= forked_at
+        run.scalars[RETURN][1, before] = 7.0
+        points = {tag: list(pairs.T) for tag, pairs in run.scalars.items()}
+        how = {"intervention": run.args.intervention, "seed": run.args.seed}
+        if run.args.intervention == "injection":
+            how |= NORM
+        runs.append(make_run(name, points, identity=known(name, ("agent", forked_at, 9)), **how))
+    assert verdict(*runs).one_agent
+
+
 @pytest.mark.parametrize("games_before", [0, 1, 3, 10])
 def test_agents_of_other_seeds_are_never_one_however_many_games_are_equal(games_before):
     runs = continuations(fork=None)
@@ -864,6 +879,16 @@ def test_of_a_game_that_began_before_the_window_only_the_steps_in_it_count():
     assert make_run("a", {RETURN: [(1_100, 1.0)], **lengths}).share_unreported(1_000, TOTAL) == pytest.approx(
         0.95
     )
+
+
+def test_of_several_games_at_once_each_may_still_go_on_at_a_windows_end_and_a_step_of_each_is_one_of_all():
+    lengths = {"charts/episodic_length": [(1_100, 900.0)], "charts/games_cut": [(2_000, 8.0)]}
+    run = make_run("a", {RETURN: [(1_100, 1.0)], **lengths}, num_envs=8)
+    assert run.unreported(1_000, 2_500) == 8 + 8
+    assert run.unreported(1_000, 2_000) == 8, "new games begin there, none goes on"
+    assert run.unreported(1_000, TOTAL) == 8, "the run ends there"
+    # the game's last 100 / 8 decisions are of the window's 1,500 steps
+    assert run.share_unreported(1_000, 2_500) == pytest.approx(1 - 12.5 / 1_500)
 
 
 def test_a_run_without_a_game_in_the_window_is_left_out_and_named():

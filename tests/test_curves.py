@@ -1,4 +1,4 @@
-"""Curves of runs as CSV files. How they are read from runs' folders is in test_analysis_runs.py."""
+"""Curves of runs as CSV files. How they are read from runs' folders is in test_arms.py."""
 
 import csv
 import io

@@ -1,15 +1,19 @@
 """The table and figure of img/draw_signs.py: what was measured of agents beside what an injection gained."""
 
+import itertools
 import json
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 from simulated_runs import INJECTION, RETURN, games, make_run
 
 from analysis.curves import write_curves
 from analysis.task_sequence import INJECTED, SAME
+from img import draw_signs
 
 SCRIPT = str(Path(__file__).parent.parent / "img" / "draw_signs.py")
 RATES = (1e-4, 1e-3)
@@ -64,6 +68,51 @@ def test_what_goes_with_the_learning_rate_is_told_from_what_goes_with_the_gain(m
     assert (count, low, high, within) == ("7", "0.1 to 0.3", "1.1 to 1.4", "-1.00") and float(over_all) > 0.4
     assert printed[-1].startswith("by chance the largest of 1 within learning rates is beyond ±0.")
     assert Path("x.png").stat().st_size > 5_000
+
+
+def test_chance_is_the_largest_correlation_within_learning_rates_of_all_shuffles():
+    gains = {1e-4: (1.0, 2.0, 4.0), 1e-3: (30.0, 10.0, 20.0)}
+    measured = {"one": {1e-4: (1, 3, 2), 1e-3: (5, 6, 9)}, "other": {1e-4: (2, 2, 1), 1e-3: (7, 5, 6)}}
+    by_rate = {}
+    for rate, of_rate in gains.items():
+        by_rate[rate] = []
+        for i, gain in enumerate(of_rate):
+            measures = {name: values[rate][i] for name, values in measured.items()}
+            by_rate[rate].append(draw_signs.Agent(rate, INJECTION, gain, measures))
+    largest = []
+    for low, high in itertools.product(
+        itertools.permutations(gains[1e-4]), itertools.permutations(gains[1e-3])
+    ):
+        sizes = []
+        for values in measured.values():
+            ranks = [scipy.stats.rankdata(of_rate) - 2 for of_rate in (values[1e-4], values[1e-3], low, high)]
+            rho = np.corrcoef(np.hstack(ranks[:2]), np.hstack(ranks[2:]))[0, 1]
+            sizes.append(abs(rho))
+        largest.append(max(sizes))
+    found = draw_signs.largest_by_chance(by_rate, list(measured))
+    assert len(found) == draw_signs.SHUFFLES
+    for size in set(np.round(largest, 6)):
+        share = np.mean(np.round(largest, 6) <= size)
+        assert np.mean(np.round(found, 6) <= size) == pytest.approx(share, abs=0.07)
+
+
+def test_of_what_chance_does_the_median_and_one_of_twenty_are_said(monkeypatch, capsys):
+    write_dose()
+    by_chance = np.arange(101) / 100
+    monkeypatch.setattr(draw_signs, "largest_by_chance", lambda *given: by_chance)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, "x.png", *map(str, Path().glob("*.csv"))])
+    draw_signs.main()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "beyond ±0.50 in half of all cases, beyond ±0.95 in 1 of 20" in line
+
+
+def test_a_point_is_an_agents_measure_and_its_gain(monkeypatch):
+    figures = []
+    monkeypatch.setattr(draw_signs, "save", lambda figure, path: figures.append(figure))
+    agents = [draw_signs.Agent(1e-3, INJECTION, gain, {"probe": value}) for gain, value in ((10, 1), (20, 3))]
+    draw_signs.draw("x.png", {1e-3: agents}, ["probe"])
+    (points,) = figures[0].axes[0].collections
+    assert points.get_offsets().tolist() == [[1, 10], [3, 20]]
 
 
 def test_probes_are_those_of_their_agents_and_what_cannot_be_used_is_named(monkeypatch, capsys):

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import BRIEF, SHORT_GAMES, TINY_GAMES
+from conftest import BRIEF, SHORT_GAMES, TINY_GAMES, same
 
 import dqn_injection_atari as script
 from dqn_injection_atari import Args, Learner, QNetwork, evaluate, load_agent, main, train
@@ -250,20 +250,41 @@ def test_a_saved_agent_of_any_kind_comes_back_with_its_arguments_and_plays_as_it
     assert np.array_equal(scores, evaluate(learner.q_network, settings, 30))
 
 
+@pytest.fixture
+def learners(monkeypatch):
+    """Those of the runs that train."""
+    found = []
+    loop = script.Training.loop
+    monkeypatch.setattr(
+        script.Training, "loop", lambda training: found.append(training.learner) or loop(training)
+    )
+    return found
+
+
+def test_what_is_evaluated_is_the_online_network_in_float32(monkeypatch, learners):
+    evaluated = []
+    monkeypatch.setattr(script, "slow_bfloat16", lambda device: None)
+    monkeypatch.setattr(script, "evaluate", lambda *given: evaluated.append(given[0]) or np.zeros(1))
+    train(replace(BRIEF, total_timesteps=120, eval_frequency=60, checkpoint_frequency=0, bf16=True))
+    (learner,) = learners
+    assert len(evaluated) == 2 and all(network is learner.q_network for network in evaluated)
+    assert learner.online is not learner.q_network
+
+
 @pytest.mark.slow
-def test_a_runs_saved_agent_is_its_last_network_and_is_played_from_the_command_line(monkeypatch, capsys):
-    saved = []
-    monkeypatch.setattr(script, "save_agent", lambda *given: saved.append(given[1]) or save_agent(*given))
+def test_a_runs_saved_agent_is_its_last_network_and_is_played_from_the_command_line(
+    monkeypatch, capsys, learners
+):
     args = replace(
         BRIEF, total_timesteps=120, learning_starts=60, injection_step=(80,), checkpoint_frequency=0
     )
     folder = train(replace(args, save_model=True))
+    (learner,) = learners
     assert f"--evaluate {folder}" in capsys.readouterr().out
     network, of_agent, step = load_agent(folder / "agent.pt", "cpu")
     assert step == 120 and of_agent.injection_step == (80,) and network.num_injections == 1
-    assert all(
-        torch.equal(value, saved[0].state_dict()[name]) for name, value in network.state_dict().items()
-    )
+    assert same(network.state_dict(), learner.q_network.state_dict())
+    assert not same(network.state_dict(), learner.target_network.state_dict()), "synced at step 100"
 
     def play(*flags):
         capsys.readouterr()

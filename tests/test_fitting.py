@@ -1,5 +1,6 @@
 """Agents and fresh networks that fit random targets: what they start from, and what they are given."""
 
+import copy
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -41,6 +42,38 @@ def test_targets_are_spread_as_a_sine_and_equal_for_equal_observations(checkpoin
     assert torch.equal(targets[0], targets[1]) and not torch.equal(targets[0], targets[2])
     one_by_one = torch.cat([fitting.random_targets(network, one) for one in obs.split(1)])
     assert torch.allclose(one_by_one, targets, atol=1e-5), "they are no rounding errors"
+
+
+def test_targets_are_the_sine_of_a_hundred_thousand_times_a_networks_outputs(checkpoint):
+    obs = fitting.replayed_observations(load_checkpoint(checkpoint), 8, CPU)
+    network = Learner(SMALL, 8, CPU).q_network
+    targets = fitting.random_targets(network, obs)
+    network = network.double()
+    with torch.no_grad():
+        outputs = network.head.theta(network.encoder(obs.double() / 255))
+    torch.testing.assert_close(targets, torch.sin(100_000 * outputs).float(), atol=1e-4, rtol=0)
+
+
+def test_a_fit_is_gradient_descent_on_half_the_squared_error_to_mean_outputs_plus_targets(checkpoint):
+    learner = fitting.make_contender(FRESH, load_checkpoint(checkpoint), 0, CPU)
+    obs = fitting.replayed_observations(load_checkpoint(checkpoint), 8, CPU)
+    targets = torch.rand(8, 8, generator=torch.Generator().manual_seed(1))
+    batch = [1, 1, 4]
+    reference = copy.deepcopy(learner.q_network)
+    outputs = reference(obs)
+    wanted = outputs.detach().mean(dim=0) + targets
+    loss = sum(0.5 * (outputs[row] - wanted[row]).square().sum() for row in batch) / len(batch)
+    loss.backward()
+    learner.optimizer = torch.optim.SGD(learner.q_network.parameters(), lr=0.1)
+    start, end = fitting.fit(learner, obs, targets, np.array([batch]))
+    assert start == pytest.approx((outputs - wanted).square().mean().item())
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    for name, value in learner.q_network.named_parameters():
+        torch.testing.assert_close(value, reference.get_parameter(name), atol=1e-6, rtol=1e-4)
+    assert end == pytest.approx((reference(obs) - wanted).square().mean().item(), rel=1e-4) and end < start
 
 
 def test_every_contender_starts_without_moments(checkpoint):

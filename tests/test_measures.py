@@ -213,6 +213,18 @@ def test_measures_of_a_network_made_to_have_them(injections):
     assert measures["weight_norm/encoder"] == pytest.approx((24 + 64 + 32) ** 0.5)
 
 
+def test_the_heads_ranks_are_those_of_the_head_that_learns():
+    learner = make_learner(head_width=512)
+    learner.inject()
+    batch = random_batch(size=64)
+    before = plasticity_measures(learner, batch)
+    only_biases(learner.q_network.head.theta.hidden, 384)
+    assert plasticity_measures(learner, batch)["srank/head"] == before["srank/head"] > 1
+    only_biases(learner.q_network.head.theta_prime_1[0].hidden, 384)
+    measures = plasticity_measures(learner, batch)
+    assert measures["srank/head"] == 1 < measures["srank/encoder"]
+
+
 def test_a_silent_layer_is_wholly_dormant_and_what_is_undefined_is_left_out():
     learner = make_learner(head_width=512)
     only_biases(learner.q_network.head.theta.hidden, 0)
@@ -283,6 +295,22 @@ def test_the_new_heads_share_of_q_begins_at_zero_and_grows():
     new = (head.theta_prime_1[0](features) - head.theta_prime_2[0](features)).abs().mean().item()
     share = plasticity_measures(learner, batch)["new_heads_share_of_q"]
     assert 0 < share == pytest.approx(new / (old + new), rel=1e-3)
+
+
+def test_the_new_heads_share_of_q_is_that_of_all_pairs():
+    learner = make_learner(injection_step=(10, 20))
+    batch = random_batch()
+    for _ in range(2):
+        learner.inject()
+        learner.update(batch)
+    head = learner.q_network.head
+    features = learner.q_network.features(batch.observations)
+    old = head.theta(features)
+    new = sum(head.theta_prime_1[k](features) - head.theta_prime_2[k](features) for k in range(2))
+    old, new = (part.abs().mean().item() for part in (old, new))
+    assert plasticity_measures(learner, batch)["new_heads_share_of_q"] == pytest.approx(
+        new / (old + new), rel=1e-3
+    )
 
 
 def test_the_ratio_to_initialisation_outlives_a_state_dict():

@@ -386,13 +386,15 @@ def test_weight_decay_is_added_to_the_gradient_of_all_that_is_trained_and_off_by
         network = QNetwork(6, max_injections=1, head_width=8)
         args = Args(optimizer=optimizer, learning_rate=0.01, weight_decay=weight_decay)
         chosen = make_optimizer(args, network)
-        frozen = snapshot(network.head.theta_prime_1)
+        network.inject(seeded())
+        frozen = [snapshot(head) for head in (network.head.theta, network.head.theta_prime_2)]
         for _ in range(2):
             for parameter in network.parameters():
                 if parameter.requires_grad:
                     parameter.grad = 1e-5 + added_by_hand * parameter.detach()
             chosen.step()
-        assert equal(frozen, network.head.theta_prime_1)
+        for before, head in zip(frozen, (network.head.theta, network.head.theta_prime_2), strict=True):
+            assert equal(before, head)
         networks[name] = network
     for name, value in networks["with"].named_parameters():
         torch.testing.assert_close(value, networks["by hand"].get_parameter(name), atol=1e-6, rtol=0)

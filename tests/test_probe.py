@@ -55,7 +55,7 @@ def test_no_injection_helps_where_the_encoder_is_dead(checkpoint):
 def test_a_level_of_the_values_does_not_count(checkpoint):
     def lift(q_network):
         make_fresh(q_network)
-        q_network["head.theta.output.bias"] += 100
+        q_network["head.theta.output.bias"] += 100 * torch.arange(8)
 
     change(checkpoint, lift)
     errors = probe_checkpoint(checkpoint, QUICK)["errors"]

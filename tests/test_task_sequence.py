@@ -163,6 +163,17 @@ def test_the_copies_are_the_network_of_that_moment_and_all_get_the_same_tasks(ch
     assert result["error"][SAME] == [[errors[1] for *_, errors in (first[0], second[0], third[0])]]
 
 
+@pytest.mark.parametrize(("moments", "updates"), [("fresh", 2 * 3), ("keep", 3 * 3)])
+def test_new_heads_of_copies_begin_with_moments_as_those_of_the_agents_run_do(
+    checkpoint, fits, moments, updates
+):
+    change(checkpoint, moments=moments)
+    run_sequence(checkpoint, **HOW | {"settings": ONCE})
+    for _, learner, *_ in fits[3:5]:
+        bias = learner.learning_head().output.bias
+        assert learner.optimizer.state[bias]["step"] == updates, "of two tasks, or of the one before, too"
+
+
 def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_the_encoder(checkpoint):
     subject = read_subject(checkpoint, 1e-3)
     obs = replayed_observations(subject, 16, CPU)
