@@ -199,8 +199,8 @@ class Args(RunFlags, AlternativeSettings, Experiment):
     def __post_init__(self) -> None:
         for name in ("injection_step", "keep_checkpoints"):
             # one step, or several in whatever holds them
-            steps = np.atleast_1d(getattr(self, name)).astype(int).tolist()
-            object.__setattr__(self, name, tuple(steps))
+            steps = np.atleast_1d(getattr(self, name)).tolist()
+            object.__setattr__(self, name, tuple(map(int, steps)))
         check_bounds(self)
         self.check_flags()
         check_injection_steps(self)
@@ -948,8 +948,8 @@ class Training:
             if run.interrupted or self.checkpoint_due(periodic or intervening):
                 self.learner.losses.check_finite(step, args.train_frequency)
                 run.save(keep=args.kept_checkpoints.union(self.learner.interventions[:1]))
-            if run.signals.stop:
-                return False
+            if run.signals.stop and run.saved == step:
+                return False  # a signal that came after the line above waits for the next vector step
             if step > 0 and run.due(args.eval_frequency):
                 play = functools.partial(evaluate, self.learner.q_network, args, step)
                 if not run.evaluate(play, film=args.capture_video):

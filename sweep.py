@@ -45,10 +45,11 @@ except ModuleNotFoundError as error:
 
 from support.machine import alone_in, slow_bfloat16
 from support.process import Signals, Unfailing, begin_in_utf8, ends_in_one_line, on_a_terminal, say
-from support.usage import Positive, Steps, UsageError, check_bounds, words_given
+from support.usage import Positive, Steps, UsageError, check_bounds, flag, words_given
 
 TICK = 1.0  # seconds
 MINUTE = 60.0
+LEAST_SHARE = 0.0001  # of a processor or a GPU, that Ray can set aside
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,12 @@ def command_line(words: list[str]) -> tuple[Settings, plan.Asked]:
     gpus = settings.gpus_per_run
     if gpus is not None and gpus > 1 and gpus % 1:
         raise UsageError(f"gpus_per_run is {gpus:g}, but must be whole above 1: change --gpus-per-run")
+    for resource in ("cpus_per_run", "gpus_per_run"):
+        share = getattr(settings, resource)
+        if share is not None and 0 < share < LEAST_SHARE:
+            raise UsageError(
+                f"{resource} is {share:g}, but must be 0 or at least {LEAST_SHARE}: change {flag(resource)}"
+            )
     if settings.speed is not None and not settings.dry_run:
         raise UsageError("speed is for the hours in a plan: give --dry-run as well, or leave it out")
     name = settings.name

@@ -31,7 +31,7 @@ import dqn_injection_atari as script
 from benchmarks.throughput import begin_run
 from support.acceleration import prepare_process
 from support.checkpoints import load_checkpoint, save_checkpoint
-from support.machine import pick_device
+from support.machine import pick_device, usable_processors
 from support.process import ends_in_one_line
 from support.usage import words_given
 
@@ -140,7 +140,7 @@ def measure(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> di
         "read_seconds": read_seconds,
         "bitwise_equal": all(torch.equal(a, b) for a, b in pairs),
         "frames_GB": replay.frames[: replay._used].nbytes / 1e9,
-        "cores": len(psutil.Process().cpu_affinity()),
+        "cores": usable_processors(),
         "machine": platform.machine(),
         "settings": {name: str(value) for name, value in vars(settings).items()},
     }

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GAME = "PhoenixNoFrameskip-v4"
 SEEDS = ("1", "2")
 FLAGS = """--env-backend ale --num-envs 8 --buffer-size 50000 --learning-starts 2000
---exploration-fraction 0.1""".split()
+--exploration-fraction 0.1 --no-cuda""".split()
 
 
 @dataclass
@@ -45,7 +45,7 @@ def by_hand(place: Path, flags: list[str]) -> None:
     script = (sys.executable, str(ROOT / "dqn_injection_atari.py"), "--env-id", GAME)
     runs = []
     for seed in SEEDS:
-        command = [*script, "--seed", seed, "--intervention", "none", "--no-cuda", *flags]
+        command = [*script, "--seed", seed, "--intervention", "none", *flags]
         runs.append(subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL))
     statuses = [run.wait() for run in runs]
     if any(statuses):
@@ -59,9 +59,12 @@ def as_sweep(place: Path, flags: list[str]) -> None:
 
 
 def seconds_of_runs(place: Path) -> float:
-    """Mean seconds from begin to end of the runs below a folder."""
-    ends = [read_scalars(path.parent)[SPEED][:, -1] for path in place.rglob("run.json")]
-    return statistics.mean(step / speed for step, speed, _ in ends)
+    """Mean seconds from the first to the last point of the runs below a folder."""
+    seconds = []
+    for path in place.rglob("run.json"):
+        _, _, times = read_scalars(path.parent)[SPEED]
+        seconds.append(times[-1] - times[0])
+    return statistics.mean(seconds)
 
 
 def main(settings: Settings) -> None:

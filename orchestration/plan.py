@@ -123,7 +123,10 @@ def plan(asked: Asked) -> list[PlannedRun]:
                     runs.append(replace(run, trunk=trunk))
     if any(run.args.checkpoint_frequency == 0 for run in runs):
         nothing = "nothing to fork arms from, and nothing to go on from"
-        raise UsageError(f"checkpoint_frequency 0 leaves {nothing}: leave it out")
+        fix = "leave it out"
+        if origin is not None:  # whose frequency its forks have
+            fix = "give a checkpoint of a run that has another"
+        raise UsageError(f"checkpoint_frequency 0 leaves {nothing}: {fix}")
     check_names([run.name for run in runs])
     return runs
 

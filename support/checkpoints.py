@@ -25,7 +25,7 @@ import zstandard
 
 from support.machine import flush_to_disk
 from support.process import say
-from support.usage import UsageError, reading
+from support.usage import OF_A_PLACE, UsageError, reading
 
 FORMAT = 7
 CHECKSUMS = "SHA256SUMS"  # of the other files, to be checked with `sha256sum -c` as well
@@ -118,7 +118,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
-    """The newest good checkpoint of this run in its folder, None without any; UsageError if all are bad."""
+    """The newest good checkpoint of this run in its folder, None without any.
+
+    Raises:
+        UsageError: all are bad; or the system cannot read one now, which may be good. Were it passed over, a
+            later resume could find it readable, and the curves of the steps in between would be missing.
+    """
     paths = list_checkpoints(folder)
     for step, path in paths.items():
         try:
@@ -129,6 +134,9 @@ def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
                 raise UsageError(f"{path} holds step {checkpoint.step}, it was renamed")
             return checkpoint
         except UsageError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno not in (None, *OF_A_PLACE):
+                raise UsageError(f"{error} by moving this one away") from cause
             say(f"warning: {error}; falling back to an older one")
     if paths:
         fix = "start the run again without --resume"

@@ -135,6 +135,8 @@ def _broken_rule(value: Any, annotation: Any) -> str:
         return ""
     if get_origin(kind) is Literal:
         return "" if value in get_args(kind) else f"one of {', '.join(map(str, get_args(kind)))}"
+    if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+        return "text in UTF-8"
     single_bounds: list[Any] = []
     for bound in bounds:
         if isinstance(bound, Interval):
@@ -221,7 +223,7 @@ def out_of_resources(error: BaseException, training: bool = True) -> str | None:
     if isinstance(error, MemoryError) or (of_the_runtime and says(line, NO_MEMORY)):
         fix = "free some"
         if training:
-            fix += ", or lower --buffer-size in a new run"
+            fix += ", or lower --buffer-size, --batch-size or --num-envs in a new run"
         return f"memory has run out ({reason}): {fix}"
     if of_the_runtime and says(line, (r"can't start new thread",)):
         fix = "end other processes, or raise the limit (ulimit -u)"

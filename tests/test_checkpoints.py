@@ -547,6 +547,25 @@ def test_only_a_good_checkpoint_of_this_run_and_this_step_is_gone_on_from(capsys
         newest_good_checkpoint(FOLDER, "a third")
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
+def test_one_that_the_system_cannot_read_now_is_not_passed_over(monkeypatch, number):
+    """It may be readable again when the run has gone on from an older one."""
+    save(1)
+    save(2, keep=(1,))
+    original = checkpoints._checksum
+
+    def checksum(path):
+        if path.parent.name == "checkpoint-2":
+            raise OSError(number, "cannot")
+        return original(path)
+
+    monkeypatch.setattr(checkpoints, "_checksum", checksum)
+    with pytest.raises(UsageError, match=r"cannot\): see to that, or take another by moving this one away$"):
+        newest_good_checkpoint(FOLDER, "this run")
+    (FOLDER / "checkpoint-2").rename("away")
+    assert newest_good_checkpoint(FOLDER, "this run").step == 1
+
+
 def test_a_folder_without_checkpoints_has_no_newest():
     FOLDER.mkdir()
     for name in ("checkpoint-", "checkpoint-x", ".checkpoint-5.partial", "checkpoint-5.old", "videos"):

@@ -185,6 +185,13 @@ def test_flags_that_contradict_each_other_or_would_do_nothing_are_refused_with_t
         Args(**args)
 
 
+@pytest.mark.parametrize("step", [2**63, 10**20])
+@pytest.mark.parametrize("name", ["injection_step", "keep_checkpoints"])
+def test_a_step_that_no_integer_of_a_machine_holds_is_refused_as_others_are(name, step):
+    with pytest.raises(UsageError, match=rf"^{name} is \({step},\), but must be within"):
+        Args(**{name: (step,)})
+
+
 def fork_of(monkeypatch, origin, *flags):
     Path("runs/o/checkpoint-5").mkdir(parents=True, exist_ok=True)
     Path("runs/o/checkpoint-5/manifest.json").write_text(

@@ -146,6 +146,15 @@ def continued(checkpoint, *interventions, **changes):
     return asked(*interventions, **given)
 
 
+def test_a_checkpoint_of_a_run_that_writes_none_is_not_continued(checkpoint):
+    args = checkpoint.meta["args"]
+    args["checkpoint_frequency"] = 0
+    (checkpoint.path / "manifest.json").write_text(json.dumps({"run": "abc", "args": args}), encoding="utf-8")
+    fix = r"nothing to go on from: give a checkpoint of a run that has another$"
+    with pytest.raises(UsageError, match=fix):
+        plan(continued(checkpoint, "none", "injection"))
+
+
 def test_arms_and_seeds_continue_one_checkpoint(checkpoint, monkeypatch):
     custom = {"all heads": "--no-freeze-heads"}
     runs = plan(continued(checkpoint, "none", "injection", custom=custom, seeds=(1, 2)))

@@ -48,7 +48,7 @@ import support.run_log as run_log
 import support.runs as runs
 from benchmarks import kill_test
 from benchmarks.kill_test import WALL_CLOCK, content, differences, flat
-from dqn_injection_atari import FORKABLE, Args, Learner, check_fork, train
+from dqn_injection_atari import FORKABLE, Args, Learner, Training, check_fork, train
 from support.checkpoints import (
     CHECKSUMS,
     Checkpoint,
@@ -1577,6 +1577,19 @@ def test_parameters_that_are_not_finite_never_replace_a_good_checkpoint(monkeypa
     with pytest.raises(FloatingPointError, match="not finite from step 132"):
         train(replace(SMALL, log_frequency=300))
     assert names(new_folder(set())) == ["checkpoint-130"]
+
+
+def test_a_stop_that_comes_when_the_loop_has_just_looked_for_one_has_its_checkpoint(monkeypatch):
+    original = Training.checkpoint_due
+
+    def checkpoint_due(training, notable):
+        if training.run.step == 20:
+            training.run.signals.stop = signal.SIGTERM
+        return original(training, notable)
+
+    monkeypatch.setattr(Training, "checkpoint_due", checkpoint_due)
+    folder = train(SMALL)
+    assert names(folder) == ["checkpoint-22"], "one vector step later"
 
 
 # damaged files

@@ -330,6 +330,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command, no_ray):
         (("--arm", "//", "--no-freeze-heads"), "give another name to --arm"),
         (("--gpus-per-run", "-1"), "gpus_per_run is -1.0, but must be 0 or more"),
         (("--gpus-per-run", "1.5"), "gpus_per_run is 1.5"),
+        (
+            ("--gpus-per-run", "0.00001"),
+            "gpus_per_run is 1e-05, but must be 0 or at least 0.0001: change --gpus",
+        ),
+        (
+            ("--cpus-per-run", "0.00009"),
+            "cpus_per_run is 9e-05, but must be 0 or at least 0.0001: change --cpus",
+        ),
     ],
     ids=str,
 )

@@ -59,7 +59,7 @@ BOUNDS = {  # field: (kept at, broken at, what is asked for)
     "kind": (["plain", "fancy"], ["", "Plain"], "one of plain, fancy, none"),
     "period": ([0, 3, 4], [-1], "0 or more"),
     "least": ([3, 4], [0], "0 or more and at least 1"),
-    "name": ([None, "", "anything"], [], ""),
+    "name": ([None, "", "anything", "Ä"], ["caf\udce9"], "text in UTF-8"),
 }
 
 
@@ -300,7 +300,10 @@ def test_what_they_report_of_the_program_is_not_nor_what_only_names_a_gpu(messag
         ),
         (RuntimeError("CUDA error: out of memory"), "the GPU's memory has run out ("),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "the GPU's memory has run out ("),
-        (MemoryError(), "memory has run out (MemoryError): free some, or lower --buffer-size"),
+        (
+            MemoryError(),
+            "memory has run out (MemoryError): free some, or lower --buffer-size, --batch-size or --num-envs",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory has run out ("),
         (
             RuntimeError("can't start new thread"),
