@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from simulated_runs import RETURN
 
 from analysis.arms import read_arms
@@ -14,6 +15,15 @@ from analysis.verdict import comparisons, show
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/results.md")
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def flowing(name):
+    """A document's text in one line."""
+    return " ".join(text_of(name).split())
 
 
 def compared(*patterns):
@@ -70,7 +80,7 @@ def test_documents_print_what_the_curves_give(files, seeds, verdicts, documents)
     for pair in pairs:
         assert_whole(pair, seeds)
         for name in documents:
-            text = (ROOT / name).read_text(encoding="utf-8")
+            text = text_of(name)
             assert printed(pair) in text, f"{name} lacks {pair.arms[1].name}: {printed(pair)}"
 
 
@@ -81,24 +91,22 @@ def test_documents_print_what_a_fresh_head_brings_beyond_empty_moments():
     assert names == ["moment reset at 160k, reset moments of head", "injection at 160k"]
     assert_whole(contrast, [7, 8, 9, 10, 11])
     for name in DOCUMENTS:
-        text = (ROOT / name).read_text(encoding="utf-8")
+        text = text_of(name)
         assert printed(injected) in text and printed(contrast) in text, f"{name}: {printed(contrast)}"
     *others, last = in_words(contrast)
     listed = f"({', '.join(others)} and {last}; p = {contrast.judgement.p:.2g})"
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
-    flowing = " ".join(text.split())
-    assert listed in flowing
+    text = flowing("docs/results.md")
+    assert listed in text
     off = max(side.reach for pair in (injected, contrast) for side in pair.sides)
     lows = (injected.judgement.low, contrast.judgement.low)
     assert off < min(lows)
     assert (
-        f"a mean may be off by {off:.0f}, and the intervals begin at {lows[0]:.0f} and {lows[1]:.0f}"
-        in flowing
+        f"a mean may be off by {off:.0f}, and the intervals begin at {lows[0]:.0f} and {lows[1]:.0f}" in text
     )
 
 
 def test_documents_print_each_arm_of_the_fresh_heads_experiment():
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    text = text_of("docs/results.md")
     pairs = compared("fresh_head/*.csv")
     for pair in pairs:
         mean = show(*interval(np.array([*pair.means[1].values()])))
@@ -107,13 +115,60 @@ def test_documents_print_each_arm_of_the_fresh_heads_experiment():
     mean = show(*interval(np.array([*pairs[0].means[0].values()])))
     assert f"| no intervention | {mean} |" in text
     stay = [f"{pair.p_holm:.2g}" for pair in pairs if pair.p_holm < 0.05]
-    assert f"p = {' and '.join(stay)})" in " ".join(text.split())
+    assert f"p = {' and '.join(stay)})" in flowing("docs/results.md")
+
+
+def filmed():
+    """Scores of the games of each arm that img/draw_film.py printed, and of which game it is the film."""
+    lines = text_of("results/film.txt").splitlines()
+    scores = {}
+    medians = {}
+    for title, games, _, median in zip(*[iter(lines)] * 4, strict=False):
+        arm, _, how = title.partition(", ")
+        assert how == "seed 7, step 320,000, ε 0.01: scores of 30 games"
+        scores[arm] = np.array(games.split(), float)
+        medians[arm] = float(median.partition(":")[0].removeprefix("median "))
+    return scores, medians
+
+
+def test_documents_print_what_the_filmed_agents_scored():
+    text = flowing("docs/results.md")
+    readme = flowing("README.md")
+    scores, medians = filmed()
+    assert list(scores) == ["no intervention", "injection at 160k", "head reset at 160k"]
+    for arm, games in scores.items():
+        median = whole_points(medians[arm])
+        assert medians[arm] == sorted(games)[14] and f"with {median}" in readme
+        cells = [arm.removesuffix(" at 160k"), median, whole_points(games.mean())]
+        cells.append(f"{whole_points(games.min())} and {whole_points(games.max())}")
+        assert f"| {' | '.join(cells)} |" in text
+    without, injected, _ = scores.values()
+    low, high = scipy.stats.ttest_ind(injected, without, equal_var=False).confidence_interval(0.95)
+    difference = show(injected.mean() - without.mean(), low, high)
+    assert f"difference of the two final agents, {difference}," in text
+    assert f"injected one's scored {difference} more" in readme
+
+
+def test_documents_print_what_the_filmed_agent_had_while_it_learned():
+    text = flowing("docs/results.md")
+    readme = flowing("README.md")
+    pair = compared("fresh_head/*.csv")[0]
+    assert pair.arms[1].name == "injection at 160k"
+    gain = in_words(pair)[0]
+    assert f"it had scored {gain} more" in readme and f"a gain of {gain} in the mean return" in text
+    last = []
+    for arm in pair.arms:
+        (run,) = [run for run in arm.runs if run.args.seed == 7]
+        last.append(run.between(RETURN, 300_000, 320_000)[1])
+    without, injected = last
+    means = f"{whole_points(injected.mean())} with, and {whole_points(without.mean())} without"
+    assert f"{means}, from {len(injected)} and {len(without)} games" in text
 
 
 def test_documents_say_what_the_agents_had_just_before_the_injection():
     arms, _ = read_arms([str(ROOT / "results/fresh_head/PhoenixNoFrameskip-v4_no-intervention.csv")], RETURN)
     before = np.mean([run.between(RETURN, 140_000, 160_000)[1].mean() for run in arms[0].runs])
-    assert f"scored {before:.0f} points" in (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    assert f"scored {before:.0f} points" in text_of("docs/results.md")
 
 
 def test_documents_print_what_stays_after_correction_for_all_five_verdicts():
@@ -123,14 +178,14 @@ def test_documents_print_what_stays_after_correction_for_all_five_verdicts():
     assert (
         stays.arms[1].name == "injection at 160k, learning rate 0.001" and stays.judgement.verdict == "raised"
     )
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    text = text_of("docs/results.md")
     for pair in pairs:
         assert f"| {pair.judgement.p:.2g} | {pair.p_holm:.2g} |" in text, pair.arms[1].name
 
 
 @pytest.mark.parametrize("name", ["run", "100", "1e-4", "tasks"])
 def test_documents_print_what_the_probes_give(name):
-    rows = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    rows = text_of("docs/results.md").splitlines()
     found = json.loads((ROOT / "results" / "dose" / f"probe_{name}.json").read_text(encoding="utf-8"))
     agent, injected = ("one network", "injected") if name == "tasks" else ("agent", "agent, injected")
     ranges = []
@@ -167,7 +222,7 @@ def ratio(errors, reference):
 @pytest.mark.parametrize("file", ["tasks", "tasks_avx2"])
 def test_documents_print_what_the_sequences_of_tasks_give(file):
     result = sequence(file)
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    text = text_of("docs/results.md")
     assert sequence_table(result) in text
     copied = result["copied_before"][CHOSE_THE_SETTING:]
     ratios = {}
@@ -202,12 +257,12 @@ def test_documents_print_what_an_injection_does_before_anything_is_lost(file):
             with_interval(*ratio(*pair), unit="×") for pair in ((before, 1), (after, 1), (after, before))
         ]
     before, after, contrast = found["injected"]
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    text = text_of("docs/results.md")
     assert f"| {before} | {after} | **{contrast}** | {found['head reset'][2]} |" in text
 
 
 def test_documents_say_what_a_fresh_network_would_have_done():
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    text = text_of("docs/results.md")
     for file in ("tasks", "tasks_avx2"):
         result = sequence(file)
         fresh = np.array([of_seed[0] for of_seed in result["error"]["fresh network"]])[CHOSE_THE_SETTING:]
@@ -232,7 +287,7 @@ def test_documents_say_which_networks_an_injection_did_not_help():
     assert networks == 24 and not_helped == [("tasks_avx2", 2), ("tasks_two_threads", 3)]
     other = sequence("tasks_avx2")
     left = [other["since"][name][:CHOSE_THE_SETTING] for name in ("injected", "one network")]
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    text = text_of("docs/results.md")
     assert f"seeds 0 to 2 alone have {with_interval(*ratio(*left), unit='×')}" in text
     typed = sequence("tasks_two_threads")
     left = [typed["since"][name] for name in ("injected", "one network")]
@@ -254,12 +309,12 @@ def test_documents_say_how_many_networks_come_back_by_themselves():
     assert found == {"tasks": (4, 1), "tasks_avx2": (2, 2)}
     result = sequence("tasks")
     course = np.array(result["error"]["one network"][6][12:]) / result["best"][6]
-    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    text = text_of("docs/results.md")
     assert f"comes down to {course.min():.1f} times its best" in text and f"{course[-1]:.1f} times" in text
 
 
 def test_the_readme_prints_what_an_injection_leaves_of_the_error_in_tasks():
     left = np.array(sequence("tasks")["relative_to_one"]["injected"]["per_seed"])[CHOSE_THE_SETTING:]
     centre, (low, high) = ratio(left, 1)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = text_of("README.md")
     assert f"{centre:.2g}× [{low:.2g}, {high:.2g}]" in text
