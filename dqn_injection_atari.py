@@ -83,7 +83,18 @@ from support.process import Signals, begin_in_utf8, deaf_in_the_end, ends_in_one
 from support.randomness import stream_seed
 from support.replay import FrameReplayBuffer
 from support.runs import Run, check_machine, find_origin
-from support.usage import Count, OnlyWith, Positive, Share, Steps, UsageError, check_bounds, flag, reading
+from support.usage import (
+    Count,
+    InUTF8,
+    OnlyWith,
+    Positive,
+    Share,
+    Steps,
+    UsageError,
+    check_bounds,
+    flag,
+    reading,
+)
 
 __version__ = "0.9.0"
 
@@ -120,7 +131,7 @@ class Experiment:
     """Atari id of Gymnasium; ALE/NAME-v5 has sticky actions, NAMENoFrameskip-v4 none"""
     seed: Steps = 1
     """seed of every random stream (cleanRL)"""
-    exp_name: str = Path(__file__).stem
+    exp_name: Annotated[str, InUTF8()] = Path(__file__).stem
     """part of the run folder's name (cleanRL)"""
     total_timesteps: Count = 15_000_000
     """length of the run in steps (paper: 50_000_000 = 200M frames)"""

@@ -1,7 +1,7 @@
 """Many runs of the training script, games × seeds × arms, on this machine or a Ray cluster (docs/sweeps.md).
 
-    python sweep.py --env-ids PhoenixNoFrameskip-v4 --seeds 1 2 3 -- --injection-step 5000000
-    python sweep.py --from-checkpoint runs/X/checkpoint-5000000 --seeds 1 2 3 --steps 1000000
+    python sweep.py --env-ids PhoenixNoFrameskip-v4 --seeds 1 2 3 4 5 -- --injection-step 5000000
+    python sweep.py --from-checkpoint runs/X/checkpoint-5000000 --seeds 1 2 3 4 5 --steps 1000000
 
 Flags after -- go to the training script. For each game, seed and setting one arm runs whole, and the others
 fork from it at the first injection. An arm is a value of --intervention, or your own: --arm "all heads"

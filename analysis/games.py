@@ -46,7 +46,7 @@ class Aggregate:
     scores: np.ndarray  # (3, 3), see `aggregate_scores`; NaN where there is no interval
     left_out: dict[str, str]  # game: reason
     fewest: int  # runs of a game, on the side that has fewest
-    one_agent: bool  # the runs of a game continue one agent
+    of_one_agent: list[str]  # games whose runs continue one agent
 
 
 def emulator(env_id: str) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
             scores=without_points(aggregate_scores(without, intervened, joint), fewest),
             left_out=left_out,
             fewest=fewest,
-            one_agent=any(pair.one_agent for pair in usable),
+            of_one_agent=[pair.game for pair in usable if pair.one_agent],
         )
         found.append(total)
     return found

@@ -175,8 +175,8 @@ def aggregate_in_words(total: Aggregate) -> list[str]:
     for game, window in zip(total.games, total.windows, strict=True):
         games.append(f"{game} in {window.after:,} < step ≤ {window.upto:,}")
     runs = f"{total.runs[0]} runs without and {total.runs[1]} with"
-    if total.one_agent:
-        runs += ", which continue one agent of a game"
+    if total.of_one_agent:
+        runs += f", of which those of {' and '.join(total.of_one_agent)} continue one agent"
     return [
         f"{len(games)} games: {total.names[1]} against {total.names[0]}",
         f"human-normalised return, interquartile mean over runs: {without} without and {intervened} with",
@@ -237,7 +237,7 @@ def aggregate_as_json(total: Aggregate) -> dict[str, Any]:
         "with": {"arm": total.names[1], "runs": total.runs[1], **rows[1]},
         "difference": rows[2]["iqm"],
         "interval": rows[2]["interval"],
-        "one_agent": total.one_agent,
+        "of_one_agent": total.of_one_agent,
         "left_out": total.left_out,
     }
 

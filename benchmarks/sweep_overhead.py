@@ -3,9 +3,9 @@
     python benchmarks/sweep_overhead.py --steps 50000 --pairs 3
 
 By hand and as a sweep they run in turn, with the same flags, one thread each. Prints the wall time of both
-until all is done, a sweep's comparison included; and how long the runs themselves took, from their first
-line to their last, whose ratio shows what Ray takes while they run. What is left is what a sweep takes
-once, however long its runs are.
+until all is done, a sweep's comparison included; and how long the runs themselves took, from the first
+point of their curves to the last, whose ratio shows what Ray takes while they run. What is left is what a
+sweep takes once, however long its runs are.
 """
 
 import os

@@ -51,12 +51,14 @@ Values = dict[str, dict[int, float]]  # {quantity: {seed: value}} of an arm
 
 @dataclass(frozen=True)
 class Effects:
-    """What the runs without an intervention have, and by how much those of the other arms differ."""
+    """What the runs without an intervention have, and by how much those of the other arms differ.
+
+    The name of an arm says where its runs continue one agent.
+    """
 
     without: str  # the arm's name
     values: Values  # its own
     changes: dict[str, Values]  # {arm: differences to those}
-    one_agent: bool  # the runs of an arm continue one agent
     left_out: dict[str, str]  # {folder: reason} of runs that count nowhere
 
 
@@ -155,24 +157,26 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
     forks: dict[str, dict[int, RecordedRun]] = {}
     left_out: dict[str, str] = {}
     for pair in pairs:
-        candidates = counting(pair, without, window)
+        candidates, one_agent = counting(pair, without, window)
+        name = pair.arms[1].name
+        if one_agent:
+            name += ", continuations of one agent"
         origins |= candidates.sides[0]
-        forks[pair.arms[1].name] = candidates.sides[1]
-        left_out |= pair.left_out
+        forks[name] = candidates.sides[1]
+        left_out |= pair.left_out | candidates.left_out
     for runs in (origins, *forks.values()):
         for run in runs.values():
             left_out.pop(run.folder, None)  # one without a game in the window has other numbers
     values = values_of(origins, measured)
     changed = {name: changes(values, values_of(runs, measured)) for name, runs in forks.items()}
-    one_agent = any(pair.one_agent for pair in pairs)
-    return Effects(without.name, values, changed, one_agent, left_out)
+    return Effects(without.name, values, changed, left_out)
 
 
-def counting(pair: Comparison, without: Arm, window: Window) -> Candidates:
+def counting(pair: Comparison, without: Arm, window: Window) -> tuple[Candidates, bool]:
     """The runs of an arm, and those without an intervention that they were one with up to the window.
 
     All have got to the window's end. They may be in no comparison, where none of their games in the window
-    has ended. Each agent counts once.
+    has ended. Each agent counts once, unless all continue one agent, which is the second value.
 
     Raises:
         UsageError: they are too few, or the arm is compared with other runs, or over another window.
@@ -192,14 +196,14 @@ def counting(pair: Comparison, without: Arm, window: Window) -> Candidates:
         if share_history(origin, run, window.after):
             candidates.sides[0][seed] = origin
             candidates.sides[1][seed] = run
-    count_agents_once(candidates, window.after)
-    forks = len(candidates.sides[1])
-    if forks < MIN_SEEDS:
+    one_agent = count_agents_once(candidates, window.after)
+    count = len(candidates.sides[1])
+    if count < MIN_SEEDS:
         raise UsageError(
-            f"{name}: {forks} of its runs are forks of runs without it, up to the window's end: "
+            f"{name}: {count} agents have gone on with it and without it up to the window's end: "
             f"give {MIN_SEEDS}"
         )
-    return candidates
+    return candidates, one_agent
 
 
 def cell(values: dict[int, float], seeds: int) -> str:
@@ -261,12 +265,8 @@ def main() -> None:
         effects = find_effects(arms, scores, int(steps))
         for reason in effects.left_out.values():
             print(f"left out: {reason}")
-        title = arms[0].game
-        if effects.one_agent:
-            title += ", continuations of one agent, not agents"
-            print("the intervals are over continuations of one agent, not over agents")
         print(effects_table(effects))
-        draw(target, title, effects)
+        draw(target, arms[0].game, effects)
 
 
 if __name__ == "__main__":

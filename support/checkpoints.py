@@ -25,7 +25,7 @@ import zstandard
 
 from support.machine import flush_to_disk
 from support.process import say
-from support.usage import OF_A_PLACE, UsageError, reading
+from support.usage import UsageError, of_the_system, reading
 
 FORMAT = 7
 CHECKSUMS = "SHA256SUMS"  # of the other files, to be checked with `sha256sum -c` as well
@@ -134,9 +134,8 @@ def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
                 raise UsageError(f"{path} holds step {checkpoint.step}, it was renamed")
             return checkpoint
         except UsageError as error:
-            cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno not in (None, *OF_A_PLACE):
-                raise UsageError(f"{error} by moving this one away") from cause
+            if of_the_system(error.__cause__):
+                raise UsageError(f"{error} by moving this one away") from error.__cause__
             say(f"warning: {error}; falling back to an older one")
     if paths:
         fix = "start the run again without --resume"

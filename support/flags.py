@@ -5,7 +5,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from support.usage import NotBelow, Share, Steps, UsageError
+from support.usage import InUTF8, NotBelow, Share, Steps, UsageError
 
 Period = Annotated[Steps, NotBelow("num_envs")]  # a vector step of num_envs steps must not jump over one
 PositivePeriod = Annotated[Period, Ge(1)]
@@ -41,13 +41,13 @@ class RunFlags:
     """steps whose checkpoints stay, besides the newest and the one before the first injection"""
     track: bool = False
     """mirror the curves to Weights & Biases: pip install wandb (cleanRL)"""
-    wandb_project_name: str = "plasticity-injection"
+    wandb_project_name: Annotated[str, InUTF8()] = "plasticity-injection"
     """Weights & Biases project (cleanRL)"""
-    wandb_entity: str | None = None
+    wandb_entity: Annotated[str | None, InUTF8()] = None
     """Weights & Biases team or user (cleanRL)"""
     resume: str | None = None
     """folder of a run to go on with, bit for bit; takes no other flag"""
-    fork: str | None = None
+    fork: Annotated[str | None, InUTF8()] = None
     """checkpoint from which a new run starts, with other flags (docs/nothing-is-lost.md)"""
     evaluate: str | None = None
     """folder of a run whose agent.pt is to play, as it was trained; takes no flag of training"""

@@ -38,6 +38,11 @@ class NotBelow:
     field: str
 
 
+@dataclass(frozen=True)
+class InUTF8:
+    """At a text that goes into curves. What a command line holds need not be UTF-8."""
+
+
 class UsageError(ValueError):
     """Something the user gave cannot work; the message is one line and names the fix."""
 
@@ -135,8 +140,6 @@ def _broken_rule(value: Any, annotation: Any) -> str:
         return ""
     if get_origin(kind) is Literal:
         return "" if value in get_args(kind) else f"one of {', '.join(map(str, get_args(kind)))}"
-    if isinstance(value, str) and value.encode(errors="replace").decode() != value:
-        return "text in UTF-8"
     single_bounds: list[Any] = []
     for bound in bounds:
         if isinstance(bound, Interval):
@@ -153,6 +156,9 @@ def _broken_rule(value: Any, annotation: Any) -> str:
             case Gt(limit):
                 kept.append(value > limit)
                 words.append("positive" if limit == 0 else f"above {limit}")
+            case InUTF8():
+                kept.append(value.encode(errors="replace").decode() == value)
+                words.append("text in UTF-8")
             case Le(limit):
                 kept.append(value <= limit)
                 words.append(f"at most {limit}")
@@ -234,6 +240,11 @@ def out_of_resources(error: BaseException, training: bool = True) -> str | None:
     return None
 
 
+def of_the_system(error: BaseException | None) -> bool:
+    """Whether the system cannot read what is there, as without permission: it may be good."""
+    return isinstance(error, OSError) and error.errno not in (None, *OF_A_PLACE)
+
+
 @contextlib.contextmanager
 def reading(path: Path, kind: str, fix: str) -> Iterator[None]:
     """Turns all that a foreign or damaged file makes its reader stumble over into a UsageError of one line.
@@ -246,7 +257,7 @@ def reading(path: Path, kind: str, fix: str) -> Iterator[None]:
         if out_of_resources(error) or _no_files_fault(error):
             raise
         reason = str(error).partition("\n")[0].partition(". ")[0]
-        if isinstance(error, OSError) and error.errno not in (None, *OF_A_PLACE):
+        if of_the_system(error):
             fix = f"see to that, or {fix}"
         cannot = f"{path} cannot be read as {kind} ({type(error).__name__}: {reason})"
         raise UsageError(f"{cannot}: {fix}") from error

@@ -13,7 +13,7 @@ from conftest import TINY_GAMES
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
-from benchmarks import checkpoint_size, kill_test, profile_update, sb3_dqn, throughput
+from benchmarks import checkpoint_size, kill_test, profile_update, sb3_dqn, sweep_overhead, throughput
 from dqn_injection_atari import Learner
 from support.run_log import Curves, Point, summary
 
@@ -352,3 +352,18 @@ def test_the_kill_test_reads_curves_as_tensorboard_shows_them_and_names_a_point_
     with SummaryWriter(str(tmp_path / "run"), filename_suffix=".2") as writer:  # without a purge
         writer.add_scalar("charts/episodic_return", 7.0, 5)
     assert kill_test.shown_twice(tmp_path / "run") == ["charts/episodic_return at step 5 2 times"]
+
+
+def test_how_long_runs_take_is_the_time_between_their_first_and_last_points(monkeypatch):
+    """And no quotient of steps and speeds, which are logged as whole numbers."""
+    times = {"a": [10.0, 12.5, 20.0], "b": [100.0, 107.0, 120.5]}
+    for name in times:
+        folder = Path("by_hand", "runs", name)
+        folder.mkdir(parents=True)
+        (folder / "run.json").touch()
+
+    def read_scalars(folder):
+        return {sweep_overhead.SPEED: np.array([[10, 20, 30], [1, 1, 1], times[folder.name]])}
+
+    monkeypatch.setattr(sweep_overhead, "read_scalars", read_scalars)
+    assert sweep_overhead.seconds_of_runs(Path("by_hand")) == (10 + 20.5) / 2

@@ -176,6 +176,10 @@ def test_a_run_that_goes_on_takes_no_preset(monkeypatch, flag):
         ),
         ({"moments": "copy", "injection_step": (5,)}, "one of fresh, keep"),
         ({"optimizer": "sgd"}, "one of adam, rmsprop"),
+        *(
+            ({name: "caf\udce9"}, rf"must be text in UTF-8: change --{name.replace('_', '-')}$")
+            for name in ("exp_name", "fork", "wandb_entity", "wandb_project_name")
+        ),
         ({"eval_steps": 100}, "give --eval-episodes 0 with --eval-steps"),
     ],
     ids=str,

@@ -183,12 +183,18 @@ def continued(seeds):
 
 def test_of_one_agent_it_is_said(command, drawn):
     continued((1, 2, 3))
+    name = "injection at 1k, continuations of one agent"
     _, table, others, _ = command("x.png", "500", *files())
-    assert others == ["the intervals are over continuations of one agent, not over agents"]
-    assert drawn["x.png"].get_suptitle().endswith(", continuations of one agent, not agents")
-    assert "seed" not in table["injection at 1k: change"][1]
-    write_both()
-    assert command("x.png", "500", *files())[2] == []
+    assert others == [] and "seed" not in table[f"{name}: change"][1]
+    (label,) = drawn["x.png"].axes[0].get_yticklabels()
+    assert label.get_text().replace("\n", " ") == name
+
+
+def test_also_where_other_agents_have_gone_on_in_one_way_only(command):
+    continued((1, 2, 3))
+    write("others", arm("others", "none", seeds=(4, 5, 6)))
+    _, table, _, _ = command("x.png", "500", *files())
+    assert "injection at 1k, continuations of one agent: change" in table
 
 
 def test_beside_other_agents_each_agent_counts_once(command):
@@ -288,7 +294,7 @@ def test_arms_that_share_no_history_are_refused(command, seeds):
     write("injection", arm("injection", "injection", seeds=seeds))
     forks = len(set(seeds) & set(SEEDS))
     problem = (
-        f"injection at 1k: {forks} of its runs are forks of runs without it, up to the window's end: give 3"
+        f"injection at 1k: {forks} agents have gone on with it and without it up to the window's end: give 3"
     )
     assert problem in command("x.png", "500", *files())[3]
 

@@ -18,7 +18,7 @@ from dqn_injection_atari import Args, parse_args
 from support import usage
 from support.checkpoints import read_identity
 from support.flags import Period, PositivePeriod
-from support.usage import Count, NotBelow, OnlyWith, Positive, Share, Steps, UsageError, check_bounds
+from support.usage import Count, InUTF8, NotBelow, OnlyWith, Positive, Share, Steps, UsageError, check_bounds
 
 
 @dataclass
@@ -38,7 +38,8 @@ class Settings:
     plume: Annotated[float, Interval(ge=0, le=1), OnlyWith("kind", ("fancy", "none"))] = 0.25
     often: Annotated[int, NotBelow("count"), OnlyWith("kind", ("fancy",))] = 4
     hat: Annotated[Literal["red", "blue"], OnlyWith("kind", ("fancy",))] = "red"
-    name: str | None = None
+    name: Annotated[str | None, InUTF8()] = None
+    path: str | None = None
 
 
 def refusal(settings):
@@ -59,6 +60,7 @@ BOUNDS = {  # field: (kept at, broken at, what is asked for)
     "kind": (["plain", "fancy"], ["", "Plain"], "one of plain, fancy, none"),
     "period": ([0, 3, 4], [-1], "0 or more"),
     "least": ([3, 4], [0], "0 or more and at least 1"),
+    "path": ([None, "caf\udce9"], [], ""),
     "name": ([None, "", "anything", "Ä"], ["caf\udce9"], "text in UTF-8"),
 }
 
