@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alternatives import ALTERNATIVES
-from analysis.curves import TRAINING_RETURN, RecordedRun, read_curves, read_run
+from analysis.curves import TRAINING_RETURN, RecordedRun, check_metric, read_curves, read_run
 from dqn_injection_atari import INTERVENTIONS, Args
 from support.flags import RunFlags
 from support.usage import UsageError, conditions, unused_fields
@@ -218,12 +218,18 @@ def read_arms(folders: Iterable[str], metric: str) -> tuple[list[Arm], dict[str,
     left_out = {}
     for folder in dict.fromkeys(folders):
         try:
-            if folder.lower().endswith(".csv"):
-                runs += read_curves(Path(folder), metric)
-            else:
+            if not folder.lower().endswith(".csv"):
                 runs.append(read_run(folder, metric))
+                continue
+            in_file = read_curves(Path(folder))
         except UsageError as error:
             left_out[folder] = str(error)
+            continue
+        for run in in_file:
+            try:
+                runs.append(check_metric(run, metric))
+            except UsageError as error:
+                left_out[run.folder] = str(error)
     if not runs:
         reason = next(iter(left_out.values()))
         fix = "give folders of runs, those under runs/"

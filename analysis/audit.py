@@ -83,6 +83,8 @@ class Findings:
     """whether the target network's outputs or state changed at all"""
     target_equal_before: bool
     """whether it was a copy already; then being one afterwards shows nothing"""
+    target_shares_weights: bool
+    """whether a parameter that learns is the target network's, too, which then moves with every update"""
     gradient_error: float
     """how far the encoder's gradient is from that of the formula, as a share of its length: the largest
     after the intervention and after the two updates"""
@@ -131,6 +133,7 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
     moments = what_became_of_moments(agent, before.moments, after.moments)
     outputs_equal = same_outputs(agent)
     state_equal = same_state(agent)
+    shared_with_target = target_shares_weights(agent)
     trainable_after = num_trainable(agent.network)
     reaches_q = new_reaches_q(agent, new)
     gradient_errors = [gradient_error(agent)]
@@ -164,6 +167,7 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
         target_state_equal=state_equal,
         target_changed=not target_as_before,
         target_equal_before=target_equal_before,
+        target_shares_weights=shared_with_target,
         gradient_error=max(gradient_errors),
         trainable_before=trainable_before,
         trainable_after=trainable_after,
@@ -198,6 +202,12 @@ def state_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> State
     """What the optimizer knows of a parameter, nothing before its first update."""
     known = optimizer.state.get(parameter, {})
     return {name: torch.as_tensor(value) for name, value in known.items() if value is not None}
+
+
+def target_shares_weights(agent: Audited) -> bool:
+    of_target = {parameter.data_ptr() for parameter in agent.target.parameters()}
+    learning = [parameter for parameter in agent.network.parameters() if parameter.requires_grad]
+    return any(parameter.data_ptr() in of_target for parameter in learning)
 
 
 def copy_moments_of(agent: Audited) -> dict[str, dict[str, State]]:
@@ -360,7 +370,9 @@ def shared_moments(agent: Audited) -> set[str]:
     sharing = set()
     for part, parameters in parameters_of(agent).items():
         for parameter in parameters.values():
-            for value in state_of(agent.optimizer, parameter).values():
+            for value in agent.optimizer.state.get(parameter, {}).values():
+                if not isinstance(value, torch.Tensor):
+                    continue
                 owner = owners.setdefault(value.data_ptr(), part)
                 if owner != part:
                     sharing |= {owner, part}
@@ -478,6 +490,8 @@ def faults_of_injection(findings: Findings, freeze: bool = True) -> list[str]:
         faults.append("the target stays behind: it is no copy of the online network after the injection")
     elif findings.target_equal_before:
         faults.append("the target was a copy before: make an update after a sync, or it shows nothing")
+    if findings.target_shares_weights:
+        faults.append("the target has weights of the online network that learn: give it copies of them")
     if not findings.gradient_error <= SAME_GRADIENT:
         off = f"it is off by {findings.gradient_error:.1%}"
         faults.append(f"{ENCODER}'s gradient is not that of the whole sum, {off}: is a head detached?")

@@ -256,8 +256,8 @@ def points_in(table: Iterable[str], seeds: Iterable[int]) -> dict[int, dict[str,
     return curves
 
 
-def read_curves(path: Path, metric: str) -> list[RecordedRun]:
-    """The runs in a file of `write_curves`; a UsageError where it is none, damaged, or see `check_metric`."""
+def read_curves(path: Path) -> list[RecordedRun]:
+    """The runs in a file of `write_curves`; a UsageError where it is none, or damaged."""
     with reading(path, "curves of runs", "give the file that compare.py --export wrote"):
         lines = lines_of(path)
         runs = [run_in(line, path) for line in lines if line.startswith("# ")]
@@ -267,5 +267,4 @@ def read_curves(path: Path, metric: str) -> list[RecordedRun]:
         if len(seeds) > len(set(seeds)):
             raise ValueError("it holds two runs of one seed")
         curves = points_in((line for line in lines if not line.startswith("#")), seeds)
-    whole_runs = [replace(run, scalars=curves[run.args.seed]) for run in runs]
-    return [check_metric(run, metric) for run in whole_runs]
+    return [replace(run, scalars=curves[run.args.seed]) for run in runs]

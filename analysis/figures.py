@@ -123,6 +123,8 @@ def legend(
     target: canvas.Axes | canvas.SubFigure, lines: dict[str, canvas.Artist], inches: float, **where: Any
 ) -> int:
     """A legend of {label: line} in as many columns as fit into a width; returns how many rows it has."""
+    if not lines:
+        return 0
     labels = [folded(label, inches) for label in lines]
     longest = max(len(label) for label in lines)
     fitting = int(LETTERS * inches / (longest + SAMPLE))
@@ -216,9 +218,10 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     values = sorted({value_of(pair) for pair in pairs})
     lines: dict[str, list[Comparison]] = defaultdict(list)
     for pair in pairs:
-        name = describe(pair.arms[1].setting, (), "")
-        if number == "injection":
+        if number in ("injection", "injection_norm_ratio"):
             name = INTERVENTIONS[pair.intervention].noun
+        else:
+            name = describe(pair.arms[1].setting | {number: None}, (), "")
         lines[f"{pair.game}, {name}" if len(games) > 1 else name].append(pair)
     figure = canvas.Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
@@ -240,7 +243,8 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
                 seed_points += [(at, seed_difference) for seed_difference in pair.differences.values()]
         ax.plot(*np.reshape(seed_points, (-1, 2)).T, ".", color=point["color"], alpha=0.5)
     ax.axhline(0, color=canvas.INK, lw=0.8)
-    ax.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+    shown = short if number == "injection" else "{:g}".format
+    ax.set_xticks(range(len(values)), [shown(value) for value in values])
     ax.margins(x=0.15)
     ax.set_xlabel("step of the injection" if number == "injection" else number.replace("_", " "))
     ax.set_ylabel("difference in return, with − without (small: one seed)")

@@ -441,9 +441,9 @@ def varied(pairs: list[Comparison]) -> str | None:
     settings = [pair.arms[1].setting for pair in pairs]
     differing = {}
     for name in settings[0] if settings else ():
-        values = {number_in(shared, name) for shared in settings} - {None}
-        if len(values) > 1 and name not in ("env_id", "intervention"):
-            differing[name] = values
+        values = {number_in(shared, name) for shared in settings}
+        if len(values - {None}) > 1 and name not in ("env_id", "intervention"):
+            differing[name] = values  # an arm that has no such number has None
     if len(differing) != 1:
         return None
     name, values = differing.popitem()

@@ -47,6 +47,9 @@ def main() -> None:
             raise UsageError("give a figure and runs: python img/draw_arms.py img/NAME.png runs/FOLDER ...")
         check_name(target)
         runs = [read_run(folder, RETURN, "leave it out") for folder in sorted(folders)]
+        games = sorted({run.args.env_id for run in runs})
+        if len(games) > 1:
+            raise UsageError(f"the runs play {' and '.join(games)}: give runs of one game")
         steps = runs[0].scalars[RETURN][0]
         for run in runs[1:]:
             steps = np.intersect1d(steps, run.scalars[RETURN][0])

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.arms import Arm, group
 from analysis.canvas import INK, Figure, MaxNLocator, check_name, drawing, look, save
-from analysis.curves import TRAINING_RETURN, RecordedRun, read_curves
+from analysis.curves import TRAINING_RETURN, RecordedRun, check_metric, read_curves
 from analysis.intervals import MIN_SEEDS, interval
 from analysis.markdown import markdown_table
 from analysis.verdict import (
@@ -84,7 +84,7 @@ def read_files(paths: list[str]) -> tuple[list[Arm], Scores]:
         if content.startswith("run,"):
             scores |= read_scores(path)
         else:
-            runs += read_curves(path, TRAINING_RETURN)
+            runs += [check_metric(run, TRAINING_RETURN) for run in read_curves(path)]
     known = {run.lineage[0].folder for run in runs}
     for name in scores:
         if name not in known:

@@ -50,7 +50,7 @@ def draw(target: str, arms: list[Arm], at: int) -> None:
     ax.set_xlabel("training step (1 step = 4 frames)", fontsize=12)
     ax.set_ylabel("score of a game", fontsize=12)
     ax.set_xlim(0, edges[-1])
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     ax.xaxis.set_major_formatter(lambda step, _: short(step))
     ax.yaxis.set_major_formatter(lambda score, _: f"{score:,.0f}")
     ax.tick_params(labelsize=11)
@@ -67,7 +67,10 @@ def main() -> None:
             example = "python img/draw_injection.py NAME.png ARM.csv ARM.csv ARM.csv"
             raise UsageError(f"give a figure and the files of three arms: {example}")
         check_name(target)
-        arms, _ = read_arms(files, TRAINING_RETURN)
+        arms, remarks = read_arms(files, TRAINING_RETURN)
+        for reasons in remarks.values():
+            for reason in reasons.values():
+                print(f"remark: {reason}")
         games = {arm.game for arm in arms}
         steps = {step for arm in arms for step in arm.planned_steps}
         interventions = sorted(arm.intervention for arm in arms)

@@ -38,7 +38,10 @@ def draw(run: RecordedRun, target: str, random_score: float | None) -> None:
         ax.axvline(step, color="#e08a1e", lw=1.5, ls="--", label="plasticity injection")
     ax.set_xlabel("step (1 step = 4 frames)")
     ax.set_ylabel("return of a whole game, raw score")
-    ax.set_ylim(0, np.quantile(returns, 0.998))
+    highest = [np.quantile(returns, 0.998), *evaluations[1:].flat]
+    if random_score is not None:
+        highest.append(random_score)
+    ax.set_ylim(min(0, returns.min()), max(highest))
     ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
     ax.margins(x=0.01)
     named = labelled(ax)

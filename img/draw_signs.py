@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.arms import group
 from analysis.canvas import Figure, MaxNLocator, check_name, drawing, look, save
-from analysis.curves import RecordedRun, read_curves
+from analysis.curves import RecordedRun, check_metric, read_curves
 from analysis.fitting import CONTENDERS
 from analysis.markdown import markdown_table
 from analysis.task_sequence import INJECTED, SAME
@@ -75,7 +75,7 @@ def agents_in(files: list[str]) -> Agents:
     """
     runs: list[RecordedRun] = []
     for path in files:
-        runs += read_curves(Path(path), RETURN)
+        runs += [check_metric(run, RETURN) for run in read_curves(Path(path))]
     arms, _ = group(runs)
     agents: Agents = {}
     for pair in comparisons(arms, RETURN, None):

@@ -292,9 +292,33 @@ def test_differences_are_drawn_against_the_step_of_the_injection(saved):
     runs = [run for step in (2_000, 1_000) for run in make_arms(prefix=f"{step}-", injection_step=(step,))]
     draw_differences(comparisons(arms_of(*runs), RETURN, None), "injection", Path("x.png"))
     (ax,) = saved["x.png"].axes
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["1000", "2000"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["1k", "2k"]
     assert ax.get_xlabel() == "step of the injection"
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["injection (n = 3)"]
+
+
+def test_an_interventions_own_number_is_on_the_axis_and_in_no_name(saved):
+    runs = make_arms()[::2]
+    for factor in (0.5, 0.8):
+        how = {"intervention": "shrink-perturb", "shrink_factor": factor}
+        runs += [
+            make_run(f"{factor}-{seed}", {RETURN: games(seed, 2)}, seed=seed, **how) for seed in (1, 2, 3)
+        ]
+    draw_differences(comparisons(arms_of(*runs), RETURN, None), "shrink_factor", Path("x.png"))
+    (ax,) = saved["x.png"].axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.5", "0.8"]
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["shrink and perturb at 1k (n = 3)"]
+
+
+def test_a_game_of_which_nothing_was_measured_yet_has_no_legend(saved):
+    measured = make_arms()
+    for run in measured:
+        run.scalars.update({tag: np.array([[100.0], [value]]) for tag, value in PLASTICITY.items()})
+    others = make_arms(prefix="pong-", env_id="PongNoFrameskip-v4")[::2]
+    assert draw_plasticity(arms_of(*measured, *others), Path("x.png"), "mean")
+    phoenix, pong = saved["x.png"].subfigs
+    assert len(phoenix.legends) == 1 and not pong.legends
 
 
 def test_plasticity_is_drawn_per_game_and_measure_that_any_run_has(saved):

@@ -318,6 +318,17 @@ def test_the_number_that_varies_between_comparisons_is_found_if_it_is_the_only_o
     assert varied(compared(*runs)) == number
 
 
+def test_a_number_that_some_arms_do_not_have_is_none_that_varies():
+    runs = make_arms()
+    of_shrinking = []
+    for factor in (0.5, 0.8):
+        how = {"intervention": "shrink-perturb", "shrink_factor": factor}
+        for seed in (1, 2, 3):
+            of_shrinking.append(make_run(f"{factor}-{seed}", {RETURN: games(seed, 2)}, seed=seed, **how))
+    assert varied(compared(*runs, *of_shrinking)) is None
+    assert varied(compared(*runs[::2], *of_shrinking)) == "shrink_factor"
+
+
 def test_what_only_one_of_two_interventions_looks_at_is_no_number_that_varies():
     runs = []
     for rate in (1e-4, 1e-3):

@@ -141,6 +141,15 @@ class TrainsAllHeads(Agent):
     freeze = False
 
 
+class SharesFrozenHeads(Agent):
+    """A target may have the very heads that never change again."""
+
+    def sync(self):
+        super().sync()
+        self.target.head.theta = self.online.head.theta
+        self.target.head.theta_prime_2 = self.online.head.theta_prime_2
+
+
 class MakesHeadsWhenItInjects(Agent):
     """Heads are no parameters before, and the optimizer gets to know them then."""
 
@@ -175,6 +184,11 @@ class MakesHeadsWhenItInjects(Agent):
         if not self.online.head.theta_prime_1:
             del agent.parts["θ′₁"], agent.parts["θ′₂"]
         return agent
+
+
+def test_frozen_heads_that_both_networks_share_are_right():
+    agent = SharesFrozenHeads()
+    assert faults_of_injection(audited(agent, agent.inject)) == []
 
 
 def test_a_copy_of_moments_all_heads_trained_and_heads_that_come_late_are_right_too():
@@ -274,6 +288,15 @@ class TargetGetsParametersAlone(Agent):
             target.data.copy_(online.data)
 
 
+class TargetSharesTheNewHead(Agent):
+    """Which then moves in both networks. What is frozen may be shared."""
+
+    def sync(self):
+        super().sync()
+        self.target.head.theta = self.online.head.theta
+        self.target.head.theta_prime_1 = self.online.head.theta_prime_1
+
+
 class DifferenceComesLast(Agent):
     class Head(InjectableHead):
         def forward(self, features):
@@ -363,6 +386,10 @@ Q_CHANGES = "Q changes at the injection, by up to 0: θ′₁ and θ′₂ must 
         (EncoderIsDetached, [f"φ {NEVER_LEARNS}", "φ's moments are not kept: empty", IS_A_HEAD_DETACHED]),
         (TargetStaysBehind, [STAYS_BEHIND]),
         (TargetGetsParametersAlone, [STAYS_BEHIND]),
+        (
+            TargetSharesTheNewHead,
+            ["the target has weights of the online network that learn: give it copies of them"],
+        ),
         (DifferenceComesLast, [f"{Q_CHANGES} before the sum"]),
         (TwinIsAnotherDraw, [f"{Q_CHANGES} before the sum"]),
         (HeadIsACopyOfTheOldOne, ["θ′₁ has weights of θ: it is not drawn anew"]),
@@ -704,6 +731,18 @@ def test_an_optimizer_whose_state_holds_none_is_read():
     for parameter in agent.online.parameters():
         agent.optimizer.state[parameter]["momentum_buffer"] = None
     assert faults_of_injection(audited(agent, agent.inject)) == ["φ's moments are not kept: empty"]
+
+
+def test_a_count_of_steps_that_is_a_plain_number_is_shared_by_nobody():
+    """As Stable-Baselines3's RMSpropTFLike has it. Tensors made of numbers may get one another's memory."""
+    agent = Agent()
+    for state in agent.optimizer.state.values():
+        state["step"] = int(state["step"])
+    made = torch.tensor(5.0)
+    agent_state = auditing.state_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auditing, "state_of", lambda *given: agent_state(*given) | {"step": made})
+        assert auditing.shared_moments(agent.look()) == set()
 
 
 # gradients, and what cannot be audited

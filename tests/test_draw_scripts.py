@@ -92,6 +92,42 @@ def test_a_runs_return_is_drawn(script, monkeypatch):
         assert f"<!-- {label} -->" in figure
 
 
+@pytest.mark.parametrize(("offset", "evaluation", "highest"), [(-200.0, -150.0, 20.5), (0.0, 150.0, 150.0)])
+def test_a_score_below_0_is_drawn_and_more_is_above_less(script, monkeypatch, offset, evaluation, highest):
+    drawn = []
+    monkeypatch.setattr("analysis.canvas.save", lambda figure, path, **_: drawn.append(figure))
+    points = [(step, value + offset) for step, value in games(1, 0)]
+    run = write(make_run("a", {RETURN: points, EVALUATED: [(1_000, evaluation)]}))
+    assert script("draw_return", run, "x.svg", "20.5")[0] == 0
+    lowest = min(0, min(value for _, value in points))
+    assert drawn[0].axes[0].get_ylim() == (pytest.approx(lowest), highest)
+
+
+def test_three_ways_that_score_below_0_are_drawn_upright(script, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("analysis.canvas.save", lambda figure, path: drawn.append(figure))
+    runs = []
+    for intervention in ("injection", "reset-head", "none"):
+        for seed in (1, 2, 3):
+            points = {RETURN: [(step, value - 500) for step, value in games(seed, intervention != "none")]}
+            how = {"seed": seed, "intervention": intervention}
+            runs.append(write(make_run(f"{intervention}-{seed}", points, **how)))
+    assert script("draw_injection", "x.png", *runs, "nowhere") == (
+        0,
+        "remark: nowhere is no run's folder, it has no run.json: the run is left out\n",
+    )
+    low, high = drawn[0].axes[0].get_ylim()
+    assert low < high < 0
+
+
+def test_runs_of_two_games_are_not_averaged(script, capsys):
+    others = write(
+        make_run("pong", {RETURN: games(1, 0), EVALUATED: [(1_000, 1.0)]}, env_id="PongNoFrameskip-v4")
+    )
+    assert script("draw_arms", "x.png", *write_arms("a"), others)[0] == 1
+    assert "the runs play PhoenixNoFrameskip-v4 and PongNoFrameskip-v4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "fix"),
     [

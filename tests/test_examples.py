@@ -97,6 +97,16 @@ def test_an_injection_leaves_q_brings_the_target_along_and_draws_no_other_random
     assert model.q_net_target.q_net[1].num_injections == 1
 
 
+def test_runs_with_other_seeds_draw_other_heads():
+    drawn = []
+    for seed in (1, 2, 2):
+        model = small_model()
+        model.seed = seed
+        example.inject(model)
+        drawn.append(example.head_of(model).theta_prime_1[0][0].weight)
+    assert not torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[1], drawn[2])
+
+
 def test_the_librarys_syncs_bring_the_new_head_to_the_target_from_then_on():
     model = small_model().learn(33)
     example.inject(model)
