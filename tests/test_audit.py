@@ -739,9 +739,9 @@ def test_a_count_of_steps_that_is_a_plain_number_is_shared_by_nobody():
     for state in agent.optimizer.state.values():
         state["step"] = int(state["step"])
     made = torch.tensor(5.0)
-    agent_state = auditing.state_of
+    original = auditing.state_of
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auditing, "state_of", lambda *given: agent_state(*given) | {"step": made})
+        patch.setattr(auditing, "state_of", lambda *given: original(*given) | {"step": made})
         assert auditing.shared_moments(agent.look()) == set()
 
 
