@@ -230,6 +230,8 @@ def read_arms(folders: Iterable[str], metric: str) -> tuple[list[Arm], dict[str,
                 runs.append(check_metric(run, metric))
             except UsageError as error:
                 left_out[run.folder] = str(error)
+    if not runs and not left_out:
+        raise UsageError("no runs are given: give folders of runs, or files of compare.py --export")
     if not runs:
         reason = next(iter(left_out.values()))
         fix = "give folders of runs, those under runs/"
@@ -242,6 +244,13 @@ def read_arms(folders: Iterable[str], metric: str) -> tuple[list[Arm], dict[str,
                 how_far = f"is at step {run.last_step:,} of {run.args.total_timesteps:,}"
                 unfinished[run.folder] = f"{run.folder} {how_far}"
     return arms, {"left_out": left_out | duplicates, "unfinished": unfinished}
+
+
+def print_remarks(remarks: dict[str, dict[str, str]]) -> None:
+    """A line for each, {kind: {what it is about: remark}}."""
+    for kind, of_kind in remarks.items():
+        for remark in of_kind.values():
+            print(f"{kind.replace('_', ' ')}: {remark}")
 
 
 def readable(text: str) -> str:

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from analysis.arms import TRAINING_RETURN, Arm, read_arms
+from analysis.arms import TRAINING_RETURN, Arm, print_remarks, read_arms
 from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import MIN_SEEDS, interval
 from analysis.markdown import markdown_table
 from analysis.verdict import LEAST_SHARE, Comparison, Side, comparisons, not_compared, noun, show, varied
 from dqn_injection_atari import Args
-from support.usage import UsageError, flag
+from support.usage import flag
 
 HEAD = ["game", "arm", "seeds", "n", "mean return in the window", "difference", "verdict", "human-normalised"]
 
@@ -309,16 +309,12 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
 
     `folders` are of runs, or files of `write_curves`; the others are as in compare.py's `Settings`.
     """
-    if not folders:
-        raise UsageError("nothing to compare: give folders of runs, python compare.py runs/A runs/B ...")
     arms, remarks = read_arms(folders, metric)
     pairs = comparisons(arms, metric, window)
     remarks["not_compared"] = not_compared(arms, pairs)
     totals = aggregates(pairs)
     over_games = [total for total in totals if len(total.games) > 1]
-    for kind, reasons in remarks.items():
-        for reason in reasons.values():
-            print(f"{kind.replace('_', ' ')}: {reason}")
+    print_remarks(remarks)
     for pair in pairs:
         print(*in_words(pair, metric), *beyond_control(pair, metric), *other_causes(pair), sep="\n  ")
     for total in over_games:

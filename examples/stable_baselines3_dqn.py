@@ -42,7 +42,7 @@ def head_of(model: DQN) -> InjectableHead:
 
 
 def inject(model: DQN) -> None:
-    head_of(model).inject(torch.Generator().manual_seed(1_000_000 + (model.seed or 0)))  # each run's own
+    head_of(model).inject(torch.Generator().manual_seed(1_000_000 + torch.initial_seed()))  # each run's own
     # the library's syncs copy parameters alone, which do not say that more heads are in use now
     model.q_net_target.load_state_dict(model.q_net.state_dict())
 

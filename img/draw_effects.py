@@ -24,9 +24,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.arms import Arm, group
+from analysis.arms import TRAINING_RETURN, Arm, print_remarks, read_arms
 from analysis.canvas import INK, Figure, MaxNLocator, check_name, drawing, look, save
-from analysis.curves import TRAINING_RETURN, RecordedRun, check_metric, read_curves
+from analysis.curves import RecordedRun
 from analysis.intervals import MIN_SEEDS, interval
 from analysis.markdown import markdown_table
 from analysis.verdict import (
@@ -76,7 +76,7 @@ def read_scores(path: Path) -> Scores:
 
 def read_files(paths: list[str]) -> tuple[list[Arm], Scores]:
     """The arms of all files of curves, and the scores of all others."""
-    runs: list[RecordedRun] = []
+    curves: list[str] = []
     scores: Scores = {}
     for path in map(Path, paths):
         with reading(path, "a file", "give one of compare.py --export, or of img/play_agents.py"):
@@ -84,14 +84,13 @@ def read_files(paths: list[str]) -> tuple[list[Arm], Scores]:
         if content.startswith("run,"):
             scores |= read_scores(path)
         else:
-            runs += [check_metric(run, TRAINING_RETURN) for run in read_curves(path)]
-    known = {run.lineage[0].folder for run in runs}
+            curves.append(str(path))
+    arms, remarks = read_arms(curves, TRAINING_RETURN)
+    print_remarks(remarks)
+    known = {run.lineage[0].folder for arm in arms for run in arm.runs}
     for name in scores:
         if name not in known:
-            print(f"left out: the scores of {name}, whose curves are in none of these files")
-    arms, left_out = group(runs)
-    for reason in left_out.values():
-        print(f"left out: {reason}")
+            print(f"left out: the scores of {name}, a run that is in no arm here")
     return arms, scores
 
 

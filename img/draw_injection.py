@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.arms import TRAINING_RETURN, Arm, read_arms, short
+from analysis.arms import TRAINING_RETURN, Arm, print_remarks, read_arms, short
 from analysis.canvas import COLOURS, DASHED, INK, Figure, Look, check_name, drawing, plot_broken, save
 from analysis.figures import curve
 from analysis.intervals import interval
@@ -68,9 +68,7 @@ def main() -> None:
             raise UsageError(f"give a figure and the files of three arms: {example}")
         check_name(target)
         arms, remarks = read_arms(files, TRAINING_RETURN)
-        for reasons in remarks.values():
-            for reason in reasons.values():
-                print(f"remark: {reason}")
+        print_remarks(remarks)
         games = {arm.game for arm in arms}
         steps = {step for arm in arms for step in arm.planned_steps}
         interventions = sorted(arm.intervention for arm in arms)

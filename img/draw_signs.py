@@ -24,9 +24,9 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.arms import group
+from analysis.arms import print_remarks, read_arms
 from analysis.canvas import Figure, MaxNLocator, check_name, drawing, look, save
-from analysis.curves import RecordedRun, check_metric, read_curves
+from analysis.curves import RecordedRun
 from analysis.fitting import CONTENDERS
 from analysis.markdown import markdown_table
 from analysis.task_sequence import INJECTED, SAME
@@ -73,10 +73,8 @@ def agents_in(files: list[str]) -> Agents:
     Raises:
         UsageError: there is none, or two have one name.
     """
-    runs: list[RecordedRun] = []
-    for path in files:
-        runs += [check_metric(run, RETURN) for run in read_curves(Path(path))]
-    arms, _ = group(runs)
+    arms, remarks = read_arms(files, RETURN)
+    print_remarks(remarks)
     agents: Agents = {}
     for pair in comparisons(arms, RETURN, None):
         if pair.intervention != "injection":

@@ -135,7 +135,7 @@ def test_a_seed_without_a_value_is_left_out_and_the_others_are_counted(command):
     cells = table["injection at 1k: change"]
     assert cells[2].endswith("(2 seeds)") and "seeds" not in cells[1]
     assert cells[-1] == "10.0 (1 seed)"
-    assert others == ["left out: the scores of elsewhere, whose curves are in none of these files"]
+    assert others == ["left out: the scores of elsewhere, a run that is in no arm here"]
 
 
 def test_a_run_that_does_not_count_in_the_comparison_changes_nothing(command):
@@ -163,10 +163,11 @@ def test_a_run_that_ended_early_is_left_out_and_named(command, side):
         write(name, [*runs, *arm(name, name, seeds=(4,), upto=upto)])
     _, table, others, _ = command("x.png", "500", *files())
     assert table == expected
-    assert others[0].startswith(
+    assert others[0] == f"unfinished: {side}.csv (seed 4) is at step 1,600 of 3,000"
+    assert others[1].startswith(
         f"left out: {side}.csv (seed 4) is at step 1,600, 600 steps beyond the injection"
     )
-    assert len(others) == 2, "and the one that it has no run to be compared with"
+    assert len(others) == 3, "and the one that it has no run to be compared with"
 
 
 def continued(seeds):
@@ -309,7 +310,7 @@ def test_two_settings_are_refused(command):
 def test_scores_without_curves_are_nothing_to_compare(command):
     write_scores({"none-1": 100})
     status, _, _, error = command("x.png", "500", "games.csv")
-    assert status != 0 and "no two arms differ in the intervention alone" in error
+    assert status != 0 and "no runs are given: give folders of runs" in error
 
 
 @pytest.mark.parametrize(

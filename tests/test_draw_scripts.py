@@ -114,7 +114,7 @@ def test_three_ways_that_score_below_0_are_drawn_upright(script, monkeypatch):
             runs.append(write(make_run(f"{intervention}-{seed}", points, **how)))
     assert script("draw_injection", "x.png", *runs, "nowhere") == (
         0,
-        "remark: nowhere is no run's folder, it has no run.json: the run is left out\n",
+        "left out: nowhere is no run's folder, it has no run.json: the run is left out\n",
     )
     low, high = drawn[0].axes[0].get_ylim()
     assert low < high < 0
@@ -148,7 +148,7 @@ def test_runs_of_two_games_are_not_averaged(script, capsys):
         ),
         ("draw_return", ["nowhere", "x.png"], "nowhere is no run's folder, it has no run.json: give another"),
         ("draw_injection", ["x.png"], "give a figure and the files of three arms"),
-        ("draw_signs", [], "give the files of both arms"),
+        ("draw_signs", [], "no runs are given: give folders of runs, or files of compare.py --export"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line(script, capsys, name, arguments, fix):

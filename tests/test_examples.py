@@ -101,7 +101,7 @@ def test_runs_with_other_seeds_draw_other_heads():
     drawn = []
     for seed in (1, 2, 2):
         model = small_model()
-        model.seed = seed
+        model.set_random_seed(seed)
         example.inject(model)
         drawn.append(example.head_of(model).theta_prime_1[0][0].weight)
     assert not torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[1], drawn[2])
