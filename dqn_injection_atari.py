@@ -4,8 +4,8 @@
 
 φ is the Nature CNN's convolutional encoder, h a head of two linear layers. Before an injection Q = h_θ.
 An injection draws one fresh head, installs it twice (θ′₁ = θ′₂), and freezes θ and θ′₂. The output stays as
-it was, and so does the number of trainable parameters, where heads have one width. From then on θ′₁ learns,
-with the plasticity of a new head.
+it was, and so does the number of trainable parameters, where heads have one width. From then on only θ′₁ and
+the encoder learn.
 
     # train, inject, log; and the baseline, which is the same run but for the injection
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000

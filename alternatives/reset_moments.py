@@ -2,7 +2,7 @@
 
 Asadi et al. 2023 (Resetting the Optimizer in Deep RL, arXiv 2306.17833) do so with all of it, at each sync of
 the target network. Here it happens where an injection would, and as then the target network is made a copy of
-the online one. It is the control of every other arm: a head that is drawn anew has no moments either.
+the online one. It is the control of arms whose new layers begin with empty moments.
 """
 
 from dataclasses import dataclass

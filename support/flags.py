@@ -1,4 +1,4 @@
-"""Flags of any run that change speed, storage or reporting, and no number in a curve of returns."""
+"""Flags of any run that change speed, storage or reporting, and nothing that is learned."""
 
 from dataclasses import dataclass
 from typing import Annotated
