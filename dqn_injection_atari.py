@@ -114,7 +114,7 @@ if TYPE_CHECKING:
 else:
     Intervention = Literal["injection", *ALTERNATIVES, "none"]
 
-# a baseline may have the flags of the arm that it belongs to
+# flags of an injection; its baseline may have them, too, so that two commands differ in one flag alone
 WITH_INJECTION = OnlyWith("intervention", ("injection", "none"))
 WITH_NEW_HEAD = OnlyWith(
     "intervention",
@@ -125,7 +125,7 @@ WITH_NORM = OnlyWith("injection_trigger", ("norm",))
 
 @dataclass(frozen=True)
 class Experiment:
-    """What changes a number in a curve. Brackets name where a setting or its value comes from."""
+    """What changes what is learned. Brackets name where a setting or its value comes from."""
 
     env_id: str = "PhoenixNoFrameskip-v4"
     """Atari id of Gymnasium; ALE/NAME-v5 has sticky actions, NAMENoFrameskip-v4 none"""
@@ -151,7 +151,7 @@ class Experiment:
     injection_trigger: Literal["step", "norm"] = "step"
     """inject at --injection-step, or when the weights have grown (paper, appendix)"""
     injection_norm_ratio: Annotated[Positive, WITH_NORM] = 3.0
-    """growth of ‖w‖ of encoder and learning head that triggers (paper)"""
+    """inject where ‖w‖ of encoder and learning head exceeds so many times what it began with (paper)"""
     injection_check_frequency: Annotated[PositivePeriod, WITH_NORM] = 1_000
     """steps between checks of that norm"""
     max_injections: Annotated[Count, WITH_NORM] = 1
@@ -166,7 +166,7 @@ class Experiment:
     learning_rate: Positive = 1e-4
     """step size of the optimizer (cleanRL; paper: 2.5e-4)"""
     weight_decay: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
-    """c of c·w, which is added to the gradient of every weight w that is trained; 0 = none"""
+    """c of c·w, added to the gradient of every weight w that is trained, biases too; 0 = none"""
     layer_norm: bool = False
     """normalise each hidden layer before its ReLU (Lyle et al. 2023)"""
     shared_bias: bool = False
@@ -198,7 +198,7 @@ class Experiment:
     tf32: bool = True
     """multiply with 10-bit mantissas on a GPU, which is faster"""
     overlap: bool = False
-    """let games play on while the network learns; new transitions wait for the updates"""
+    """with ale: let games play on while the network learns; new transitions wait for the updates"""
     checkpoint_frequency: Period = 1_000_000
     """steps between checkpoints; new games begin there; 0 = only on a signal"""
 
@@ -525,7 +525,7 @@ class QNetwork(nn.Module):
             nn.Flatten(),
         )
         if layer_norm:
-            # over all channels and positions of an observation; the last first, since each moves what follows
+            # over all channels and positions of an observation; the last first, as each moves what follows
             encoder.insert(5, nn.GroupNorm(1, 64))
             encoder.insert(3, nn.GroupNorm(1, 64))
             encoder.insert(1, nn.GroupNorm(1, 32))
@@ -613,7 +613,7 @@ def td_loss(
         next_values = target_network(batch.next_observations).gather(1, next_actions)  # (B, 1)
         td_target = batch.rewards + gamma * (1 - batch.dones) * next_values
     q_values = q_network(batch.observations)  # (B, num_actions)
-    # as gather would do, whose gradient needs atomics on a GPU
+    # as gather would do, whose gradient on a GPU adds up in an order that is not fixed
     taken = torch.arange(q_values.shape[1], device=q_values.device) == batch.actions
     q_values = q_values.where(taken, 0).sum(dim=1, keepdim=True)  # (B, 1)
     return F.huber_loss(q_values, td_target), q_values.detach().mean()
@@ -992,7 +992,7 @@ class Training:
             learner.update(self.replay.sample(args.batch_size, batches=updates), updates)
         if overlap:
             self.receive(obs, actions)
-        # measure what a sync would hide
+        # measure how far the online network is from the target network, before a sync makes them equal
         if self.sync_due() and self.churn_due():
             self.measure_churn()
         # do what --intervention does every so often
@@ -1115,9 +1115,9 @@ class Training:
         for name, count in counts.items():
             self.run.log.scalar(f"injection/{name}", count, step)
         if first:
-            numbers = ", ".join(f"{name} {count}" for name, count in counts.items())
+            words = [alternative.words.log, *(f"{name} {count}" for name, count in counts.items())]
             again = f"again every {args.intervention_period:,} steps"
-            self.run.log.say(f"step {step:,}: {alternative.words.log}, {numbers}; {again}")
+            self.run.log.say(f"step {step:,}: {', '.join(words)}; {again}")
 
     def intervene(self) -> None:
         """Does what --intervention names, and logs how far that changed Q: an injection not at all."""
@@ -1190,6 +1190,11 @@ def train(args: Args, signals: Signals | None = None) -> Path:
             run.log.say("no plasticity injection in this run: baseline arm")
         elif args.injection_trigger == "step" and not args.injection_step:
             run.log.say("no plasticity injection in this run")
+        if args.overlap and args.env_backend == "sb3":
+            run.log.say(
+                "warning: with --env-backend sb3 --overlap saves no time, and updates lack the newest "
+                "transitions all the same: give --env-backend ale, or leave it out"
+            )
         if args.learning_starts >= args.total_timesteps:
             run.log.say(
                 f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}"
@@ -1559,7 +1564,7 @@ def parse_args() -> Args:
         args[name] = getattr(Args, name)
     args |= given
     if preset == "paper" and "exploration_fraction" not in given:
-        # ε falls over so many steps, however long the run is
+        # ε falls over as many steps in a run of another length, in a shorter one than that over all of it
         steps = PRESETS[preset]["exploration_fraction"] * PRESETS[preset]["total_timesteps"]
         args["exploration_fraction"] = min(1.0, steps / max(1, args["total_timesteps"]))
     parsed = Args(**args)

@@ -17,8 +17,8 @@ FILES = (
 
 ALTERNATIVES: dict[str, Alternative] = {}  # by the name that --intervention takes
 for file in FILES:
-    alternative = importlib.import_module(f"alternatives.{file}").ALTERNATIVE
-    ALTERNATIVES[alternative.name] = alternative
+    described: Alternative = importlib.import_module(f"alternatives.{file}").ALTERNATIVE
+    ALTERNATIVES[described.name] = described
 
 if TYPE_CHECKING:
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         """The settings of all alternatives together, which become flags of the training script."""
 
 else:
-    kinds = dict.fromkeys(alternative.settings for alternative in ALTERNATIVES.values())
+    kinds = dict.fromkeys(described.settings for described in ALTERNATIVES.values())
     # the last base's fields come first
     bases = tuple(reversed(kinds))
     AlternativeSettings = make_dataclass("AlternativeSettings", (), bases=bases, frozen=True)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from support.usage import UsageError
+
 
 @dataclass(frozen=True)
 class Words:
@@ -59,7 +61,11 @@ class Alternative:
     kept, as --moments says.
 
     Where it goes on every so often from --injection-step on, the target network waits for its next sync,
-    bfloat16 copies follow, and graphs stay.
+    bfloat16 copies follow, and graphs stay: it changes the optimizer's tensors in place, too, as
+    `empty_in_part` does.
+
+    Raises:
+        UsageError: it goes on every so often, and draws the head or the encoder anew.
     """
 
     name: str
@@ -77,6 +83,11 @@ class Alternative:
     """the setting that says every how many steps it happens; None where it happens once"""
     batch_size: int = 0
     """of one with a period: how many replayed observations it looks at"""
+
+    def __post_init__(self) -> None:
+        if self.period is not None and (self.draws_head or self.draws_encoder):
+            fix = "give several steps to --injection-step instead of a period"
+            raise UsageError(f"{self.name} draws layers anew, whose moments --moments decides on once: {fix}")
 
     def settings_in(self, flags: Any) -> Any:
         """Its settings, out of an object that has them as attributes, and others besides.

@@ -4,10 +4,10 @@ Which units are dormant is decided in one forward pass for all layers. Then all 
 drawn anew, as each layer draws its own, with a bias of zero. After that all their outgoing weights are set to
 zero. So recycled units add nothing to Q, and a weight between two of them is zero.
 
-As in the authors' code (dopamine, `labs/redo/weight_recyclers.py`), but for what docs/arms.md lists, above all
-two things. The outgoing weights of the last convolution's channels are here the columns that take them in;
-there others are zeroed, since the features are flattened in another order than the mask. And the distance is
-given in steps, not in updates.
+As in the authors' code (dopamine, `labs/redo/weight_recyclers.py`), but for what docs/arms.md lists. Above
+all, the outgoing weights of the last convolution's channels are here the columns that take them in; there
+others are zeroed, since the features are flattened in another order than the mask. And the distance is given
+in steps, not in updates.
 """
 
 from dataclasses import dataclass

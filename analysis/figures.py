@@ -120,7 +120,10 @@ def folded(label: str, inches: float) -> str:
 
 
 def legend(
-    target: canvas.Axes | canvas.SubFigure, lines: dict[str, canvas.Artist], inches: float, **where: Any
+    target: canvas.Axes | canvas.Figure | canvas.SubFigure,
+    lines: dict[str, canvas.Artist],
+    inches: float,
+    **where: Any,
 ) -> int:
     """A legend of {label: line} in as many columns as fit into a width; returns how many rows it has."""
     if not lines:
@@ -223,7 +226,8 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
         else:
             name = describe(pair.arms[1].setting | {number: None}, (), "")
         lines[f"{pair.game}, {name}" if len(games) > 1 else name].append(pair)
-    figure = canvas.Figure(figsize=(6, 4), layout="constrained")
+    width, height = 6.0, 4.0
+    figure = canvas.Figure(figsize=(width, height), layout="constrained")
     ax = figure.subplots()
     apart = min(0.08, 0.8 / len(lines))  # between the lines at one value, which is 1 from the next
     for i, (label, line) in enumerate(lines.items()):
@@ -235,7 +239,7 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
         counts = sorted({len(means) for pair in line for means in pair.means})
         seeds = "–".join(str(count) for count in counts)
         point = canvas.look(i).point
-        name = folded(f"{label} (n = {seeds})", figure.get_figwidth())
+        name = f"{label} (n = {seeds})"
         ax.errorbar(x, difference, np.array([below, above]), **point, ls="", lw=1.5, capsize=4, label=name)
         seed_points: list[tuple[float, float]] = []
         for at, pair in zip(x + 0.6 * apart, line, strict=True):
@@ -248,6 +252,8 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
     ax.margins(x=0.15)
     ax.set_xlabel("step of the injection" if number == "injection" else number.replace("_", " "))
     ax.set_ylabel("difference in return, with − without (small: one seed)")
-    ax.set_title(", ".join(games), loc="left", fontweight="bold", fontsize=10)
-    ax.legend(loc="upper left", bbox_to_anchor=(0, -0.13))
+    title = games[0] if len(games) == 1 else f"{len(games)} games"
+    ax.set_title(title, loc="left", fontweight="bold", fontsize=10)
+    legend_rows = legend(figure, labelled(ax), width, loc="outside lower left")
+    figure.set_figheight(height + ROW * max(0, legend_rows - ROWS))
     canvas.save(figure, path)

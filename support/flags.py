@@ -1,4 +1,4 @@
-"""Flags of any run that change speed, storage or reporting, and nothing that is learned."""
+"""Flags that change nothing that is learned, but for rounding: where a run computes, and what it leaves."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -84,7 +84,9 @@ class LossMeter:
         if num_finite < num_updates:
             first = newest // period - num_updates + num_finite + 1  # the first such update, from 1 on
             step = first * period
-            raise FloatingPointError(f"td_loss is not finite from step {step}: lower --learning-rate")
+            raise FloatingPointError(
+                f"td_loss is not finite from step {step}: lower --learning-rate, in a new run"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self.sums, "counts": self.counts}
@@ -122,6 +124,7 @@ def singular_values(features: torch.Tensor) -> torch.Tensor:
 
 def srank(sigma: torch.Tensor, delta: float = 0.01) -> float:
     """How many of the largest singular values (r,) make up 1 − δ of their sum (Kumar et al. 2021)."""
+    sigma = sigma.cpu()  # a GPU may refuse cumsum where algorithms have to be deterministic
     if not sigma.sum() > 0:
         return math.nan
     return 1 + int((sigma.cumsum(0) < (1 - delta) * sigma.sum()).sum())

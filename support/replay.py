@@ -145,7 +145,7 @@ class FrameReplayBuffer(ReplayBuffer):
                 self.frames[slot].copy_(frame)
         self._last_next_obs = np.array(next_obs)
 
-        # slots of what is overwritten are free, but for those shared by the next one, now the oldest
+        # slots of the row that is overwritten are free, but for those that the next one, now the oldest, uses
         overwritten = self.slots[self.pos].copy()
         self.slots[self.pos] = slots
         oldest = self.slots[(self.pos + 1) % self.buffer_size]

@@ -69,7 +69,9 @@ def check_bounds(settings: Any) -> None:
     for name, condition in unused.items():
         value = getattr(settings, name)
         if value != getattr(type(settings), name):
-            use = f"{flag(condition.field)} {condition.values[0]}"
+            *others, last = (choice for choice in condition.values if choice != "none")
+            choices = f"{', '.join(others)} or {last}" if others else last
+            use = f"{flag(condition.field)} {choices}"
             fix = "give that, or leave the flag out"
             raise UsageError(f"{name} is {value}, which only {use} looks at: {fix}")
 

@@ -1,7 +1,7 @@
 """What an injection is compared with: one list gives flags, words and what a fork may change."""
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -73,6 +73,15 @@ def test_an_alternative_without_a_step_is_refused(alternative):
     assert ("--injection-trigger norm" in str(error.value)) == (alternative.period is None)
     if alternative.period is None:
         Args(intervention=alternative.name, injection_trigger="norm")
+
+
+@pytest.mark.parametrize("drawn", [{"draws_head": True}, {"draws_head": False, "draws_encoder": True}])
+def test_one_that_goes_on_every_so_often_and_draws_layers_anew_is_refused(drawn):
+    with pytest.raises(
+        UsageError, match=r"redo draws layers anew, .+: give several steps to --injection-step"
+    ):
+        replace(ALTERNATIVES["redo"], **drawn)
+    replace(ALTERNATIVES["redo"], **drawn, period=None)
 
 
 # its settings

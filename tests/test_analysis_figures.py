@@ -263,7 +263,7 @@ def test_differences_are_drawn_with_their_intervals_against_the_number_that_vari
     assert drawn.get_ydata().tolist() == [expected[rate].difference for rate in sorted(rates)]
     spans = [segment[:, 1].tolist() for segment in bars.get_segments()]
     np.testing.assert_allclose(spans, [(expected[rate].low, expected[rate].high) for rate in sorted(rates)])
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["injection at 1k (n = 3)"]
+    assert [text.get_text() for text in saved["x.png"].legends[0].get_texts()] == ["injection at 1k (n = 3)"]
     seeds = []
     for pair in sorted(pairs, key=lambda pair: pair.arms[1].setting["learning_rate"]):
         seeds += pair.differences.values()
@@ -294,7 +294,7 @@ def test_differences_are_drawn_against_the_step_of_the_injection(saved):
     (ax,) = saved["x.png"].axes
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1k", "2k"]
     assert ax.get_xlabel() == "step of the injection"
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["injection (n = 3)"]
+    assert [text.get_text() for text in saved["x.png"].legends[0].get_texts()] == ["injection (n = 3)"]
 
 
 def test_an_interventions_own_number_is_on_the_axis_and_in_no_name(saved):
@@ -307,8 +307,24 @@ def test_an_interventions_own_number_is_on_the_axis_and_in_no_name(saved):
     draw_differences(comparisons(arms_of(*runs), RETURN, None), "shrink_factor", Path("x.png"))
     (ax,) = saved["x.png"].axes
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0.5", "0.8"]
-    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    names = [text.get_text() for text in saved["x.png"].legends[0].get_texts()]
     assert names == ["shrink and perturb at 1k (n = 3)"]
+
+
+@pytest.mark.parametrize(("number_of_games", "title"), [(1, "Game0NoFrameskip-v4"), (9, "9 games")])
+def test_a_figure_of_differences_grows_with_its_games_and_not_its_panel(saved, number_of_games, title):
+    runs = []
+    for number in range(number_of_games):
+        for rate in (1e-4, 1e-3):
+            how = {"env_id": f"Game{number}NoFrameskip-v4", "learning_rate": rate}
+            runs += make_arms(prefix=f"{number}-{rate}-", **how)
+    draw_differences(comparisons(arms_of(*runs), RETURN, None), "learning_rate", Path("x.png"))
+    figure = saved["x.png"]
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    assert ax.get_title(loc="left") == title
+    assert len(figure.legends[0].get_texts()) == number_of_games
+    assert ax.get_position().height * figure.get_figheight() > 2.5  # inches
 
 
 def test_a_game_of_which_nothing_was_measured_yet_has_no_legend(saved):

@@ -170,7 +170,7 @@ def test_the_loss_meter_names_the_step_from_which_no_loss_is_finite(bad, first, 
     meter = LossMeter(torch.device("cpu"))
     for update in range(4):  # at steps 104, 108, 112 and 116
         meter.add(torch.tensor(loss if update >= bad else 1.0), torch.tensor(0.0))
-    message = f"^td_loss is not finite from step {first}: lower --learning-rate$"
+    message = f"^td_loss is not finite from step {first}: lower --learning-rate, in a new run$"
     for ask in (meter.check_finite, meter.means):
         with pytest.raises(FloatingPointError, match=message):
             ask(118, 4)

@@ -279,5 +279,7 @@ def test_its_settings_are_its_own_and_a_baselines():
             UsageError, match="redo goes on from one step: give --injection-trigger step, and"
         ):
             Args(intervention="redo", **settings)
-    with pytest.raises(UsageError, match="which only --intervention injection looks at"):
+    with pytest.raises(
+        UsageError, match=r"which only --intervention injection, reset-head, .+ or fire looks at"
+    ):
         Args(intervention="redo", injection_step=(5,), moments="keep")

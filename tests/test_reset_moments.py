@@ -61,7 +61,9 @@ def test_whose_moments_is_a_setting_that_only_it_and_a_baseline_take():
         Args(intervention="reset-head", injection_step=(5,), reset_moments_of="all")
     with pytest.raises(UsageError, match="one of head, all: change --reset-moments-of"):
         Args(intervention="reset-moments", injection_step=(5,), reset_moments_of="encoder")
-    with pytest.raises(UsageError, match="which only --intervention injection looks at"):
+    with pytest.raises(
+        UsageError, match=r"which only --intervention injection, reset-head, .+ or fire looks at"
+    ):
         Args(intervention="reset-moments", injection_step=(5,), moments="keep")
 
 

@@ -184,6 +184,13 @@ def test_with_overlap_the_first_updates_have_something_to_learn_from(record):
     assert kinds(calls)[:3] == ["act", "add", "update"] and kinds(calls).count("update") == 4
 
 
+@pytest.mark.parametrize(("overlap", "env_backend"), [(True, "sb3"), (True, "ale"), (False, "sb3")])
+def test_a_run_says_where_overlap_saves_no_time(capsys, overlap, env_backend):
+    train(replace(SMALL, total_timesteps=10, overlap=overlap, env_backend=env_backend))
+    said = "warning: with --env-backend sb3 --overlap saves no time" in capsys.readouterr().out
+    assert said == (overlap and env_backend == "sb3")
+
+
 @pytest.mark.slow
 def test_without_learning_overlap_changes_nothing(record):
     args = replace(SMALL, num_envs=3, env_id=TINY_GAMES, **PLAYS_ONLY)
@@ -649,7 +656,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_loss_named(monkeyp
     monkeypatch.setattr(run_log.RunLog, "close", lambda log: closed.append(close(log)))
     monkeypatch.setattr(script, "td_loss", td_loss)
     with pytest.raises(
-        FloatingPointError, match=r"^td_loss is not finite from step 132: lower --learning-rate$"
+        FloatingPointError,
+        match=r"^td_loss is not finite from step 132: lower --learning-rate, in a new run$",
     ):
         train(SMALL)  # updates at 104, 108, ... 128 are the seven good ones
     (folder,) = Path("runs").iterdir()
@@ -659,7 +667,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_loss_named(monkeyp
 def test_a_diverging_run_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["", *SMALL_FLAGS, "--learning-rate", "1e30"])
     with pytest.raises(
-        SystemExit, match=r"^error: td_loss is not finite from step 1[0-9]{2}: lower --learning-rate$"
+        SystemExit,
+        match=r"^error: td_loss is not finite from step 1[0-9]{2}: lower --learning-rate, in a new run$",
     ):
         script.main()
 
