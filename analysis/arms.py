@@ -87,7 +87,8 @@ def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     happens = args.intervention != "none" and (by_norm or len(planned) > 0)
     unused = unused_fields(args) if happens else CONDITIONS
     values = asdict(args)
-    values["injected_head_width"] = args.injected_head_width or args.head_width
+    if args.injected_head_width == args.head_width:
+        values["injected_head_width"] = None  # as wide as the head, which is what None says
     shared = {name: values[name] for name in values if name not in BOOKKEEPING and name not in REWRITTEN}
     # a longer run only goes on
     shared["exploration_steps"] = round(args.exploration_fraction * args.total_timesteps)
@@ -150,8 +151,7 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
         ratio = setting["injection_norm_ratio"]
         words = [f"{INTERVENTIONS[intervention].noun} where the norm has grown {ratio:.15g}×"]
     shown = list(differing)
-    other_width = setting["injected_head_width"] not in (None, setting["head_width"])
-    if other_width and "injected_head_width" not in shown:
+    if setting["injected_head_width"] is not None and "injected_head_width" not in shown:
         shown.append("injected_head_width")  # another network than its baseline's
     if intervention in ALTERNATIVES:
         for field in fields(ALTERNATIVES[intervention].settings):
@@ -234,7 +234,7 @@ def read_arms(folders: Iterable[str], metric: str) -> tuple[list[Arm], dict[str,
         raise UsageError("no runs are given: give folders of runs, or files of compare.py --export")
     if not runs:
         reason = next(iter(left_out.values()))
-        fix = "give folders of runs, those under runs/"
+        fix = f"give folders of runs, those under runs/, that have logged {metric}"
         raise UsageError(f"none of {len(left_out)} runs can be compared, {fix}; {reason}")
     arms, duplicates = group(runs, metric)
     unfinished = {}

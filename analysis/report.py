@@ -343,7 +343,7 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
         out.with_suffix(".json"): as_json(arms, pairs, totals, remarks, metric),
     }
     for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")  # of paths that are no UTF-8
         written.append(path)
     print(f"wrote {', '.join(map(str, written))}")
     return arms

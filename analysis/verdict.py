@@ -264,23 +264,27 @@ class Candidates:
         self.left_out[run.folder] = f"{run.folder} {reason}"
 
 
-def common_window(candidates: Candidates, firsts: dict[int, int], begin: str) -> Window:
-    """From the latest of the first interventions to the last step that all these runs have reached.
+def beyond_the_intervention(candidates: Candidates, firsts: dict[int, int]) -> tuple[int, dict[str, int]]:
+    """The latest of the first interventions, and how far beyond it each run has got that has, by its folder.
 
-    A run that has come less than half as far beyond it as the median run of either side is left out: it would
-    shorten the window of all to what it has itself. `firsts` is {seed: step} of the first interventions,
-    `begin` the intervention in words.
+    `firsts` is {seed: step} of the first interventions.
     """
     after = max((firsts[seed] for seed in candidates.sides[1]), default=0)
-    beyond = {run.folder: run.last_step - after for run in candidates.runs if run.last_step > after}
-    if not beyond:
-        return Window(after, after)
+    return after, {run.folder: run.last_step - after for run in candidates.runs if run.last_step > after}
+
+
+def leave_out_short(candidates: Candidates, firsts: dict[int, int], begin: str) -> None:
+    """Leaves out runs that have come less than half as far as the median run of either side.
+
+    They would shorten the window of all to what they have themselves. `begin` is the intervention in words.
+    """
+    after, beyond = beyond_the_intervention(candidates, firsts)
     medians = []
     for side in candidates.sides:
         beyond_of_side = [beyond[run.folder] for run in side.values() if run.folder in beyond]
         if beyond_of_side:
             medians.append(float(np.median(beyond_of_side)))
-    least = min(medians)
+    least = min(medians, default=0)
     short = [run for run in candidates.runs if 0 < run.last_step - after < LEAST_SHARE * least]
     for run in short:
         steps = run.last_step - after
@@ -290,7 +294,14 @@ def common_window(candidates: Candidates, firsts: dict[int, int], begin: str) ->
             fix = f"let it go on, or {fix}"
         candidates.leave_out(run, f"{far}, where the median run of an arm has {least:,.0f} or more: {fix}")
     if short:
-        return common_window(candidates, firsts, begin)
+        leave_out_short(candidates, firsts, begin)
+
+
+def common_window(candidates: Candidates, firsts: dict[int, int]) -> Window:
+    """From the latest of the first interventions to the last step that all these runs have reached."""
+    after, beyond = beyond_the_intervention(candidates, firsts)
+    if not beyond:
+        return Window(after, after)
     last = min(beyond, key=lambda folder: beyond[folder])
     ended_by = last if beyond[last] < max(beyond.values()) else None
     median = float(np.median([*beyond.values()]))
@@ -308,7 +319,7 @@ def keep_within(candidates: Candidates, metric: str, window: Window, begin: str)
         elif not run.between(metric, window.after, window.upto).size:
             reason = f"has logged no {metric} in the window"
             unreported = run.unreported(window.after, window.upto)
-            if unreported:
+            if unreported and metric == TRAINING_RETURN:
                 reason += f": its {unreported} training games there were cut or are still going"
             candidates.leave_out(run, reason)
 
@@ -398,7 +409,8 @@ def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None)
     if not intervened.planned_steps:
         begin = f"the latest first {noun(intervention)}"
     if window is None:
-        span = common_window(candidates, firsts, begin)
+        leave_out_short(candidates, firsts, begin)
+        span = common_window(candidates, firsts)
     else:
         after = max(firsts.values(), default=0)
         span = Window(after, after + window)
@@ -407,6 +419,8 @@ def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None)
     one_agent = count_agents_once(candidates, before)
     shared = pair_up(candidates, firsts)
     paired = len(shared) >= MIN_SEEDS
+    if window is None and all(candidates.sides):
+        span = common_window(candidates, firsts)  # runs that turned out not to count do not end it
     sides = (
         measure(without, candidates.sides[0], metric, span),
         measure(intervened, candidates.sides[1], metric, span),

@@ -1,6 +1,10 @@
 """What is printed of comparisons, and written as a table and as numbers."""
 
+import contextlib
+import io
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +23,10 @@ from simulated_runs import (
 )
 
 from analysis.arms import group
+from analysis.curves import write_curves
 from analysis.games import aggregates, normalised_mean
 from analysis.intervals import interval
-from analysis.report import aggregate_in_words, as_json, beyond_control, in_words, other_causes, table
+from analysis.report import aggregate_in_words, as_json, beyond_control, in_words, other_causes, report, table
 from analysis.verdict import comparisons, show
 
 
@@ -147,9 +152,10 @@ def test_words_say_how_many_runs_share_a_history_where_they_are_too_few_to_pair(
 
 
 def test_words_name_the_run_that_ends_the_window_and_those_that_are_left_out():
+    baseline, _ = make_arms((4,))
     going = make_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
     ends = "step ≤ 2,050, where runs/going is (a longer --window leaves it out)"
-    assert f"{ends}, and the median run has 90% more steps, " in words(*make_arms(), going)[2]
+    assert f"{ends}, and the median run has 90% more steps, " in words(*make_arms(), baseline, going)[2]
     almost = make_run("almost", {RETURN: games(4, 1, upto=2_900)}, last=TOTAL - 5, seed=4)
     lone = make_run("lone", {RETURN: games(5, 1)}, seed=5)
     strangers = [make_run(f"s{seed}", {RETURN: games(seed + 9, 1)}, seed=seed) for seed in (1, 2, 3)]
@@ -161,6 +167,19 @@ def test_words_name_the_run_that_ends_the_window_and_those_that_are_left_out():
     assert left_out == [
         "not in this comparison: runs/going is at step 2,050 and has not got to the window's end at 2,500"
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such a path cannot be made there")
+def test_a_file_whose_path_is_no_utf8_is_named_in_the_table_by_its_bytes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    going = make_run("going", {RETURN: games(4, 1, upto=2_000)}, last=2_050, seed=4)
+    files = []
+    for arm in group([*make_arms(), going])[0]:
+        files.append(f"curves\udcff/{arm.intervention}.csv")
+        write_curves(arm.runs, Path(files[-1]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        report(files, Path("x.png"), RETURN, 1_500, "mean")
+    assert b"not in this comparison: curves\xff/injection.csv (seed 4)" in Path("x.md").read_bytes()
 
 
 def test_words_warn_where_the_norm_injected_one_run_so_late_that_little_is_left():

@@ -300,12 +300,24 @@ def test_beside_other_agents_each_agent_counts_once():
     assert [set(means) for means in found.means] == [{2, 3, 4, 5}] * 2, "the one of which both arms are there"
 
 
+@pytest.mark.parametrize("intervention", ["none", "injection"])
+def test_a_run_that_does_not_count_ends_no_window(intervention):
+    points = {RETURN: games(4, intervention == "injection", upto=2_000)}
+    alone = make_run("alone", points, last=2_050, seed=4, intervention=intervention)
+    (expected,) = comparisons(group(make_arms())[0], RETURN, None)
+    (found,) = comparisons(group([*make_arms(), alone])[0], RETURN, None)
+    assert found.window == expected.window and found.means == expected.means
+    assert list(found.left_out) == [alone.folder]
+
+
 @pytest.mark.parametrize(
     ("settings", "number"),
     [
         ([{"learning_rate": 1e-4}, {"learning_rate": 5e-4}, {"learning_rate": 1e-3}], "learning_rate"),
         ([{"injection_step": (1_000,)}, {"injection_step": (2_000,)}], "injection"),
         ([{"injected_head_width": 64}, {"injected_head_width": 128}], "injected_head_width"),
+        ([{"injected_head_width": 512}, {"injected_head_width": 128}], None),
+        ([{"head_width": 64}, {"head_width": 128}], "head_width"),
         ([{"injection_step": (1_000,)}, {"injection_step": (1_000, 2_000)}], None),
         ([{}], None),
         ([{"learning_rate": 1e-4}, {"learning_rate": 5e-4, "gamma": 0.9}], None),
