@@ -305,6 +305,11 @@ def main() -> None:
         may_be_running = (folder / manifest.MANIFEST).exists() and not settings.dry_run
         with alone(folder) if may_be_running else contextlib.nullcontext():
             manifest.refuse_another(folder, asdict(asked))
+        if settings.metric.startswith("eval/") and not all(run.args.eval_frequency for run in runs):
+            fix = "give --eval-frequency after --, or leave out --metric"
+            raise UsageError(f"{settings.metric} is to be compared, but no agent is evaluated: {fix}")
+        for line in plan.copies_in_words(runs):
+            say(line)
         if settings.dry_run:
             speed = settings.speed or manifest.measured_speed(manifest.read_manifest(folder))
             print(*plan.plan_in_words(runs, speed), sep="\n")

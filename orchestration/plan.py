@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from analysis.arms import readable
+from analysis.arms import readable, setting
 from dqn_injection_atari import FORKABLE, INTERVENTIONS, Args, check_fork
 from orchestration.training_flags import as_flags, parsed, words_of
 from support import usage
@@ -113,8 +114,8 @@ def plan(asked: Asked) -> list[PlannedRun]:
     origin = None if asked.from_checkpoint is None else load_checkpoint(Path(asked.from_checkpoint))
     check_asked(asked, origin)
     runs: list[PlannedRun] = []
-    for setting in grid_settings(asked.grid):
-        family = plan_arms(asked, setting, origin)
+    for values in grid_settings(asked.grid):
+        family = plan_arms(asked, values, origin)
         for game in asked.env_ids or (family[0].args.env_id,):
             for seed in asked.seeds:
                 members = [with_game_and_seed(run, game, seed) for run in family]
@@ -231,13 +232,17 @@ def with_game_and_seed(run: PlannedRun, game: str, seed: int) -> PlannedRun:
     return replace(run, args=replace(run.args, env_id=game, seed=seed), flags=tuple(flags))
 
 
-def plan_arms(asked: Asked, setting: dict[str, str], origin: Checkpoint | None) -> list[PlannedRun]:
-    """A run of each arm with a setting, the first seed and game. The others may fork from the first."""
+def plan_arms(asked: Asked, values: dict[str, str], origin: Checkpoint | None) -> list[PlannedRun]:
+    """A run of each arm with these of the grid's values, the first seed and game.
+
+    The others may fork from the first.
+    """
     setting_names = []
     setting_flags: list[str] = []
-    for field, value in setting.items():
+    for field, value in values.items():
         setting_names.append(f"{field.replace('_', '-')}-{readable(value)}")
-        setting_flags += as_flags(field, value)
+        words = words_of(value)
+        setting_flags += as_flags(field, words[0] if len(words) == 1 else tuple(words))
     arms = [arm for arm in asked.arms if arm != "none"]
     if "none" in asked.arms:
         arms.insert(0, "none")
@@ -307,6 +312,27 @@ def continuation(
         raise UsageError(f"{cannot}: give an earlier checkpoint")
     check_fork(args, origin)
     return PlannedRun(arm, replace(args, fork=None), flags, step)
+
+
+def copies_in_words(runs: list[PlannedRun]) -> list[str]:
+    """A line where runs would learn the same, as baselines that differ in the step of an injection alone."""
+    firsts: dict[tuple, PlannedRun] = {}
+    copies: list[tuple[PlannedRun, PlannedRun]] = []
+    for run in runs:
+        if run.begins == 0:
+            first = firsts.setdefault((run.args.seed, *setting(run.args).items()), run)
+            if first is not run:
+                copies.append((run, first))
+    if not copies:
+        return []
+    copy, first = copies[0]
+    given: list[str] = []
+    for name in usage.changed_fields(copy.args, first.args):
+        if name != "exp_name":
+            given += as_flags(name, getattr(copy.args, name))
+    noun = "run would learn what another one does" if len(copies) == 1 else "runs would learn what others do"
+    fix = f'give arms as --arm NAME "{shlex.join(given)}" in the place of --grid, and one run serves all arms'
+    return [f"remark: {len(copies)} {noun}, as {copy.name} what {first.name} does: {fix}"]
 
 
 def default_name(asked: Asked, game: str) -> str:

@@ -542,7 +542,7 @@ def test_only_a_good_checkpoint_of_this_run_and_this_step_is_gone_on_from(capsys
     assert "run/checkpoint-3 belongs to another run" in out[2]
     with pytest.raises(
         UsageError,
-        match=r"^run holds no good checkpoint to go on from: start the run again without --resume$",
+        match=r"^run holds no good checkpoint to go on from: start the run again without --resume; ",
     ):
         newest_good_checkpoint(FOLDER, "a third")
 

@@ -9,7 +9,7 @@ import pytest
 
 from dqn_injection_atari import Args, parse_args
 from orchestration import plan as planning
-from orchestration.plan import Asked, all_arms, default_name, plan, plan_in_words
+from orchestration.plan import Asked, all_arms, copies_in_words, default_name, plan, plan_in_words
 from support.checkpoints import Checkpoint
 from support.usage import UsageError, changed_fields
 
@@ -101,6 +101,42 @@ def test_the_grid_multiplies_the_plan_and_each_setting_has_a_trunk_of_its_own():
         if run.trunk is not None:
             assert not {"exp_name", "intervention"} ^ set(changed_fields(run.args, by_name[run.trunk].args))
     assert runs[1].name == f"{PHOENIX}__injection_learning-rate-1e-4_bf16-true_injection-step-800-900__1"
+
+
+@pytest.mark.parametrize(
+    ("grid", "seeds", "count", "given"),
+    [
+        (
+            ["injection-step", "800", "900"],
+            (1,),
+            "1 run would learn what another one does",
+            "--injection-step 900",
+        ),
+        (
+            ["injection-step", "800", "900 990"],
+            (1, 2),
+            "2 runs would learn what others do",
+            "--injection-step 900 990",
+        ),
+        (
+            ["freeze-heads", "true", "false"],
+            (1,),
+            "1 run would learn what another one does",
+            "--no-freeze-heads",
+        ),
+    ],
+)
+def test_baselines_that_would_learn_the_same_are_named_with_what_makes_them_one(grid, seeds, count, given):
+    flags = FLAGS[3:] if "injection-step" in grid else FLAGS
+    runs = plan(asked("none", "injection", flags=flags, seeds=seeds, grid=[grid]))
+    (line,) = copies_in_words(runs)
+    assert line.startswith(f"remark: {count}, as {PHOENIX}__none_")
+    assert f'give arms as --arm NAME "{given}" in the place of --grid' in line
+
+
+def test_baselines_that_learn_otherwise_and_forks_are_no_copies():
+    assert copies_in_words(plan(asked("none", "injection", grid=[["learning-rate", "1e-4", "1e-3"]]))) == []
+    assert copies_in_words(plan(asked("none", custom=OWN))) == []
 
 
 def test_a_plan_knows_its_memory_and_disk():

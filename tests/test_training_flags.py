@@ -39,14 +39,15 @@ def test_what_it_refuses_is_one_line_without_the_box_around_it(flags, words, cap
         ("learning_rate", 5e-4, ("--learning-rate", "0.0005")),
         ("learning_rate", "5e-4", ("--learning-rate", "5e-4")),
         ("injection_step", (10, 20), ("--injection-step", "10", "20")),
-        ("injection_step", "10 20", ("--injection-step", "10", "20")),
+        ("injection_step", ("10", "20"), ("--injection-step", "10", "20")),
+        ("wandb_project_name", "it's mine", ("--wandb-project-name", "it's mine")),
         ("injection_step", (), ("--injection-step",)),
         ("freeze_heads", False, ("--no-freeze-heads",)),
         ("bf16", "True", ("--bf16",)),
         ("injected_head_width", 1024, ("--injected-head-width", "1024")),
     ],
 )
-def test_a_field_becomes_flags_by_its_value_or_by_the_words_in_which_a_user_gave_it(name, value, flags):
+def test_a_field_becomes_flags_by_its_value_or_by_a_users_words_for_it(name, value, flags):
     assert as_flags(name, value) == flags
 
 
