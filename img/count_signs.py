@@ -95,7 +95,7 @@ def read_agents(files: list[str]) -> tuple[dict[str, float], dict[str, float]]:
     probes = [Path(path) for path in files if path.endswith(".json")]
     if len(probes) != 1:
         raise UsageError(f"{len(probes)} files of probes: give one that compare.py --probe wrote")
-    agents = agents_in([path for path in files if path.endswith(".csv")])
+    agents = agents_in([path for path in files if not path.endswith(".json")])
     add_probe(agents, probes[0])
     name_of_ratio = error_left(probes[0])
     ratios = {}
@@ -121,7 +121,7 @@ def threshold_in(word: str) -> float:
 def main() -> None:
     with ends_in_one_line():
         word, *files = words_given() or [""]
-        if not any(path.endswith(".csv") for path in files):
+        if all(path.endswith(".json") for path in files):
             example = "python img/count_signs.py 0.36 results/FOLDER/*.csv results/FOLDER/probe.json"
             raise UsageError(f"give a share of the error, the files of both arms, and a probe's: {example}")
         below = threshold_in(word)

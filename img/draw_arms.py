@@ -46,7 +46,7 @@ def main() -> None:
         if not folders:
             raise UsageError("give a figure and runs: python img/draw_arms.py img/NAME.png runs/FOLDER ...")
         check_name(target)
-        runs = [read_run(folder, RETURN, "leave it out") for folder in sorted(folders)]
+        runs = [read_run(folder, RETURN, "leave it out") for folder in sorted(set(folders))]
         games = sorted({run.args.env_id for run in runs})
         if len(games) > 1:
             raise UsageError(f"the runs play {' and '.join(games)}: give runs of one game")

@@ -54,7 +54,8 @@ def draw(target: str, arms: list[Arm], at: int) -> None:
     ax.xaxis.set_major_formatter(lambda step, _: short(step))
     ax.yaxis.set_major_formatter(lambda score, _: f"{score:,.0f}")
     ax.tick_params(labelsize=11)
-    seeds = min(len(arm.runs) for arm in arms)
+    counts = sorted({len(arm.runs) for arm in arms})
+    seeds = "–".join(map(str, counts))
     title = f"{arms[0].game}: mean of {seeds} seeds; shaded: 95% interval"
     ax.set_title(title, fontsize=12, loc="left")
     save(figure, target)

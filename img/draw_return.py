@@ -8,19 +8,18 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.canvas import Figure, check_name, drawing, save
-from analysis.curves import RecordedRun, read_run
+from analysis.curves import TRAINING_RETURN, RecordedRun, read_run
 from analysis.figures import labelled
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
 
 GAMES_PER_POINT = 20
-RETURN = "charts/episodic_return"
 
 
 @drawing()
 def draw(run: RecordedRun, target: str, random_score: float | None) -> None:
     nothing = np.empty((2, 0))
-    steps, returns = run.scalars[RETURN]
+    steps, returns = run.scalars[TRAINING_RETURN]
     evaluations = run.scalars.get("eval/episodic_return", nothing)
     injections = run.scalars.get("injection/step", nothing)[0]
     figure = Figure(figsize=(8, 4.2))
@@ -66,7 +65,7 @@ def main() -> None:
             raise UsageError(f"give a run and a figure's name: {example}")
         random_score = number(words[2]) if len(words) == 3 else None
         check_name(words[1])
-        draw(read_run(words[0], RETURN, "give another"), words[1], random_score)
+        draw(read_run(words[0], TRAINING_RETURN, "give another"), words[1], random_score)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.arms import print_remarks, read_arms
+from analysis.arms import TRAINING_RETURN, print_remarks, read_arms
 from analysis.canvas import Figure, MaxNLocator, check_name, drawing, look, save
 from analysis.curves import RecordedRun
 from analysis.fitting import CONTENDERS
@@ -34,7 +34,6 @@ from analysis.verdict import comparisons
 from support.process import ends_in_one_line
 from support.usage import UsageError, reading, words_given
 
-RETURN = "charts/episodic_return"
 DRAWN = (
     "dormant_fraction/head",
     "active_fraction/conv3",
@@ -73,23 +72,22 @@ def agents_in(files: list[str]) -> Agents:
     Raises:
         UsageError: there is none, or two have one name.
     """
-    arms, remarks = read_arms(files, RETURN)
+    arms, remarks = read_arms(files, TRAINING_RETURN)
     print_remarks(remarks)
     agents: Agents = {}
-    for pair in comparisons(arms, RETURN, None):
+    for pair in comparisons(arms, TRAINING_RETURN, None):
         if pair.intervention != "injection":
             continue
         for run in pair.arms[0].runs:
             seed = run.args.seed
             if seed not in pair.differences:
                 continue
+            step = pair.firsts[seed]
             name = run.args.run_name
             if name in agents:
                 raise UsageError(f"two agents are called {name}: give the files of one of them")
             gain = pair.differences[seed]
-            agents[name] = Agent(
-                run.args.learning_rate, pair.window.after, gain, measures_at(run, pair.window.after)
-            )
+            agents[name] = Agent(run.args.learning_rate, step, gain, measures_at(run, step))
     if not agents:
         raise UsageError("no agent has runs with and without an injection: give the files of both arms")
     return agents
@@ -217,18 +215,23 @@ def all_measures(agents: Agents) -> list[str]:
 def main() -> None:
     with ends_in_one_line():
         target, *files = words_given() or [""]
-        agents = agents_in([path for path in files if path.endswith(".csv")])
+        agents = agents_in([path for path in files if not path.endswith(".json")])
         check_name(target)
         measured = all_measures(agents)
         for path in files:
             if path.endswith(".json"):
                 add_probe(agents, Path(path))
         names = all_measures(agents)
+        if not names:
+            fix = "give runs with a --plasticity-frequency, or a file that compare.py --probe wrote"
+            raise UsageError(f"nothing is known of these agents at the injection: {fix}")
         by_rate: ByRate = {}
         for agent in sorted(agents.values(), key=lambda agent: agent.learning_rate):
             by_rate.setdefault(agent.learning_rate, []).append(agent)
         print_table(by_rate, names)
         draw(target, by_rate, [name for name in names if name.startswith(DRAWN) or name not in measured])
+        if all(math.isnan(correlation(points(by_rate, name))) for name in names):
+            return  # too few agents to correlate
         half, rare = np.quantile(largest_by_chance(by_rate, names), (0.5, 0.95))
         largest = f"by chance the largest of {len(names)} within learning rates is beyond ±{half:.2f}"
         how = f"({SHUFFLES} times with gains shuffled among the agents of a learning rate)"

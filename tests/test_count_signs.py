@@ -128,7 +128,8 @@ def test_a_probe_that_only_tells_games_apart_is_told_from_one_that_tells_agents_
     [
         ([], "give a share of the error, the files of both arms, and a probe's: python img/count_signs.py"),
         (["0.36", "probe.json"], "give a share of the error, the files of both arms"),
-        (["many", *"ab"], "give a share of the error, the files of both arms"),
+        (["many"], "give a share of the error, the files of both arms"),
+        (["0.36", "a", "probe.json"], "none of 1 runs can be compared, give folders of runs"),
         (["many", "both"], "many is no share of the error below which an agent gains: give one like 0.36"),
         (["0", "both"], "0 is no share of the error"),
         (["nan", "both"], "nan is no share of the error"),

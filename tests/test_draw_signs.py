@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from simulated_runs import INJECTION, RETURN, games, make_run
+from simulated_runs import INJECTION, RETURN, games, make_arms, make_norm_arms, make_run
 
-from analysis.curves import write_curves
+from analysis.curves import read_curves, write_curves
 from analysis.task_sequence import INJECTED, SAME
 from img import draw_signs
 
@@ -171,6 +171,38 @@ def test_two_agents_of_one_name_and_seed_are_refused(monkeypatch, capsys):
         match=r"two agents are called PhoenixNoFrameskip-v4__none_0.+: give the files of one of them",
     ):
         draw(monkeypatch, capsys)
+
+
+def test_where_the_norm_injects_each_agent_is_measured_at_its_own_step(monkeypatch, capsys):
+    firsts = {1: [1_100], 2: [1_400], 3: [1_200]}
+    arms = {"none": [], "injection": []}
+    for run in make_norm_arms(firsts):
+        first = firsts[run.args.seed][0]
+        measured = [(step, run.args.seed if step == first else 9.0) for step in range(1_100, 1_500, 100)]
+        run.scalars["plasticity/dormant_fraction/head"] = np.transpose(measured)
+        arms[run.args.intervention].append(run)
+    for name, runs in arms.items():
+        write_curves(runs, Path(f"{name}.csv"))
+    table, _ = draw(monkeypatch, capsys)
+    assert table["dormant_fraction/head"][:2] == ["3", "1 to 3"]
+
+
+def test_agents_of_which_nothing_was_measured_are_refused(monkeypatch, capsys):
+    for name, runs in (("none", make_arms()[::2]), ("injection", make_arms()[1::2])):
+        write_curves(runs, Path(f"{name}.csv"))
+    with pytest.raises(SystemExit, match=r"^error: nothing is known of these agents at the injection: give "):
+        draw(monkeypatch, capsys)
+    assert not Path("x.png").exists()
+
+
+def test_of_too_few_agents_nothing_is_said_of_chance(monkeypatch, capsys):
+    write_dose()
+    Path("0.0001_False.csv").unlink()
+    for path in Path().glob("0.001_*.csv"):
+        runs = [run for run in read_curves(path) if run.args.seed < 3]
+        write_curves(runs, path)
+    _, printed = draw(monkeypatch, capsys)
+    assert not [line for line in printed if "by chance" in line] and Path("x.png").exists()
 
 
 def test_without_both_arms_there_is_nothing_to_draw(monkeypatch, capsys):
