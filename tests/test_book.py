@@ -146,6 +146,8 @@ def test_a_run_keeps_its_step_until_a_new_attempt_has_said_one(book):
     task = begin(book, TRUNK, step=4_000)
     task.ref = object()
     book.look()
+    begun = read_manifest(Path())[-1]
+    assert (begun.state, begun.steps_per_second) == ("running", None), "the clock has just been started"
     book.settle(task, "killed", "", 5, 0.0)
     assert read_manifest(Path())[-1].step == 4_000
     task.begin()
