@@ -1564,7 +1564,7 @@ def parse_args() -> Args:
         args[name] = getattr(Args, name)
     args |= given
     if preset == "paper" and "exploration_fraction" not in given:
-        # ε falls over as many steps in a run of another length, in a shorter one than that over all of it
+        # ε falls over as many steps in a run of another length, or over all of one that is shorter than that
         steps = PRESETS[preset]["exploration_fraction"] * PRESETS[preset]["total_timesteps"]
         args["exploration_fraction"] = min(1.0, steps / max(1, args["total_timesteps"]))
     parsed = Args(**args)

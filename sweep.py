@@ -305,9 +305,10 @@ def main() -> None:
         may_be_running = (folder / manifest.MANIFEST).exists() and not settings.dry_run
         with alone(folder) if may_be_running else contextlib.nullcontext():
             manifest.refuse_another(folder, asdict(asked))
-        if settings.metric.startswith("eval/") and not all(run.args.eval_frequency for run in runs):
-            fix = "give --eval-frequency after --, or leave out --metric"
-            raise UsageError(f"{settings.metric} is to be compared, but no agent is evaluated: {fix}")
+        for run in runs:
+            if settings.metric.startswith("eval/") and run.args.eval_frequency == 0:
+                fix = "give --eval-frequency after --, or leave out --metric"
+                raise UsageError(f"{settings.metric} is compared, but {run.name} never evaluated: {fix}")
         for line in plan.copies_in_words(runs):
             say(line)
         if settings.dry_run:

@@ -87,8 +87,7 @@ def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     happens = args.intervention != "none" and (by_norm or len(planned) > 0)
     unused = unused_fields(args) if happens else CONDITIONS
     values = asdict(args)
-    if args.injected_head_width == args.head_width:
-        values["injected_head_width"] = None  # as wide as the head, which is what None says
+    values["injected_head_width"] = args.injected_head_width or args.head_width
     shared = {name: values[name] for name in values if name not in BOOKKEEPING and name not in REWRITTEN}
     # a longer run only goes on
     shared["exploration_steps"] = round(args.exploration_fraction * args.total_timesteps)
@@ -151,8 +150,11 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
         ratio = setting["injection_norm_ratio"]
         words = [f"{INTERVENTIONS[intervention].noun} where the norm has grown {ratio:.15g}×"]
     shown = list(differing)
-    if setting["injected_head_width"] is not None and "injected_head_width" not in shown:
+    other_width = setting["injected_head_width"] not in (None, setting["head_width"])
+    if other_width and "injected_head_width" not in shown:
         shown.append("injected_head_width")  # another network than its baseline's
+    if not other_width and "injected_head_width" in shown:
+        shown.remove("injected_head_width")  # the head's width says it
     if intervention in ALTERNATIVES:
         for field in fields(ALTERNATIVES[intervention].settings):
             if setting[field.name] != field.default and field.name not in shown:

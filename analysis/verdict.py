@@ -366,6 +366,48 @@ def pair_up(candidates: Candidates, firsts: dict[int, int]) -> set[int]:
     return shared
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The runs that count in a comparison, and over which window."""
+
+    candidates: Candidates
+    window: Window
+    shared: set[int]  # seeds whose runs were one up to the intervention
+    one_agent: bool  # whether all continue one agent
+
+
+def select(
+    candidates: Candidates, firsts: dict[int, int], metric: str, steps: int | None, begin: str
+) -> Selection:
+    """Which of the runs count, over a window of so many steps, or as many as all of them have.
+
+    `firsts` is {seed: step} of the first interventions, `begin` the intervention in words.
+    """
+    given = tuple(dict(side) for side in candidates.sides)
+    reasons = dict(candidates.left_out)
+    if steps is None:
+        leave_out_short(candidates, firsts, begin)
+        window = common_window(candidates, firsts)
+    else:
+        after, _ = beyond_the_intervention(candidates, firsts)
+        window = Window(after, after + steps)
+    keep_within(candidates, metric, window, begin)
+    before = min((firsts[seed] for seed in candidates.sides[1]), default=window.after)
+    outside = set(candidates.left_out)
+    one_agent = count_agents_once(candidates, before)
+    shared = pair_up(candidates, firsts)
+    alone = {folder: why for folder, why in candidates.left_out.items() if folder not in outside}
+    if not alone:
+        return Selection(candidates, window, shared, one_agent)
+    # these runs have no counterpart: they decide neither on the window, nor on whether another run counts
+    without, intervened = (
+        {seed: run for seed, run in side.items() if run.folder not in alone} for side in given
+    )
+    selection = select(Candidates((without, intervened), reasons), firsts, metric, steps, begin)
+    selection.candidates.left_out.update(alone)
+    return selection
+
+
 def reach(returns: np.ndarray, missing: float) -> float:
     """By how much the mean of a run's returns may be off, where a share of its play is missing from them.
 
@@ -408,39 +450,28 @@ def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None)
     begin = f"the {noun(intervention)}"
     if not intervened.planned_steps:
         begin = f"the latest first {noun(intervention)}"
-    if window is None:
-        leave_out_short(candidates, firsts, begin)
-        span = common_window(candidates, firsts)
-    else:
-        after = max(firsts.values(), default=0)
-        span = Window(after, after + window)
-    keep_within(candidates, metric, span, begin)
-    before = min((firsts[seed] for seed in candidates.sides[1]), default=span.after)
-    one_agent = count_agents_once(candidates, before)
-    shared = pair_up(candidates, firsts)
-    paired = len(shared) >= MIN_SEEDS
-    if window is None and all(candidates.sides):
-        span = common_window(candidates, firsts)  # runs that turned out not to count do not end it
+    chosen = select(candidates, firsts, metric, window, begin)
+    paired = len(chosen.shared) >= MIN_SEEDS
     sides = (
-        measure(without, candidates.sides[0], metric, span),
-        measure(intervened, candidates.sides[1], metric, span),
+        measure(without, chosen.candidates.sides[0], metric, chosen.window),
+        measure(intervened, chosen.candidates.sides[1], metric, chosen.window),
     )
     means = [np.array([*side.means.values()]) for side in sides]
     args = intervened.runs[0].args
     same_capacity = args.freeze_heads and args.injected_head_width in (None, args.head_width)
     judgement = judge(means[0], means[1], paired, intervention, same_capacity, without.intervention)
-    if one_agent:
+    if chosen.one_agent:
         sentence = f"{judgement.sentence}; over continuations of one agent, not over agents"
         judgement = replace(judgement, sentence=sentence)
     return Comparison(
         sides=sides,
         firsts=firsts,
-        window=span,
-        shared=len(shared),
+        window=chosen.window,
+        shared=len(chosen.shared),
         paired=paired,
-        one_agent=one_agent,
+        one_agent=chosen.one_agent,
         judgement=judgement,
-        left_out=candidates.left_out,
+        left_out=chosen.candidates.left_out,
     )
 
 
@@ -458,6 +489,9 @@ def varied(pairs: list[Comparison]) -> str | None:
         values = {number_in(shared, name) for shared in settings}
         if len(values - {None}) > 1 and name not in ("env_id", "intervention"):
             differing[name] = values  # an arm that has no such number has None
+    both = differing.get("head_width"), differing.get("injected_head_width")
+    if None not in both and all(shared["injected_head_width"] == shared["head_width"] for shared in settings):
+        del differing["injected_head_width"]  # new heads are as wide as the first
     if len(differing) != 1:
         return None
     name, values = differing.popitem()

@@ -85,6 +85,8 @@ def read_files(paths: list[str]) -> tuple[list[Arm], Scores]:
             scores |= read_scores(path)
         else:
             curves.append(str(path))
+    if not curves:
+        raise UsageError("these are scores of games alone: give the files of compare.py --export, too")
     arms, remarks = read_arms(curves, TRAINING_RETURN)
     print_remarks(remarks)
     known = {run.lineage[0].folder for arm in arms for run in arm.runs}
@@ -140,13 +142,13 @@ def changes(values_without: Values, intervened: Values) -> Values:
 def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
     """
     Raises:
-        UsageError: an arm cannot be compared within seeds, or not over the same window as the others.
+        UsageError: an arm cannot be compared within seeds, or not from the same step on as the others.
     """
     pairs = comparisons(arms, TRAINING_RETURN, None)
     if not pairs:
         raise UsageError("no two arms differ in the intervention alone: give the files of both")
     without = pairs[0].arms[0]
-    window = pairs[0].window
+    window = min((pair.window for pair in pairs), key=lambda window: window.upto)
     if part >= window.upto - window.after:
         raise UsageError(
             f"the window has {window.upto - window.after:,} steps: give fewer of them than {part:,}"
@@ -178,13 +180,13 @@ def counting(pair: Comparison, without: Arm, window: Window) -> tuple[Candidates
     has ended. Each agent counts once, unless all continue one agent, which is the second value.
 
     Raises:
-        UsageError: they are too few, or the arm is compared with other runs, or over another window.
+        UsageError: they are too few, or the arm is compared with other runs, or from another step on.
     """
     name = pair.arms[1].name
     if pair.arms[0] is not without:
         raise UsageError(f"{name} is compared with other runs than the arms before it: draw them one by one")
-    if (pair.window.after, pair.window.upto) != (window.after, window.upto):
-        raise UsageError(f"{name} has another window than the arms before it: draw them one by one")
+    if pair.window.after != window.after:
+        raise UsageError(f"{name} begins at another step than the arms before it: draw them one by one")
     origins = {run.args.seed: run for run in without.runs}
     candidates = Candidates(({}, {}))
     for run in pair.arms[1].runs:

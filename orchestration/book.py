@@ -112,7 +112,7 @@ class Task:
         step = args.total_timesteps if state == "finished" else progress.step
         seconds = 0.0 if self.began is None else time.monotonic() - self.began
         speed = None
-        if state != "running" and seconds and step > progress.first:  # it has just been seen
+        if seconds > 1 and step > progress.first:  # else it has just been seen, and its clock begins
             speed = round((step - progress.first) / seconds, 1)
         if state not in ("queued", "running"):
             self.hours += seconds / 3600

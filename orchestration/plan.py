@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from analysis.arms import readable, setting
-from dqn_injection_atari import FORKABLE, INTERVENTIONS, Args, check_fork
+from analysis.arms import readable
+from dqn_injection_atari import FORKABLE, INTERVENTIONS, OF_INTERVENTION, Args, check_fork
 from orchestration.training_flags import as_flags, parsed, words_of
 from support import usage
 from support.checkpoints import Checkpoint, load_checkpoint
@@ -37,6 +36,7 @@ INSTEAD_WHERE_RUNS_CONTINUE = INSTEAD | {
     "exploration_fraction": "--from-checkpoint",
     "preset": "--from-checkpoint",
 }
+UNSEEN_BY_BASELINES = {*OF_INTERVENTION, "injection_step", "exp_name"} - {"intervention"}
 LONGEST_NAME = 255  # bytes that file systems allow
 AFTER_NAME = "__1234567890-1000"  # what a run's folder has after it: time and number; a log has less
 # estimates of checkpoints and curves, see docs/sweeps.md
@@ -315,24 +315,21 @@ def continuation(
 
 
 def copies_in_words(runs: list[PlannedRun]) -> list[str]:
-    """A line where runs would learn the same, as baselines that differ in the step of an injection alone."""
+    """A line where baselines learn the same, as those that differ in the step of an injection alone."""
     firsts: dict[tuple, PlannedRun] = {}
     copies: list[tuple[PlannedRun, PlannedRun]] = []
     for run in runs:
-        if run.begins == 0:
-            first = firsts.setdefault((run.args.seed, *setting(run.args).items()), run)
+        if run.args.intervention == "none":
+            seen = {name: value for name, value in vars(run.args).items() if name not in UNSEEN_BY_BASELINES}
+            first = firsts.setdefault(tuple(seen.items()), run)
             if first is not run:
                 copies.append((run, first))
     if not copies:
         return []
     copy, first = copies[0]
-    given: list[str] = []
-    for name in usage.changed_fields(copy.args, first.args):
-        if name != "exp_name":
-            given += as_flags(name, getattr(copy.args, name))
-    noun = "run would learn what another one does" if len(copies) == 1 else "runs would learn what others do"
-    fix = f'give arms as --arm NAME "{shlex.join(given)}" in the place of --grid, and one run serves all arms'
-    return [f"remark: {len(copies)} {noun}, as {copy.name} what {first.name} does: {fix}"]
+    verb = "baseline learns" if len(copies) == 1 else "baselines learn"
+    example = f"{copy.name} learns what {first.name} does"
+    return [f"remark: {len(copies)} {verb} the same as another one, {example}: see --grid in docs/sweeps.md"]
 
 
 def default_name(asked: Asked, game: str) -> str:

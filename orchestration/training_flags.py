@@ -47,11 +47,12 @@ def parsed(flags: Sequence[str]) -> Args:
 
 
 def as_flags(name: str, value: Any) -> tuple[str, ...]:
-    """The flags that set a field to a value, or to a user's word or words for one."""
+    """The flags that set a field to a value; a tuple is several words."""
     if isinstance(getattr(Args, name), bool):
         given = str(value).lower()
         if given not in ("true", "false"):
-            raise UsageError(f"{name} is {value}, but must be true or false: change it in --grid")
+            words = " ".join(value) if isinstance(value, tuple) else value
+            raise UsageError(f"{name} is {words}, but must be true or false: change it in --grid")
         return (flag(name if given == "true" else f"no_{name}"),)
     values = value if isinstance(value, tuple) else (value,)
     return (flag(name), *map(str, values))

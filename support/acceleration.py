@@ -109,8 +109,8 @@ def copy_parameters(source: nn.Module, target: nn.Module, only_trained: bool = F
 class CUDAGraphs:
     """Functions of tensors, each captured once as a CUDA graph and replayed from then on.
 
-    A graph uses the memory that its tensors had when it was captured, and keeps them not alive: call `clear`
-    before one of them is replaced.
+    A graph uses the memory that its tensors had when it was captured, and does not keep them alive: where one
+    of them is replaced, call `clear` before the next call.
 
     The graphs between two calls of `clear` are a set, which is warmed up and captured on a stream of its own.
     Libraries keep a workspace for each stream, in the memory of the first graph that was captured there. It

@@ -138,7 +138,7 @@ def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
                 raise UsageError(f"{error} by moving this one away") from error.__cause__
             say(f"warning: {error}; falling back to an older one")
     if paths:
-        fix = "start the run again without --resume; a sweep does where this folder is moved away"
+        fix = "start the run again without --resume; of a sweep, move it away and repeat the sweep"
         raise UsageError(f"{folder} holds no good checkpoint to go on from: {fix}")
     return None
 

@@ -324,7 +324,7 @@ def test_a_figure_of_differences_grows_with_its_games_and_not_its_panel(saved, n
     (ax,) = figure.axes
     assert ax.get_title(loc="left") == title
     assert len(figure.legends[0].get_texts()) == number_of_games
-    assert ax.get_position().height * figure.get_figheight() > 2.5  # inches
+    assert 2.5 < ax.get_position().height * figure.get_figheight() < 3.5  # inches
 
 
 def test_a_game_of_which_nothing_was_measured_yet_has_no_legend(saved):

@@ -310,13 +310,27 @@ def test_a_run_that_does_not_count_ends_no_window(intervention):
     assert list(found.left_out) == [alone.folder]
 
 
+def test_a_run_that_does_not_count_decides_on_no_other_run():
+    runs = make_norm_arms({1: [1_100], 2: [1_300], 3: [1_200], 4: [1_200]})
+    for run in runs:
+        if run.args.seed == 4:  # it counts, if a run that was injected later does not count
+            run.scalars[RETURN] = run.scalars[RETURN][:, :25]
+            run.scalars["losses/td_loss"] = np.array([[2_500.0], [0.1]])
+    late = make_norm_arms({5: [2_900]})[0]
+    (expected,) = comparisons(group(runs)[0], RETURN, None)
+    (found,) = comparisons(group([*runs, late])[0], RETURN, None)
+    assert found.window == expected.window and found.means == expected.means
+    assert set(found.left_out) == {*expected.left_out, late.folder}
+
+
 @pytest.mark.parametrize(
     ("settings", "number"),
     [
         ([{"learning_rate": 1e-4}, {"learning_rate": 5e-4}, {"learning_rate": 1e-3}], "learning_rate"),
         ([{"injection_step": (1_000,)}, {"injection_step": (2_000,)}], "injection"),
         ([{"injected_head_width": 64}, {"injected_head_width": 128}], "injected_head_width"),
-        ([{"injected_head_width": 512}, {"injected_head_width": 128}], None),
+        ([{"injected_head_width": 512}, {"injected_head_width": 128}], "injected_head_width"),
+        ([{"head_width": 64}, {"head_width": 128, "injected_head_width": 256}], None),
         ([{"head_width": 64}, {"head_width": 128}], "head_width"),
         ([{"injection_step": (1_000,)}, {"injection_step": (1_000, 2_000)}], None),
         ([{}], None),

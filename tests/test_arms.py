@@ -93,7 +93,6 @@ OTHER = {  # another value of every field that may make another arm, and what it
 def test_an_injected_width_that_is_the_heads_own_makes_no_other_arm():
     assert setting(Args(injection_step=(4,), injected_head_width=512)) == setting(Args(injection_step=(4,)))
     assert setting(Args(injected_head_width=64)) == setting(Args()), "where nothing is injected"
-    assert setting(Args(injection_step=(4,), head_width=64))["injected_head_width"] is None
 
 
 def test_whatever_changes_a_curve_makes_another_arm_but_for_the_seed():

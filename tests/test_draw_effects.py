@@ -284,9 +284,16 @@ def test_every_arm_has_a_row_in_the_figure(command, drawn):
 
 
 def test_what_cannot_be_compared_is_refused(command):
-    write_both(upto=TOTAL - 500)
-    write("head", arm("head", "reset-head"))
-    assert "has another window than the arms before it" in command("x.png", "500", *files())[3]
+    write_both()
+    write("head", arm("head", "reset-head", injection_step=(1_500,)))
+    assert "begins at another step than the arms before it" in command("x.png", "500", *files())[3]
+
+
+def test_arms_that_have_got_to_different_steps_are_drawn_over_what_both_have(command):
+    write_both()
+    write("head", arm("head", "reset-head", upto=TOTAL - 500))
+    _, table, _, _ = command("x.png", "500", *files())
+    assert "return, all 1,500 steps" in table["arm"] and "head reset at 1k: change" in table
 
 
 @pytest.mark.parametrize("seeds", [(1, 2), (4, 5, 6)])
@@ -310,7 +317,7 @@ def test_two_settings_are_refused(command):
 def test_scores_without_curves_are_nothing_to_compare(command):
     write_scores({"none-1": 100})
     status, _, _, error = command("x.png", "500", "games.csv")
-    assert status != 0 and "no runs are given: give folders of runs" in error
+    assert status != 0 and "scores of games alone: give the files of compare.py --export, too" in error
 
 
 @pytest.mark.parametrize(

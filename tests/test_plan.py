@@ -104,39 +104,28 @@ def test_the_grid_multiplies_the_plan_and_each_setting_has_a_trunk_of_its_own():
 
 
 @pytest.mark.parametrize(
-    ("grid", "seeds", "count", "given"),
+    ("grid", "seeds", "count"),
     [
-        (
-            ["injection-step", "800", "900"],
-            (1,),
-            "1 run would learn what another one does",
-            "--injection-step 900",
-        ),
-        (
-            ["injection-step", "800", "900 990"],
-            (1, 2),
-            "2 runs would learn what others do",
-            "--injection-step 900 990",
-        ),
-        (
-            ["freeze-heads", "true", "false"],
-            (1,),
-            "1 run would learn what another one does",
-            "--no-freeze-heads",
-        ),
+        (["injection-step", "800", "900"], (1,), "1 baseline learns"),
+        (["injection-step", "800", "900 990"], (1, 2), "2 baselines learn"),
+        (["freeze-heads", "true", "false"], (1,), "1 baseline learns"),
     ],
 )
-def test_baselines_that_would_learn_the_same_are_named_with_what_makes_them_one(grid, seeds, count, given):
+def test_baselines_that_learn_the_same_are_named(grid, seeds, count):
     flags = FLAGS[3:] if "injection-step" in grid else FLAGS
-    runs = plan(asked("none", "injection", flags=flags, seeds=seeds, grid=[grid]))
-    (line,) = copies_in_words(runs)
-    assert line.startswith(f"remark: {count}, as {PHOENIX}__none_")
-    assert f'give arms as --arm NAME "{given}" in the place of --grid' in line
+    (line,) = copies_in_words(plan(asked("none", "injection", flags=flags, seeds=seeds, grid=[grid])))
+    value = grid[2].replace(" ", "-")
+    of_one = [f"{PHOENIX}__none_{grid[0]}-{end}__{seeds[0]}" for end in (value, grid[1])]
+    example = f"{of_one[0]} learns what {of_one[1]} does"
+    assert line == f"remark: {count} the same as another one, {example}: see --grid in docs/sweeps.md"
 
 
-def test_baselines_that_learn_otherwise_and_forks_are_no_copies():
-    assert copies_in_words(plan(asked("none", "injection", grid=[["learning-rate", "1e-4", "1e-3"]]))) == []
-    assert copies_in_words(plan(asked("none", custom=OWN))) == []
+@pytest.mark.parametrize(
+    "grid",
+    [["learning-rate", "1e-4", "1e-3"], ["total-timesteps", "8000", "9000"], ["log-frequency", "8", "9"]],
+)
+def test_baselines_that_differ_in_something_else_are_not(grid):
+    assert copies_in_words(plan(asked("none", "injection", flags=FLAGS[:5], grid=[grid]))) == []
 
 
 def test_a_plan_knows_its_memory_and_disk():

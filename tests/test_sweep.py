@@ -328,7 +328,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(command, no_ray):
             "bytes, but 255 are possible: give a shorter name to --arm",
         ),
         (("--arm", "//", "--no-freeze-heads"), "give another name to --arm"),
-        (("--metric", "eval/episodic_return"), "give --eval-frequency after --, or leave out --metric"),
+        (("--metric", "eval/episodic_return"), "never evaluated: give --eval-frequency after --, or leave"),
         (("--gpus-per-run", "-1"), "gpus_per_run is -1.0, but must be 0 or more"),
         (("--gpus-per-run", "1.5"), "gpus_per_run is 1.5"),
         (
