@@ -226,7 +226,8 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
         else:
             name = describe(pair.arms[1].setting | {number: None}, (), "")
         lines[f"{pair.game}, {name}" if len(games) > 1 else name].append(pair)
-    width, height = 6.0, 4.0
+    width = 6.0
+    height = 4.0
     figure = canvas.Figure(figsize=(width, height), layout="constrained")
     ax = figure.subplots()
     apart = min(0.08, 0.8 / len(lines))  # between the lines at one value, which is 1 from the next

@@ -383,7 +383,7 @@ def select(
 
     `firsts` is {seed: step} of the first interventions, `begin` the intervention in words.
     """
-    given = tuple(dict(side) for side in candidates.sides)
+    given = (dict(candidates.sides[0]), dict(candidates.sides[1]))
     reasons = dict(candidates.left_out)
     if steps is None:
         leave_out_short(candidates, firsts, begin)
@@ -400,10 +400,11 @@ def select(
     if not alone:
         return Selection(candidates, window, shared, one_agent)
     # these runs have no counterpart: they decide neither on the window, nor on whether another run counts
-    without, intervened = (
-        {seed: run for seed, run in side.items() if run.folder not in alone} for side in given
-    )
-    selection = select(Candidates((without, intervened), reasons), firsts, metric, steps, begin)
+    for side in given:
+        for seed, run in list(side.items()):
+            if run.folder in alone:
+                del side[seed]
+    selection = select(Candidates(given, reasons), firsts, metric, steps, begin)
     selection.candidates.left_out.update(alone)
     return selection
 
