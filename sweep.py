@@ -305,10 +305,10 @@ def main() -> None:
         may_be_running = (folder / manifest.MANIFEST).exists() and not settings.dry_run
         with alone(folder) if may_be_running else contextlib.nullcontext():
             manifest.refuse_another(folder, asdict(asked))
-        for run in runs:
-            if settings.metric.startswith("eval/") and run.args.eval_frequency == 0:
-                fix = "give --eval-frequency after --, or leave out --metric"
-                raise UsageError(f"{settings.metric} is compared, but {run.name} never evaluated: {fix}")
+        unevaluated = [run.name for run in runs if run.args.eval_frequency == 0]
+        if settings.metric.startswith("eval/") and unevaluated:
+            fix = "give --eval-frequency after --, or leave out --metric"
+            raise UsageError(f"{settings.metric} is compared, but {unevaluated[0]} never evaluated: {fix}")
         for line in plan.copies_in_words(runs):
             say(line)
         if settings.dry_run:

@@ -34,6 +34,7 @@ FILE = re.compile(r"manifest\.json|state\.pt|\w+\.zst", re.ASCII)
 CHECKSUM = re.compile(rf"([0-9a-f]{{64}})  ({FILE.pattern})\n", re.ASCII)  # a line of SHA256SUMS
 FOLDER = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 LEFTOVER = re.compile(rf"\.{FOLDER.pattern}\.(partial|damaged|old)")
+BEGIN_AGAIN = "start the run again without --resume; of a sweep, move it away and repeat the sweep"
 WRITE_ERRORS = (OSError, MemoryError, zstandard.ZstdError)
 
 
@@ -138,8 +139,7 @@ def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
                 raise UsageError(f"{error} by moving this one away") from error.__cause__
             say(f"warning: {error}; falling back to an older one")
     if paths:
-        fix = "start the run again without --resume; of a sweep, move it away and repeat the sweep"
-        raise UsageError(f"{folder} holds no good checkpoint to go on from: {fix}")
+        raise UsageError(f"{folder} holds no good checkpoint to go on from: {BEGIN_AGAIN}")
     return None
 
 

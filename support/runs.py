@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from support.checkpoints import (
+    BEGIN_AGAIN,
     WRITE_ERRORS,
     Checkpoint,
     create_run_folder,
@@ -103,8 +104,7 @@ def find_origin(resume: str | None, fork: str | None, stack: contextlib.ExitStac
         return Origin(folder, identity["run"], newest.meta["args"], newest)
     beginning = _fork_point(identity["args"].get("fork"))
     if any(steps.max() > beginning.step for steps, _, _ in read_scalars(folder).values()):
-        fix = "start the run again without --resume; of a sweep, move it away and repeat the sweep"
-        raise UsageError(f"{folder} holds no checkpoint to go on from: {fix}")
+        raise UsageError(f"{folder} holds no checkpoint to go on from: {BEGIN_AGAIN}")
     return replace(beginning, folder=folder, run_id=identity["run"], args=identity["args"])
 
 
