@@ -3,9 +3,9 @@
     python img/count_signs.py 0.36 results/FOLDER/*.csv results/FOLDER/probe.json
 
 The probe says that an agent gains where the injected copy's error is below 0.36 of the agent's own. It is
-right where the difference in mean return that compare.py finds for that agent has this sign. The JSON file is
-of compare.py --probe, at checkpoints of the injection's step. Where a network diverged in it, the probe has
-no answer, and is not right.
+right where the difference in mean return that compare.py finds for that agent has this sign. The JSON file,
+or each of several, is of compare.py --probe, at checkpoints of the injection's step. Where a network diverged
+in it, the probe has no answer, and is not right.
 
 Beside it stands what chance would give: were each sign a coin, and were the answers shuffled among the
 agents, or among those of each game. The last says whether the probe tells agents apart, not only games. Last
@@ -90,18 +90,22 @@ def read_agents(files: list[str]) -> tuple[dict[str, float], dict[str, float]]:
     """What an injection leaves of agents' errors, where the probe has an answer, and what all agents gain.
 
     Raises:
-        UsageError: no agent has both, or there is not one file of probes.
+        UsageError: no agent has both, or two files are of probes of one agent.
     """
     probes = [Path(path) for path in files if path.endswith(".json")]
-    if len(probes) != 1:
-        raise UsageError(f"{len(probes)} files of probes: give one that compare.py --probe wrote")
+    if not probes:
+        raise UsageError("no file is of probes: give one that compare.py --probe wrote")
     agents = agents_in([path for path in files if not path.endswith(".json")])
-    add_probe(agents, probes[0])
-    name_of_ratio = error_left(probes[0])
-    ratios = {}
-    for name, agent in agents.items():
-        if name_of_ratio in agent.measures:
-            ratios[name] = agent.measures[name_of_ratio]
+    ratios: dict[str, float] = {}
+    for path in probes:
+        add_probe(agents, path)
+        for name, agent in agents.items():
+            ratio = agent.measures.pop(error_left(path), None)
+            if ratio is None:
+                continue
+            if name in ratios:
+                raise UsageError(f"{name} is probed in {path}, and in another file: give one of them")
+            ratios[name] = ratio
     if not ratios:
         raise UsageError(f"{probes[0]} says nothing of these agents: probe them at the injection")
     return ratios, {name: agent.gain for name, agent in agents.items()}

@@ -81,6 +81,20 @@ def test_each_agent_of_each_game_is_counted_once(command):
     ]
 
 
+def test_agents_may_be_probed_in_several_files_of_one_name(command):
+    write_games()
+    write_probe()
+    curves = [path for path in files() if path.endswith(".csv")]
+    _, at_once, _ = command("0.36", *curves, "probe.json")
+    probes = []
+    for game in (PHOENIX, ALIEN):
+        Path(game).mkdir()
+        probes.append(f"{game}/probe.json")
+        write_probe(probes[-1], left={agent: LEFT[agent] for agent in LEFT if agent[0] == game})
+    status, printed, _ = command("0.36", *curves, *probes)
+    assert status == 0 and printed == at_once
+
+
 def test_an_agent_of_which_the_probe_says_nothing_counts_as_not_right(command):
     write_games()
     write_probe(left=LEFT | {(PHOENIX, 1): None})
@@ -133,8 +147,11 @@ def test_a_probe_that_only_tells_games_apart_is_told_from_one_that_tells_agents_
         (["many", "both"], "many is no share of the error below which an agent gains: give one like 0.36"),
         (["0", "both"], "0 is no share of the error"),
         (["nan", "both"], "nan is no share of the error"),
-        (["0.36", "both"], "0 files of probes: give one that compare.py --probe wrote"),
-        (["0.36", "both", "probe.json", "late.json"], "2 files of probes: give one"),
+        (["0.36", "both"], "no file is of probes: give one that compare.py --probe wrote"),
+        (
+            ["0.36", "both", "probe.json", "again.json"],
+            f"{PHOENIX}__none__1 is probed in again.json, and in another file: give one of them",
+        ),
         (
             ["0.36", "both", "late.json"],
             "late.json says nothing of these agents: probe them at the injection",
@@ -146,6 +163,7 @@ def test_bad_input_is_refused_in_one_line(command, words, problem):
     write_games()
     write_probe()
     write_probe("late.json", step=2 * INJECTION)
+    write_probe("again.json")
     given = []
     for word in words:
         given += sorted(str(path) for path in Path().glob("*.csv")) if word == "both" else [word]

@@ -22,6 +22,7 @@ from simulated_runs import (
     write,
 )
 
+from analysis import curves
 from analysis.arms import group, read_arms
 from analysis.curves import Ancestor, read_curves, read_run, write_curves
 from analysis.games import aggregates
@@ -58,6 +59,19 @@ def test_they_come_back_as_they_were_measures_with_six_digits():
     assert read.scalars["charts/SPS"].tolist() == [[3_000], [7.0]], "the last"
     assert DORMANT not in back[0].scalars and "losses/td_loss" not in read.scalars
     assert [run.folder for run in back] == ["new/x.csv (seed 1)", "new/x.csv (seed 2)"]
+
+
+def test_a_file_that_cannot_be_written_to_its_end_stays_as_it_was(monkeypatch):
+    write_curves(runs(), path := Path("x.csv"))
+    before = path.read_bytes()
+
+    def full(of_run):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(curves, "rows_of", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_curves(read_curves(path), path)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

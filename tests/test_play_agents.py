@@ -44,6 +44,22 @@ def test_each_game_of_each_agent_has_a_row(command):
     assert rows == expected
 
 
+def test_a_file_grows_by_the_agents_that_it_lacks(command):
+    Path("runs").mkdir()
+    run_with_agent("runs/a", seed=1)
+    run_with_agent("runs/b", seed=2)
+    command("games.csv", "runs/a")
+    first = Path("games.csv").read_text()
+    status, printed, _ = command("games.csv", "runs/a", "runs/b", "runs/b/agent.pt")
+    assert status == 0 and "a has played" in printed and "b has played" in printed
+    grown = Path("games.csv").read_text()
+    assert grown.startswith(first)
+    assert [line.split(",")[:2] for line in grown.removeprefix(first).splitlines()] == [
+        ["b", "1"],
+        ["b", "2"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
@@ -58,3 +74,11 @@ def test_bad_input_is_refused_before_any_agent_plays(command, words, problem):
     status, printed, error = command(*words)
     assert status == 1 and printed == "" and problem in error
     assert error.startswith("error: ") and error.count("\n") == 1 and not Path("games.csv").exists()
+
+
+def test_a_file_of_something_else_is_refused_and_stays_as_it_is(command):
+    run_with_agent("a")
+    Path("games.csv").write_text("seed,step\n1,2\n")
+    status, printed, error = command("games.csv", "a")
+    assert status == 1 and printed == "" and "games.csv" in error and "or a new name" in error
+    assert Path("games.csv").read_text() == "seed,step\n1,2\n"
