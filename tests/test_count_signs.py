@@ -150,7 +150,7 @@ def test_a_probe_that_only_tells_games_apart_is_told_from_one_that_tells_agents_
         (["0.36", "both"], "no file is of probes: give one that compare.py --probe wrote"),
         (
             ["0.36", "both", "probe.json", "again.json"],
-            f"{PHOENIX}__none__1 is probed in again.json, and in another file: give one of them",
+            f"{ALIEN}__none__1 is probed in again.json, and in another file: give one of them",
         ),
         (
             ["0.36", "both", "late.json"],
