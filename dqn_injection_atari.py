@@ -1599,7 +1599,8 @@ def refuse_idle(given: dict[str, Any], args: Args) -> None:
             fix = "--eval-frequency"
         if name in ("wandb_project_name", "wandb_entity") and not args.track:
             fix = "--track"
-        if name in OF_INTERVENTION and name != "intervention" and no_interventions:
+        is_baseline = name == "intervention" and args.intervention == "none"
+        if name in OF_INTERVENTION and no_interventions and not is_baseline:
             fix = "--injection-step, or --injection-trigger norm"
         if fix is not None:
             names_by_fix.setdefault(fix, []).append(name)

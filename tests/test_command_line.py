@@ -310,6 +310,7 @@ def test_help_explains_every_flag_in_the_order_in_which_a_user_meets_them(monkey
         ("--preset paper --eval-frequency 0 --eval-steps 500", "--eval-frequency"),
         ("--wandb-project-name x", "--track"),
         ("--wandb-entity me --no-track", "--track"),
+        ("--intervention injection", "--injection-step"),
         ("--no-freeze-heads", "--injection-step"),
         ("--injected-head-width 1024", "--injection-step"),
         ("--moments keep", "--injection-step"),
@@ -329,6 +330,7 @@ def test_a_flag_that_nothing_in_the_run_would_look_at_is_refused_with_the_one_th
     [
         "--eval-frequency 500 --eval-epsilon 0.1",
         "--track --wandb-project-name x",
+        "--intervention none",
         "--injection-step 5 --intervention none --no-freeze-heads",
         "--injection-trigger norm --injected-head-width 1024",
     ],
