@@ -117,8 +117,8 @@ def test_the_readme_has_one_short_table_of_results_each_with_its_link():
 def test_every_training_command_parses(monkeypatch):
     settings = {
         "runs/FOLDER/run.json": Args(),
-        "runs/FOLDER/checkpoint-100000/manifest.json": Args(),
-        "runs/FOLDER/checkpoint-5000000/manifest.json": Args(),
+        "runs/FOLDER/checkpoint-100000/manifest.json": Args(injection_step=(100_000,)),
+        "runs/FOLDER/checkpoint-5000000/manifest.json": Args(injection_step=(5_000_000,)),
         "runs/FOLDER/checkpoint-12500000/manifest.json": Args(**PRESETS["paper"]),
     }
     for name, args in settings.items():
@@ -140,7 +140,7 @@ def test_every_comparing_command_parses():
 
 @each_page
 def test_every_other_command_is_one_that_a_reader_has(page):
-    begins = r"(python3? |\. \.venv/bin/activate|pip install -r |pytest( |$)|tensorboard --logdir runs|#)"
+    begins = r"(OMP_NUM_THREADS=1 )?(python3? |\. \.venv/bin/activate|pip install -r |pytest( |$)|tensorboard --logdir runs|#)"
     for command in commands(page):
         assert re.match(begins, command), command
         for name in re.findall(r"(?<![\w/])(?!runs/)[\w./-]+\.(?:txt|py)\b", command):
