@@ -139,6 +139,11 @@ def at_steps(intervention: str, steps: tuple[int, ...]) -> str:
     return f"{words.plural} at {' and '.join(shown)}"
 
 
+def has_other_width(setting: dict[str, Any]) -> bool:
+    """Whether an arm's injections add heads of another width than the first."""
+    return setting["injected_head_width"] not in (None, setting["head_width"])
+
+
 def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -> str:
     """An arm's name: its intervention, `baseline` if there is none, and what else sets it apart."""
     intervention = setting["intervention"]
@@ -150,10 +155,9 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
         ratio = setting["injection_norm_ratio"]
         words = [f"{INTERVENTIONS[intervention].noun} where the norm has grown {ratio:.15g}×"]
     shown = list(differing)
-    other_width = setting["injected_head_width"] not in (None, setting["head_width"])
-    if other_width and "injected_head_width" not in shown:
+    if has_other_width(setting) and "injected_head_width" not in shown:
         shown.append("injected_head_width")  # another network than its baseline's
-    if not other_width and "injected_head_width" in shown:
+    if not has_other_width(setting) and "injected_head_width" in shown:
         shown.remove("injected_head_width")  # the head's width says it
     if intervention in ALTERNATIVES:
         for field in fields(ALTERNATIVES[intervention].settings):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from analysis import canvas
-from analysis.arms import TRAINING_RETURN, Arm, describe, short
+from analysis.arms import TRAINING_RETURN, Arm, describe, has_other_width, short
 from analysis.curves import POLICY_CHURN
 from analysis.intervals import interval
 from analysis.verdict import Comparison, noun, number_in
@@ -224,7 +224,11 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
         if number in ("injection", "injection_norm_ratio"):
             name = INTERVENTIONS[pair.intervention].noun
         else:
-            name = describe(pair.arms[1].setting | {number: None}, (), "")
+            setting = pair.arms[1].setting
+            hidden = {number: None}
+            if number == "head_width" and not has_other_width(setting):
+                hidden["injected_head_width"] = None  # which follows it
+            name = describe(setting | hidden, (), "")
         lines[f"{pair.game}, {name}" if len(games) > 1 else name].append(pair)
     width = 6.0
     height = 4.0

@@ -156,8 +156,9 @@ def probe(paths: Iterable[str], settings: ProbeSettings, out: Path | None = None
         print(f"{probe_table(result)}\n{result['sentence']}", flush=True)
         if result["remark"] is not None:
             print(f"remark: {result['remark']}", flush=True)
+        if out is not None:
+            write_json(results, out.with_suffix(".json"))  # after each, so that none is lost
     if out is not None:
-        write_json(results, out.with_suffix(".json"))
         print(f"wrote {out.with_suffix('.json')}")
     return results
 

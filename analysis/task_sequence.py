@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from alternatives import ALTERNATIVES
 from analysis import canvas, fitting
+from analysis.figures import labelled
 from analysis.fitting import FRESH, ProbeSettings
 from analysis.intervals import geometric_interval, interval
 from analysis.markdown import markdown_table
@@ -360,7 +361,10 @@ def draw_sequences(results: list[dict[str, Any]], path: Path) -> None:
         column[0].set_title(title, loc="left", fontweight="bold", fontsize=10)
         column[-1].xaxis.set_major_locator(canvas.MaxNLocator(integer=True))
         column[-1].set_xlabel(f"{counted} ({result['probe_updates']:,} updates each)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), ncols=3, loc="outside lower left")
+    lines: dict[str, canvas.Artist] = {}
+    for ax in axes[0]:
+        lines |= labelled(ax)
+    figure.legend(lines.values(), lines.keys(), ncols=3, loc="outside lower left")
     canvas.save(figure, path)
 
 

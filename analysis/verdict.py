@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import scipy.stats
 
-from analysis.arms import EVALUATION, KEYS_OF_INTERVENTION, Arm
+from analysis.arms import EVALUATION, KEYS_OF_INTERVENTION, Arm, has_other_width
 from analysis.curves import TRAINING_RETURN, RecordedRun
 from analysis.intervals import CONFIDENCE, MIN_SEEDS
 from dqn_injection_atari import INTERVENTIONS
@@ -490,9 +490,8 @@ def varied(pairs: list[Comparison]) -> str | None:
         values = {number_in(shared, name) for shared in settings}
         if len(values - {None}) > 1 and name not in ("env_id", "intervention"):
             differing[name] = values  # an arm that has no such number has None
-    both = differing.get("head_width"), differing.get("injected_head_width")
-    if None not in both and all(shared["injected_head_width"] == shared["head_width"] for shared in settings):
-        del differing["injected_head_width"]  # new heads are as wide as the first
+    if "head_width" in differing and not any(map(has_other_width, settings)):
+        differing.pop("injected_head_width", None)  # new heads are as wide as the first
     if len(differing) != 1:
         return None
     name, values = differing.popitem()

@@ -33,7 +33,7 @@ from support.acceleration import prepare_process
 from support.checkpoints import load_checkpoint, save_checkpoint
 from support.machine import pick_device, usable_processors
 from support.process import ends_in_one_line
-from support.usage import words_given
+from support.usage import UsageError, words_given
 
 
 @dataclass
@@ -64,18 +64,27 @@ def peak_memory(figures: dict[str, float]) -> Iterator[None]:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield
-    done.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
     figures["extra_memory_GB"] = (peak - before) / 1e9
 
 
 def make_run(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> script.Training:
-    """A run that only plays, with room for the injections of the agent that it plays with."""
+    """A run that only plays; its network is like that of the agent that it plays with.
+
+    Raises:
+        UsageError: that agent plays another game.
+    """
+    trained = script.Args()
     injections = 0
     if settings.agent is not None:
-        network, _, _ = script.load_agent(settings.agent, "cpu")
+        network, trained, _ = script.load_agent(settings.agent, "cpu")
         injections = network.num_injections
+        if trained.env_id != settings.env_id:
+            raise UsageError(f"{settings.agent} plays {trained.env_id}: give --env-id {trained.env_id}")
     args = script.Args(
         env_id=settings.env_id,
         env_backend="ale",
@@ -84,6 +93,10 @@ def make_run(settings: Settings, folder: Path, stack: contextlib.ExitStack) -> s
         total_timesteps=settings.steps,
         learning_starts=settings.steps,
         injection_step=tuple(settings.num_envs * k for k in range(1, injections + 1)),
+        head_width=trained.head_width,
+        injected_head_width=trained.injected_head_width,
+        shared_bias=trained.shared_bias,
+        layer_norm=trained.layer_norm,
         plasticity_frequency=0,
         end_e=0.05,
     )

@@ -23,14 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.markdown import markdown_table
 from analysis.verdict import show
-from img.draw_signs import add_probe, agents_in, error_left
+from img.draw_signs import add_probe, agents_in, error_left, game_of
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
-
-
-def game_of(name: str) -> str:
-    game, _, _ = name.partition("__")
-    return game
 
 
 def chance_by_shuffling(said: list[bool], gained: list[bool], groups: list[str]) -> float:

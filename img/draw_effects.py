@@ -106,6 +106,17 @@ def last_dormant(run: RecordedRun, window: Window) -> float:
     return float(shares[-1]) if shares.size else math.nan
 
 
+def score_of(run: RecordedRun, scores: Scores) -> float | None:
+    """Mean score of its final agent, if that has played."""
+    return scores.get(run.lineage[0].folder or "")
+
+
+def final_score(run: RecordedRun, window: Window, scores: Scores) -> float:
+    """`score_of` an agent that is of the window's end."""
+    score = score_of(run, scores)
+    return math.nan if score is None or run.last_step > window.upto else score
+
+
 def quantities(window: Window, part: int, scores: Scores) -> dict[str, Quantity]:
     """What is compared, in the order of the figure's panels."""
     after = window.after
@@ -115,7 +126,7 @@ def quantities(window: Window, part: int, scores: Scores) -> dict[str, Quantity]
         f"return, all {upto - after:,} steps": lambda run: mean_return(run, after, upto),
         f"return, last {part:,} steps": lambda run: mean_return(run, upto - part, upto),
         "dormant units of the head, end": lambda run: last_dormant(run, window),
-        "final agent, whole games": lambda run: scores.get(run.lineage[0].folder or "", math.nan),
+        "final agent, whole games": lambda run: final_score(run, window, scores),
     }
 
 
@@ -168,6 +179,9 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
     for runs in (origins, *forks.values()):
         for run in runs.values():
             left_out.pop(run.folder, None)  # one without a game in the window has other numbers
+            if score_of(run, scores) is not None and run.last_step > window.upto:
+                reason = f"the window ends at {window.upto:,}, and it is the agent of step {run.last_step:,}"
+                left_out[f"games of {run.folder}"] = f"games of the final agent of {run.folder}: {reason}"
     values = values_of(origins, measured)
     changed = {name: changes(values, values_of(runs, measured)) for name, runs in forks.items()}
     return Effects(without.name, values, changed, left_out)
@@ -231,7 +245,7 @@ def effects_table(effects: Effects) -> str:
 def draw(target: str, title: str, effects: Effects) -> None:
     """The figure: a panel for each quantity, with a row for each arm; small points are seeds."""
     figure = Figure(figsize=(12, 1.4 + 0.5 * len(effects.changes)), layout="constrained")
-    axes = figure.subplots(1, len(effects.values), sharey=True)
+    (axes,) = figure.subplots(1, len(effects.values), sharey=True, squeeze=False)
     for ax, (quantity, values) in zip(axes, effects.values.items(), strict=True):
         for row, changed in enumerate(effects.changes.values()):
             differences = np.array([*changed[quantity].values()])

@@ -197,7 +197,7 @@ def check_agents(trained: list[Args]) -> None:
     names = [arm_name(args) for args in trained]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"several runs are of the arm {name!r}: give one of each arm")
+            raise UsageError(f"several agents would be called {name!r}: give one of each name")
     env_ids = sorted({args.env_id for args in trained})
     if len(env_ids) > 1:
         raise UsageError(f"the agents play {' and '.join(env_ids)}: give runs of one game")

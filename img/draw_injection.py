@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from analysis.arms import TRAINING_RETURN, Arm, print_remarks, read_arms, short
 from analysis.canvas import COLOURS, DASHED, INK, Figure, Look, check_name, drawing, plot_broken, save
 from analysis.figures import curve
-from analysis.intervals import interval
+from analysis.intervals import MIN_SEEDS, interval
+from analysis.verdict import counterparts
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
 
@@ -41,6 +42,9 @@ def draw(target: str, arms: list[Arm], at: int) -> None:
         if arm.intervention != "none":
             mean[edges[1:] < at] = np.nan  # it begins in the last stretch of what the arms share
         drawn = ~np.isnan(mean)
+        if not drawn.any():
+            beyond = f"in one stretch beyond step {at:,} ({edges[1]:,.0f} steps each)"
+            raise UsageError(f"{arm.name}: not all runs have games {beyond}: give runs that are further")
         plot_broken(ax, middles, mean, **style.line, lw=2.5)
         ax.fill_between(middles[drawn], low[drawn], high[drawn], color=style.colour, alpha=0.15, lw=0)
         ax.text(1.005 * edges[-1], mean[drawn][-1], label, color=style.colour, fontsize=13, va="center")
@@ -55,8 +59,10 @@ def draw(target: str, arms: list[Arm], at: int) -> None:
     ax.yaxis.set_major_formatter(lambda score, _: f"{score:,.0f}")
     ax.tick_params(labelsize=11)
     counts = sorted({len(arm.runs) for arm in arms})
-    seeds = "–".join(map(str, counts))
-    title = f"{arms[0].game}: mean of {seeds} seeds; shaded: 95% interval"
+    seeds = "1 seed" if counts == [1] else f"{'–'.join(map(str, counts))} seeds"
+    title = f"{arms[0].game}: mean of {seeds}"
+    if counts[-1] >= MIN_SEEDS:
+        title += "; shaded: 95% interval"
     ax.set_title(title, fontsize=12, loc="left")
     save(figure, target)
 
@@ -75,6 +81,10 @@ def main() -> None:
         interventions = sorted(arm.intervention for arm in arms)
         if len(games) != 1 or len(steps) != 1 or interventions != sorted(LOOKS):
             raise UsageError(f"give one arm each of {', '.join(LOOKS)}, of one game and at one step")
+        if len(counterparts(arms)) < len(arms) - 1:
+            raise UsageError(
+                "the arms differ in more than the intervention: give three that differ in that alone"
+            )
         draw(target, arms, steps.pop())
 
 

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from analysis.canvas import Figure, check_name, drawing, save
 from analysis.curves import TRAINING_RETURN, RecordedRun, read_run
 from analysis.figures import labelled
+from dqn_injection_atari import INTERVENTIONS
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
 
@@ -21,7 +22,7 @@ def draw(run: RecordedRun, target: str, random_score: float | None) -> None:
     nothing = np.empty((2, 0))
     steps, returns = run.scalars[TRAINING_RETURN]
     evaluations = run.scalars.get("eval/episodic_return", nothing)
-    injections = run.scalars.get("injection/step", nothing)[0]
+    interventions = run.scalars.get("injection/step", nothing)[0]
     figure = Figure(figsize=(8, 4.2))
     ax = figure.subplots()
     ax.plot(steps, returns, ".", ms=2, color="#b9cfe4", label="one training game")
@@ -33,8 +34,9 @@ def draw(run: RecordedRun, target: str, random_score: float | None) -> None:
         ax.plot(*evaluations, "D", ms=5, color="#d1495b", label="evaluation, mean of its games")
     if random_score is not None:
         ax.axhline(random_score, color="#666666", lw=1, ls=":", label=f"random play ({random_score:g})")
-    for step in injections:
-        ax.axvline(step, color="#e08a1e", lw=1.5, ls="--", label="plasticity injection")
+    for step in interventions:
+        name = INTERVENTIONS[run.args.intervention].noun
+        ax.axvline(step, color="#e08a1e", lw=1.5, ls="--", label=name)
     ax.set_xlabel("step (1 step = 4 frames)")
     ax.set_ylabel("return of a whole game, raw score")
     highest = [np.quantile(returns, 0.998), *evaluations[1:].flat]

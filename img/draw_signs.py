@@ -30,7 +30,7 @@ from analysis.curves import RecordedRun
 from analysis.fitting import CONTENDERS
 from analysis.markdown import markdown_table
 from analysis.task_sequence import INJECTED, SAME
-from analysis.verdict import comparisons
+from analysis.verdict import comparisons, share_history
 from support.process import ends_in_one_line
 from support.usage import UsageError, reading, words_given
 
@@ -69,6 +69,8 @@ def measures_at(run: RecordedRun, step: int) -> dict[str, float]:
 def agents_in(files: list[str]) -> Agents:
     """The agents in files of curves that went on both with an injection and without.
 
+    Pairs of runs that were not one up to the injection are no agents, nor are continuations of one agent.
+
     Raises:
         UsageError: there is none, or two have one name.
     """
@@ -78,12 +80,19 @@ def agents_in(files: list[str]) -> Agents:
     for pair in comparisons(arms, TRAINING_RETURN, None):
         if pair.intervention != "injection":
             continue
+        if pair.one_agent:
+            print(f"left out: {pair.arms[1].name}, all its runs continue one agent")
+            continue
+        injected = {run.args.seed: run for run in pair.arms[1].runs}
         for run in pair.arms[0].runs:
             seed = run.args.seed
             if seed not in pair.differences:
                 continue
             step = pair.firsts[seed]
             name = run.args.run_name
+            if not share_history(run, injected[seed], step):
+                print(f"left out: {name}, its run with an injection is of another agent")
+                continue
             if name in agents:
                 raise UsageError(f"two agents are called {name}: give the files of one of them")
             gain = pair.differences[seed]
@@ -91,6 +100,12 @@ def agents_in(files: list[str]) -> Agents:
     if not agents:
         raise UsageError("no agent has runs with and without an injection: give the files of both arms")
     return agents
+
+
+def game_of(name: str) -> str:
+    """The game of an agent of that name."""
+    game, _, _ = name.partition("__")
+    return game
 
 
 def error_left(path: Path) -> str:
@@ -217,6 +232,9 @@ def main() -> None:
         target, *files = words_given() or [""]
         agents = agents_in([path for path in files if not path.endswith(".json")])
         check_name(target)
+        games = sorted({game_of(name) for name in agents})
+        if len(games) > 1:
+            raise UsageError(f"the agents play {' and '.join(games)}: give the files of one game")
         measured = all_measures(agents)
         for path in files:
             if path.endswith(".json"):

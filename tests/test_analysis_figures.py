@@ -311,6 +311,21 @@ def test_an_interventions_own_number_is_on_the_axis_and_in_no_name(saved):
     assert names == ["shrink and perturb at 1k (n = 3)"]
 
 
+@pytest.mark.parametrize(
+    ("injected", "name"),
+    [
+        ({}, "injection at 1k (n = 3)"),
+        ({"injected_head_width": 1024}, "injection at 1k, injected head width 1,024 (n = 3)"),
+    ],
+)
+def test_heads_as_wide_as_the_first_are_one_arm_at_all_widths(saved, injected, name):
+    runs = []
+    for width in (256, 512):
+        runs += make_arms(prefix=f"{width}-", head_width=width, **injected)
+    draw_differences(comparisons(arms_of(*runs), RETURN, None), "head_width", Path("x.png"))
+    assert [text.get_text() for text in saved["x.png"].legends[0].get_texts()] == [name]
+
+
 @pytest.mark.parametrize(("number_of_games", "title"), [(1, "Game0NoFrameskip-v4"), (9, "9 games")])
 def test_a_figure_of_differences_grows_with_its_games_and_not_its_panel(saved, number_of_games, title):
     runs = []

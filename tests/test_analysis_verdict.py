@@ -355,6 +355,16 @@ def test_a_number_that_some_arms_do_not_have_is_none_that_varies():
     assert varied(compared(*runs[::2], *of_shrinking)) == "shrink_factor"
 
 
+def test_a_width_varies_also_beside_an_arm_that_injects_no_head():
+    runs = []
+    for width in (64, 128):
+        runs += make_arms(prefix=f"{width}-", head_width=width)
+        for seed in (1, 2, 3):
+            how = {"intervention": "reset-head", "head_width": width}
+            runs.append(make_run(f"reset-{width}-{seed}", {RETURN: games(seed, 2)}, seed=seed, **how))
+    assert varied(compared(*runs)) == "head_width"
+
+
 def test_what_only_one_of_two_interventions_looks_at_is_no_number_that_varies():
     runs = []
     for rate in (1e-4, 1e-3):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 import torch
 import zstandard
 from conftest import TINY_GAMES
+from saved_agents import run_with_agent
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import checkpoint_size, kill_test, profile_update, sb3_dqn, sweep_overhead, throughput
 from dqn_injection_atari import Learner
 from support.run_log import Curves, Point, summary
+from support.usage import UsageError
 
 
 @pytest.fixture
@@ -257,6 +260,28 @@ def test_the_checkpoint_that_is_measured_is_whole_and_its_figures_are_all_that_i
     assert result["checkpoint_GB"] == pytest.approx(sum(result["files_MB"].values()) / 1e3)
     assert result["frames_GB"] > 64 * 84 * 84 / 1e9, "one frame a step, and those before the first"
     assert not any(Path().iterdir())
+
+
+@pytest.mark.slow
+def test_the_agent_that_plays_may_have_another_network(capsys):
+    folder = run_with_agent("a", layer_norm=True, shared_bias=True, injected_head_width=24)
+    agent = Path(folder, "agent.pt")
+    how = {"env_id": TINY_GAMES, "num_envs": 2, "steps": 64, "repeats": 1}
+    checkpoint_size.main(checkpoint_size.Settings(**how, agent=agent))
+    assert json.loads(capsys.readouterr().out)["bitwise_equal"]
+
+
+def test_an_agent_of_another_game_is_refused():
+    agent = Path(run_with_agent("a"), "agent.pt")
+    with pytest.raises(UsageError, match=f"a/agent.pt plays {TINY_GAMES}: give --env-id {TINY_GAMES}"):
+        checkpoint_size.main(checkpoint_size.Settings(agent=agent))
+
+
+def test_nothing_watches_memory_when_a_checkpoint_has_failed():
+    before = threading.active_count()
+    with pytest.raises(OSError, match="full"), checkpoint_size.peak_memory({}):
+        raise OSError("full")
+    assert threading.active_count() == before
 
 
 @pytest.mark.slow

@@ -140,7 +140,8 @@ def test_every_comparing_command_parses():
 
 @each_page
 def test_every_other_command_is_one_that_a_reader_has(page):
-    begins = r"(OMP_NUM_THREADS=1 )?(python3? |\. \.venv/bin/activate|pip install -r |pytest( |$)|tensorboard --logdir runs|#)"
+    tools = r"python3? |\. \.venv/bin/activate|pip install -r |pytest( |$)|tensorboard --logdir runs|#"
+    begins = rf"(OMP_NUM_THREADS=1 )?({tools})"
     for command in commands(page):
         assert re.match(begins, command), command
         for name in re.findall(r"(?<![\w/])(?!runs/)[\w./-]+\.(?:txt|py)\b", command):

@@ -296,6 +296,27 @@ def test_arms_that_have_got_to_different_steps_are_drawn_over_what_both_have(com
     assert "return, all 1,500 steps" in table["arm"] and "head reset at 1k: change" in table
 
 
+def test_a_final_agent_of_a_step_beyond_the_window_is_not_compared(command):
+    write("none", arm("none", "none", upto=TOTAL - 500))
+    write("injection", arm("injection", "injection"))
+    write_scores({f"{name}-{seed}": 100.0 for name in ("none", "injection") for seed in SEEDS})
+    _, table, others, _ = command("x.png", "500", *files())
+    assert table["injection at 1k: change"][-1] == "–" and table["no injection"][-1].startswith("100")
+    reason = f"the window ends at {TOTAL - 500:,}, and it is the agent of step {TOTAL:,}"
+    assert sum(reason in line for line in others) == len(SEEDS)
+
+
+def test_one_quantity_alone_is_drawn(command, drawn):
+    for name in ("none", "injection"):
+        runs = arm(name, name)
+        for run in runs:
+            del run.scalars[DORMANT]
+            run.scalars[RETURN] = run.scalars[RETURN][:, :-1]
+        write(name, runs)
+    status, table, _, _ = command("x.png", "50", *files())
+    assert status == 0 and table["arm"] == ["return, all 2,000 steps"] and len(drawn["x.png"].axes) == 1
+
+
 @pytest.mark.parametrize("seeds", [(1, 2), (4, 5, 6)])
 def test_arms_that_share_no_history_are_refused(command, seeds):
     write("none", arm("none", "none"))

@@ -252,10 +252,10 @@ OTHER = variant("OtherTinyPhoenix-v5", TINY_GAMES)
         (["x.gif", "c", "nowhere"], "nowhere cannot be read as an agent"),
         (["x.gif", "c", "without"], "give an agent.pt from --save-model"),
         (["x.gif", "c", "a", "elsewhere"], f"play {OTHER} and {TINY_GAMES}: give runs of one game"),
-        (["x.gif", "c", "a", "c"], "several runs are of the arm 'no intervention': give one of each arm"),
+        (["x.gif", "c", "a", "c"], "several agents would be called 'no intervention': give one of each name"),
         (
             ["x.gif", "c", "a", "another"],
-            "several runs are of the arm 'injection at 10': give one of each arm",
+            "several agents would be called 'injection at 10': give one of each name",
         ),
     ],
 )

@@ -82,13 +82,51 @@ def test_what_is_not_three_ways_to_go_on_from_one_step_is_refused(script, capsys
     assert "give one arm each of none, injection, reset-head" in capsys.readouterr().err
 
 
+def test_three_ways_that_differ_in_more_are_refused(script, capsys):
+    runs = three_ways(1_000)
+    others = []
+    for seed in (1, 2, 3):
+        how = {"seed": seed, "intervention": "reset-head", "learning_rate": 1e-3}
+        others.append(write(make_run(f"other-{seed}", {RETURN: games(seed, 1)}, **how)))
+    assert script("draw_injection", "x.png", *runs[:3], *others, *runs[6:])[0] == 1
+    assert "the arms differ in more than the intervention" in capsys.readouterr().err
+
+
+def test_three_ways_of_which_one_has_no_games_yet_are_refused(script, capsys):
+    runs = three_ways(1_000)
+    begun = write(make_run("begun", {RETURN: games(3, 1, upto=900)}, 900, seed=3))
+    assert script("draw_injection", "x.png", *runs[:2], begun, *runs[3:])[0] == 1
+    error = capsys.readouterr().err
+    assert "injection at 1k: not all runs have games in one stretch beyond step 1,000" in error
+
+
+@pytest.mark.parametrize(
+    ("count", "title"), [(3, "mean of 3 seeds; shaded: 95% interval"), (1, "mean of 1 seed")]
+)
+def test_an_interval_is_named_where_there_is_one(script, monkeypatch, count, title):
+    drawn = []
+    monkeypatch.setattr("analysis.canvas.save", lambda figure, path: drawn.append(figure))
+    runs = three_ways(1_000)
+    few = [run for number, run in enumerate(runs) if number % 3 < count]
+    assert script("draw_injection", "x.png", *few) == (0, "")
+    assert drawn[0].axes[0].get_title(loc="left") == f"PhoenixNoFrameskip-v4: {title}"
+
+
+def test_in_a_runs_return_its_intervention_has_its_name(script):
+    points = {RETURN: games(1, 0), "injection/step": [(1_000, 1_000)]}
+    run = write(make_run("a", points, intervention="reset-head"))
+    assert script("draw_return", run, "x.svg") == (0, "")
+    figure = Path("x.svg").read_text(encoding="utf-8")
+    assert "<!-- head reset -->" in figure and "injection" not in figure
+
+
 def test_a_runs_return_is_drawn(script, monkeypatch):
     monkeypatch.setenv("HOME", str(Path().absolute()))
     run, *_ = write_arms(["a"])
     assert script("draw_return", f"~/{run}", "~/x.svg", "20.5") == (0, "")
     figure = Path("x.svg").read_text(encoding="utf-8")
     means = ["mean of the last 20 training games", "evaluation, mean of its games"]
-    for label in (*means, "random play (20.5)", "plasticity injection"):
+    for label in (*means, "random play (20.5)", "injection"):
         assert f"<!-- {label} -->" in figure
 
 

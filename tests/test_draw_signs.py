@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from simulated_runs import INJECTION, RETURN, games, make_arms, make_norm_arms, make_run
+from simulated_runs import ALIEN, INJECTION, RETURN, games, make_arms, make_norm_arms, make_run
 
 from analysis.curves import read_curves, write_curves
 from analysis.task_sequence import INJECTED, SAME
@@ -210,4 +210,48 @@ def test_without_both_arms_there_is_nothing_to_draw(monkeypatch, capsys):
     for path in Path().glob("*_True.csv"):
         path.unlink()
     with pytest.raises(SystemExit, match="no agent has runs with and without"):
+        draw(monkeypatch, capsys)
+
+
+def test_runs_that_were_not_one_up_to_the_injection_are_no_agent(monkeypatch, capsys):
+    write_dose()
+    runs = []
+    for seed in (1, 2, 3):
+        points = [(step, value + 100) for step, value in games(seed, 1)]  # also of the games before
+        how = {"learning_rate": 1e-4, "intervention": "injection", "exp_name": "injection_0.0001"}
+        runs.append(make_run(f"{seed}", {RETURN: points}, seed=seed, **how))
+    write_curves(runs, Path("0.0001_True.csv"))
+    table, printed = draw(monkeypatch, capsys)
+    assert table["dormant_fraction/head"][0] == "4", "those at the larger learning rate"
+    assert printed[:3] == [
+        f"left out: PhoenixNoFrameskip-v4__none_0.0001__{seed}, its run with an injection is of another agent"
+        for seed in (1, 2, 3)
+    ]
+
+
+def test_continuations_of_one_agent_are_not_agents(monkeypatch, capsys):
+    for arm in ("none", "injection"):
+        runs = []
+        for seed in (1, 2, 3):
+            points = [point for point in games(1, 0) if point[0] <= INJECTION]
+            points += [point for point in games(seed, len(arm)) if point[0] > INJECTION]
+            how = {"intervention": arm, "fork": f"runs/a/checkpoint-{INJECTION}"}
+            runs.append(make_run(f"{seed}", {RETURN: points}, seed=seed, **how))
+        write_curves(runs, Path(f"{arm}.csv"))
+    with pytest.raises(SystemExit, match="no agent has runs with and without"):
+        draw(monkeypatch, capsys)
+    assert "left out: injection at 1k, all its runs continue one agent" in capsys.readouterr().out
+
+
+def test_agents_of_two_games_are_not_ranked_together(monkeypatch, capsys):
+    write_dose()
+    for arm in ("none", "injection"):
+        runs = []
+        for seed in (1, 2, 3):
+            how = {"seed": seed, "intervention": arm, "env_id": ALIEN}
+            runs.append(make_run(f"{seed}", {RETURN: games(seed, len(arm))}, **how))
+        write_curves(runs, Path(f"alien_{arm}.csv"))
+    with pytest.raises(
+        SystemExit, match=f"the agents play {ALIEN} and PhoenixNoFrameskip-v4: give the files"
+    ):
         draw(monkeypatch, capsys)

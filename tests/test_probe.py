@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,6 +205,23 @@ def test_damaged_and_missing_checkpoints_are_named_and_left_out(checkpoint, tmp_
     assert len(left_out) == 2 and "replay.zst is damaged" in left_out[0] and "missing" in left_out[1]
     with pytest.raises(UsageError, match=r"no checkpoint to probe.*replay\.zst is damaged"):
         probe(given[:2], QUICK)
+
+
+def test_what_was_found_is_kept_where_a_later_checkpoint_fails(checkpoint, monkeypatch):
+    result = {"checkpoint": "a", "env_id": "b", "step": 1, "injections": 0, "sentence": "c", "remark": None}
+    result |= {"errors": {}, "relative_to_fresh": {}}
+    probed = []
+
+    def out_of_memory_at_the_second(path, settings):
+        probed.append(path)
+        if len(probed) == 2:
+            raise MemoryError
+        return result
+
+    monkeypatch.setattr(probing, "probe_checkpoint", out_of_memory_at_the_second)
+    with pytest.raises(MemoryError):
+        probe(["a", "b"], QUICK, Path("new/x.png"))
+    assert json.loads(Path("new/x.json").read_text(encoding="utf-8")) == [result]
 
 
 def test_too_few_observations_are_refused(checkpoint):

@@ -452,6 +452,15 @@ def test_intervals_of_an_error_are_on_the_log_scale_and_what_is_dashed_has_a_nam
     assert dashed == {FRESH, "injection or reset"} and dashed <= named
 
 
+def test_what_is_drawn_in_one_column_only_has_a_name_too(monkeypatch):
+    lost = found_in_four()
+    kept = lost | {"copied_before": [None] * 4}
+    drawn = []
+    monkeypatch.setattr("analysis.canvas.save", lambda figure, path: drawn.append(figure))
+    task_sequence.draw_sequences([kept, lost], Path("x.png"))
+    assert "injection or reset" in {text.get_text() for text in drawn[0].legends[0].get_texts()}
+
+
 def test_networks_are_told_apart_without_colours():
     assert task_sequence.LOOKS.keys() == set(NAMES)
     assert len({(look.dashes, look.marker) for look in task_sequence.LOOKS.values()}) == len(NAMES)
