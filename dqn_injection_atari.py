@@ -66,7 +66,7 @@ from support.acceleration import (
     prepare_process,
     upload,
 )
-from support.checkpoints import Checkpoint, read_identity
+from support.checkpoints import AS_IT_WAS_MADE, Checkpoint, read_identity
 from support.environments import STACK, LearnerView
 from support.evaluation import Stop, epsilon_greedy, play_games, player, print_scores, save_agent
 from support.flags import Period, PositivePeriod, RunFlags
@@ -720,7 +720,7 @@ class Learner:
         return [self.q_network.encoder, self.learning_head()]
 
     def captured_tensors(self) -> list[Tensor]:
-        """All that acting and updating change or look at: a captured graph must not lose one of them."""
+        """All that acting and updating change: what has to be restored after a graph's warm-up."""
         tensors = [*self.q_network.parameters(), *self.online.parameters(), *self.losses.tensors()]
         for moments in self.optimizer.state.values():
             tensors += moments.values()
@@ -1208,6 +1208,8 @@ def train(args: Args, signals: Signals | None = None) -> Path:
             save_agent(run.folder / "agent.pt", learner.q_network, asdict(args), run.step)
             run.log.say(f"agent saved, play with it: {run.command(__file__, 'evaluate')}")
         run.finish(complete, __file__)
+    if complete:
+        signals.stop = None  # one that came while files were closed was too late
     return run.folder
 
 
@@ -1378,7 +1380,7 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
     """
     step = checkpoint.step
     where = f"checkpoint {checkpoint.path}"
-    with reading(checkpoint.path, "this run's checkpoint", "move it away, and go on from another"):
+    with reading(checkpoint.path, "this run's checkpoint", AS_IT_WAS_MADE):
         earlier = tuple(checkpoint.state["learner"]["interventions"])
     planned = tuple(planned for planned in args.planned_changes if planned < step)
     if args.intervention == "none":

@@ -26,7 +26,7 @@ class Words:
 
 @dataclass(frozen=True)
 class AgentParts:
-    """What an alternative works on, in place. Optimizer and target network know these very tensors.
+    """What an alternative works on, in place: the optimizer and captured graphs know these very tensors.
 
     Random numbers come from generators of the CPU that depend on the run's seed, and on how many
     interventions there have been or, where one goes on, on the step: no other random stream moves.

@@ -34,6 +34,8 @@ FILE = re.compile(r"manifest\.json|state\.pt|\w+\.zst", re.ASCII)
 CHECKSUM = re.compile(rf"([0-9a-f]{{64}})  ({FILE.pattern})\n", re.ASCII)  # a line of SHA256SUMS
 FOLDER = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 LEFTOVER = re.compile(rf"\.{FOLDER.pattern}\.(partial|damaged|old)")
+# what to do with one whose every byte is right, and which does not fit all the same
+AS_IT_WAS_MADE = "go on with the script, the packages and the processor that its manifest.json names"
 BEGIN_AGAIN = "start the run again without --resume; of a sweep, move it away and repeat the sweep"
 WRITE_ERRORS = (OSError, MemoryError, zstandard.ZstdError)
 
@@ -53,14 +55,16 @@ class Checkpoint:
 
     def restore(self, parts: dict[str, Any]) -> None:
         """Brings these parts, in their order, into their saved state; UsageError where that does not fit."""
-        with reading(self.path, "this run's checkpoint", "move it away, and go on from another"):
+        for name, part in parts.items():
+            if hasattr(part, "tensors") and f"{name}.zst" not in self.files:
+                reason = f"{name}.zst is not in {CHECKSUMS}"
+                cannot = f"{self.path} cannot be read as this run's checkpoint ({reason})"
+                raise UsageError(f"{cannot}: move it away, and go on from another")
+        with reading(self.path, "this run's checkpoint", AS_IT_WAS_MADE):
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
                 if hasattr(part, "tensors"):
-                    stream = f"{name}.zst"
-                    if stream not in self.files:
-                        raise ValueError(f"{stream} is not in {CHECKSUMS}")
-                    _fill(part.tensors(), self.path / stream)
+                    _fill(part.tensors(), self.path / f"{name}.zst")
 
 
 def save_checkpoint(
@@ -113,7 +117,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise ValueError(f"{' and '.join(damaged)} is damaged, the checksum is another")
         meta = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
-            raise ValueError(f"its format is {meta['format']}, this version reads {FORMAT}")
+            reads = f"this version reads {FORMAT}, go on with the one that wrote it"
+            raise ValueError(f"its format is {meta['format']}, {reads}")
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return Checkpoint(path, meta, state, files=tuple(recorded))
 
@@ -155,7 +160,7 @@ def read_identity(path: Path) -> dict[str, Any]:
 def list_checkpoints(folder: Path) -> dict[int, Path]:
     """{step: path} of the checkpoints in a run's folder, good or not, newest first."""
     found = {}
-    for path in folder.glob("checkpoint-*"):
+    for path in folder.iterdir():  # glob would find nothing where the system cannot list it
         name = FOLDER.fullmatch(path.name)
         if name is not None and path.is_dir():
             found[int(name[1])] = path
@@ -250,6 +255,6 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Removes what an interrupted `save_checkpoint` left behind, as far as possible."""
-    for leftover in folder.glob(".checkpoint-*"):
+    for leftover in folder.iterdir():
         if LEFTOVER.fullmatch(leftover.name) and leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

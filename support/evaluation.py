@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch.nn as nn
 
 from support.acceleration import upload
 from support.environments import FRAME_SIZE, FRAME_SKIP, LearnerView
+from support.machine import way_out
 from support.usage import UsageError
 
 Stop = Callable[[], bool]
@@ -114,7 +116,16 @@ def print_scores(title: str, scores: np.ndarray) -> None:
 
 
 def save_agent(path: Path, q_network: nn.Module, args: dict[str, Any], step: int) -> None:
-    """Writes a network and the arguments it was trained with, for `torch.load` with `weights_only`."""
+    """Writes a network and the arguments it was trained with, for `torch.load` with `weights_only`.
+
+    Raises OSError where that fails, and leaves the file that was there before.
+    """
     saved = io.BytesIO()  # writing to `path` itself, PyTorch would turn a full disk into a RuntimeError
     torch.save({"q_network": q_network.state_dict(), "args": args, "step": step}, saved)
-    path.write_bytes(saved.getbuffer())
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(saved.getbuffer())
+        os.replace(partial, path)
+    except OSError as error:
+        fix = f"{way_out(error)}, and --resume {path.parent}"
+        raise OSError(f"{path} cannot be written ({error}): {fix}") from error

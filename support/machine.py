@@ -111,17 +111,18 @@ def control_groups(root: Path) -> Iterator[tuple[str, Path]]:
 
 def free_memory(root: Path = Path("/")) -> int:
     """Bytes this process may still take: the machine's, or its control group's where that is less."""
-    files = {  # limit, usage, and what of the usage is file cache that the kernel gives back
-        "": ("memory.max", "memory.current", "file"),
-        "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    files = {  # limit, usage, and what of the usage is file cache, which the kernel gives back but for tmpfs
+        "": ("memory.max", "memory.current", "file", "shmem"),
+        "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache", "total_shmem"),
     }
     free = psutil.virtual_memory().available
     for controller, folder in control_groups(root):
         # there may be no control group, another controller's, or "max": no limit
         with contextlib.suppress(OSError, ValueError, KeyError):
-            limit, usage, cache = files[controller]
-            statistics = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
-            cached = int(dict(line.split() for line in statistics)[cache])
+            limit, usage, cache, tmpfs = files[controller]
+            lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+            statistics = dict(line.split() for line in lines)
+            cached = int(statistics[cache]) - int(statistics.get(tmpfs, 0))
             used = int((folder / usage).read_text(encoding="utf-8")) - cached
             free = min(free, int((folder / limit).read_text(encoding="utf-8")) - used)
     return free

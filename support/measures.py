@@ -107,7 +107,7 @@ def dormant_units(activations: torch.Tensor, tau: float = 0.025) -> torch.Tensor
     """
     sizes = activations.abs().transpose(0, 1).flatten(start_dim=1).mean(dim=1)  # (units,)
     scores = sizes / (sizes.mean() + 1e-9)
-    return (scores <= tau).float().where(scores.isfinite(), math.nan)
+    return (scores <= tau).float().where(sizes.mean().isfinite(), math.nan)
 
 
 def active_fraction(activations: torch.Tensor) -> torch.Tensor:

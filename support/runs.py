@@ -280,9 +280,14 @@ class Run:
         """Where memory or a GPU gives out in mid-run, says so in one line, with what can be gone on from."""
         reason = None if error is None else out_of_resources(error)
         if reason is not None:
-            folder = self.place.find() or self.place.path
-            message = f"stopped at step {self.step:,}, {reason}; of {folder}, to --resume, {self.kept}"
-            raise OSError(message) from error
+            folder = self.place.find()
+            if self.saved is None:
+                left = f"there is no checkpoint yet: {BEGIN_AGAIN}"
+            elif folder is None:
+                left = f"{self.place.path} is gone, {self.kept}"
+            else:
+                left = f"{self.kept}: go on with --resume {folder}"
+            raise OSError(f"stopped at step {self.step:,}, {reason}; {left}") from error
 
     def evaluate(self, play: Callable[[Path | None, Callable[[], bool]], np.ndarray], film: bool) -> bool:
         """Logs the mean score of play(film's path, whether to stop); False, with no log, if it stopped."""
@@ -320,7 +325,7 @@ class Run:
         sign = idle_gpu() if self.args["cuda"] else None
         if sign is not None:
             cannot = f"there is a GPU ({sign}), but PyTorch {torch.__version__} cannot use it"
-            fix = "see to driver, PyTorch's build, CUDA_VISIBLE_DEVICES"
+            fix = "see to driver, PyTorch's build, CUDA_VISIBLE_DEVICES; or give --no-cuda"
             self.log.say(f"warning: {cannot}, and the CPU takes days: {fix}")
         if origin.checkpoint is not None:
             begun = "forked" if origin.forked else "resumed"

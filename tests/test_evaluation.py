@@ -1,5 +1,6 @@
 """Whole games played by an agent: which scores count, what is filmed, agents that come back from a file."""
 
+import errno
 import os
 import sys
 from dataclasses import replace
@@ -383,6 +384,20 @@ def test_what_playing_looks_at_or_what_is_the_agents_own_is_not_refused(agent, m
 def test_whoever_calls_it_is_told_too_what_playing_would_pass_over(agent):
     with pytest.raises(UsageError, match=r"with gamma 0\.99, overlap False: leave out --gamma, --overlap"):
         script.evaluate_saved(Args(evaluate="agent.pt", gamma=0.5, overlap=True))
+
+
+def test_where_an_agent_cannot_be_written_the_one_before_stays_and_the_fix_is_said(agent, monkeypatch):
+    before = Path("agent.pt").read_bytes()
+    network, args, _ = load_agent(Path("agent.pt"), "cpu")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    reason = r"^agent\.pt cannot be written \(.+No space left on device\): make room, and --resume \.$"
+    with pytest.raises(OSError, match=reason):
+        save_agent(Path("agent.pt"), network, script.asdict(args), 60)
+    assert Path("agent.pt").read_bytes() == before
 
 
 def test_an_agent_that_was_saved_with_heads_that_it_never_used_plays(agent):

@@ -313,15 +313,24 @@ def test_a_run_that_is_one_of_several_equal_ones_says_so_once_and_names_the_vari
 
 
 @pytest.mark.parametrize(
-    "line,folder,limit,usage,cache",
+    "line,folder,limit,usage,cache,tmpfs",
     [
-        ("0::/job/step", "job/step", "memory.max", "memory.current", "file"),
-        ("0::/job/step", "job", "memory.max", "memory.current", "file"),
-        ("0::/../outside", "", "memory.max", "memory.current", "file"),
-        ("4:memory:/job", "memory/job", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+        ("0::/job/step", "job/step", "memory.max", "memory.current", "file", "shmem"),
+        ("0::/job/step", "job", "memory.max", "memory.current", "file", "shmem"),
+        ("0::/../outside", "", "memory.max", "memory.current", "file", "shmem"),
+        (
+            "4:memory:/job",
+            "memory/job",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_cache",
+            "total_shmem",
+        ),
     ],
 )
-def test_free_memory_is_the_control_groups_where_that_is_less(tmp_path, line, folder, limit, usage, cache):
+def test_free_memory_is_the_control_groups_where_that_is_less(
+    tmp_path, line, folder, limit, usage, cache, tmpfs
+):
     assert free_memory(tmp_path / "no control groups") > 2e8
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/job\n{line}\n", encoding="utf-8")
@@ -331,6 +340,11 @@ def test_free_memory_is_the_control_groups_where_that_is_less(tmp_path, line, fo
     (group / usage).write_text("80000000\n", encoding="utf-8")
     (group / "memory.stat").write_text(f"anon 50000000\n{cache} 30000000\n", encoding="utf-8")
     assert free_memory(tmp_path) == 100_000_000
+    with open(group / "memory.stat", "a", encoding="utf-8") as file:
+        file.write(
+            f"{tmpfs} 20000000\n"
+        )  # files in memory, which are counted as cache and are not given back
+    assert free_memory(tmp_path) == 80_000_000
     (group / limit).write_text("max\n", encoding="utf-8")
     assert free_memory(tmp_path) > 2e8
 

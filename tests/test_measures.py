@@ -62,6 +62,11 @@ def test_a_unit_that_alone_is_active_is_not_dormant():
     assert dormant_units(torch.eye(7)[:1]).tolist() == [0, 1, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_beside_a_unit_that_is_not_finite_none_is_called_dormant(value):
+    assert np.isnan(dormant_units(torch.tensor([[1.0, 2.0, value]]))).tolist() == [True] * 3
+
+
 def test_of_activations_that_are_not_finite_no_dormant_units_are_known():
     assert dormant_units(torch.full((4, 7), math.nan)).isnan().all()
 

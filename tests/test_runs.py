@@ -57,6 +57,7 @@ from support.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from support.environments import LearnerView
 from support.machine import alone_in, flush_to_disk
 from support.process import Signals
 from support.run_log import SIDE_BY_SIDE, Curves, RunLog
@@ -420,9 +421,9 @@ def test_of_interventions_that_the_norm_triggers_the_first_keeps_its_checkpoint(
 @pytest.mark.parametrize("num_envs,boundaries", [(2, (0, 80, 160, 240)), (3, (0, 81, 162, 240))])
 def test_games_begin_anew_at_every_boundary_with_a_seed_from_seed_and_step(monkeypatch, num_envs, boundaries):
     seeds = []
-    original = script.LearnerView.reset
+    original = LearnerView.reset
     monkeypatch.setattr(
-        script.LearnerView, "reset", lambda view, seed: (seeds.append(seed), original(view, seed=seed))[1]
+        LearnerView, "reset", lambda view, seed: (seeds.append(seed), original(view, seed=seed))[1]
     )
     write_no_checkpoints(monkeypatch)
     args = replace(PLAYING, num_envs=num_envs, checkpoint_frequency=80)
@@ -960,9 +961,9 @@ def test_a_fork_with_another_seed_is_the_same_agent_with_random_streams_of_its_o
 ):
     origin = uninterrupted(BASELINE) / "checkpoint-142"
     begun, games = {}, []
-    reset = script.LearnerView.reset
+    reset = LearnerView.reset
     monkeypatch.setattr(
-        script.LearnerView, "reset", lambda view, seed: (games.append(seed), reset(view, seed=seed))[1]
+        LearnerView, "reset", lambda view, seed: (games.append(seed), reset(view, seed=seed))[1]
     )
 
     def first_state(args):
@@ -1201,6 +1202,9 @@ def test_the_exit_status_says_what_ended_a_run_and_0_that_it_is_complete(monkeyp
     monkeypatch.setattr(script, "save_agent", lambda *given: (send(signal.SIGTERM)(), original(*given)))
     assert main(monkeypatch, "--resume", str(folder)) == 0, "the signal came too late"
     assert (folder / "agent.pt").exists() and "stopped" not in capsys.readouterr().out
+    close = LearnerView.close
+    monkeypatch.setattr(LearnerView, "close", lambda envs: (send(signal.SIGTERM)(), close(envs)))
+    assert main(monkeypatch, "--resume", str(folder)) == 0, "files are being closed: too late, too"
 
 
 @slow
@@ -1252,9 +1256,9 @@ def test_sigusr1_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_been(
 def test_a_signal_while_the_games_are_played_again_ends_the_process_at_once(monkeypatch):
     folder = until_signal(31, PLAYING)
     before = all_files(folder)
-    original = script.LearnerView.load_state_dict
+    original = LearnerView.load_state_dict
     monkeypatch.setattr(
-        script.LearnerView,
+        LearnerView,
         "load_state_dict",
         lambda view, state: (send(signal.SIGTERM)(), original(view, state)),
     )
@@ -1450,7 +1454,16 @@ def test_memory_or_a_gpu_that_gives_out_in_mid_run_is_one_line_that_names_the_la
         train(replace(PLAYING, checkpoint_frequency=20))
     folder, message = new_folder(set()), str(refusal.value)
     assert message.startswith(f"stopped at step 30, {reason}") and "\n" not in message
-    assert message.endswith(f"; of {folder}, to --resume, checkpoint-20 is still good")
+    assert message.endswith(f"; checkpoint-20 is still good: go on with --resume {folder}")
+
+
+def test_memory_that_runs_out_before_the_first_checkpoint_says_how_to_begin_again(monkeypatch):
+    def fail():
+        raise MemoryError
+
+    at_step(monkeypatch, 30, fail)
+    with pytest.raises(OSError, match="there is no checkpoint yet: start the run again without --resume"):
+        train(replace(PLAYING, checkpoint_frequency=0))
 
 
 def test_memory_that_runs_out_at_the_start_is_one_line_and_nothing_is_written(monkeypatch):
@@ -1737,7 +1750,7 @@ def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_bef
         given = [{"resume": str(folder)}, {"fork": str(path), **LATER}]
         for args in given[: 1 if "games" in name else 2]:
             with pytest.raises(
-                UsageError, match=r"read as this run's checkpoint \(.+\): move it away, and go on from"
+                UsageError, match=r"read as this run's checkpoint \(.+\): go on with the script, the packages"
             ) as error:
                 train(replace(SMALL, **args))
             assert "\n" not in str(error.value)
