@@ -66,7 +66,7 @@ except ModuleNotFoundError as error:
     if package in ("analysis", "dqn_injection_atari", "alternatives", "support"):
         fix = "clone or copy the project's whole folder, and run it there"
         sys.exit(f"error: {error.name} is not beside this script: {fix}")
-    fix = f"pip install -r requirements-dev.txt, in {Path(__file__).resolve().parent}"
+    fix = f"pip install -r requirements-sweep.txt, in {Path(__file__).resolve().parent}"
     sys.exit(f"error: {package} is not installed: {fix}")
 
 from support.process import begin_in_utf8, ends_in_one_line

@@ -5,7 +5,6 @@ import csv
 import functools
 import json
 import math
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dqn_injection_atari import Args
+from support.machine import replacing
 from support.run_log import read_scalars
 from support.usage import UsageError, reading
 
@@ -198,8 +198,8 @@ def write_curves(runs: Sequence[RecordedRun], path: Path) -> None:
     tags = sorted(points, key=lambda tag: (-points[tag], tag))
     tags.append(SPEED)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")  # the runs may have been read from the file itself
-    with open(partial, "w", encoding="utf-8", newline="") as file:
+    # the runs may have been read from the file itself
+    with replacing(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         for run in runs:
             file.write(f"# {json.dumps(header_of(run))}\n")
         table = csv.writer(file, lineterminator="\n")
@@ -209,7 +209,6 @@ def write_curves(runs: Sequence[RecordedRun], path: Path) -> None:
                 last = max(tags.index(tag) for tag in row)
                 fields = [row.get(tag, "") for tag in tags[: last + 1]]
                 table.writerow([run.args.seed, step, *fields])
-    os.replace(partial, path)
 
 
 def lines_of(path: Path) -> list[str]:

@@ -219,16 +219,15 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
 
     games = sorted({pair.game for pair in pairs})
     values = sorted({value_of(pair) for pair in pairs})
+    hidden: dict[str, Any] = {number: None}
+    if number == "head_width" and not any(has_other_width(pair.arms[1].setting) for pair in pairs):
+        hidden["injected_head_width"] = None  # which follows it
     lines: dict[str, list[Comparison]] = defaultdict(list)
     for pair in pairs:
         if number in ("injection", "injection_norm_ratio"):
             name = INTERVENTIONS[pair.intervention].noun
         else:
-            setting = pair.arms[1].setting
-            hidden = {number: None}
-            if number == "head_width" and not has_other_width(setting):
-                hidden["injected_head_width"] = None  # which follows it
-            name = describe(setting | hidden, (), "")
+            name = describe(pair.arms[1].setting | hidden, (), "")
         lines[f"{pair.game}, {name}" if len(games) > 1 else name].append(pair)
     width = 6.0
     height = 4.0

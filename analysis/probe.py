@@ -12,6 +12,7 @@ from tqdm import tqdm
 from analysis import fitting
 from analysis.fitting import ProbeSettings
 from support.acceleration import prepare_process
+from support.machine import replacing
 from support.usage import UsageError
 
 
@@ -165,4 +166,5 @@ def probe(paths: Iterable[str], settings: ProbeSettings, out: Path | None = None
 
 def write_json(results: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")

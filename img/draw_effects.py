@@ -5,8 +5,8 @@
 The files are of compare.py --export, and of img/play_agents.py. A run has five numbers: its mean return in
 the first 20,000 steps after the intervention, in the whole window, and in the last 20,000 steps; the share of
 units that are dormant in the learning head when it was measured last before the window's end, since at the
-end itself ReDo may have recycled them; and the mean score of its final agent's games. What an arm changes is
-the mean of the differences within seeds, with a 95% t interval.
+end itself ReDo may have recycled them; and the mean score of its final agent's games, if that agent is of
+the window's end. What an arm changes is the mean of the differences within seeds, with a 95% t interval.
 
 Games that training cuts, or that never end, are in no mean return. Those of the final agent are whole.
 """
@@ -59,7 +59,7 @@ class Effects:
     without: str  # the arm's name
     values: Values  # its own
     changes: dict[str, Values]  # {arm: differences to those}
-    left_out: dict[str, str]  # {folder: reason} of runs that count nowhere
+    left_out: dict[str, str]  # {folder: reason} of runs that count nowhere, and of games that do not count
 
 
 def read_scores(path: Path) -> Scores:
@@ -179,7 +179,7 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
     for runs in (origins, *forks.values()):
         for run in runs.values():
             left_out.pop(run.folder, None)  # one without a game in the window has other numbers
-            if score_of(run, scores) is not None and run.last_step > window.upto:
+            if score_of(run, scores) is not None and math.isnan(final_score(run, window, scores)):
                 reason = f"the window ends at {window.upto:,}, and it is the agent of step {run.last_step:,}"
                 left_out[f"games of {run.folder}"] = f"games of the final agent of {run.folder}: {reason}"
     values = values_of(origins, measured)

@@ -22,7 +22,7 @@ from support.usage import UsageError, reading, words_given
 GAMES = 30
 
 
-def agents_in(path: Path) -> set[str]:
+def runs_that_played(path: Path) -> set[str]:
     """The folders' names of the runs whose games a file has."""
     if not path.exists():
         return set()
@@ -46,7 +46,7 @@ def main() -> None:
         device = pick_device(Args.cuda, Args.torch_deterministic, Args.tf32)
         for agent in agents:
             load_agent(agent, device)  # one that cannot be loaded is found before any has played
-        played = agents_in(Path(target))
+        played = runs_that_played(Path(target))
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         with open(target, "a", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")

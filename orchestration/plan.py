@@ -254,16 +254,14 @@ def plan_arms(asked: Asked, values: dict[str, str], origin: Checkpoint | None) -
             family.append(continuation(asked, arm, flags, exp_name, origin))
             continue
         first = ("--env-id", asked.env_ids[0], "--seed", str(asked.seeds[0]), "--exp-name", exp_name)
-        run = PlannedRun(arm, parsed((*flags, *first)), flags)
+        try:
+            args = parsed((*flags, *first))
+        except UsageError as error:
+            raise UsageError(f"arm {arm}: {error}") from error
+        run = PlannedRun(arm, args, flags)
         if family:
             run = forked_from_trunk(run, family[0])
         family.append(run)
-    for run in family[1:]:
-        kind = run.args.intervention
-        on_step = run.args.injection_trigger == "step"
-        if kind != "none" and on_step and not run.args.planned_interventions:
-            fix = "give --injection-step after --, or --injection-trigger norm"
-            raise UsageError(f"arm {run.arm} would have no {kind}, since no step is planned for it: {fix}")
     return family
 
 

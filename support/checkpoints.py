@@ -110,15 +110,18 @@ def save_checkpoint(
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint of which every byte is right; UsageError where one is not. Runs no code from it."""
-    with reading(path, "a checkpoint", "take another"):
+    fix = "take another"
+    with reading(path, "a checkpoint", fix):
         recorded = _read_checksums(path / CHECKSUMS)
         damaged = [name for name, checksum in recorded.items() if _checksum(path / name) != checksum]
         if damaged:
             raise ValueError(f"{' and '.join(damaged)} is damaged, the checksum is another")
         meta = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if meta["format"] != FORMAT:
-            reads = f"this version reads {FORMAT}, go on with the one that wrote it"
-            raise ValueError(f"its format is {meta['format']}, {reads}")
+        written_as = meta["format"]
+    if written_as != FORMAT:
+        cannot = f"{path} cannot be read, its format is {written_as}, this version reads {FORMAT}"
+        raise UsageError(f"{cannot}: go on with the version of this project that wrote it")
+    with reading(path, "a checkpoint", fix):
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return Checkpoint(path, meta, state, files=tuple(recorded))
 
@@ -130,7 +133,8 @@ def newest_good_checkpoint(folder: Path, run_id: str) -> Checkpoint | None:
         UsageError: all are bad; or the system cannot read one now, which may be good. Were it passed over, a
             later resume could find it readable, and the curves of the steps in between would be missing.
     """
-    paths = list_checkpoints(folder)
+    with reading(folder, "a run's folder", "give another to --resume"):
+        paths = list_checkpoints(folder)
     for step, path in paths.items():
         try:
             checkpoint = load_checkpoint(path)
@@ -255,6 +259,6 @@ def _put_in_place(partial: Path, final: Path) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Removes what an interrupted `save_checkpoint` left behind, as far as possible."""
-    for leftover in folder.iterdir():
+    for leftover in folder.glob(".checkpoint-*"):
         if LEFTOVER.fullmatch(leftover.name) and leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch.nn as nn
 
 from support.acceleration import upload
 from support.environments import FRAME_SIZE, FRAME_SKIP, LearnerView
-from support.machine import way_out
+from support.machine import replacing, way_out
 from support.usage import UsageError
 
 Stop = Callable[[], bool]
@@ -122,10 +121,9 @@ def save_agent(path: Path, q_network: nn.Module, args: dict[str, Any], step: int
     """
     saved = io.BytesIO()  # writing to `path` itself, PyTorch would turn a full disk into a RuntimeError
     torch.save({"q_network": q_network.state_dict(), "args": args, "step": step}, saved)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(saved.getbuffer())
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.write_bytes(saved.getbuffer())
     except OSError as error:
         fix = f"{way_out(error)}, and --resume {path.parent}"
         raise OSError(f"{path} cannot be written ({error}): {fix}") from error

@@ -217,6 +217,18 @@ class FolderGone(FileNotFoundError):
     """A folder that this process writes to is nowhere to be found."""
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a file to write, which then takes the place of `path`. That stays as it was where this fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def way_out(error: BaseException) -> str:
     """What to do where something cannot be written: only what the error itself tells."""
     if isinstance(error, FolderGone):

@@ -7,7 +7,7 @@ import socket
 import time
 from typing import Any
 
-from support.machine import HeldFolder
+from support.machine import HeldFolder, replacing
 
 PROGRESS = "progress.json"
 
@@ -42,8 +42,5 @@ class ProgressFile:
     def write(self) -> None:
         """Writes all that was noted, in place of what is there; not flushed, since nothing depends on it."""
         self.written = time.monotonic()
-        with contextlib.suppress(OSError):
-            folder = self.place.here()
-            partial = folder / f".{PROGRESS}.partial"
+        with contextlib.suppress(OSError), replacing(self.place.here() / PROGRESS) as partial:
             partial.write_text(json.dumps(self.state) + "\n", encoding="utf-8")
-            os.replace(partial, folder / PROGRESS)

@@ -153,6 +153,7 @@ class Run:
         if checkpoint is not None and not origin.forked:
             self.saved = checkpoint.step
         self.way_out = ""  # of what kept the last checkpoint from being written
+        self.complete = False
 
         # its folder: that of a new run has only a name, until all that could refuse the run has been done
         folder = origin.folder
@@ -202,7 +203,8 @@ class Run:
             elif error is not None:
                 status = 1
             else:
-                status = 0 if self.signals.stop is None else 128 + self.signals.stop
+                stop = None if self.complete else self.signals.stop
+                status = 0 if stop is None else 128 + stop
             finish_wandb(mirror, status)
 
         if mirror is not None:
@@ -357,6 +359,7 @@ class Run:
             how = f"go on with: {self.command(script, 'resume')}"
             self.log.say(f"stopped at step {self.step:,} of {self.log.total:,}, {how}")
             return
+        self.complete = True
         self.signals.stop = None  # it came too late
         self.log.flush()
         try:

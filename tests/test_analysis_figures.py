@@ -316,9 +316,10 @@ def test_an_interventions_own_number_is_on_the_axis_and_in_no_name(saved):
     [
         ({}, "injection at 1k (n = 3)"),
         ({"injected_head_width": 1024}, "injection at 1k, injected head width 1,024 (n = 3)"),
+        ({"injected_head_width": 512}, "injection at 1k, injected head width 512 (n = 3)"),
     ],
 )
-def test_heads_as_wide_as_the_first_are_one_arm_at_all_widths(saved, injected, name):
+def test_an_injection_is_one_arm_at_all_widths_of_the_first_head(saved, injected, name):
     runs = []
     for width in (256, 512):
         runs += make_arms(prefix=f"{width}-", head_width=width, **injected)

@@ -250,6 +250,18 @@ def test_wherever_saving_fails_the_checkpoint_before_stays_good_and_nothing_is_l
     assert (True, (1,)) in outcomes and number > 40
 
 
+def test_a_folder_that_cannot_be_listed_is_not_one_without_checkpoints(monkeypatch):
+    save(1)
+
+    def stale(_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    for listing in ("scandir", "listdir"):  # by which pathlib lists a folder, in one version or another
+        monkeypatch.setattr(os, listing, stale)
+    with pytest.raises(UsageError, match=r"^run cannot be read as a run's folder .+: see to that, or give"):
+        newest_good_checkpoint(FOLDER, "this run")
+
+
 @pytest.mark.parametrize("fails", ["flush_to_disk", "list_checkpoints", "_remove_leftovers"])
 def test_what_fails_once_a_checkpoint_is_in_place_does_not_report_that_there_is_none(
     monkeypatch, capsys, fails
@@ -585,7 +597,8 @@ def test_another_format_is_refused_by_its_number():
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 4}), encoding="utf-8")
     seal(path)
-    with pytest.raises(UsageError, match=f"its format is 4, this version reads {FORMAT}"):
+    fix = "go on with the version of this project that wrote it"
+    with pytest.raises(UsageError, match=f"its format is 4, this version reads {FORMAT}: {fix}$"):
         load_checkpoint(path)
 
 

@@ -118,7 +118,6 @@ def test_every_training_command_parses(monkeypatch):
     settings = {
         "runs/FOLDER/run.json": Args(),
         "runs/FOLDER/checkpoint-100000/manifest.json": Args(injection_step=(100_000,)),
-        "runs/FOLDER/checkpoint-200000/manifest.json": Args(injection_step=(100_000,)),
         "runs/FOLDER/checkpoint-5000000/manifest.json": Args(injection_step=(5_000_000,)),
         "runs/FOLDER/checkpoint-12500000/manifest.json": Args(**PRESETS["paper"]),
     }

@@ -390,14 +390,16 @@ def test_where_an_agent_cannot_be_written_the_one_before_stays_and_the_fix_is_sa
     before = Path("agent.pt").read_bytes()
     network, args, _ = load_agent(Path("agent.pt"), "cpu")
 
-    def full(*_):
+    def full(path, content):
+        with open(path, "wb") as file:
+            file.write(bytes(content[:10]))
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
     reason = r"^agent\.pt cannot be written \(.+No space left on device\): make room, and --resume \.$"
     with pytest.raises(OSError, match=reason):
         save_agent(Path("agent.pt"), network, script.asdict(args), 60)
-    assert Path("agent.pt").read_bytes() == before
+    assert Path("agent.pt").read_bytes() == before and not list(Path().glob(".*"))
 
 
 def test_an_agent_that_was_saved_with_heads_that_it_never_used_plays(agent):

@@ -255,7 +255,7 @@ def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(
         ),
         ({"flags": ("--intervention", "none")}, "give --arms"),
         ({"flags": ("--resume", "runs/X")}, "--resume after --"),
-        ({"flags": ()}, "arm injection would have no injection.*give --injection-step after --"),
+        ({"flags": ()}, "arm injection: intervention is given, and nothing .* give --injection-step"),
         ({"flags": (*FLAGS, "--checkpoint-frequency", "0")}, "leaves nothing to fork arms from"),
         (
             {"custom": {"x": "--learning-rate 1e-3"}},

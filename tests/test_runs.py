@@ -1207,6 +1207,24 @@ def test_the_exit_status_says_what_ended_a_run_and_0_that_it_is_complete(monkeyp
     assert main(monkeypatch, "--resume", str(folder)) == 0, "files are being closed: too late, too"
 
 
+@pytest.mark.parametrize(("complete", "status"), [(True, 0), (False, 143)])
+def test_a_signal_at_the_very_end_does_not_make_a_complete_run_another_in_weights_and_biases(
+    monkeypatch, complete, status
+):
+    ended = []
+    monkeypatch.setattr(runs, "start_wandb", lambda *_: "a run there")
+    monkeypatch.setattr(runs, "finish_wandb", lambda mirror, status: ended.append(status))
+    run = Run.__new__(Run)
+    run.args = {"wandb_project_name": "x", "wandb_entity": None}
+    run.id = "1f"
+    run.signals = Signals()
+    run.complete = complete
+    with contextlib.ExitStack() as stack:
+        run._start_mirror("a", stack)
+        run.signals.stop = signal.SIGTERM
+    assert ended == [status]
+
+
 @slow
 def test_the_shell_sees_the_exit_status_after_two_signals(request):
     slowly = "runs.save_checkpoint = lambda *_: (print('saving', flush=True), time.sleep(60))"
