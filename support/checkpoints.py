@@ -119,7 +119,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         meta = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         written_as = meta["format"]
     if written_as != FORMAT:
-        cannot = f"{path} cannot be read, its format is {written_as}, this version reads {FORMAT}"
+        cannot = (
+            f"{path} cannot be read as a checkpoint, its format is {written_as}, this version reads {FORMAT}"
+        )
         raise UsageError(f"{cannot}: go on with the version of this project that wrote it")
     with reading(path, "a checkpoint", fix):
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)

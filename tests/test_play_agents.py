@@ -49,10 +49,10 @@ def test_a_file_grows_by_the_agents_that_it_lacks(command):
     run_with_agent("runs/a", seed=1)
     run_with_agent("runs/b", seed=2)
     command("games.csv", "runs/a")
-    first = Path("games.csv").read_text()
+    first = Path("games.csv").read_text(encoding="utf-8")
     status, printed, _ = command("games.csv", "runs/a", "runs/b", "runs/b/agent.pt")
     assert status == 0 and "a has played" in printed and "b has played" in printed
-    grown = Path("games.csv").read_text()
+    grown = Path("games.csv").read_text(encoding="utf-8")
     assert grown.startswith(first)
     assert [line.split(",")[:2] for line in grown.removeprefix(first).splitlines()] == [
         ["b", "1"],
@@ -78,7 +78,7 @@ def test_bad_input_is_refused_before_any_agent_plays(command, words, problem):
 
 def test_a_file_of_something_else_is_refused_and_stays_as_it_is(command):
     run_with_agent("a")
-    Path("games.csv").write_text("seed,step\n1,2\n")
+    Path("games.csv").write_text("seed,step\n1,2\n", encoding="utf-8")
     status, printed, error = command("games.csv", "a")
     assert status == 1 and printed == "" and "games.csv" in error and "or a new name" in error
-    assert Path("games.csv").read_text() == "seed,step\n1,2\n"
+    assert Path("games.csv").read_text(encoding="utf-8") == "seed,step\n1,2\n"
