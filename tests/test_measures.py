@@ -64,7 +64,7 @@ def test_a_unit_that_alone_is_active_is_not_dormant():
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_beside_a_unit_that_is_not_finite_none_is_called_dormant(value):
-    assert np.isnan(dormant_units(torch.tensor([[1.0, 2.0, value]]))).tolist() == [True] * 3
+    assert dormant_units(torch.tensor([[1.0, 2.0, value]])).isnan().tolist() == [True] * 3
 
 
 def test_of_activations_that_are_not_finite_no_dormant_units_are_known():
