@@ -10,7 +10,7 @@ from simulated_runs import RETURN
 
 from analysis.arms import read_arms
 from analysis.intervals import interval, t_interval
-from analysis.task_sequence import sequence_table
+from analysis.task_sequence import has_lost, sequence_table
 from analysis.verdict import comparisons, show
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +116,20 @@ def test_documents_print_each_arm_of_the_fresh_heads_experiment():
     assert f"| no intervention | {mean} |" in text
     stay = [f"{pair.p_holm:.2g}" for pair in pairs if pair.p_holm < 0.05]
     assert f"p = {' and '.join(stay)})" in flowing("docs/results.md")
+
+
+def test_documents_print_whether_the_gain_lasts():
+    (injected,) = [pair for pair in compared("fresh_head/*.csv") if pair.beyond_control is not None]
+    gains = []
+    for after in (300_000, 310_000):
+        means = []
+        for arm in injected.arms:
+            runs = sorted(arm.runs, key=lambda run: run.args.seed)
+            means.append(np.array([run.between(RETURN, after, 320_000)[1].mean() for run in runs]))
+        centre, low, high = map(whole_points, interval(means[1] - means[0]))
+        gains.append(f"{centre} [{low}, {high}]")
+    sentence = f"over the last 20,000 steps it is {gains[0]}, over the last 10,000 it is {gains[1]}."
+    assert sentence in flowing("docs/results.md")
 
 
 def filmed():
@@ -262,6 +276,17 @@ def test_documents_print_what_an_injection_does_before_anything_is_lost(file):
     before, after, contrast = found["injected"]
     text = text_of("docs/results.md")
     assert f"| {before} | {after} | **{contrast}** | {found['head reset'][2]} |" in text
+
+
+def test_documents_say_how_many_networks_of_the_control_lost_plasticity_in_it():
+    losing = 0
+    for file in ("tasks_early", "tasks_early_avx2"):
+        for errors in sequence(file)["error"]["one network"][CHOSE_THE_SETTING:]:
+            if any(has_lost(errors[:tasks]) for tasks in range(6, 11)):
+                losing += 1
+    assert losing == 3
+    sentence = "Three of these twelve networks lost plasticity within the five tasks"
+    assert sentence in flowing("docs/results.md")
 
 
 def test_documents_say_what_a_fresh_network_would_have_done():
