@@ -106,8 +106,9 @@ def dormant_units(activations: torch.Tensor, tau: float = 0.025) -> torch.Tensor
         (units,) float32 of 1 and 0, all 1 where no unit is ever active; all NaN where they are not finite
     """
     sizes = activations.abs().transpose(0, 1).flatten(start_dim=1).mean(dim=1)  # (units,)
-    scores = sizes / (sizes.mean() + 1e-9)
-    return (scores <= tau).float().where(sizes.mean().isfinite(), math.nan)
+    mean = sizes.mean()
+    scores = sizes / (mean + 1e-9)
+    return (scores <= tau).float().where(mean.isfinite(), math.nan)
 
 
 def active_fraction(activations: torch.Tensor) -> torch.Tensor:
