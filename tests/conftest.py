@@ -4,6 +4,8 @@ import os
 import shutil
 import signal
 import sys
+import time
+import types
 from typing import ClassVar
 
 # before torch is imported; processes that tests start take it over
@@ -20,8 +22,14 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dqn_injection_atari import Args, Learner, Training, train  # registers the games, too
-from support import environments
+from support import environments, run_log
 from support.optimizers import moments_by_name
+
+# tests, and processes that they start, compute on the CPU, also where there is a GPU: see `gpu_where_marked`
+GPU_AVAILABLE = torch.cuda.is_available()
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+torch.cuda.is_available = lambda: False
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # tests train in bfloat16 on any processor, on some of them slowly
 torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: True  # type: ignore[attr-defined]
@@ -96,7 +104,7 @@ BRIEF = Args(  # a whole run, in seconds
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
+    if not GPU_AVAILABLE:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -110,6 +118,31 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def gpu_where_marked(request, monkeypatch):
+    """The GPU for those tests that are marked gpu."""
+    if request.node.get_closest_marker("gpu") is None:
+        return
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if VISIBLE_GPUS is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE_GPUS)
+
+
+@pytest.fixture
+def tick(monkeypatch):
+    """Moves the clock of a run's speed by some seconds. Nothing else does."""
+    clock = [0.0]
+
+    def tick(seconds):
+        clock[0] += seconds
+
+    on_it = types.SimpleNamespace(perf_counter=lambda: clock[0], time=time.time)
+    monkeypatch.setattr(run_log, "time", on_it)
+    return tick
 
 
 def scalars(folder):

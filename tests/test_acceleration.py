@@ -75,6 +75,7 @@ def test_hidden_layers_go_by_onednn_in_float32_on_a_cpu_only(monkeypatch):
         return torch.zeros(1)
 
     monkeypatch.setattr("support.acceleration.OneDNNLinear.apply", apply)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         layer.to(dtype)(torch.ones(2, 8, dtype=dtype))
         assert len(calls) == 1 and calls[0][1] is layer.weight

@@ -69,6 +69,7 @@ def test_throughput_measures_every_contender_in_turns_and_writes_all_windows(cap
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_contenders_in_slow_bfloat16_are_left_out_and_one_line_says_so(monkeypatch, stack, capsys, fast):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
     monkeypatch.setattr(throughput, "ours", lambda *_: None)
     created = throughput.contenders(throughput.ThroughputSettings(num_envs=(1, 8), sb3_num_envs=()), stack)

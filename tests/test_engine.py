@@ -3,9 +3,11 @@
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,6 +57,17 @@ def no_cluster(monkeypatch):
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     yield given
     signal.signal(signal.SIGTERM, before)
+
+
+def test_a_cluster_that_answers_is_joined_at_its_address(no_cluster, monkeypatch):
+    tried = []
+    answered = SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(socket, "create_connection", lambda place, timeout: tried.append(place) or answered)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: tried.append(command[-1]))
+    engine.join("there:6379")
+    engine.join("auto")
+    assert tried == [("there", 6379), "there:6379", "auto"]
+    assert no_cluster == [("there:6379", engine.QUIET), ("auto", engine.QUIET)]
 
 
 def test_a_signal_while_no_run_is_going_ends_it_with_the_status_of_that_signal(no_cluster, monkeypatch):

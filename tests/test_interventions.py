@@ -279,8 +279,9 @@ def test_norms_of_what_was_drawn_anew_count_from_then_on_and_those_of_the_encode
     assert (measures["weight_norm_ratio/encoder"] == 1) == drawn_anew
 
 
-def test_growth_is_the_norm_of_encoder_and_head_over_what_it_was_when_the_head_began():
-    learner = make_learner()
+@pytest.mark.parametrize("freeze_heads", [True, False])
+def test_growth_is_the_norm_of_encoder_and_head_over_what_it_was_when_the_head_began(freeze_heads):
+    learner = make_learner(freeze_heads=freeze_heads)
     assert learner.norms.growth(learner.growing()) == 1
     learned = [*learner.q_network.encoder.parameters(), *learner.q_network.head.theta.parameters()]
     numbers = torch.cat([parameter.detach().double().flatten() for parameter in learned])
@@ -294,7 +295,7 @@ def test_growth_is_the_norm_of_encoder_and_head_over_what_it_was_when_the_head_b
     with torch.no_grad():
         for parameter in learner.q_network.head.theta.parameters():
             parameter.mul_(5)
-    assert learner.norms.growth(learner.growing()) == 1, "a frozen head does not count"
+    assert learner.norms.growth(learner.growing()) == 1, "an earlier head does not count, frozen or not"
 
 
 NORM = replace(

@@ -215,6 +215,43 @@ def test_tf32_is_a_choice(tf32):
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
 
 
+@pytest.mark.parametrize("wanted", ["cuda", "torch_deterministic", "tf32"])
+def test_what_is_asked_of_the_device_reaches_it(monkeypatch, wanted):
+    asked = []
+
+    def pick(cuda, deterministic, tf32):
+        asked.append({"cuda": cuda, "torch_deterministic": deterministic, "tf32": tf32})
+        return CPU
+
+    monkeypatch.setattr(script, "pick_device", pick)
+    flags = {name: name == wanted for name in ("cuda", "torch_deterministic", "tf32")}
+    brief = replace(BRIEF, total_timesteps=4, checkpoint_frequency=0, save_model=True)
+    folder = script.train(replace(brief, **flags))
+    script.evaluate_saved(script.Args(evaluate=str(folder), eval_episodes=1, **flags))
+    assert asked == [flags, flags]
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_replay_lies_where_there_is_a_place_for_it_on_the_gpu_with_graphs_alone(monkeypatch, cuda_graphs):
+    asked = []
+
+    class Buffer(FrameReplayBuffer):
+        def __init__(self, *_, storage, **__):
+            self.storage = storage
+
+    def place(needed, steps, device):
+        asked.append((needed, steps, device))
+        return "the place"
+
+    monkeypatch.setattr(script, "check_machine", lambda *_: None)
+    monkeypatch.setattr(script, "Learner", lambda *_: None)
+    monkeypatch.setattr(script, "FrameReplayBuffer", Buffer)
+    monkeypatch.setattr(script, "place_for", place)
+    envs, _, replay = script.make_parts(replace(BRIEF, cuda_graphs=cuda_graphs), GPU)
+    needed = FrameReplayBuffer.bytes_needed(250, envs.single_observation_space, 2)
+    assert asked == [(needed, 250, GPU if cuda_graphs else CPU)] and replay.storage == "the place"
+
+
 # bfloat16
 
 

@@ -41,6 +41,8 @@ def test_a_unit_is_dormant_when_its_mean_activation_is_at_most_tau_of_the_layers
     assert dormant_units(quiet_and_loud, tau=0.25).tolist() == [1, 0], "at most: the bound belongs to it"
     assert dormant_units(quiet_and_loud, tau=0.24).tolist() == [0, 0]
     assert dormant_units(torch.tensor([[3.0, 1.0], [-3.0, 1.0]])).tolist() == [0, 0], "sizes count, not signs"
+    by_default = dormant_units(torch.tensor([[0.024, 0.026, 2.95]]))  # mean 1
+    assert by_default.tolist() == [1, 0, 0], "tau is 0.025"
 
 
 def test_a_channel_is_one_unit_averaged_over_batch_and_space():

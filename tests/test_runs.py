@@ -285,11 +285,12 @@ def test_a_finished_run_resumed_stays_as_it_is_and_other_software_is_named(
     out = capsys.readouterr().out
     assert f"resumed at step 240 from {folder / END}" in out and "warning" not in out
     version = torch.__version__
+    code = script.CODE_VERSION
     monkeypatch.setattr(torch, "__version__", "9.9.9")
+    monkeypatch.setattr(script, "CODE_VERSION", "other")
     train(Args(resume=str(folder)))
-    expected = (
-        f"warning: bits may differ from an uninterrupted run, because torch was {version} and is 9.9.9\n"
-    )
+    expected = "warning: bits may differ from an uninterrupted run, because "
+    expected += f"script was {code} and is other, torch was {version} and is 9.9.9\n"
     assert expected in capsys.readouterr().out
     assert differences(before, content(folder, END)) == []
 
@@ -394,13 +395,15 @@ def test_curves_are_on_the_disk_itself_before_a_checkpoint_leaves_them_out(monke
     assert order == ["events", 0, "events", 10, "events", 20]
 
 
-@pytest.mark.slow
-def test_the_recent_speed_leaves_out_what_a_checkpoint_takes(monkeypatch):
-    original = runs.save_checkpoint
-    monkeypatch.setattr(runs, "save_checkpoint", lambda *given: (time.sleep(2.5), original(*given))[1])
+def test_the_recent_speed_leaves_out_what_a_checkpoint_takes(monkeypatch, tick):
+    """On a clock on which a tenth of a second passes in a decision, and three seconds in a checkpoint."""
+    advance = Training.advance
+    save = runs.save_checkpoint
+    monkeypatch.setattr(Training, "advance", lambda run: (tick(0.1), advance(run)))
+    monkeypatch.setattr(runs, "save_checkpoint", lambda *given: (tick(3), save(*given))[1])
     curves = scalars(train(replace(PLAYING, total_timesteps=20, checkpoint_frequency=10, log_frequency=10)))
-    recent, overall = dict(curves["charts/SPS_recent"])[20], dict(curves["charts/SPS"])[20]
-    assert overall <= 20 / 5 and recent > 10 / 2.5
+    assert dict(curves["charts/SPS_recent"]) == pytest.approx({10: 10, 20: 10})
+    assert dict(curves["charts/SPS"]) == {10: 10 // 4, 20: 20 // 8}, "one at step 0, one at 10"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """sweep.py as a user runs it: whole sweeps on a local Ray, interrupted ones, and what it refuses."""
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -613,6 +614,25 @@ def test_away_from_a_terminal_there_is_a_line_each_minute_on_those_that_are_goin
     monkeypatch.setattr(going, "advance", advance)
     going.follow(SimpleNamespace(stop=None))
     assert capsys.readouterr().out == f"1 running\n  {NAMES[0]}: step 0\n" * 2  # after 75 and 150 seconds
+
+
+def test_a_terminal_shows_a_table_while_runs_are_going_and_in_the_end(one_run, monkeypatch):
+    going, task, _ = one_run
+    terminal = io.StringIO()
+    states = ["running", "finished"]
+
+    def advance():
+        task.state = states.pop(0)
+
+    monkeypatch.setattr(going, "advance", advance)
+    monkeypatch.setattr(sweep, "on_a_terminal", lambda: True)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # so that this is a terminal for the table
+    monkeypatch.setenv("COLUMNS", "120")
+    going.follow(SimpleNamespace(stop=None))
+    frames = terminal.getvalue().split("steps/s")[1:]
+    assert len(frames) >= 2 and all(NAMES[0] in frame for frame in frames)
+    assert "1 running" in frames[0] and "1 finished" in frames[-1]
 
 
 def test_where_the_manifest_cannot_be_written_every_run_is_stopped_and_waited_for(

@@ -3,10 +3,9 @@
 import copy
 import io
 import itertools
+import os
 import subprocess
 import sys
-import time
-import types
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from dqn_injection_atari import (
     Training,
     exploration_epsilon,
     make_envs,
+    make_parts,
     stream_seed,
     train,
 )
@@ -52,11 +52,15 @@ def record():
         sums = [parameter.detach().double().sum() for parameter in network.parameters()]
         return torch.stack(sums).sum().item()
 
-    def everything(transition):
-        return [zlib.crc32(np.ascontiguousarray(array).tobytes()) for array in transition[:5]]
+    def checksums(arrays):
+        return [zlib.crc32(np.ascontiguousarray(array).tobytes()) for array in arrays]
 
     def acting(learner, result, given):
-        return "act", given[1]
+        obs, epsilon = given
+        return "act", epsilon, checksums((obs, result))
+
+    def sending(envs, result, given):
+        return ("send",)
 
     def updating(network, result, given):
         loss, _ = result
@@ -69,7 +73,7 @@ def record():
         return "inject", learner
 
     def adding(buffer, result, given):
-        return "add", everything(given), given, buffer
+        return "add", checksums(given[:5]), given, buffer
 
     def run(args):
         calls = []
@@ -86,6 +90,7 @@ def record():
 
         with pytest.MonkeyPatch.context() as patch:
             spy(Learner, "act", acting)
+            spy(LearnerView, "send", sending)
             spy(script, "td_loss", updating)  # one call per gradient step
             spy(Learner, "sync_target", syncing)
             spy(Learner, "inject", injecting)
@@ -101,7 +106,7 @@ def kinds(calls, *of):
 
 def course(calls):
     """What equal runs share, in order: transitions, losses and the parameters they were taken at, syncs."""
-    return [call[:2] for call in calls if call[0] != "inject"]
+    return [call[:2] for call in calls if call[0] not in ("inject", "send")]
 
 
 def replay_of(calls):
@@ -152,7 +157,10 @@ def test_nothing_is_due_before_the_first_step():
     ],
 )
 def test_the_course_of_a_run_is_the_one_written_out(record, num_envs, overlap, train_frequency):
-    """Acts, transitions, updates and syncs in order. How many there are does not depend on num_envs."""
+    """Acts, transitions, updates and syncs in order. How many there are does not depend on num_envs.
+
+    With `overlap` the games play while the network learns.
+    """
     args = replace(
         SMALL, env_id=TINY_GAMES, num_envs=num_envs, overlap=overlap, train_frequency=train_frequency
     )
@@ -171,17 +179,20 @@ def test_the_course_of_a_run_is_the_one_written_out(record, num_envs, overlap, t
         updates = ["update" for step in steps if step > 58 and step % train_frequency == 0]
         syncs = ["sync" for step in steps if step > 58 and step % 20 == 0]
         if overlap:
-            expected += ["act", *updates, "add", *syncs]
+            expected += ["act", "send", *updates, "add", *syncs]
         else:
-            expected += ["act", "add", *updates, *syncs]
+            expected += ["act", "send", "add", *updates, *syncs]
     assert kinds(calls) == expected
+    acted = [call[2] for call in calls if call[0] == "act"]
+    added = [call[1] for call in calls if call[0] == "add"]
+    assert acted == [[obs, actions] for obs, _, actions, _, _ in added], "what it acts on, and what it does"
     assert kinds(calls).count("update") == 150 // train_frequency - 58 // train_frequency
     assert kinds(calls).count("sync") == 150 // 20 - 58 // 20
 
 
 def test_with_overlap_the_first_updates_have_something_to_learn_from(record):
     calls, _ = record(replace(SMALL, num_envs=4, overlap=True, learning_starts=0, total_timesteps=16))
-    assert kinds(calls)[:3] == ["act", "add", "update"] and kinds(calls).count("update") == 4
+    assert kinds(calls)[:4] == ["act", "send", "add", "update"] and kinds(calls).count("update") == 4
 
 
 @pytest.mark.parametrize(("overlap", "env_backend"), [(True, "sb3"), (True, "ale"), (False, "sb3")])
@@ -320,6 +331,27 @@ def test_replay_is_given_what_happened(record, backend):
                 lives_lost += done[i]
     assert ends >= 2 and lives_lost > 0
 
+    # the same games once more, by hand
+    envs = make_envs(args)
+    envs.reset(seed=stream_seed(args.seed, Stream.ENVIRONMENTS, 0))
+    rewarded = 0
+    for obs, next_obs, actions, rewards, done, infos in transitions:
+        assert np.array_equal(obs, envs.obs)
+        _, expected, terminations, truncations, seen = envs.step(actions)
+        assert np.array_equal(next_obs, seen["final_obs"]) and np.array_equal(rewards, expected)
+        assert np.array_equal(done, terminations | truncations)
+        assert [info["TimeLimit.truncated"] for info in infos] == truncations.tolist()
+        rewarded += np.count_nonzero(rewards)
+    assert rewarded > 0
+
+
+def test_exploration_and_replay_draw_from_streams_of_the_seed():
+    for seed in (1, 2):
+        _, learner, replay = make_parts(replace(SMALL, seed=seed), torch.device("cpu"))
+        for generator, stream in ((learner.rng, Stream.EXPLORATION), (replay.generator, Stream.REPLAY)):
+            expected = np.random.default_rng(stream_seed(seed, stream))
+            assert generator.bit_generator.state == expected.bit_generator.state
+
 
 def test_transitions_measured_are_drawn_by_seed_stream_and_key_and_training_does_not_notice(monkeypatch):
     monkeypatch.setattr(Training, "MEASURED", MEASURED)
@@ -344,16 +376,18 @@ def test_transitions_measured_are_drawn_by_seed_stream_and_key_and_training_does
     assert replay.generator.bit_generator.state == before
 
 
-def test_the_logged_change_of_q_is_measured(monkeypatch):
+def test_the_logged_change_of_q_is_the_largest(monkeypatch):
+    """That of one action's, where the others keep theirs."""
     original = QNetwork.inject
 
     def broken(self, generator=None):
         original(self, generator)
-        torch.nn.init.zeros_(self.head.theta_prime_2[0].output.bias)
+        with torch.no_grad():
+            self.head.theta_prime_2[0].output.bias[2] += 3
 
     monkeypatch.setattr(QNetwork, "inject", broken)
     folder = train(replace(SMALL, injection_step=(60,), total_timesteps=70))
-    assert scalars(folder)["injection/max_abs_delta_q"][0][1] > 0
+    assert scalars(folder)["injection/max_abs_delta_q"] == [(60, pytest.approx(3, rel=1e-5))]
 
 
 # what leaves training untouched
@@ -433,19 +467,9 @@ def test_an_evaluation_logs_the_mean_of_whole_games(monkeypatch, settings, games
     assert scalars(folder)["eval/episodic_return"] == [(40, pytest.approx(scores.mean()))]
 
 
-def test_the_recent_speed_leaves_evaluations_out_and_that_over_all_does_not(monkeypatch):
+def test_the_recent_speed_leaves_evaluations_out_and_that_over_all_does_not(monkeypatch, tick):
     """On a clock on which a decision takes a second and an evaluation 1,000."""
-    clock = [0.0]
     advance = Training.advance
-
-    def tick(seconds):
-        clock[0] += seconds
-
-    monkeypatch.setattr(
-        run_log,
-        "time",
-        types.SimpleNamespace(perf_counter=lambda: clock[0], time=time.time, sleep=time.sleep),
-    )
     monkeypatch.setattr(Training, "advance", lambda run: (tick(1), advance(run)))
     monkeypatch.setattr(script, "evaluate", lambda *_: tick(1000) or np.zeros(2))
     curves = scalars(train(replace(SMALL, num_envs=4, log_frequency=100, eval_frequency=120, **PLAYS_ONLY)))
@@ -675,13 +699,19 @@ def test_a_diverging_run_ends_in_one_line(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_in_a_shell_prints_plain_lines_and_ends_with_status_0():
+    """Also in a locale without letters and a folder with some."""
+    Path("läufe ε").mkdir()
     command = [sys.executable, str(SCRIPT), *SMALL_FLAGS, "--injection-step", "120"]
-    plain = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
-    assert plain.stderr == ""
-    assert (
-        "step 200 of 200" in plain.stdout and "SPS" in plain.stdout and "left, ε 0.01, return" in plain.stdout
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    plain = subprocess.run(
+        command, cwd="läufe ε", env=os.environ | locale, capture_output=True, encoding="utf-8"
     )
+    assert (plain.returncode, plain.stderr) == (0, "")
+    assert "step 200 of 200" in plain.stdout and "SPS" in plain.stdout
+    assert "left, ? 0.01, return" in plain.stdout, "a letter that this terminal has not"
     assert "step 120: plasticity injected" in plain.stdout and "\r" not in plain.stdout
+    (folder,) = Path("läufe ε/runs").iterdir()
+    assert scalars(folder)["injection/step"] == [(120, 120)]
 
 
 # what the script offers
