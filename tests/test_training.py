@@ -699,9 +699,9 @@ def test_a_diverging_run_ends_in_one_line(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_in_a_shell_prints_plain_lines_and_ends_with_status_0():
-    """Also in a locale without letters and a folder with some."""
+    """Also in a locale without letters, in folders whose names have some."""
     Path("läufe ε").mkdir()
-    command = [sys.executable, str(SCRIPT), *SMALL_FLAGS, "--injection-step", "120"]
+    command = [sys.executable, str(SCRIPT), *SMALL_FLAGS, "--injection-step", "120", "--exp-name", "ε"]
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     plain = subprocess.run(
         command, cwd="läufe ε", env=os.environ | locale, capture_output=True, encoding="utf-8"
