@@ -114,11 +114,26 @@ def without_points(scores: np.ndarray, fewest: int) -> np.ndarray:
     return np.column_stack((value, np.where(unsure, np.nan, low), np.where(unsure, np.nan, high)))
 
 
+def balanced_means(pair: Comparison) -> tuple[dict[int, float], dict[int, float]]:
+    """Mean returns of as many runs on both sides, {seed: mean}: of the seeds that both have, if need be.
+
+    With more runs on one side a game would weigh more there, and games differ more than arms do.
+    """
+    without, intervened = pair.means
+    if len(without) == len(intervened):
+        return without, intervened
+    return (
+        {seed: mean for seed, mean in without.items() if seed in intervened},
+        {seed: mean for seed, mean in intervened.items() if seed in without},
+    )
+
+
 def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
     """One for every set of comparisons that differ in the game alone, of games with scores on both sides."""
 
     def scores(pair: Comparison, side: int) -> np.ndarray:
-        return np.array([human_normalised(pair.game, mean) for mean in pair.means[side].values()])
+        means = balanced_means(pair)[side]
+        return np.array([human_normalised(pair.game, mean) for mean in means.values()])
 
     kinds: dict[tuple, list[Comparison]] = defaultdict(list)
     for pair in pairs:
@@ -135,6 +150,8 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
                 left_out[pair.game] = "no human score is known"
             elif not all(pair.means):
                 left_out[pair.game] = "no run in the window on one side"
+            elif not all(balanced_means(pair)):
+                left_out[pair.game] = "more runs on one side, and no seed that both have"
             elif game in by_game:
                 left_out[pair.game] = f"it is the game of {by_game[game].game}, which counts once"
             else:
@@ -142,9 +159,15 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
         usable = list(by_game.values())
         if not usable:
             continue
+        for pair in usable:
+            counted = balanced_means(pair)[0]
+            others = sorted({*pair.means[0], *pair.means[1]} - {*counted})
+            if len(pair.means[0]) != len(pair.means[1]):
+                seeds = ", ".join(map(str, others))
+                left_out[f"{pair.game} with seeds {seeds}"] = "which one side lacks, where it has fewer runs"
         without = [scores(pair, 0) for pair in usable]
         intervened = [scores(pair, 1) for pair in usable]
-        joint = [pair.shared == len(pair.means[0]) == len(pair.means[1]) for pair in usable]
+        joint = [pair.shared == len(without[i]) for i, pair in enumerate(usable)]
         fewest = min(len(scores_of_game) for scores_of_game in (*without, *intervened))
         total = Aggregate(
             names=(usable[0].arms[0].name, usable[0].arms[1].name),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.arms import TRAINING_RETURN, Arm, print_remarks, read_arms
+from analysis.arms import EVALUATION, TRAINING_RETURN, Arm, print_remarks, read_arms
 from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import MIN_SEEDS, interval
@@ -27,13 +27,19 @@ def caution(pair: Comparison, metric: str) -> list[str]:
     games = []
     shares = []
     fix = "compare --metric eval/episodic_return"
+    evaluated = set()  # in how many ways
     for side in pair.sides:
         games.append(f"{side.unreported:,} of {side.unreported + side.points:,} games")
         shares.append(f"{max(side.missing.values(), default=0):.0%}")
         for run in side.arm.runs:
             evaluations = run.between("eval/episodic_return", pair.window.after, pair.window.upto)
-            if run.args.seed in side.means and evaluations.size == 0:
+            if run.args.seed not in side.means:
+                continue
+            evaluated.add(tuple(getattr(run.args, name) for name in EVALUATION))
+            if evaluations.size == 0:
                 fix = "give runs an --eval-frequency, and compare --metric eval/episodic_return"
+    if len(evaluated) > 1:
+        fix = "give all runs the same eval_ settings, and compare --metric eval/episodic_return"
     words = pair.sides_in_words
     lacking = f"{games[0]} {words[0]} and {games[1]} {words[1]} were cut or still going"
     most = f"up to {shares[0]} and {shares[1]} of a run's games or steps"
@@ -81,17 +87,22 @@ def other_causes(pair: Comparison) -> list[str]:
     verdict = pair.judgement.verdict
     args = pair.arms[1].runs[0].args
     control = pair.arms[1].control
-    tells = pair.beyond_control is not None and not math.isnan(pair.beyond_control.judgement.low)
+    contrast = pair.beyond_control
+    tells = contrast is not None and not math.isnan(contrast.judgement.low)
     causes = []
-    if control and not tells:
+    moments = "fresh optimizer moments, as the new layers began with none (--moments fresh)"
+    if contrast is not None and tells:
+        if contrast.judgement.verdict != verdict:
+            causes.append(f"{moments}; against the control the verdict is: {contrast.judgement.verdict}")
+    elif control:
         flags = []
         for name, value in control.items():
             if value != getattr(Args(), name):
                 flags.append(f"{flag(name)} {value}")
-        causes.append(
-            "fresh optimizer moments, as the new layers began with none (--moments fresh); "
-            f"{' '.join(flags)} would tell"
-        )
+        tell = "would tell"
+        if not pair.arms[1].planned_steps:
+            tell += ", where --injection-step plans both"
+        causes.append(f"{moments}; {' '.join(flags)} {tell}")
     wider = (args.injected_head_width or args.head_width) > args.head_width
     if verdict == "raised" and (wider or not args.freeze_heads):
         causes.append("more capacity, as more parameters learn than before")
@@ -146,9 +157,9 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
     counts = [side.points for side in pair.sides]
     words = pair.sides_in_words
     points = f"{counts[0]:,} points of {metric} {words[0]} and {counts[1]:,} {words[1]}"
-    if pair.firsts and not pair.arms[1].planned_steps:
-        begins = ", ".join(f"{step:,} with seed {seed}" for seed, step in sorted(pair.firsts.items()))
-        points += f"; first {noun(pair.intervention)} at {begins}"
+    if pair.means[1] and not pair.arms[1].planned_steps:
+        begins = [f"{pair.firsts[seed]:,} with seed {seed}" for seed in pair.means[1]]
+        points += f"; first {noun(pair.intervention)} at {', '.join(begins)}"
     return [
         f"{pair.game}: {pair.arms[1].name} against {pair.arms[0].name}",
         pair.judgement.sentence,
@@ -208,8 +219,8 @@ def table(arms: list[Arm], pairs: list[Comparison], totals: list[Aggregate], met
         rows.append(row_of(pair.sides[1], difference, judged.verdict))
     for arm in arms:
         if not any(arm in pair.arms for pair in pairs):
-            seeds = sorted(str(run.args.seed) for run in arm.runs)
-            cells = [", ".join(seeds), str(len(seeds)), "–", "–", "nothing to compare with", "–"]
+            seeds = sorted(run.args.seed for run in arm.runs)
+            cells = [", ".join(map(str, seeds)), str(len(seeds)), "–", "–", "nothing to compare with", "–"]
             rows.append([arm.game, arm.name, *cells])
     lines = [markdown_table(HEAD, rows), "", "Brackets are 95% intervals.", ""]
     for pair in pairs:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -257,6 +258,13 @@ class Candidates:
     def runs(self) -> list[RecordedRun]:
         return [*self.sides[0].values(), *self.sides[1].values()]
 
+    def without(self, folders: set[str]) -> "Candidates":
+        """A copy that lacks the runs in these folders."""
+        kept = []
+        for side in self.sides:
+            kept.append({seed: run for seed, run in side.items() if run.folder not in folders})
+        return Candidates((kept[0], kept[1]), dict(self.left_out))
+
     def leave_out(self, run: RecordedRun, reason: str) -> None:
         for side in self.sides:
             if side.get(run.args.seed) is run:
@@ -324,33 +332,39 @@ def keep_within(candidates: Candidates, metric: str, window: Window, begin: str)
             candidates.leave_out(run, reason)
 
 
+def group_by_agent(runs: list[RecordedRun], before: int) -> list[list[RecordedRun]]:
+    """The runs that continue one agent together: they were one run for half of `before` steps, or longer."""
+    agents: list[list[RecordedRun]] = []
+    for run in runs:
+        own = [agent for agent in agents if share_history(agent[0], run, before // 2)]
+        if own:
+            own[0].append(run)
+        else:
+            agents.append([run])
+    return agents
+
+
 def count_agents_once(candidates: Candidates, before: int) -> bool:
-    """Whether there are several seeds and all continue one agent.
+    """Whether there are several seeds and all runs continue one agent.
 
-    Runs continue one agent if they were one run for half of the steps before the intervention, at `before`,
-    or longer. If not all do, each agent counts once, and its other continuations are left out: they differ
-    less than agents do, and would make an interval over both too narrow.
+    `before` is the step of the intervention. If not all continue one agent, each counts once on either side,
+    and its other continuations are left out: they differ less than agents do, and would make an interval over
+    both too narrow.
     """
-    runs: dict[int, list[RecordedRun]] = {}
-    for run in candidates.runs:
-        runs.setdefault(run.args.seed, []).append(run)
-
-    def one_agent(seed: int, other: int) -> bool:
-        pairs = itertools.product(runs[seed], runs[other])
-        return seed == other or any(share_history(ours, theirs, before // 2) for ours, theirs in pairs)
-
-    # of an agent's seeds the smallest counts, of those that both sides have where there are any
-    order = sorted(runs, key=lambda seed: (len(runs[seed]) < 2, seed))
-    counted = {}  # seed: the seed that counts for its agent
-    for seed in runs:
-        counted[seed] = next(first for first in order if one_agent(first, seed))
-    if len(set(counted.values())) < 2:
-        return len(runs) > 1
-    for run in candidates.runs:
-        seed = counted[run.args.seed]
-        if run.args.seed != seed:
-            reason = f"continues the agent of seed {seed}, which counts once beside other agents"
-            candidates.leave_out(run, reason)
+    agents = group_by_agent(candidates.runs, before)
+    if len(agents) < 2:
+        return len({run.args.seed for run in candidates.runs}) > 1
+    for agent in agents:
+        on_sides = Counter(run.args.seed for run in agent)
+        for side in candidates.sides:
+            seeds = sorted(run.args.seed for run in agent if side.get(run.args.seed) is run)
+            # the smallest counts, of those that both sides have where there are any
+            on_both = [seed for seed in seeds if on_sides[seed] == 2]
+            for seed in seeds:
+                counted = (on_both or seeds)[0]
+                if seed != counted:
+                    reason = f"continues the agent of seed {counted}, which counts once beside other agents"
+                    candidates.leave_out(side[seed], reason)
     return False
 
 
@@ -376,6 +390,32 @@ class Selection:
     one_agent: bool  # whether all continue one agent
 
 
+def window_of(candidates: Candidates, firsts: dict[int, int], steps: int | None) -> Window:
+    """Of so many steps, or of as many as all of these runs have."""
+    if steps is None:
+        return common_window(candidates, firsts)
+    after, _ = beyond_the_intervention(candidates, firsts)
+    return Window(after, after + steps)
+
+
+def set_an_end_alone(
+    candidates: Candidates, left_out: Sequence[RecordedRun], firsts: dict[int, int], steps: int | None
+) -> set[str]:
+    """The folders of runs that were left out and set an end of the window, if no other run sets it, too."""
+    window = window_of(candidates, firsts, steps)
+    last = {run.folder for run in left_out if run.last_step == window.upto}
+    latest = set()
+    for seed, run in candidates.sides[1].items():
+        if run in left_out and firsts[seed] == window.after:
+            latest.add(run.folder)
+    for folders in (last, latest):
+        others = candidates.without(folders)
+        other_window = window_of(others, firsts, steps)
+        if all(others.sides) and (other_window.after, other_window.upto) != (window.after, window.upto):
+            return folders
+    return set()
+
+
 def select(
     candidates: Candidates, firsts: dict[int, int], metric: str, steps: int | None, begin: str
 ) -> Selection:
@@ -383,29 +423,26 @@ def select(
 
     `firsts` is {seed: step} of the first interventions, `begin` the intervention in words.
     """
-    given = (dict(candidates.sides[0]), dict(candidates.sides[1]))
-    reasons = dict(candidates.left_out)
+    given = candidates.without(set())
     if steps is None:
         leave_out_short(candidates, firsts, begin)
-        window = common_window(candidates, firsts)
-    else:
-        after, _ = beyond_the_intervention(candidates, firsts)
-        window = Window(after, after + steps)
+    window = window_of(candidates, firsts, steps)
+    long_enough = candidates.without(set())
     keep_within(candidates, metric, window, begin)
-    before = min((firsts[seed] for seed in candidates.sides[1]), default=window.after)
-    outside = set(candidates.left_out)
-    one_agent = count_agents_once(candidates, before)
-    shared = pair_up(candidates, firsts)
-    alone = {folder: why for folder, why in candidates.left_out.items() if folder not in outside}
-    if not alone:
-        return Selection(candidates, window, shared, one_agent)
-    # these runs have no counterpart: they decide neither on the window, nor on whether another run counts
-    for side in given:
-        for seed, run in list(side.items()):
-            if run.folder in alone:
-                del side[seed]
-    selection = select(Candidates(given, reasons), firsts, metric, steps, begin)
-    selection.candidates.left_out.update(alone)
+    outside = [run for run in long_enough.runs if run.folder in candidates.left_out]
+    undue = set_an_end_alone(long_enough, outside, firsts, steps)
+    if not undue:
+        before = min((firsts[seed] for seed in candidates.sides[1]), default=window.after)
+        within = {run.folder for run in candidates.runs}
+        one_agent = count_agents_once(candidates, before)
+        shared = pair_up(candidates, firsts)
+        undue = within.intersection(candidates.left_out)
+        if not undue:
+            return Selection(candidates, window, shared, one_agent)
+    # these runs do not count: they decide neither on the window, nor on whether another run counts
+    selection = select(given.without(undue), firsts, metric, steps, begin)
+    for folder in undue:
+        selection.candidates.left_out[folder] = candidates.left_out[folder]
     return selection
 
 
@@ -432,6 +469,15 @@ def measure(arm: Arm, runs: dict[int, RecordedRun], metric: str, window: Window)
         side.unreported += run.unreported(window.after, window.upto)
         side.reach += reach(returns, side.missing[seed])
     side.reach /= max(len(runs), 1)
+    for run in arm.runs:
+        unreported = run.unreported(window.after, window.upto)
+        played = run.last_step >= window.upto > window.after
+        silent = played and not run.between(metric, window.after, window.upto).size
+        if metric == TRAINING_RETURN and silent and unreported > 0:
+            # none of its games has a return: it counts nowhere, and nothing is known of what it lacks
+            side.missing[run.args.seed] = 1.0
+            side.unreported += unreported
+            side.reach = math.inf
     return side
 
 
@@ -440,14 +486,22 @@ def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None)
     intervention = intervened.intervention
     baselines = {run.args.seed: run for run in without.runs}
     candidates = Candidates((baselines, {run.args.seed: run for run in intervened.runs}))
+    yet = "not been injected yet" if intervention == "injection" else "had no intervention yet"
     firsts = {}
+    waiting = []
     for run in intervened.runs:
         steps = intervened.intervention_steps(run)
         if steps:
             firsts[run.args.seed] = steps[0]
         else:
-            yet = "not been injected yet" if intervention == "injection" else "had no intervention yet"
+            waiting.append(run.args.seed)
             candidates.leave_out(run, f"has {yet}: the verdict is on runs that had")
+    if firsts:
+        # or only the side without would have the agents whose norm has not grown
+        for seed in waiting:
+            if seed in baselines:
+                reason = f"is of a seed that has {yet} in the other arm: the verdict is on those that had"
+                candidates.leave_out(baselines[seed], reason)
     begin = f"the {noun(intervention)}"
     if not intervened.planned_steps:
         begin = f"the latest first {noun(intervention)}"

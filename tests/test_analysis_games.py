@@ -162,6 +162,27 @@ def test_runs_without_a_shared_history_are_drawn_apart():
     np.testing.assert_array_equal(total.scores, aggregate_scores(*sides, [False]))
 
 
+@pytest.mark.parametrize(("others", "counted"), [((1, 2, 3), (1, 2, 3)), ((6, 7, 8), ())])
+def test_no_game_has_more_runs_on_one_side_of_an_aggregate_than_on_the_other(others, counted):
+    """One game has five runs without and three with, the other three and five; nothing has any effect."""
+    runs = []
+    for game, left, right in ((ALIEN, (1, 2, 3, 4, 5), others), (PHOENIX, others, (1, 2, 3, 4, 5))):
+        for seed in left:
+            points = {RETURN: games(seed, 0)}
+            runs.append(make_run(f"b{game}{seed}", points, seed=seed, env_id=game, intervention="none"))
+        for seed in right:  # games of its own from the first on: nothing is shared
+            points = {RETURN: games(seed + 20, 0)}
+            runs.append(make_run(f"i{game}{seed}", points, seed=seed, env_id=game))
+    totals = aggregates(compared(*runs))
+    if not counted:
+        assert totals == []
+        return
+    (total,) = totals
+    assert total.runs == (6, 6) and total.scores[2, 1] < 0 < total.scores[2, 2]
+    reason = "which one side lacks, where it has fewer runs"
+    assert total.left_out == {f"{game} with seeds 4, 5": reason for game in (ALIEN, PHOENIX)}
+
+
 def test_games_without_a_human_score_or_a_run_on_one_side_are_left_out_of_the_aggregate_and_named():
     pong = make_run("pong", {RETURN: games(1, 0)}, env_id="PongNoFrameskip-v4", intervention="none")
     early = make_run("early", {RETURN: games(1, 1, upto=900)}, last=900, env_id="PongNoFrameskip-v4")

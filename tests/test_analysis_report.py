@@ -131,6 +131,31 @@ def test_words_warn_where_one_run_lacks_its_long_games():
     )
 
 
+def test_words_warn_where_a_run_has_no_game_with_a_return_at_all():
+    """It is left out, with all that it lacks."""
+    runs = make_arms((1, 2, 3, 4))
+    runs[-1].scalars[RETURN] = runs[-1].scalars[RETURN][:, :10]
+    assert not [line for line in words(*runs) if line.startswith("caution")], "it did not play"
+    runs[-1].scalars["charts/games_cut"] = np.array([[3_000.0], [8.0]])
+    (line,) = [line for line in words(*runs) if line.startswith("caution")]
+    assert "0 of 60 games without and 8 of 68 games with injection were cut or still going" in line
+    assert "up to 0% and 100% of a run's games" in line
+    assert words(*runs)[-2].startswith(f"not in this comparison: {runs[-1].folder} has logged no {RETURN}")
+
+
+def test_where_runs_were_evaluated_differently_the_caution_does_not_name_a_metric_that_has_no_verdict():
+    runs = []
+    for run in make_arms(effect=0.0):
+        points = {tag: [*pairs.T] for tag, pairs in run.scalars.items()}
+        points |= {"charts/games_cut": [(2_000, 9)], "eval/episodic_return": [(2_000, 1.0)]}
+        frequency = 500 if run.args.intervention == "injection" else 1_000
+        how = {"seed": run.args.seed, "intervention": run.args.intervention, "eval_frequency": frequency}
+        runs.append(make_run(run.lineage[0].folder, points, **how))
+    (line,) = [line for line in words(*runs) if line.startswith("caution")]
+    fix = "give all runs the same eval_ settings, and compare --metric eval/episodic_return"
+    assert line.endswith(f"carry this: {fix}")
+
+
 def test_without_a_verdict_words_warn_where_the_difference_could_be_owed_to_missing_games():
     runs = make_arms(seeds=(1,))
     for cut, warned in ((2, False), (15, True)):
@@ -236,6 +261,9 @@ def test_other_causes_are_named_of_other_interventions_too_and_of_no_verdict():
     assert other_causes(pair)[0].endswith("; --intervention reset-moments --reset-moments-of all would tell")
     _, (few,) = compared(*make_arms((1, 2)))
     assert other_causes(few) == []
+    _, (by_norm,) = compared(*make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}))
+    tells = "; --intervention reset-moments would tell, where --injection-step plans both"
+    assert other_causes(by_norm)[0].endswith(tells)
 
 
 def with_control(seeds=(1, 2, 3), effect=20.0, cut=0, **args):
@@ -267,6 +295,16 @@ def test_what_the_control_tells_stands_in_the_place_of_fresh_moments():
     text = table(arms, pairs, [], RETURN)
     assert f"\n  - {line}.\n  - {causes[0]}.\n" in text and text.count("beyond its control") == 1
     assert len(rows_of(text)) == 2 + 4, "two rows a verdict, and none for the control's comparison"
+
+
+def test_fresh_moments_stay_a_cause_where_the_difference_to_the_control_says_something_else():
+    """The control has gained as much, or a part of it."""
+    for effect, found in ((50.0, "no evidence"), (90.0, "lowered")):
+        pair, _, causes = lines_beyond_control(with_control(effect=effect))
+        assert pair.judgement.verdict == "raised" and pair.beyond_control.judgement.verdict == found
+        assert causes[0].startswith(MOMENTS) and causes[0].endswith(
+            f"; against the control the verdict is: {found}"
+        )
 
 
 def test_a_control_that_cannot_tell_says_why_and_fresh_moments_stay_a_cause():

@@ -300,6 +300,24 @@ def test_beside_other_agents_each_agent_counts_once():
     assert [set(means) for means in found.means] == [{2, 3, 4, 5}] * 2, "the one of which both arms are there"
 
 
+def test_an_agents_continuations_count_once_also_where_one_side_has_nothing_else():
+    """Five agents without an injection; five continuations of the first of them with one."""
+    whole = []
+    continued = []
+    for seed in (1, 2, 3, 4, 5):
+        name = f"whole-{seed}"
+        alone = {"seed": seed, "intervention": "none", "identity": known(name)}
+        whole.append(make_run(name, {RETURN: games(seed, 0)}, **alone))
+        points = {RETURN: games(1, 0)[:10] + games(seed, 1)[10:]}
+        origin = known(f"c{seed}", ("whole-1", INJECTION, 1))
+        continued.append(make_run(f"c{seed}", points, identity=origin, seed=seed))
+    found = verdict(*whole, *continued)
+    assert found.judgement.verdict == "too few seeds" and not found.one_agent
+    assert [set(means) for means in found.means] == [{1, 2, 3, 4, 5}, {1}]
+    reason = "continues the agent of seed 1, which counts once beside other agents"
+    assert found.left_out == {run.folder: f"{run.folder} {reason}" for run in continued[1:]}
+
+
 @pytest.mark.parametrize("intervention", ["none", "injection"])
 def test_a_run_that_does_not_count_ends_no_window(intervention):
     points = {RETURN: games(4, intervention == "injection", upto=2_000)}
@@ -321,6 +339,34 @@ def test_a_run_that_does_not_count_decides_on_no_other_run():
     (found,) = comparisons(group([*runs, late])[0], RETURN, None)
     assert found.window == expected.window and found.means == expected.means
     assert set(found.left_out) == {*expected.left_out, late.folder}
+
+
+def test_a_run_that_ends_before_the_first_evaluation_does_not_end_the_window_of_all():
+    evaluated = {}
+    for run in make_arms():
+        points = run.scalars[RETURN]
+        evaluated[run.folder] = [(step, value) for step, value in points.T if step in (1_000, 2_200, 3_000)]
+    runs = []
+    for run in make_arms():
+        how = {"seed": run.args.seed, "intervention": run.args.intervention, "eval_frequency": 100}
+        points = {EVALUATED: evaluated[run.folder], RETURN: [*run.scalars[RETURN].T]}
+        runs.append(make_run(run.lineage[0].folder, points, **how))
+    short = make_run(
+        "short", {EVALUATED: [(1_000, 1.0)]}, 2_050, seed=4, intervention="none", eval_frequency=100
+    )
+    found = verdict(*runs, short, metric=EVALUATED)
+    assert (found.window.upto, found.window.ended_by) == (TOTAL, None)
+    assert [set(means) for means in found.means] == [{1, 2, 3}] * 2
+    assert found.left_out == {short.folder: f"{short.folder} has logged no {EVALUATED} in the window"}
+
+
+def test_a_run_without_a_game_after_the_latest_injection_of_all_does_not_begin_the_window():
+    late = make_norm_arms({4: [2_600]})[0]
+    late.scalars[RETURN] = late.scalars[RETURN][:, :25]
+    found = verdict(*make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}), late)
+    assert (found.window.after, found.window.upto) == (1_700, TOTAL)
+    assert set(found.means[1]) == {1, 2, 3} and list(found.left_out) == [late.folder]
+    assert verdict(*make_norm_arms({4: [2_600]})[1:], late).window.after == 2_600, "where it is the only one"
 
 
 @pytest.mark.parametrize(
@@ -977,6 +1023,19 @@ def test_a_run_that_the_norm_has_not_injected_yet_is_left_out_named_and_does_not
     }
     assert found.window.upto == TOTAL and set(found.means[1]) == {1, 2, 3}
     assert verdict(*make_norm_arms({5: []})).judgement.verdict == "too few seeds"
+    # its seed's run without is left out as well, or that side alone would have such agents
+    strangers = []
+    for run in make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500], 4: []}):
+        other_games = [(step, value + 1) for step, value in run.scalars[RETURN].T]
+        if run.args.intervention == "none":
+            run = make_run(
+                run.lineage[0].folder, {RETURN: other_games}, seed=run.args.seed, intervention="none"
+            )
+        strangers.append(run)
+    found = verdict(*strangers)
+    assert not found.paired and [set(means) for means in found.means] == [{1, 2, 3}] * 2
+    reason = "is of a seed that has not been injected yet in the other arm: the verdict is on those that had"
+    assert found.left_out["runs/b4"] == f"runs/b4 {reason}"
     reset = make_run("reset", {RETURN: games(1, 1)}, intervention="reset-head", **NORM)
     baseline = make_run("baseline", {RETURN: games(1, 0)}, intervention="none", **NORM)
     assert "had no intervention yet" in verdict(reset, baseline).left_out[reset.folder]
