@@ -82,6 +82,7 @@ from support.optimizers import (
 from support.process import Signals, begin_in_utf8, deaf_in_the_end, ends_in_one_line
 from support.randomness import stream_seed
 from support.replay import FrameReplayBuffer
+from support.run_log import RunLog
 from support.runs import Run, check_machine, find_origin
 from support.usage import (
     Count,
@@ -147,7 +148,8 @@ class Experiment:
     freeze_heads: Annotated[bool, WITH_INJECTION] = True
     """freeze θ and θ′₂ at injection, or train all three heads (paper, appendix)"""
     moments: Annotated[Literal["fresh", "keep"], WITH_NEW_HEAD] = "fresh"
-    """the optimizer's state of a head drawn anew: none, or that of the head before (paper, Fig. 9)"""
+    """the optimizer's state of a head drawn anew: none, or that of the head before (paper, Fig. 9); without
+    any, rmsprop begins with steps that are several times too large"""
     injection_trigger: Literal["step", "norm"] = "step"
     """inject at --injection-step, or when the weights have grown (paper, appendix)"""
     injection_norm_ratio: Annotated[Positive, WITH_NORM] = 3.0
@@ -400,9 +402,10 @@ class InjectableHead(torch.nn.Module):
 
     @staticmethod
     def draw(make: "Callable[[], torch.nn.Module]", generator: torch.Generator | None) -> torch.nn.Module:
-        """A new module, each layer initialised as it does that itself, on the CPU.
+        """A new module, each layer initialised as it does that itself.
 
-        Its random numbers are the generator's, which moves on; no other random stream does.
+        With a generator it is made on the CPU, and the generator's random numbers are all that is drawn.
+        Without, the maker goes by PyTorch's own device and random numbers.
         """
         if generator is None:
             return make()
@@ -1052,7 +1055,8 @@ class Training:
     def churn_due(self) -> bool:
         """Whether this sync is the first at or after a multiple of --plasticity-frequency.
 
-        With measures every 50,000 steps and a sync every 8,000, the one at 56,000 is.
+        With measures every 50,000 steps and a sync every 8,000, the one at 104,000 is. Measures before the
+        first sync have none.
         """
         args = self.args
         if args.plasticity_frequency == 0:
@@ -1199,6 +1203,8 @@ def train(args: Args, signals: Signals | None = None) -> Path:
             run.log.say(
                 f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}"
             )
+        else:
+            say_what_comes_before_learning(args, run.log)
 
         if origin.forked and args.seed != origin.forked_args["seed"]:
             training.begin_streams()  # one agent that goes on in several ways
@@ -1211,6 +1217,22 @@ def train(args: Args, signals: Signals | None = None) -> Path:
     if complete:
         signals.stop = None  # one that came while files were closed was too late
     return run.folder
+
+
+def say_what_comes_before_learning(args: Args, log: RunLog) -> None:
+    """Lines where an untrained network is injected, or fills the replay with little exploration."""
+    starts = args.learning_starts
+    if args.planned_interventions and args.planned_interventions[0] <= starts:
+        log.say(
+            f"warning: at step {args.planned_interventions[0]:,} the network has learned nothing, "
+            f"with --learning-starts {starts}: give a later --injection-step"
+        )
+    falls_until = args.exploration_start + args.exploration_fraction * args.total_timesteps
+    if falls_until < starts:
+        log.say(
+            f"remark: ε has fallen at step {falls_until:,.0f}, and learning begins after step {starts:,}: "
+            "give a lower --learning-starts, or a larger --exploration-fraction"
+        )
 
 
 # What a run may be
@@ -1289,14 +1311,14 @@ OF_INTERVENTION = (
     "injected_head_width",
     *(field.name for field in fields(AlternativeSettings)),
 )
-# what a fork may change: nothing of this changes what lies before a checkpoint, or `check_fork` sees to it
+# when the norm injects
+OF_NORM = ("injection_trigger", "injection_norm_ratio", "injection_check_frequency", "max_injections")
+# what a fork may change: nothing of this changes what lies before a checkpoint, or `check_fork` sees to it;
+# but a run that had the other seed, or the other rule for the norm, from its start may have come elsewhere
 FORKABLE = (
     *OF_INTERVENTION,
     "injection_step",
-    "injection_trigger",
-    "injection_norm_ratio",
-    "injection_check_frequency",
-    "max_injections",
+    *OF_NORM,
     "total_timesteps",
     "exploration_fraction",
     "seed",
@@ -1382,15 +1404,15 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
     where = f"checkpoint {checkpoint.path}"
     with reading(checkpoint.path, "this run's checkpoint", AS_IT_WAS_MADE):
         earlier = tuple(checkpoint.state["learner"]["interventions"])
-    planned = tuple(planned for planned in args.planned_changes if planned < step)
+    expected = tuple(planned for planned in args.planned_changes if planned < step)
     if args.intervention == "none":
-        planned = ()
+        expected = ()
     elif args.injection_trigger == "norm":
-        planned = earlier
-    if earlier != planned:
+        expected = earlier  # no step was planned, the norm decided
+    if earlier != expected:
         raise UsageError(
             f"{where} lies after injections at {earlier or 'no step'}, but the arguments say "
-            f"{planned or 'none'} before step {step}: {interventions_fix(args, earlier, step)}"
+            f"{expected or 'none'} before step {step}: {interventions_fix(args, earlier, step)}"
         )
     if not earlier:
         return
@@ -1401,7 +1423,7 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
         raise UsageError(f"{where} lies after an injection: for another {flags} give an earlier checkpoint")
     if args.injection_trigger == "norm":
         least = len(earlier)
-        if "injection_trigger" in changed or "max_injections" in changed:
+        if any(name in changed for name in OF_NORM):
             least += 1  # or the fork would do nothing of what is asked
         if args.max_injections < least:
             raise UsageError(
@@ -1467,9 +1489,12 @@ def load_agent(path: Path, device: torch.device | str) -> tuple[QNetwork, Args, 
     Raises:
         UsageError: it is no agent.
     """
-    with reading(path, "an agent", "give an agent.pt from --save-model"):
+    fix = "give an agent.pt from --save-model"
+    with reading(path, "an agent", fix):
         saved = torch.load(path, map_location=device, weights_only=True)
-        args = Args(**saved["args"])
+        saved_args = dict(saved["args"])
+    args = usage.settings_of(Args, saved_args, path)
+    with reading(path, "an agent", fix):
         num_actions = QNetwork.num_actions_in(saved["q_network"])
         q_network = make_q_network(args, num_actions, device)
         q_network.load_state_dict(saved["q_network"])
@@ -1623,7 +1648,8 @@ def main() -> None:
         args = parse_args()
         signals = Signals()
         if args.evaluate is not None:
-            evaluate_saved(args)
+            with ends_in_one_line():
+                evaluate_saved(args)
         else:
             train(args, signals)
         if signals.stop is not None:

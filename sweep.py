@@ -85,7 +85,7 @@ class Settings:
     retries: Steps = 3
     """how often a run that is killed goes on"""
     retry_pause: Positive = 10.0
-    """seconds before the first time, twice as long before each one after"""
+    """seconds before the first time, twice as long before each one after, up to ten minutes"""
     metric: Literal["charts/episodic_return", "eval/episodic_return"] = "charts/episodic_return"
     """which return is compared in the end, see compare.py"""
     dry_run: bool = False
@@ -153,7 +153,10 @@ def refuse_slow_bfloat16(tasks: list[Task]) -> None:
         on_cpu = task.resources["num_gpus"] == 0
         new = task.run.begins == 0 and jobs.find_folder(task.folder, task.run.name) is None
         if slow and task.run.args.bf16 and on_cpu and new:
-            raise UsageError(f"{slow}: leave out --bf16")
+            fix = "leave out --bf16"
+            if (task.folder / "sweep.json").exists():  # it began with that flag
+                fix = "go on where there are some, or leave out --bf16 and give another --name"
+            raise UsageError(f"{slow}: {fix}")
 
 
 class Sweep:
@@ -281,6 +284,8 @@ def carry_out(settings: Settings, asked: plan.Asked, runs: list[plan.PlannedRun]
         stack.enter_context(alone(folder))
         manifest.refuse_another(folder, asdict(asked))  # once more, now that no other sweep can begin here
         manifest.begin(folder, asdict(asked))
+        processor = "GPU" if on_gpu else "CPU"
+        say(f"runs compute on the {processor}, with --threads-per-run {threads}")
         book = Book(folder, tasks)
         with Signals() as signals:
             Sweep(book, settings, threads).go(signals)

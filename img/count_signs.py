@@ -5,7 +5,7 @@
 The probe says that an agent gains where the injected copy's error is below 0.36 of the agent's own. It is
 right where the difference in mean return that compare.py finds for that agent has this sign. The JSON file,
 or each of several, is of compare.py --probe, at checkpoints of the injection's step. Where a network diverged
-in it, the probe has no answer, and is not right.
+in it, or an agent is in none of them, the probe has no answer, and is not right.
 
 Beside it stands what chance would give: were each sign a coin, and were the answers shuffled among the
 agents, or among those of each game. The last says whether the probe tells agents apart, not only games. Last
@@ -71,7 +71,13 @@ def signs_in_words(ratios: dict[str, float], gains: dict[str, float], below: flo
     shuffled = chance_by_shuffling(said, gained, ["all"] * len(said))
     within_games = chance_by_shuffling(said, gained, games)
     all_gained = sum(gain > 0 for gain in gains.values())
-    lines = [
+    lines = []
+    if len(ratios) < len(gains):
+        unanswered = len(gains) - len(ratios)
+        lines.append(
+            f"the probe has no answer for {unanswered}, which count as not right, and in no chance below"
+        )
+    lines += [
         f"the probe is right for {right} of {len(gains)}: {sum(said)} gain by its answers, {all_gained} did",
         f"as many or more are right by chance: {coin:.3g} if each sign is a coin's",
         f"as many or more are right by chance: {shuffled:.3g} if answers are shuffled among the agents",

@@ -4,9 +4,9 @@
 
 The files are of compare.py --export, and of img/play_agents.py. A run has five numbers: its mean return in
 the first 20,000 steps after the intervention, in the whole window, and in the last 20,000 steps; the share of
-units that are dormant in the learning head when it was measured last before the window's end, since at the
-end itself ReDo may have recycled them; and the mean score of its final agent's games, if that agent is of
-the window's end. What an arm changes is the mean of the differences within seeds, with a 95% t interval.
+units that are dormant in the learning head when it was measured last before the window's end, and not just
+after ReDo has recycled them; and the mean score of its final agent's games, if that agent is of the window's
+end. What an arm changes is the mean of the differences within seeds, with a 95% t interval.
 
 Games that training cuts, or that never end, are in no mean return. Those of the final agent are whole.
 """
@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.arms import TRAINING_RETURN, Arm, print_remarks, read_arms
+from analysis.arms import RECYCLED, TRAINING_RETURN, Arm, print_remarks, read_arms
 from analysis.canvas import INK, Figure, MaxNLocator, check_name, drawing, look, save
 from analysis.curves import RecordedRun
 from analysis.intervals import MIN_SEEDS, interval
@@ -102,8 +102,11 @@ def mean_return(run: RecordedRun, after: int, upto: int) -> float:
 
 
 def last_dormant(run: RecordedRun, window: Window) -> float:
-    _, shares = run.between(DORMANT, window.after, window.upto - 1)
-    return float(shares[-1]) if shares.size else math.nan
+    """The last measure before the window's end that is none of units that have just been recycled."""
+    steps, shares = run.between(DORMANT, window.after, window.upto - 1)
+    recycled, _ = run.between(f"{RECYCLED}head", window.after, window.upto)
+    earlier = shares[~np.isin(steps, recycled)]
+    return float(earlier[-1]) if earlier.size else math.nan
 
 
 def score_of(run: RecordedRun, scores: Scores) -> float | None:

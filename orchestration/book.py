@@ -20,6 +20,7 @@ from support.process import Unfailing, say
 from support.usage import UsageError
 
 ENDED = ("finished", "failed", "not started")
+LONGEST_PAUSE = 600.0  # seconds
 TRAIN = (sys.executable, str(Path(script.__file__).resolve()))
 
 
@@ -62,6 +63,11 @@ class Task:
         if self.found is None and self.attempt:
             self.found = find_folder(self.folder, self.run.name)
         return self.found
+
+    @property
+    def keeps_a_gpu_for_nothing(self) -> bool:
+        wanted = self.resources.get("num_gpus", 0) > 0 and self.run.args.cuda
+        return wanted and self.progress.device == "cpu"
 
     def read(self) -> Progress | None:
         """What its process says of itself; None before it has a folder."""
@@ -171,13 +177,15 @@ class Book:
 
     def fork_point(self, task: Task) -> tuple[Path | None, str]:
         """The checkpoint to begin with, if any; and whether that can be: "ready", "wait" or "never"."""
-        if task.run.trunk is None or task.run_folder is not None:
+        if task.run.trunk is None:
             return None, "ready"
         trunk = self.tasks[task.run.trunk]
         if trunk.state != "queued" and trunk.run_folder is not None:  # no search of a large folder before
             checkpoint = trunk.run_folder / f"checkpoint-{task.run.begins}"
             if checkpoint.exists():
                 return checkpoint, "ready"
+        if task.run_folder is not None:  # it has gone beyond that
+            return None, "ready"
         return None, "never" if trunk.state in ENDED else "wait"
 
     def record(self, task: Task, state: str, why: str = "") -> None:
@@ -189,6 +197,9 @@ class Book:
         if state == "running":
             line += f", attempt {task.attempt} on {task.progress.host}"
         say(f"{line}, {task.progress}")
+        if state == "running" and task.keeps_a_gpu_for_nothing:
+            fix = "see to that machine's driver and PyTorch's build, or give --gpus-per-run 0"
+            say(f"warning: {task.run.name} keeps a GPU, and computes on the CPU: {fix} ({task.log})")
 
     def look(self) -> None:
         """Reads how far those have come that the engine has."""
@@ -202,7 +213,7 @@ class Book:
             self.record(task, "running")
         if state == "killed":
             task.kills += 1
-            task.after = time.monotonic() + pause * 2 ** (task.kills - 1)
+            task.after = time.monotonic() + min(pause * 2 ** (task.kills - 1), max(pause, LONGEST_PAUSE))
             if task.kills > retries:
                 state = "failed"
                 why = f"killed {task.kills} times, with --retries {retries}; {why}"

@@ -151,6 +151,13 @@ def machines() -> list[Node]:
     return [node["Resources"] for node in ray_module().nodes() if node["Alive"]]
 
 
+def runs_on(gpus: float, share: float) -> int:
+    """How many runs fit on so many GPUs. A share below 1 lies on one GPU."""
+    if share < 1:
+        return int(gpus) * int(1 / share + 1e-9)  # 1 / 0.1 may be a little less than 10
+    return int(gpus // share)
+
+
 def resources(
     run: PlannedRun, cpus: float | None, gpus: float | None, memory: float | None, nodes: list[Node]
 ) -> dict[str, float]:
@@ -165,7 +172,7 @@ def resources(
     if cpus is None:
         cpus = 1
         if gpus and with_gpus:  # all processors, divided by the runs that fit on the GPUs
-            shares = [node.get("CPU", 0) // max(1, node["GPU"] // gpus) for node in with_gpus]
+            shares = [node.get("CPU", 0) // max(1, runs_on(node["GPU"], gpus)) for node in with_gpus]
             cpus = max(1, min(shares))
     memory = run.memory + FOR_LEARNING if memory is None else memory * 1e9
     for node in nodes:
@@ -173,7 +180,9 @@ def resources(
             return {"num_cpus": cpus, "num_gpus": gpus, "memory": int(memory)}
     sizes = [f"{n.get('CPU', 0):g}, {n.get('GPU', 0):g} and {n.get('memory', 0) / 1e9:.1f} GB" for n in nodes]
     needed = f"{run.name} needs {cpus:g} processors, {gpus:g} GPUs and {memory / 1e9:.1f} GB of memory"
-    fix = "lower --cpus-per-run, --gpus-per-run, --memory-per-run, or --buffer-size after --"
+    fix = "lower --cpus-per-run, --gpus-per-run, or --memory-per-run"
+    if run.begins == 0:  # a fork has the replay of its origin
+        fix += ", or --buffer-size after --"
     raise UsageError(f"{needed}, and no machine has that, but {', '.join(sizes)}: {fix}")
 
 

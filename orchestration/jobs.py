@@ -18,6 +18,8 @@ from typing import IO
 from support.process import GROUP_SIZES
 
 POLL_SECONDS = 0.5
+# what would make a process think that it is one of several equal ones, or overrule OMP_NUM_THREADS
+NOT_HANDED_ON = (*GROUP_SIZES, "MKL_NUM_THREADS")
 STARTED = "started on"  # how the line begins that a job writes into its log first
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
@@ -73,8 +75,7 @@ def run(job: Job) -> int:
             command = (*job.go_on, os.path.relpath(folder, job.place))
         log.write(f"{STARTED} {socket.gethostname()}: {shlex.join(command)}\n".encode())
         log.flush()
-        # but for what would make it think that it is one of several equal ones
-        env = {name: value for name, value in os.environ.items() if name not in GROUP_SIZES}
+        env = {name: value for name, value in os.environ.items() if name not in NOT_HANDED_ON}
         parent = os.getpid()
         process = subprocess.Popen(
             command,
@@ -100,6 +101,7 @@ def run(job: Job) -> int:
 
 def _lock(log: IO[bytes]) -> None:
     """Waits until no other process has the log. A job keeps the lock, also where it outlives this process."""
+    waits = False
     while True:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,6 +109,11 @@ def _lock(log: IO[bytes]) -> None:
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # a file system without locks
                 return
+        if not waits:
+            line = f"{socket.gethostname()} waits for the process that has this log, of an earlier attempt\n"
+            log.write(line.encode())
+            log.flush()
+            waits = True
         time.sleep(POLL_SECONDS)
 
 

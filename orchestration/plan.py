@@ -181,6 +181,10 @@ def check_asked(asked: Asked, origin: Checkpoint | None) -> None:
     refuse_flags(axes, "in --grid", instead)
     for arm, flags in asked.arms.items():
         refuse_flags(usage.flags_given(flags) - {"intervention"}, f"in arm {arm}", instead)
+        twice = usage.flags_given(flags).intersection(axes)
+        if twice:
+            # its own flag comes last: each of the grid's values would be the same runs
+            raise UsageError(f"{flag(min(twice))} is in arm {arm} and in --grid: leave it out of one of them")
 
 
 def refuse_flags(names: Iterable[str], where: str, instead: dict[str, str]) -> None:

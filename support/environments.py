@@ -27,7 +27,7 @@ MAX_FRAMES = 108_000  # of a game
 
 
 def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
-    """The registration of an Atari id; UsageError where it is none, or has other actions or observations."""
+    """The registration of an Atari id; UsageError where it is none, or plays in a way that is not ours."""
     try:
         spec = gym.spec(env_id)
     except (gym.error.Error, ImportError) as error:
@@ -41,6 +41,9 @@ def atari_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     if obs_type != "rgb":
         shown = f"{obs_type}, not the screen"
         raise UsageError(f"env_id {env_id!r} shows {shown}: register it without obs_type")
+    if spec.max_episode_steps is not None:
+        limit = "limits games by max_episode_steps"
+        raise UsageError(f"env_id {env_id!r} {limit}: register it with max_num_frames_per_episode instead")
     return spec
 
 

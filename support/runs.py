@@ -102,7 +102,14 @@ def find_origin(resume: str | None, fork: str | None, stack: contextlib.ExitStac
     newest = newest_good_checkpoint(folder, identity["run"])
     if newest is not None:  # whose arguments have a checksum
         return Origin(folder, identity["run"], newest.meta["args"], newest)
-    beginning = _fork_point(identity["args"].get("fork"))
+    fork = identity["args"].get("fork")
+    try:
+        beginning = _fork_point(fork)
+    except UsageError as error:
+        cannot = (
+            f"{folder} holds no checkpoint to go on from, and began at {fork}, which cannot be read any more"
+        )
+        raise UsageError(f"{cannot}: {BEGIN_AGAIN}") from error
     if any(steps.max() > beginning.step for steps, _, _ in read_scalars(folder).values()):
         raise UsageError(f"{folder} holds no checkpoint to go on from: {BEGIN_AGAIN}")
     return replace(beginning, folder=folder, run_id=identity["run"], args=identity["args"])
@@ -114,7 +121,7 @@ def _fork_point(path: str | None) -> Origin:
         return Origin()
     checkpoint = load_checkpoint(Path(path))
     fix = "move that file away, and the fork's curves begin at the checkpoint"
-    return Origin(checkpoint=checkpoint, curves=read_scalars(checkpoint.path.parent, fix))
+    return Origin(checkpoint=checkpoint, curves=read_scalars(checkpoint.path.resolve().parent, fix))
 
 
 class Run:
@@ -332,6 +339,10 @@ class Run:
         if origin.checkpoint is not None:
             begun = "forked" if origin.forked else "resumed"
             self.log.say(f"{begun} at step {self.step:,} from {origin.checkpoint.path}")
+            if origin.forked and self.step > 0 and not origin.curves:
+                self.log.say(
+                    "remark: its run's curves do not lie beside that checkpoint, earlier ones are missing"
+                )
             before = origin.checkpoint.meta["circumstances"]
             changed = []
             for name, value in self.circumstances.items():

@@ -109,7 +109,8 @@ def refuse_changes(settings: Any, before: Any, forkable: Collection[str] | None 
 
 def settings_of(kind: type[Kind], values: dict[str, Any], path: Path) -> Kind:
     """The dataclass `kind` with these values, read at `path`; UsageError where another version wrote them."""
-    with reading(path, "a run's arguments", "take another"):
+    fix = "take another, or go on with the version of this project that wrote it"
+    with reading(path, "a run's arguments", fix):
         return kind(**values)
 
 

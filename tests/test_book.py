@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,10 @@ def test_a_fork_waits_for_its_checkpoint_and_begins_with_it(book):
     book.record(trunk, "failed")
     assert book.fork_point(fork)[1] == "ready", "a trunk that fails after it has left the checkpoint"
     begin(book, FORK)
+    assert book.fork_point(fork) == (checkpoint, "ready"), (
+        "it has begun, or does so once more if that is gone"
+    )
+    checkpoint.rmdir()
     assert book.fork_point(fork) == (None, "ready"), "it has begun, and goes on"
 
 
@@ -114,6 +119,26 @@ def test_a_killed_run_goes_on_after_a_growing_pause_until_its_retries_are_used_u
     assert "killed 3 times, with --retries 2; exit status 137" in printed
     assert [change.attempt for change in read_manifest(Path())] == [1, 1, 2, 2, 3, 3]
     assert book.open_tasks() == [book.tasks[FORK]]
+    for kills, pause, longest in ((40, 10.0, 600), (0, 900.0, 900), (1, 900.0, 900)):
+        task.kills = kills
+        book.settle(task, "killed", "", 100, pause)
+        assert task.after - clock[0] == longest, "no pause is longer than ten minutes, or the first one"
+
+
+def test_a_run_that_keeps_a_gpu_and_computes_on_the_cpu_is_named(book, capsys):
+    for device, cuda, gpus, warned in (
+        ("cpu", True, 1, True),
+        ("cuda", True, 1, False),
+        ("cpu", False, 1, False),
+    ):
+        task = begin(book, TRUNK, device=device)
+        task.run = replace(task.run, args=replace(task.run.args, cuda=cuda))
+        task.resources["num_gpus"] = gpus
+        book.record(task, "running")
+        book.look()
+        task.ref = object()
+        book.look()
+        assert (f"warning: {TRUNK} keeps a GPU, and computes on the CPU" in capsys.readouterr().out) == warned
 
 
 def test_the_manifest_holds_steps_speed_and_hours_over_attempts_and_sweeps(book, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_GAMES, status_of
 
 import dqn_injection_atari as script
@@ -582,6 +583,31 @@ def test_what_a_refusal_says_to_do_can_be_done_and_works(monkeypatch, refused, f
     with pytest.raises(UsageError, match=fix):
         parse(monkeypatch, *refused.split())
     parse(monkeypatch, *done.split())
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--fork", "--evaluate"])
+def test_of_a_run_of_another_version_it_is_said_that_that_version_reads_it(monkeypatch, flag):
+    args = asdict(Args()) | {"apply_injection": True}
+    Path("F").mkdir()
+    for name in ("run.json", "manifest.json"):
+        Path("F", name).write_text(json.dumps({"args": args}), encoding="utf-8")
+    torch.save({"args": args}, "F/agent.pt")
+    monkeypatch.setattr(sys, "argv", ["", flag, "F"])
+    fix = "or go on with the version of this project that wrote it$"
+    with pytest.raises(
+        SystemExit, match=rf"^error: F/.* cannot be read as a run's arguments \(.*\): .*{fix}"
+    ):
+        main()
+
+
+def test_where_memory_runs_out_as_an_agent_plays_no_flag_of_training_is_named(monkeypatch):
+    def evaluate_saved(args):
+        raise MemoryError
+
+    monkeypatch.setattr(script, "evaluate_saved", evaluate_saved)
+    monkeypatch.setattr(sys, "argv", ["", "--evaluate", "F"])
+    with pytest.raises(SystemExit, match=r"^error: memory has run out \(MemoryError\): free some$"):
+        main()
 
 
 def test_a_run_to_resume_takes_no_other_flag(monkeypatch):

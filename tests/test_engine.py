@@ -207,6 +207,9 @@ LARGE = {"CPU": 64, "GPU": 8, "memory": 500 * GB}
         ((None, None, None), [LARGE], (8, 1)),
         ((None, 0.5, None), [LARGE], (4, 0.5)),
         ((None, 0, None), [LARGE], (1, 0)),
+        ((None, 0.1, None), [{"CPU": 40, "GPU": 1, "memory": 500 * GB}], (4, 0.1)),
+        ((None, 0.6, None), [LARGE], (8, 0.6)),
+        ((None, 3, None), [LARGE], (32, 3)),
         ((3, 2, 1), [{"CPU": 4, "memory": 9 * GB}, LARGE], (3, 2)),
         ((None, None, None), [LARGE | {"CPU": 2}], (1, 1)),
     ],
@@ -215,6 +218,13 @@ def test_a_run_gets_what_it_needs_and_the_machine_has(given, nodes, needs):
     found = resources(RUN, *given, nodes)
     assert (found["num_cpus"], found["num_gpus"]) == needs
     assert found["memory"] == (GB if given[2] else RUN.memory + 1.5 * GB)
+
+
+def test_a_fork_that_needs_too_much_memory_is_not_told_to_have_another_replay():
+    for begins, told in ((0, True), (5, False)):
+        with pytest.raises(UsageError) as refusal:
+            resources(PlannedRun("none", Args(), (), begins), None, None, 900, [LARGE])
+        assert ("--buffer-size" in str(refusal.value)) == told
 
 
 def test_a_run_that_is_told_to_use_no_gpu_gets_none():

@@ -236,6 +236,11 @@ def test_what_dqn_cannot_play_is_refused(backend):
         make_atari_envs(variant("ContinuousPhoenix-v5", "ALE/Phoenix-v5", continuous=True), backend, 1)
     with pytest.raises(UsageError, match="not the screen"):
         make_atari_envs(variant("RamPhoenix-v5", "ALE/Phoenix-v5", obs_type="ram"), backend, 1)
+    if "LimitedPhoenix-v5" not in gym.registry:  # one backend would count frames, the other ignores it
+        kwargs = {"game": "phoenix"}
+        gym.register("LimitedPhoenix-v5", "ale_py.env:AtariEnv", max_episode_steps=400, kwargs=kwargs)
+    with pytest.raises(UsageError, match=r"register it with max_num_frames_per_episode instead$"):
+        make_atari_envs("LimitedPhoenix-v5", backend, 1)
 
 
 @pytest.mark.parametrize("setting", ["difficulty", "mode"])

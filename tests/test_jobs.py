@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -53,6 +54,12 @@ def test_a_job_begins_where_it_has_no_folder_and_goes_on_where_it_has_with_one_l
     assert all(line.startswith(jobs.STARTED) for line in (first, third)) and third.endswith(
         "echo 'goes on in' runs/x__7"
     )
+
+
+def test_no_other_variable_overrules_the_threads_that_a_job_is_told(monkeypatch):
+    monkeypatch.setenv("MKL_NUM_THREADS", "8")
+    assert run(job("sh", "-c", "echo threads: $MKL_NUM_THREADS")) == 0
+    assert Path("x.log").read_text(encoding="utf-8").endswith("\nthreads:\n")
 
 
 def test_a_job_is_none_of_several_equal_ones_whatever_started_its_parent(monkeypatch):
@@ -122,6 +129,8 @@ def test_a_process_whose_parent_is_killed_gets_sigterm_and_the_next_one_waits_un
     wait_for(Path("up").exists)
     waiting.kill()
     assert run(job("sh", "-c", "cp saved found")) == 0 and Path("found").read_text(encoding="utf-8") == "x"
+    waits = f"\n{socket.gethostname()} waits for the process that has this log, of an earlier attempt\n"
+    assert Path("x.log").read_text(encoding="utf-8").count(waits) == 1
 
 
 def test_signals_that_the_parent_holds_back_reach_the_process():

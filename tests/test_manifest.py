@@ -108,6 +108,11 @@ def test_a_folder_keeps_what_was_asked_and_refuses_what_is_not_that():
         UsageError, match=r"\(steps is 5, there None; seeds is \[1, 2\], there \[1\]\)|seeds is .*steps is 5"
     ):
         refuse_another(folder, ASKED | {"seeds": (1, 2), "steps": 5})
+    begin(folder, ASKED | {"gpu": True})
+    for gpu, fix in ((True, "go on where there is a GPU"), (False, "leave out --gpus-per-run")):
+        begin(folder, ASKED | {"gpu": gpu})
+        with pytest.raises(UsageError, match=rf"there {gpu}\): give another --name, or {fix}$"):
+            refuse_another(folder, ASKED | {"gpu": not gpu})
     (folder / "sweep.json").write_text("{", encoding="utf-8")
     for attempt in (lambda: refuse_another(folder, ASKED), lambda: read_asked(folder)):
         with pytest.raises(UsageError, match="cannot be read as what a sweep was asked"):

@@ -271,6 +271,10 @@ def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(
         ({"grid": [["learning-rate", "1e-4"], ["--learning-rate", "1e-3"]]}, "grid has a flag twice"),
         ({"grid": [[]]}, "grid has a flag twice, or none"),
         (
+            {"grid": [["moments", "fresh", "keep"]], "custom": {"late": "--moments keep"}},
+            "--moments is in arm late and in --grid: leave it out of one of them",
+        ),
+        (
             {"grid": [["env-backend", "a'"]]},
             "a' is no part of a command line .No closing quotation.: change --arm or --grid",
         ),

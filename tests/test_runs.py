@@ -321,6 +321,15 @@ def test_a_new_run_is_alone_in_its_folder_while_it_lasts(monkeypatch):
         pass
 
 
+def test_where_a_fork_without_a_checkpoint_of_its_own_has_lost_its_origin_the_way_out_is_named():
+    Path("runs/x").mkdir(parents=True)
+    args = asdict(replace(SMALL, fork="moved/checkpoint-5"))
+    Path("runs/x/run.json").write_text(json.dumps({"run": "an id", "args": args}), encoding="utf-8")
+    cannot = "runs/x holds no checkpoint to go on from, and began at moved/checkpoint-5, which cannot be read"
+    with pytest.raises(UsageError, match=f"^{cannot} any more: start the run again without --resume; of a"):
+        train(Args(resume="runs/x"))
+
+
 @pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_place(uninterrupted):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
@@ -667,15 +676,26 @@ def test_a_fork_knows_what_it_was_before_it_had_a_folder_of_its_own():
 
 
 @pytest.mark.slow
-def test_a_fork_from_a_checkpoint_whose_run_is_gone_works_and_its_curves_begin_there(uninterrupted):
+def test_a_fork_from_a_checkpoint_whose_run_is_gone_works_and_its_curves_begin_there(uninterrupted, capsys):
     shutil.copytree(uninterrupted(BASELINE) / "checkpoint-142", "alone/checkpoint-142")
     folder = fork("alone/checkpoint-142", BASELINE, intervention="injection")
+    assert "\nremark: its run's curves do not lie beside that checkpoint" in capsys.readouterr().out
     ours, theirs = (content(run, END) for run in (folder, uninterrupted(SMALL)))
     assert differences(ours, theirs) == ["curves in the run folder"]
     expected = [
         point for point in theirs["curves in the run folder"] if point[1] >= 130
     ]  # those that the checkpoint holds
     assert ours["curves in the run folder"] == expected and "injection/step" in {tag for tag, *_ in expected}
+
+
+@pytest.mark.slow
+def test_a_fork_from_a_link_to_a_checkpoint_has_its_runs_curves(uninterrupted, capsys):
+    checkpoint = uninterrupted(BASELINE) / "checkpoint-142"
+    Path("agents").mkdir()
+    Path("agents/best").symlink_to(checkpoint.absolute(), target_is_directory=True)
+    folder = fork("agents/best", BASELINE, intervention="injection")
+    assert_same_end(folder, uninterrupted(SMALL))
+    assert "remark: its run's curves" not in capsys.readouterr().out
 
 
 def checkpoint_of(args, step, interventions=()):
@@ -733,6 +753,11 @@ REFUSED_FORKS = {
     "as many as the norm may trigger": (
         FORKED,
         BY_NORM,
+        "after 1 injections, and max_injections is 1: give a --max-injections of 2",
+    ),
+    "another norm, where it may trigger no more": (
+        checkpoint_of(replace(NORM, max_injections=1), 160, (120,)),
+        {"injection_norm_ratio": 2.0},
         "after 1 injections, and max_injections is 1: give a --max-injections of 2",
     ),
     "an end that has passed": (FORKED, {"total_timesteps": 150}, "give a --total-timesteps of 161 or more"),

@@ -454,10 +454,14 @@ def test_runs_stay_on_the_kind_of_device_that_they_began_on(command, monkeypatch
         monkeypatch.setattr(sweep, "machines", lambda: [{"CPU": 2, "GPU": gpus, "memory": 1e12}])
         return command(*arguments, flags=flags)
 
-    assert on(0)[0] == on(1)[0] == 0 and given == [{0}, {0}]
+    status, printed, _ = on(0)
+    assert status == 0 and printed == "runs compute on the CPU, with --threads-per-run 1\n"
+    assert on(1)[0] == 0 and given == [{0}, {0}]
     assert "(gpu is True, there False): give another --name" in on(1, "--gpus-per-run", "0.5")[2]
     (FOLDER / "sweep.json").unlink()
-    assert on(1)[0] == 0 and given.pop() == {1}
+    status, printed, _ = on(1)
+    assert status == 0 and given.pop() == {1}
+    assert printed == "runs compute on the GPU, with --threads-per-run 2\n"
     assert "(gpu is False, there True): give another --name" in on(0)[2]
     assert "(gpu is False, there True): give another --name" in on(1, "--gpus-per-run", "0")[2]
     assert on(1, "--gpus-per-run", "0.5")[0] == 0 and given.pop() == {0.5}
@@ -523,6 +527,8 @@ def test_slow_bfloat16_is_refused_before_a_sweep_begins_unless_other_machines_or
     assert on(1, flags=[*FLAGS[: FLAGS.index("--no-cuda")], "--bf16"])[0] == 0
     shutil.rmtree(FOLDER)
     assert on(0, "--address", "here:1", flags=[*FLAGS, "--bf16"])[0] == 0, "each run speaks for its machine"
+    fix = "go on where there are some, or leave out --bf16 and give another --name\n"
+    assert on(0, flags=[*FLAGS, "--bf16"])[2].endswith(fix), "the sweep has begun, with that flag"
     for name in NAMES:
         (FOLDER / "runs" / f"{name}__1").mkdir(parents=True)
     assert on(0, flags=[*FLAGS, "--bf16"])[0] == 0, "what has begun goes on"

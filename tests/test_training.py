@@ -664,6 +664,20 @@ def test_a_run_without_injection_or_learning_says_so(changes, printed, capsys):
     assert "nothing is learned" not in capsys.readouterr().out
 
 
+def test_a_run_says_what_happens_before_anything_is_learned(capsys):
+    args = replace(SMALL, total_timesteps=20, exploration_fraction=0.4, learning_starts=8)
+    train(replace(args, injection_step=(9,)))
+    train(replace(args, injection_step=(9,), intervention="none"))
+    out = capsys.readouterr().out
+    assert "has learned nothing" not in out and "remark" not in out
+    train(replace(args, injection_step=(8, 15), learning_starts=9))
+    out = capsys.readouterr().out
+    fix = "with --learning-starts 9: give a later --injection-step"
+    assert f"\nwarning: at step 8 the network has learned nothing, {fix}\n" in out
+    fix = "give a lower --learning-starts, or a larger --exploration-fraction"
+    assert f"\nremark: ε has fallen at step 8, and learning begins after step 9: {fix}\n" in out
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_loss_named(monkeypatch):
     updates = []
     original = script.td_loss

@@ -155,7 +155,8 @@ def test_settings_of_another_version_are_refused_by_the_file_they_are_in(values)
             check_bounds(self)
 
     assert usage.settings_of(Checked, {"count": 5, "least": 7}, Path("run.json")) == Checked(count=5, least=7)
-    message = r"^run.json cannot be read as a run's arguments \(.*\): take another$"
+    fix = "take another, or go on with the version of this project that wrote it"
+    message = rf"^run.json cannot be read as a run's arguments \(.*\): {fix}$"
     with pytest.raises(UsageError, match=message):
         usage.settings_of(Checked, values, Path("run.json"))
 
