@@ -357,14 +357,12 @@ def count_agents_once(candidates: Candidates, before: int) -> bool:
     for agent in agents:
         on_sides = Counter(run.args.seed for run in agent)
         for side in candidates.sides:
-            seeds = sorted(run.args.seed for run in agent if side.get(run.args.seed) is run)
-            # the smallest counts, of those that both sides have where there are any
-            on_both = [seed for seed in seeds if on_sides[seed] == 2]
-            for seed in seeds:
-                counted = (on_both or seeds)[0]
-                if seed != counted:
-                    reason = f"continues the agent of seed {counted}, which counts once beside other agents"
-                    candidates.leave_out(side[seed], reason)
+            continuations = [run for run in agent if side.get(run.args.seed) is run]
+            # the smallest seed counts, of those that both sides have where there are any
+            continuations.sort(key=lambda run: (on_sides[run.args.seed] < 2, run.args.seed))
+            for run in continuations[1:]:
+                counts = f"seed {continuations[0].args.seed}, which counts once beside other agents"
+                candidates.leave_out(run, f"continues the agent of {counts}")
     return False
 
 
@@ -399,16 +397,13 @@ def window_of(candidates: Candidates, firsts: dict[int, int], steps: int | None)
 
 
 def set_an_end_alone(
-    candidates: Candidates, left_out: Sequence[RecordedRun], firsts: dict[int, int], steps: int | None
+    candidates: Candidates, left_out: set[str], firsts: dict[int, int], steps: int | None
 ) -> set[str]:
-    """The folders of runs that were left out and set an end of the window, if no other run sets it, too."""
+    """Of these folders, those of runs that set the window's end, or its begin, where no other run does."""
     window = window_of(candidates, firsts, steps)
-    last = {run.folder for run in left_out if run.last_step == window.upto}
-    latest = set()
-    for seed, run in candidates.sides[1].items():
-        if run in left_out and firsts[seed] == window.after:
-            latest.add(run.folder)
-    for folders in (last, latest):
+    last = {run.folder for run in candidates.runs if run.last_step == window.upto}
+    latest = {run.folder for seed, run in candidates.sides[1].items() if firsts[seed] == window.after}
+    for folders in (last & left_out, latest & left_out):
         others = candidates.without(folders)
         other_window = window_of(others, firsts, steps)
         if all(others.sides) and (other_window.after, other_window.upto) != (window.after, window.upto):
@@ -429,8 +424,7 @@ def select(
     window = window_of(candidates, firsts, steps)
     long_enough = candidates.without(set())
     keep_within(candidates, metric, window, begin)
-    outside = [run for run in long_enough.runs if run.folder in candidates.left_out]
-    undue = set_an_end_alone(long_enough, outside, firsts, steps)
+    undue = set_an_end_alone(long_enough, set(candidates.left_out), firsts, steps)
     if not undue:
         before = min((firsts[seed] for seed in candidates.sides[1]), default=window.after)
         within = {run.folder for run in candidates.runs}

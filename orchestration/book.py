@@ -198,7 +198,7 @@ class Book:
             line += f", attempt {task.attempt} on {task.progress.host}"
         say(f"{line}, {task.progress}")
         if state == "running" and task.keeps_a_gpu_for_nothing:
-            fix = "see to that machine's driver and PyTorch's build, or give --gpus-per-run 0"
+            fix = "see to that machine's driver, and to PyTorch's build"
             say(f"warning: {task.run.name} keeps a GPU, and computes on the CPU: {fix} ({task.log})")
 
     def look(self) -> None:

@@ -207,7 +207,7 @@ LARGE = {"CPU": 64, "GPU": 8, "memory": 500 * GB}
         ((None, None, None), [LARGE], (8, 1)),
         ((None, 0.5, None), [LARGE], (4, 0.5)),
         ((None, 0, None), [LARGE], (1, 0)),
-        ((None, 0.1, None), [{"CPU": 40, "GPU": 1, "memory": 500 * GB}], (4, 0.1)),
+        ((None, 0.1, None), [{"CPU": 18, "GPU": 1, "memory": 500 * GB}], (1, 0.1)),
         ((None, 0.6, None), [LARGE], (8, 0.6)),
         ((None, 3, None), [LARGE], (32, 3)),
         ((3, 2, 1), [{"CPU": 4, "memory": 9 * GB}, LARGE], (3, 2)),
