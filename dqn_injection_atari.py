@@ -1203,7 +1203,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
             run.log.say(
                 f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}"
             )
-        else:
+        elif origin.nothing:  # else it is too late to change that
             say_what_comes_before_learning(args, run.log)
 
         if origin.forked and args.seed != origin.forked_args["seed"]:
@@ -1222,13 +1222,13 @@ def train(args: Args, signals: Signals | None = None) -> Path:
 def say_what_comes_before_learning(args: Args, log: RunLog) -> None:
     """Lines where an untrained network is injected, or fills the replay with little exploration."""
     starts = args.learning_starts
-    if args.planned_interventions and args.planned_interventions[0] <= starts:
+    if args.intervention != "none" and args.planned_interventions and args.planned_interventions[0] <= starts:
         log.say(
             f"warning: at step {args.planned_interventions[0]:,} the network has learned nothing, "
             f"with --learning-starts {starts}: give a later --injection-step"
         )
     falls_until = args.exploration_start + args.exploration_fraction * args.total_timesteps
-    if falls_until < starts:
+    if args.start_e > args.end_e and falls_until < starts:
         log.say(
             f"remark: ε has fallen at step {falls_until:,.0f}, and learning begins after step {starts:,}: "
             "give a lower --learning-starts, or a larger --exploration-fraction"
@@ -1648,7 +1648,7 @@ def main() -> None:
         args = parse_args()
         signals = Signals()
         if args.evaluate is not None:
-            with ends_in_one_line():
+            with ends_in_one_line():  # with no advice on training
                 evaluate_saved(args)
         else:
             train(args, signals)

@@ -44,7 +44,7 @@ class Aggregate:
     windows: list[Window]  # of each game
     runs: tuple[int, int]
     scores: np.ndarray  # (3, 3), see `aggregate_scores`; NaN where there is no interval
-    left_out: dict[str, str]  # game: reason
+    left_out: dict[str, str]  # game, or a side's runs of one: reason
     fewest: int  # runs of a game, on the side that has fewest
     of_one_agent: list[str]  # games whose runs continue one agent
 
@@ -115,17 +115,26 @@ def without_points(scores: np.ndarray, fewest: int) -> np.ndarray:
 
 
 def balanced_means(pair: Comparison) -> tuple[dict[int, float], dict[int, float]]:
-    """Mean returns of as many runs on both sides, {seed: mean}: of the seeds that both have, if need be.
+    """Mean returns of as many runs on both sides, {seed: mean}, of seeds that both have before others.
 
     With more runs on one side a game would weigh more there, and games differ more than arms do.
     """
-    without, intervened = pair.means
-    if len(without) == len(intervened):
-        return without, intervened
-    return (
-        {seed: mean for seed, mean in without.items() if seed in intervened},
-        {seed: mean for seed, mean in intervened.items() if seed in without},
-    )
+    count = min(map(len, pair.means))
+    sides = []
+    for means, others in (pair.means, pair.means[::-1]):
+        seeds = sorted(means, key=lambda seed: (seed not in others, seed))
+        sides.append({seed: means[seed] for seed in sorted(seeds[:count])})
+    return sides[0], sides[1]
+
+
+def name_surplus(pair: Comparison) -> dict[str, str]:
+    """{game and side: reason} where a side has runs that `balanced_means` leaves out."""
+    surplus = {}
+    for means, counted, side in zip(pair.means, balanced_means(pair), ("without", "with"), strict=True):
+        seeds = ", ".join(str(seed) for seed in means if seed not in counted)
+        if seeds:
+            surplus[f"{pair.game} {side}"] = f"seeds {seeds}, since the other side has {len(counted)} runs"
+    return surplus
 
 
 def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
@@ -150,8 +159,6 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
                 left_out[pair.game] = "no human score is known"
             elif not all(pair.means):
                 left_out[pair.game] = "no run in the window on one side"
-            elif not all(balanced_means(pair)):
-                left_out[pair.game] = "more runs on one side, and no seed that both have"
             elif game in by_game:
                 left_out[pair.game] = f"it is the game of {by_game[game].game}, which counts once"
             else:
@@ -160,11 +167,7 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
         if not usable:
             continue
         for pair in usable:
-            counted = balanced_means(pair)[0]
-            others = sorted({*pair.means[0], *pair.means[1]} - {*counted})
-            if len(pair.means[0]) != len(pair.means[1]):
-                seeds = ", ".join(map(str, others))
-                left_out[f"{pair.game} with seeds {seeds}"] = "which one side lacks, where it has fewer runs"
+            left_out |= name_surplus(pair)
         without = [scores(pair, 0) for pair in usable]
         intervened = [scores(pair, 1) for pair in usable]
         joint = [pair.shared == len(without[i]) for i, pair in enumerate(usable)]

@@ -33,7 +33,7 @@ def caution(pair: Comparison, metric: str) -> list[str]:
         shares.append(f"{max(side.missing.values(), default=0):.0%}")
         for run in side.arm.runs:
             evaluations = run.between("eval/episodic_return", pair.window.after, pair.window.upto)
-            if run.args.seed not in side.means:
+            if run.args.seed not in side.missing:
                 continue
             evaluated.add(tuple(getattr(run.args, name) for name in EVALUATION))
             if evaluations.size == 0:
@@ -101,7 +101,7 @@ def other_causes(pair: Comparison) -> list[str]:
                 flags.append(f"{flag(name)} {value}")
         tell = "would tell"
         if not pair.arms[1].planned_steps:
-            tell += ", where --injection-step plans both"
+            tell += ", in two arms that are both planned by --injection-step"
         causes.append(f"{moments}; {' '.join(flags)} {tell}")
     wider = (args.injected_head_width or args.head_width) > args.head_width
     if verdict == "raised" and (wider or not args.freeze_heads):

@@ -57,7 +57,8 @@ class Side:
     means: dict[int, float] = field(default_factory=dict)  # seed: mean return of its run
     points: int = 0  # returns in those means
     unreported: int = 0  # training games without a return: cut by new ones, or going on at the end
-    missing: dict[int, float] = field(default_factory=dict)  # seed: share of games, or steps, in no return
+    missing: dict[int, float] = field(default_factory=dict)  # seed: share of games, or steps, in no return;
+    # 1 of those that would count, had they any return
     reach: float = 0.0  # by how much the mean over runs may be off for want of those
 
 
@@ -253,6 +254,7 @@ class Candidates:
 
     sides: tuple[dict[int, RecordedRun], dict[int, RecordedRun]]
     left_out: dict[str, str] = field(default_factory=dict)  # folder of a run that does not count: reason
+    silent: set[str] = field(default_factory=set)  # folders of those whose games in the window have no return
 
     @property
     def runs(self) -> list[RecordedRun]:
@@ -263,7 +265,7 @@ class Candidates:
         kept = []
         for side in self.sides:
             kept.append({seed: run for seed, run in side.items() if run.folder not in folders})
-        return Candidates((kept[0], kept[1]), dict(self.left_out))
+        return Candidates((kept[0], kept[1]), dict(self.left_out), set(self.silent))
 
     def leave_out(self, run: RecordedRun, reason: str) -> None:
         for side in self.sides:
@@ -328,6 +330,7 @@ def keep_within(candidates: Candidates, metric: str, window: Window, begin: str)
             reason = f"has logged no {metric} in the window"
             unreported = run.unreported(window.after, window.upto)
             if unreported and metric == TRAINING_RETURN:
+                candidates.silent.add(run.folder)
                 reason += f": its {unreported} training games there were cut or are still going"
             candidates.leave_out(run, reason)
 
@@ -336,7 +339,10 @@ def group_by_agent(runs: list[RecordedRun], before: int) -> list[list[RecordedRu
     """The runs that continue one agent together: they were one run for half of `before` steps, or longer."""
     agents: list[list[RecordedRun]] = []
     for run in runs:
-        own = [agent for agent in agents if share_history(agent[0], run, before // 2)]
+        own = []
+        for agent in agents:
+            if any(share_history(member, run, before // 2) for member in agent):
+                own.append(agent)
         if own:
             own[0].append(run)
         else:
@@ -425,6 +431,9 @@ def select(
     long_enough = candidates.without(set())
     keep_within(candidates, metric, window, begin)
     undue = set_an_end_alone(long_enough, set(candidates.left_out), firsts, steps)
+    for folder in undue:
+        with_it = f"with this run the window would be {window.after:,} < step ≤ {window.upto:,}"
+        candidates.left_out[folder] += f"; {with_it}"
     if not undue:
         before = min((firsts[seed] for seed in candidates.sides[1]), default=window.after)
         within = {run.folder for run in candidates.runs}
@@ -435,8 +444,10 @@ def select(
             return Selection(candidates, window, shared, one_agent)
     # these runs do not count: they decide neither on the window, nor on whether another run counts
     selection = select(given.without(undue), firsts, metric, steps, begin)
-    for folder in undue:
-        selection.candidates.left_out[folder] = candidates.left_out[folder]
+    for folder, reason in candidates.left_out.items():
+        if folder in undue:
+            selection.candidates.left_out[folder] = reason
+    selection.candidates.silent.update(candidates.silent & undue)
     return selection
 
 
@@ -451,8 +462,11 @@ def reach(returns: np.ndarray, missing: float) -> float:
     return float(np.abs(returns).mean()) * missing / (1 - missing)
 
 
-def measure(arm: Arm, runs: dict[int, RecordedRun], metric: str, window: Window) -> Side:
-    """What the runs of an arm that count, {seed: run}, have in a window."""
+def measure(arm: Arm, runs: dict[int, RecordedRun], silent: set[str], metric: str, window: Window) -> Side:
+    """What the runs of an arm that count, {seed: run}, have in a window, and what is missing there.
+
+    `silent` are the folders of runs that would count, had any of their games in the window a return.
+    """
     side = Side(arm)
     for seed in sorted(runs):
         run = runs[seed]
@@ -464,15 +478,23 @@ def measure(arm: Arm, runs: dict[int, RecordedRun], metric: str, window: Window)
         side.reach += reach(returns, side.missing[seed])
     side.reach /= max(len(runs), 1)
     for run in arm.runs:
-        unreported = run.unreported(window.after, window.upto)
-        played = run.last_step >= window.upto > window.after
-        silent = played and not run.between(metric, window.after, window.upto).size
-        if metric == TRAINING_RETURN and silent and unreported > 0:
-            # none of its games has a return: it counts nowhere, and nothing is known of what it lacks
+        if run.folder in silent:
             side.missing[run.args.seed] = 1.0
-            side.unreported += unreported
-            side.reach = math.inf
+            side.unreported += run.unreported(window.after, window.upto)
+            side.reach = math.inf  # nothing is known of what it lacks
     return side
+
+
+def without_counterpart(candidates: Candidates, intervened: Arm) -> set[str]:
+    """The folders of runs without the intervention whose seed's run with it is left out, if not all are.
+
+    Where the norm decides when to inject, agents whose norm grew late, or not yet, would be on one side only.
+    """
+    without, counted = candidates.sides
+    if not counted:
+        return set()
+    left_out = {run.args.seed for run in intervened.runs} - counted.keys()
+    return {run.folder for seed, run in without.items() if seed in left_out}
 
 
 def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None) -> Comparison:
@@ -482,28 +504,30 @@ def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None)
     candidates = Candidates((baselines, {run.args.seed: run for run in intervened.runs}))
     yet = "not been injected yet" if intervention == "injection" else "had no intervention yet"
     firsts = {}
-    waiting = []
     for run in intervened.runs:
         steps = intervened.intervention_steps(run)
         if steps:
             firsts[run.args.seed] = steps[0]
         else:
-            waiting.append(run.args.seed)
             candidates.leave_out(run, f"has {yet}: the verdict is on runs that had")
-    if firsts:
-        # or only the side without would have the agents whose norm has not grown
-        for seed in waiting:
-            if seed in baselines:
-                reason = f"is of a seed that has {yet} in the other arm: the verdict is on those that had"
-                candidates.leave_out(baselines[seed], reason)
     begin = f"the {noun(intervention)}"
     if not intervened.planned_steps:
         begin = f"the latest first {noun(intervention)}"
+    given = candidates.without(set())
     chosen = select(candidates, firsts, metric, window, begin)
+    if not intervened.planned_steps:
+        lone = without_counterpart(chosen.candidates, intervened)
+        if lone:
+            chosen = select(given.without(lone), firsts, metric, window, begin)
+            for folder in sorted(lone):
+                reason = (
+                    "is of a seed whose other run does not count: where the norm decides, both do or none"
+                )
+                chosen.candidates.left_out[folder] = f"{folder} {reason}"
     paired = len(chosen.shared) >= MIN_SEEDS
     sides = (
-        measure(without, chosen.candidates.sides[0], metric, chosen.window),
-        measure(intervened, chosen.candidates.sides[1], metric, chosen.window),
+        measure(without, chosen.candidates.sides[0], chosen.candidates.silent, metric, chosen.window),
+        measure(intervened, chosen.candidates.sides[1], chosen.candidates.silent, metric, chosen.window),
     )
     means = [np.array([*side.means.values()]) for side in sides]
     args = intervened.runs[0].args

@@ -73,10 +73,8 @@ def signs_in_words(ratios: dict[str, float], gains: dict[str, float], below: flo
     all_gained = sum(gain > 0 for gain in gains.values())
     lines = []
     if len(ratios) < len(gains):
-        unanswered = len(gains) - len(ratios)
-        lines.append(
-            f"the probe has no answer for {unanswered}, which count as not right, and in no chance below"
-        )
+        others = "which count as not right; the chances below are of the others"
+        lines.append(f"the probe has no answer for {len(gains) - len(ratios)}, {others}")
     lines += [
         f"the probe is right for {right} of {len(gains)}: {sum(said)} gain by its answers, {all_gained} did",
         f"as many or more are right by chance: {coin:.3g} if each sign is a coin's",

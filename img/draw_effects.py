@@ -4,9 +4,9 @@
 
 The files are of compare.py --export, and of img/play_agents.py. A run has five numbers: its mean return in
 the first 20,000 steps after the intervention, in the whole window, and in the last 20,000 steps; the share of
-units that are dormant in the learning head when it was measured last before the window's end, and not just
-after ReDo has recycled them; and the mean score of its final agent's games, if that agent is of the window's
-end. What an arm changes is the mean of the differences within seeds, with a 95% t interval.
+units that are dormant in the learning head when it was measured last before the window's end, at a step at
+which ReDo recycled them in no run; and the mean score of its final agent's games, if that agent is of the
+window's end. What an arm changes is the mean of the differences within seeds, with a 95% t interval.
 
 Games that training cuts, or that never end, are in no mean return. Those of the final agent are whole.
 """
@@ -101,10 +101,15 @@ def mean_return(run: RecordedRun, after: int, upto: int) -> float:
     return float(returns.mean()) if returns.size else math.nan
 
 
-def last_dormant(run: RecordedRun, window: Window) -> float:
-    """The last measure before the window's end that is none of units that have just been recycled."""
+def steps_of_recycling(runs: list[RecordedRun], window: Window) -> np.ndarray:
+    """Steps in the window at which ReDo recycled units of the head in any of these runs."""
+    steps = [run.between(f"{RECYCLED}head", window.after, window.upto)[0] for run in runs]
+    return np.unique(np.concatenate(steps))
+
+
+def last_dormant(run: RecordedRun, window: Window, recycled: np.ndarray) -> float:
+    """The last measure before the window's end, at none of the steps at which units were recycled."""
     steps, shares = run.between(DORMANT, window.after, window.upto - 1)
-    recycled, _ = run.between(f"{RECYCLED}head", window.after, window.upto)
     earlier = shares[~np.isin(steps, recycled)]
     return float(earlier[-1]) if earlier.size else math.nan
 
@@ -120,15 +125,15 @@ def final_score(run: RecordedRun, window: Window, scores: Scores) -> float:
     return math.nan if score is None or run.last_step > window.upto else score
 
 
-def quantities(window: Window, part: int, scores: Scores) -> dict[str, Quantity]:
-    """What is compared, in the order of the figure's panels."""
+def quantities(window: Window, part: int, scores: Scores, recycled: np.ndarray) -> dict[str, Quantity]:
+    """What is compared, in the order of the figure's panels; see `steps_of_recycling` for the last."""
     after = window.after
     upto = window.upto
     return {
         f"return, first {part:,} steps": lambda run: mean_return(run, after, after + part),
         f"return, all {upto - after:,} steps": lambda run: mean_return(run, after, upto),
         f"return, last {part:,} steps": lambda run: mean_return(run, upto - part, upto),
-        "dormant units of the head, end": lambda run: last_dormant(run, window),
+        "dormant units of the head, end": lambda run: last_dormant(run, window, recycled),
         "final agent, whole games": lambda run: final_score(run, window, scores),
     }
 
@@ -167,7 +172,8 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
         raise UsageError(
             f"the window has {window.upto - window.after:,} steps: give fewer of them than {part:,}"
         )
-    measured = quantities(window, part, scores)
+    recycled = steps_of_recycling([run for arm in arms for run in arm.runs], window)
+    measured = quantities(window, part, scores, recycled)
     origins: dict[int, RecordedRun] = {}
     forks: dict[str, dict[int, RecordedRun]] = {}
     left_out: dict[str, str] = {}

@@ -213,7 +213,8 @@ class Book:
             self.record(task, "running")
         if state == "killed":
             task.kills += 1
-            task.after = time.monotonic() + min(pause * 2 ** (task.kills - 1), max(pause, LONGEST_PAUSE))
+            longest = max(pause, LONGEST_PAUSE)
+            task.after = time.monotonic() + min(pause * 2.0 ** min(task.kills - 1, 100), longest)
             if task.kills > retries:
                 state = "failed"
                 why = f"killed {task.kills} times, with --retries {retries}; {why}"

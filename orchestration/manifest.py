@@ -39,7 +39,7 @@ def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
         changes = "; ".join(f"{name} is {asked.get(name)}, there {before[name]}" for name in names)
         fix = "give another --name, or what it was asked"
         if names == ["gpu"] and before["gpu"]:
-            fix = "give another --name, or go on where there is a GPU"
+            fix = "give another --name, or go on where there is a GPU, and without --gpus-per-run 0"
         elif names == ["gpu"]:
             fix = "give another --name, or leave out --gpus-per-run"
         raise UsageError(f"{folder} is the folder of another sweep ({changes}): {fix}")

@@ -102,12 +102,12 @@ def find_origin(resume: str | None, fork: str | None, stack: contextlib.ExitStac
     newest = newest_good_checkpoint(folder, identity["run"])
     if newest is not None:  # whose arguments have a checksum
         return Origin(folder, identity["run"], newest.meta["args"], newest)
-    fork = identity["args"].get("fork")
+    begins_at = identity["args"].get("fork")
     try:
-        beginning = _fork_point(fork)
+        beginning = _fork_point(begins_at)
     except UsageError as error:
         cannot = (
-            f"{folder} holds no checkpoint to go on from, and began at {fork}, which cannot be read any more"
+            f"{folder} holds no checkpoint to go on from, and nothing can be read where it began ({error})"
         )
         raise UsageError(f"{cannot}: {BEGIN_AGAIN}") from error
     if any(steps.max() > beginning.step for steps, _, _ in read_scalars(folder).values()):

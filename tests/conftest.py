@@ -25,11 +25,9 @@ from dqn_injection_atari import Args, Learner, Training, train  # registers the 
 from support import environments, run_log
 from support.optimizers import moments_by_name
 
-# tests, and processes that they start, compute on the CPU, also where there is a GPU: see `gpu_where_marked`
+# tests compute on the CPU, also where there is a GPU: see `gpu_where_marked`
 GPU_AVAILABLE = torch.cuda.is_available()
-VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 torch.cuda.is_available = lambda: False
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # tests train in bfloat16 on any processor, on some of them slowly
 torch.ops.mkldnn._is_mkldnn_bf16_supported = lambda: True  # type: ignore[attr-defined]
@@ -122,14 +120,11 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def gpu_where_marked(request, monkeypatch):
-    """The GPU for those tests that are marked gpu."""
-    if request.node.get_closest_marker("gpu") is None:
-        return
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    if VISIBLE_GPUS is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE_GPUS)
+    """The GPU for those tests that are marked gpu, and for none of the processes that others start."""
+    if request.node.get_closest_marker("gpu") is not None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    elif GPU_AVAILABLE:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture

@@ -17,7 +17,14 @@ from simulated_runs import (
 )
 
 from analysis.arms import group
-from analysis.games import HUMAN_SCORES, aggregate_scores, aggregates, human_normalised, normalised_mean
+from analysis.games import (
+    HUMAN_SCORES,
+    aggregate_scores,
+    aggregates,
+    balanced_means,
+    human_normalised,
+    normalised_mean,
+)
 from analysis.verdict import Window, comparisons
 
 
@@ -162,8 +169,11 @@ def test_runs_without_a_shared_history_are_drawn_apart():
     np.testing.assert_array_equal(total.scores, aggregate_scores(*sides, [False]))
 
 
-@pytest.mark.parametrize(("others", "counted"), [((1, 2, 3), (1, 2, 3)), ((6, 7, 8), ())])
-def test_no_game_has_more_runs_on_one_side_of_an_aggregate_than_on_the_other(others, counted):
+@pytest.mark.parametrize(
+    ("others", "counted", "surplus"),
+    [((1, 2, 3), [1, 2, 3], "4, 5"), ((6, 7, 8), [1, 2, 3], "4, 5"), ((1, 4, 9), [1, 2, 4], "3, 5")],
+)
+def test_no_game_has_more_runs_on_one_side_of_an_aggregate_than_on_the_other(others, counted, surplus):
     """One game has five runs without and three with, the other three and five; nothing has any effect."""
     runs = []
     for game, left, right in ((ALIEN, (1, 2, 3, 4, 5), others), (PHOENIX, others, (1, 2, 3, 4, 5))):
@@ -173,14 +183,12 @@ def test_no_game_has_more_runs_on_one_side_of_an_aggregate_than_on_the_other(oth
         for seed in right:  # games of its own from the first on: nothing is shared
             points = {RETURN: games(seed + 20, 0)}
             runs.append(make_run(f"i{game}{seed}", points, seed=seed, env_id=game))
-    totals = aggregates(compared(*runs))
-    if not counted:
-        assert totals == []
-        return
-    (total,) = totals
-    assert total.runs == (6, 6) and total.scores[2, 1] < 0 < total.scores[2, 2]
-    reason = "which one side lacks, where it has fewer runs"
-    assert total.left_out == {f"{game} with seeds 4, 5": reason for game in (ALIEN, PHOENIX)}
+    pairs = compared(*runs)
+    (total,) = aggregates(pairs)
+    assert total.runs == (6, 6) and total.fewest == 3 and total.scores[2, 1] < 0 < total.scores[2, 2]
+    assert [*balanced_means(pairs[0])[0]] == counted and [*balanced_means(pairs[0])[1]] == [*others]
+    reason = f"seeds {surplus}, since the other side has 3 runs"
+    assert total.left_out == {f"{ALIEN} without": reason, f"{PHOENIX} with": reason}
 
 
 def test_games_without_a_human_score_or_a_run_on_one_side_are_left_out_of_the_aggregate_and_named():

@@ -141,6 +141,12 @@ def test_words_warn_where_a_run_has_no_game_with_a_return_at_all():
     assert "0 of 60 games without and 8 of 68 games with injection were cut or still going" in line
     assert "up to 0% and 100% of a run's games" in line
     assert words(*runs)[-2].startswith(f"not in this comparison: {runs[-1].folder} has logged no {RETURN}")
+    early = make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500], 4: []})
+    early[-2].scalars["charts/games_cut"] = np.array([[3_000.0], [8.0]])
+    early[-2].scalars[RETURN] = early[-2].scalars[RETURN][:, :10]
+    lines = words(*early)
+    assert any("has not been injected yet" in line for line in lines)
+    assert not [line for line in lines if line.startswith("caution")], "it would not count anyway"
 
 
 def test_where_runs_were_evaluated_differently_the_caution_does_not_name_a_metric_that_has_no_verdict():
@@ -262,7 +268,7 @@ def test_other_causes_are_named_of_other_interventions_too_and_of_no_verdict():
     _, (few,) = compared(*make_arms((1, 2)))
     assert other_causes(few) == []
     _, (by_norm,) = compared(*make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}))
-    tells = "; --intervention reset-moments would tell, where --injection-step plans both"
+    tells = "; --intervention reset-moments would tell, in two arms that are both planned by --injection-step"
     assert other_causes(by_norm)[0].endswith(tells)
 
 

@@ -357,7 +357,10 @@ def test_a_run_that_ends_before_the_first_evaluation_does_not_end_the_window_of_
     found = verdict(*runs, short, metric=EVALUATED)
     assert (found.window.upto, found.window.ended_by) == (TOTAL, None)
     assert [set(means) for means in found.means] == [{1, 2, 3}] * 2
-    assert found.left_out == {short.folder: f"{short.folder} has logged no {EVALUATED} in the window"}
+    reason = (
+        f"has logged no {EVALUATED} in the window; with this run the window would be 1,000 < step ≤ 2,050"
+    )
+    assert found.left_out == {short.folder: f"{short.folder} {reason}"}
 
 
 def test_a_run_without_a_game_after_the_latest_injection_of_all_does_not_begin_the_window():
@@ -365,8 +368,32 @@ def test_a_run_without_a_game_after_the_latest_injection_of_all_does_not_begin_t
     late.scalars[RETURN] = late.scalars[RETURN][:, :25]
     found = verdict(*make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500]}), late)
     assert (found.window.after, found.window.upto) == (1_700, TOTAL)
-    assert set(found.means[1]) == {1, 2, 3} and list(found.left_out) == [late.folder]
+    assert set(found.means[1]) == {1, 2, 3}
+    would_be = "with this run the window would be 2,600 < step ≤ 3,000"
+    assert found.left_out == {late.folder: f"{late.folder} has logged no {RETURN} in the window; {would_be}"}
     assert verdict(*make_norm_arms({4: [2_600]})[1:], late).window.after == 2_600, "where it is the only one"
+
+
+def test_where_the_norm_decides_a_seed_counts_on_both_sides_or_on_neither():
+    """Its run without an injection would be one of an agent whose norm grew late."""
+    runs = []
+    for run in make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500], 4: [2_600]}):
+        points = {tag: [*pairs.T] for tag, pairs in run.scalars.items()}
+        if run.args.intervention == "none":  # games of its own, so that nothing is shared
+            points[RETURN] = [(step, value + 1) for step, value in points[RETURN]]
+            run = make_run(run.lineage[0].folder, points, seed=run.args.seed, intervention="none")
+        runs.append(run)
+    found = verdict(*runs, window=1_000)
+    assert not found.paired and [set(means) for means in found.means] == [{1, 2, 3}] * 2
+    assert found.left_out["runs/n4"].endswith("; with this run the window would be 2,600 < step ≤ 3,600")
+    reason = "is of a seed whose other run does not count: where the norm decides, both do or none"
+    assert found.left_out["runs/b4"] == f"runs/b4 {reason}"
+
+
+def test_runs_that_are_left_out_are_named_in_the_order_in_which_they_are_given():
+    agents = [*make_arms((1,)), *continuations((2, 3, 4, 5, 6, 7, 8))]
+    names = [run.folder for run in agents if run.args.seed > 2]
+    assert [*verdict(*agents).left_out] == sorted(names, key=lambda name: name[-1])
 
 
 @pytest.mark.parametrize(
@@ -1034,8 +1061,7 @@ def test_a_run_that_the_norm_has_not_injected_yet_is_left_out_named_and_does_not
         strangers.append(run)
     found = verdict(*strangers)
     assert not found.paired and [set(means) for means in found.means] == [{1, 2, 3}] * 2
-    reason = "is of a seed that has not been injected yet in the other arm: the verdict is on those that had"
-    assert found.left_out["runs/b4"] == f"runs/b4 {reason}"
+    assert found.left_out["runs/b4"].startswith("runs/b4 is of a seed whose other run does not count: ")
     reset = make_run("reset", {RETURN: games(1, 1)}, intervention="reset-head", **NORM)
     baseline = make_run("baseline", {RETURN: games(1, 0)}, intervention="none", **NORM)
     assert "had no intervention yet" in verdict(reset, baseline).left_out[reset.folder]

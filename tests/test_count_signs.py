@@ -103,7 +103,8 @@ def test_an_agent_of_which_the_probe_says_nothing_counts_as_not_right(command):
     assert status == 0 and printed[0].startswith("left out of probe.json: ") and "diverged" in printed[0]
     (row,) = [line for line in printed if line.startswith(f"| {name} ")]
     assert row.startswith(f"| {name} | – | no answer | ") and row.endswith(" | no |")
-    assert printed[-6] == "the probe has no answer for 1, which count as not right, and in no chance below"
+    of_others = "which count as not right; the chances below are of the others"
+    assert printed[-6] == f"the probe has no answer for 1, {of_others}"
     assert printed[-5] == "the probe is right for 2 of 6: 2 gain by its answers, 4 did"
     # of the five with an answer
     assert printed[-4].endswith("0.812 if each sign is a coin's")

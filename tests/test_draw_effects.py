@@ -102,15 +102,17 @@ def test_each_number_is_of_its_own_steps(command):
 
 
 def test_units_that_have_just_been_recycled_are_not_the_dormant_ones_of_the_end(command):
-    """ReDo has recycled at the step of the last measure; the one before it is 0.1."""
+    """ReDo has recycled at the step of the last measure. Both arms have the one before it, 0.1 and 0.3."""
     write("none", arm("none", "none"))
     recycling = arm("redo", "redo", dormant=0.0)
     for run in recycling:
         run.scalars["injection/recycled/head"] = np.array([[INJECTION, TOTAL - 1], [5.0, 7.0]])
+        run.scalars[DORMANT][1, 1] = 0.3
     write("redo", recycling)
     status, table, _, _ = command("x.png", "500", *files())
     (name,) = [name for name in table if name.endswith(": change")]
-    assert status == 0 and mean_of(table[name][3]) == pytest.approx(0.1 - 0.52, abs=1e-3)
+    assert status == 0 and mean_of(table[name][3]) == pytest.approx(0.2, abs=1e-3)
+    assert mean_of(table["no intervention"][3]) == pytest.approx(0.1, abs=1e-3)
 
 
 def test_the_window_is_that_of_the_verdict(command):

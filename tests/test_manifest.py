@@ -109,7 +109,10 @@ def test_a_folder_keeps_what_was_asked_and_refuses_what_is_not_that():
     ):
         refuse_another(folder, ASKED | {"seeds": (1, 2), "steps": 5})
     begin(folder, ASKED | {"gpu": True})
-    for gpu, fix in ((True, "go on where there is a GPU"), (False, "leave out --gpus-per-run")):
+    for gpu, fix in (
+        (True, "go on where there is a GPU, and without --gpus-per-run 0"),
+        (False, "leave out --gpus-per-run"),
+    ):
         begin(folder, ASKED | {"gpu": gpu})
         with pytest.raises(UsageError, match=rf"there {gpu}\): give another --name, or {fix}$"):
             refuse_another(folder, ASKED | {"gpu": not gpu})

@@ -634,6 +634,7 @@ def test_a_terminal_shows_a_table_while_runs_are_going_and_in_the_end(one_run, m
     monkeypatch.setattr(sweep, "on_a_terminal", lambda: True)
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("FORCE_COLOR", "1")  # so that this is a terminal for the table
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     going.follow(SimpleNamespace(stop=None))
     frames = terminal.getvalue().split("steps/s")[1:]

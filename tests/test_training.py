@@ -667,7 +667,8 @@ def test_a_run_without_injection_or_learning_says_so(changes, printed, capsys):
 def test_a_run_says_what_happens_before_anything_is_learned(capsys):
     args = replace(SMALL, total_timesteps=20, exploration_fraction=0.4, learning_starts=8)
     train(replace(args, injection_step=(9,)))
-    train(replace(args, injection_step=(9,), intervention="none"))
+    train(replace(args, injection_step=(8,), intervention="none"))
+    train(replace(args, start_e=0.1, end_e=0.1, learning_starts=9))
     out = capsys.readouterr().out
     assert "has learned nothing" not in out and "remark" not in out
     train(replace(args, injection_step=(8, 15), learning_starts=9))
@@ -676,6 +677,10 @@ def test_a_run_says_what_happens_before_anything_is_learned(capsys):
     assert f"\nwarning: at step 8 the network has learned nothing, {fix}\n" in out
     fix = "give a lower --learning-starts, or a larger --exploration-fraction"
     assert f"\nremark: ε has fallen at step 8, and learning begins after step 9: {fix}\n" in out
+    folder = train(replace(args, injection_step=(8,), learning_starts=9, checkpoint_frequency=20))
+    assert "remark" in capsys.readouterr().out
+    train(Args(resume=str(folder)))
+    assert "remark" not in capsys.readouterr().out, "a run that goes on cannot change it"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_loss_named(monkeypatch):
