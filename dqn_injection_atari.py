@@ -348,10 +348,13 @@ class InjectableHead(torch.nn.Module):
       parameters alone, since the state says which heads are in use; then `target.requires_grad_(False)`
 
     Args:
-        make_head: makes a head, any module that maps features to outputs
+        make_head: makes a head, any module that maps features to outputs, and initialises it
         max_injections: how many pairs there are
         freeze: after an injection the newest θ′₁ learns alone; False lets all heads in use learn
         make_new_head: makes the heads that injections add, where they are larger; `make_head` if not given
+
+    Raises:
+        ValueError: a head has parameters of another one.
     """
 
     def __init__(
@@ -369,6 +372,13 @@ class InjectableHead(torch.nn.Module):
         self.theta = self.make_head()
         self.theta_prime_1 = torch.nn.ModuleList(self.make_new_head() for _ in range(max_injections))
         self.theta_prime_2 = torch.nn.ModuleList(self.make_new_head() for _ in range(max_injections))
+        own: set[torch.nn.Parameter] = set()
+        for head in (self.theta, *self.theta_prime_1, *self.theta_prime_2):
+            if not own.isdisjoint(head.parameters()):
+                raise ValueError(
+                    "two heads have parameters in common: make_head has to make a new one each time"
+                )
+            own.update(head.parameters())
         for parameter in (*self.theta_prime_1.parameters(), *self.theta_prime_2.parameters()):
             torch.nn.init.zeros_(parameter)
         self.set_trainable()
@@ -389,7 +399,7 @@ class InjectableHead(torch.nn.Module):
             generator: of the CPU; gives the new head's random numbers, in the place of PyTorch's own
 
         Raises:
-            ValueError: all pairs are in use, or the generator is not the CPU's.
+            ValueError: all pairs are in use; or with a generator, that or a new head is not on the CPU.
         """
         k = self.num_injections
         if k == len(self.theta_prime_1):
@@ -404,8 +414,8 @@ class InjectableHead(torch.nn.Module):
     def draw(make: "Callable[[], torch.nn.Module]", generator: torch.Generator | None) -> torch.nn.Module:
         """A new module, each layer initialised as it does that itself.
 
-        With a generator it is made on the CPU, and the generator's random numbers are all that is drawn.
-        Without, the maker goes by PyTorch's own device and random numbers.
+        With a generator it is made on the CPU, by the generator's random numbers. PyTorch's own go on as if
+        nothing had been drawn. Without one it is made by those, on PyTorch's own device.
         """
         if generator is None:
             return make()
@@ -417,6 +427,12 @@ class InjectableHead(torch.nn.Module):
             torch.set_rng_state(generator.get_state())
             module = make()
             generator.set_state(torch.get_rng_state())
+        for parameter in module.parameters():
+            if parameter.device.type != "cpu":
+                raise ValueError(
+                    f"make_head makes layers on {parameter.device}, not on the CPU as its generator: "
+                    "leave the device out there, and move the network"
+                )
         return module
 
     def draw_like_newest(self, generator: torch.Generator | None = None) -> torch.nn.Module:
@@ -454,8 +470,19 @@ class InjectableHead(torch.nn.Module):
         return torch.tensor(self.num_injections)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        self.num_injections = int(state)
+        self.num_injections = self.whole(state)
         self.set_trainable()
+
+    @staticmethod
+    def whole(state: torch.Tensor) -> int:
+        """A number of injections; ValueError for that of an average of states, which may be half of one."""
+        number = float(state)
+        if abs(number - round(number)) > 1e-3:
+            raise ValueError(
+                f"this state has {number:.3g} injections, an average of states: "
+                "take _extra_state from one of them, which has a whole number"
+            )
+        return round(number)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others: list) -> None:
         """PyTorch's hook for loading. The state may have more or fewer pairs that are not in use.
@@ -463,7 +490,7 @@ class InjectableHead(torch.nn.Module):
         PyTorch passes a copy of what belongs to this module, whose names begin with `prefix`. Its parts then
         load from that copy.
         """
-        num_injections = int(state_dict.get(f"{prefix}_extra_state", self.num_injections))
+        num_injections = self.whole(state_dict.get(f"{prefix}_extra_state", self.num_injections))
         if num_injections > len(self.theta_prime_1):
             raise RuntimeError(
                 f"{prefix}theta_prime_1.{num_injections - 1} is in use, and there are "

@@ -39,10 +39,15 @@ def orthogonalise(convolution: nn.Conv2d) -> None:
 
 
 def fire(parts: AgentParts, settings: NoSettings) -> None:
-    """Orthogonalises the encoder's convolutions, and gives the head that learns the weights of a new one."""
-    for module in parts.encoder.modules():
-        if isinstance(module, nn.Conv2d):
-            orthogonalise(module)
+    """Orthogonalises the encoder's convolutions, and gives the head that learns the weights of a new one.
+
+    Raises ValueError where the encoder has none: it would be a reset of the head.
+    """
+    convolutions = [module for module in parts.encoder.modules() if isinstance(module, nn.Conv2d)]
+    if not convolutions:
+        raise ValueError("FIRE makes convolutions orthogonal, and this encoder has none")
+    for convolution in convolutions:
+        orthogonalise(convolution)
     parts.head.load_state_dict(parts.draw_head().state_dict())
 
 

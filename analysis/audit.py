@@ -94,6 +94,10 @@ class Findings:
     """whether Q depends on what was drawn anew. Recycled units must not be felt before they have learned"""
     new_head_is_old: bool
     """whether θ′₁ has, right after the intervention, a tensor of weights that θ has"""
+    thawed: bool = False
+    """whether a parameter that is frozen after the intervention is to learn after an update"""
+    moving_buffers: tuple[str, ...] = ()
+    """the frozen parts that have a buffer which an update changes, as the statistics of a batch norm"""
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,11 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
         intervene: does the intervention to that agent
 
     Raises:
-        UsageError: there is no part φ, or one without parameters; or weights of φ are frozen.
+        UsageError: there is no part φ, or one without parameters; or weights of φ are frozen; or the network
+            gives two outputs for one input.
     """
     agent = look()
+    refuse_noise(agent)
     before = snapshot(agent)
     trainable_before = num_trainable(agent.network)
     target_equal_before = same_outputs(agent) and same_state(agent)
@@ -137,15 +143,19 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
     trainable_after = num_trainable(agent.network)
     reaches_q = new_reaches_q(agent, new)
     gradient_errors = [gradient_error(agent)]
+    frozen = frozen_parameters(agent)
+    buffers = buffers_of_frozen(agent)
 
     agent.update()
     agent = look()
     first = copy_parameters_of(agent)
     gradient_errors.append(gradient_error(agent))
+    thawed = not frozen <= frozen_parameters(agent)
     agent.update()
     agent = look()
     second = copy_parameters_of(agent)
     gradient_errors.append(gradient_error(agent))
+    thawed = thawed or not frozen <= frozen_parameters(agent)
 
     moved_first = changed_entries(after.parameters, first)
     moved_second = changed_entries(first, second)
@@ -173,10 +183,42 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
         trainable_after=trainable_after,
         new_reaches_q=reaches_q,
         new_head_is_old=shares_weights(after.parameters),
+        thawed=thawed,
+        moving_buffers=moved_buffers(buffers, agent),
     )
 
 
 # Looking
+
+
+@torch.no_grad()
+def refuse_noise(agent: Audited) -> None:
+    if not torch.equal(agent.network(agent.obs), agent.network(agent.obs)):
+        fix = "leave dropout and noise out of the audit, by network.eval()"
+        raise UsageError(f"the network gives two outputs for the same obs: {fix}")
+
+
+def frozen_parameters(agent: Audited) -> set[str]:
+    return {name for name, parameter in agent.network.named_parameters() if not parameter.requires_grad}
+
+
+def buffers_of_frozen(agent: Audited) -> dict[str, dict[str, torch.Tensor]]:
+    """{part: {name: copy of a buffer}} of the parts of which no parameter learns."""
+    copies = {}
+    for part, path in agent.parts.items():
+        module = agent.network.get_submodule(path)
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            copies[part] = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    return copies
+
+
+def moved_buffers(before: dict[str, dict[str, torch.Tensor]], agent: Audited) -> tuple[str, ...]:
+    moved = []
+    for part, buffers in before.items():
+        module = agent.network.get_submodule(agent.parts[part])
+        if not equal_states(buffers, dict(module.named_buffers())):
+            moved.append(part)
+    return tuple(moved)
 
 
 def parameters_of(agent: Audited) -> Parameters:
@@ -476,6 +518,10 @@ def faults_of_injection(findings: Findings, freeze: bool = True) -> list[str]:
                 )
         elif found.first_update != "none" or found.second_update != "none":
             faults.append(f"{part} changes at an update: it is not frozen")
+    if findings.thawed:
+        faults.append("after an update weights are to learn that were frozen: call set_trainable() there")
+    for part in findings.moving_buffers:
+        faults.append(f"{part} has buffers that change at an update: requires_grad does not freeze those")
 
     # the optimizer's state
     if parts[ENCODER].moments == "emptied":

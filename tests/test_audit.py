@@ -124,6 +124,7 @@ def test_an_injection_done_right_has_no_fault_and_its_findings_say_what_it_does(
     assert findings.max_abs_delta_q == 0 and findings.gradient_error < 1e-5
     assert findings.target_outputs_equal and findings.target_state_equal
     assert findings.target_changed and not findings.target_equal_before
+    assert not findings.thawed and not findings.moving_buffers
     size = sum(parameter.numel() for parameter in (*make_encoder().parameters(), *make_head().parameters()))
     assert findings.trainable_before == findings.trainable_after == size
 
@@ -450,6 +451,56 @@ class EncoderIsFrozenInPart(Agent):
     def inject(self):
         super().inject()
         self.online.encoder[0].bias.requires_grad_(False)
+
+
+def test_noise_is_refused_in_one_line_before_anything_is_changed():
+    agent = Agent()
+    agent.online.encoder.append(nn.Dropout())
+    before = copy.deepcopy(agent.online.state_dict())
+    fix = r"leave dropout and noise out of the audit, by network\.eval\(\)"
+    with pytest.raises(UsageError, match=rf"^the network gives two outputs for the same obs: {fix}$"):
+        audited(agent, agent.inject)
+    assert auditing.equal_states(agent.online.state_dict(), before)
+
+
+@pytest.mark.parametrize(("training", "moving"), [(True, ("θ", "θ′₂")), (False, ())])
+def test_buffers_of_a_frozen_head_that_move_are_named(training, moving):
+    """Batch norm takes the mean of its inputs, also where no parameter learns."""
+
+    def make_head():
+        return nn.Sequential(nn.Linear(CHANNELS * 9, ACTIONS), nn.BatchNorm1d(ACTIONS))
+
+    agent = Agent()
+    agent.online = Network(InjectableHead(make_head))
+    agent.target = copy.deepcopy(agent.online)
+    agent.optimizer = torch.optim.Adam(agent.online.parameters(), lr=1e-2)
+    agent.formula = agent.online.forward
+    agent.update()
+    agent.online.train(training)
+    agent.target.train(training)
+    findings = audited(agent, agent.inject)
+    assert findings.moving_buffers == moving
+    faults = [fault for fault in faults_of_injection(findings) if "buffers" in fault]
+    assert [fault.partition(" ")[0] for fault in faults] == [*moving]
+
+
+@pytest.mark.parametrize("update", [1, 2])
+def test_a_network_that_is_thawed_in_an_update_is_named_though_nothing_has_moved_yet(update):
+    agent = Agent()
+    counted = iter(range(1, 3))
+
+    def update_and_thaw():
+        Agent.update(agent)
+        if next(counted) == update:
+            agent.online.head.theta_prime_2.requires_grad_(True)
+
+    def inject():
+        agent.inject()
+        agent.update = update_and_thaw
+
+    findings = audited(agent, inject)
+    assert findings.thawed
+    assert "call set_trainable() there" in " ".join(faults_of_injection(findings))
 
 
 def test_an_encoder_that_is_frozen_is_refused_in_one_line():

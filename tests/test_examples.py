@@ -11,7 +11,7 @@ import torch
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 
-from analysis.audit import audit, faults_of_injection
+from analysis.audit import Audited, audit, faults_of_injection
 from examples import stable_baselines3_dqn as example
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,6 +227,19 @@ def loaded_without_requires_grad(agent):
     agent.online.requires_grad_(True)
 
 
+def thawed_at_the_second_update(agent):
+    agent.inject()
+    counted = iter(range(1, 3))
+    update = type(agent).update
+
+    def update_and_thaw():
+        update(agent)
+        if next(counted) == 2:
+            agent.online.requires_grad_(True)
+
+    agent.update = update_and_thaw
+
+
 def with_the_difference_last(agent):
     agent.inject()
     head = agent.online[1]
@@ -251,6 +264,10 @@ def with_a_detached_twin(agent):
         ),
         (with_a_flag_that_no_state_has, "θ′₁ does not change at an update: it never learns"),
         (loaded_without_requires_grad, "θ changes at an update: it is not frozen"),
+        (
+            thawed_at_the_second_update,
+            "after an update weights are to learn that were frozen: call set_trainable() there",
+        ),
         (with_the_difference_last, "Q changes at the injection, by up to ..."),
         (with_a_detached_twin, "φ's gradient is not that of the whole sum, ...: is a head detached?"),
     ],
@@ -282,6 +299,48 @@ def test_the_pages_audit_finds_nothing_wrong_with_an_injection_that_is_saved_and
 
     page["look"].__globals__["agent"] = agent
     assert faults_of_injection(audit(page["look"], inject_save_and_load)) == []
+
+
+def test_an_agent_that_exists_already_takes_an_injection_as_the_page_says(page):
+    """The page's code ends with a network, an optimizer that has made no update, and a head."""
+    network = page["network"]
+    head = page["head"]
+    optimizer = page["optimizer"]
+    target = copy.deepcopy(network)
+
+    def update():
+        optimizer.zero_grad()
+        network(OBS).square().mean().backward()
+        optimizer.step()
+
+    def inject():
+        head.inject()
+        target.load_state_dict(network.state_dict())
+
+    def formula(obs):
+        features = network[0](obs)
+        return head.theta(features) + (head.theta_prime_1[0](features) - head.theta_prime_2[0](features))
+
+    update()
+    parts = {"φ": "0", "θ": "1.theta", "θ′₁": "1.theta_prime_1.0", "θ′₂": "1.theta_prime_2.0"}
+    agent = Audited(network, target, optimizer, parts, OBS, formula, update)
+    findings = audit(lambda: agent, inject)
+    assert faults_of_injection(findings) == [] and findings.parts["θ"].moments == "kept"
+
+
+def test_a_target_takes_the_new_heads_alone_and_gives_what_it_gave(page):
+    agent = page["Agent"]()
+    for _ in range(3):
+        agent.update()
+    before = agent.target(OBS)
+    agent.online[1].inject()
+    state = agent.online.state_dict()
+    new = {
+        name: value for name, value in state.items() if "theta_prime" in name or name.endswith("_extra_state")
+    }
+    agent.target.load_state_dict(new, strict=False)
+    assert torch.equal(agent.target(OBS), before) and agent.target[1].num_injections == 1
+    assert not torch.equal(agent.online(OBS), before)
 
 
 def test_what_the_page_links_to_is_there():

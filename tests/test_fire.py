@@ -1,6 +1,7 @@
 """FIRE: each position of a kernel becomes near orthogonal, the head is drawn anew."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,3 +76,9 @@ def test_a_learner_has_its_convolutions_changed_and_its_head_drawn_anew(choice):
     assert all_same(moments_of(learner, "head.theta"), {} if choice == "fresh" else of_head)
     assert same(weights(learner.target_network), weights(learner.q_network))
     assert ALTERNATIVE.draws_head and not ALTERNATIVE.draws_encoder
+
+
+def test_an_encoder_without_a_convolution_is_refused():
+    parts = SimpleNamespace(encoder=nn.Sequential(nn.Linear(4, 4)), head=None)
+    with pytest.raises(ValueError, match="this encoder has none"):
+        ALTERNATIVE.apply(parts, None)

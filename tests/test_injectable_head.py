@@ -346,6 +346,42 @@ def test_a_state_that_lacks_a_part_in_use_is_refused_as_pytorch_does(name):
         agent.load_state_dict(state)
 
 
+@pytest.mark.parametrize("shared", ["head", "layer"])
+def test_a_function_that_gives_away_a_head_or_layer_that_it_has_is_refused(shared):
+    head = normalised()
+    makers = {"head": lambda: head, "layer": lambda: nn.Sequential(head[0], nn.Linear(16, 3))}
+    before = copy.deepcopy(head.state_dict())
+    with pytest.raises(
+        ValueError, match=r"^two heads have parameters in common: make_head has to make a new"
+    ):
+        CopiedHead(makers[shared])
+    assert all(torch.equal(value, before[name]) for name, value in head.state_dict().items())
+
+
+def test_an_average_of_states_is_refused_unless_it_is_as_good_as_one_of_them():
+    injected = CopiedHead(normalised)
+    injected.inject()
+    state = injected.state_dict()
+    average = {name: value.float() * 0.5 for name, value in state.items()}
+    message = r"^this state has 0\.5 injections, an average of states: take _extra_state from one of them"
+    with pytest.raises(ValueError, match=message):
+        CopiedHead(normalised).load_state_dict(average)
+    nearly = {name: value.float() * 0.99997 for name, value in state.items()}
+    loaded = CopiedHead(normalised)
+    loaded.load_state_dict(nearly)
+    assert loaded.num_injections == 1 and loaded.newest() == "theta_prime_1.0"
+    assert torch.equal(loaded.theta_prime_1[0][0].weight, nearly["theta_prime_1.0.0.weight"])
+
+
+def test_a_function_that_chooses_a_device_itself_cannot_take_its_numbers_from_a_generator():
+    head = CopiedHead(lambda: nn.Linear(8, 3, device="meta"))
+    with pytest.raises(
+        ValueError, match=r"^make_head makes layers on meta, .* leave the device out there, and"
+    ):
+        head.inject(torch.Generator())
+    assert head.num_injections == 0
+
+
 @each_maker
 def test_a_copy_is_independent(make_head):
     agent = Agent(make_head, max_injections=2)
