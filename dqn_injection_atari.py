@@ -348,7 +348,7 @@ class InjectableHead(torch.nn.Module):
       parameters alone, since the state says which heads are in use; then `target.requires_grad_(False)`
 
     Args:
-        make_head: makes a head, any module that maps features to outputs, and initialises it
+        make_head: makes a head, a module that maps features to outputs, initialised, on PyTorch's own device
         max_injections: how many pairs there are
         freeze: after an injection the newest θ′₁ learns alone; False lets all heads in use learn
         make_new_head: makes the heads that injections add, where they are larger; `make_head` if not given

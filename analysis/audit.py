@@ -95,7 +95,7 @@ class Findings:
     new_head_is_old: bool
     """whether θ′₁ has, right after the intervention, a tensor of weights that θ has"""
     thawed: bool = False
-    """whether a parameter that is frozen after the intervention is to learn after an update"""
+    """whether a parameter that is frozen after the intervention is to learn after the updates"""
     moving_buffers: tuple[str, ...] = ()
     """the frozen parts that have a buffer which an update changes, as the statistics of a batch norm"""
 
@@ -123,7 +123,7 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
 
     Raises:
         UsageError: there is no part φ, or one without parameters; or weights of φ are frozen; or the network
-            gives two outputs for one input.
+            gives two outputs for one input, or none that is finite.
     """
     agent = look()
     refuse_noise(agent)
@@ -150,12 +150,11 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
     agent = look()
     first = copy_parameters_of(agent)
     gradient_errors.append(gradient_error(agent))
-    thawed = not frozen <= frozen_parameters(agent)
     agent.update()
     agent = look()
     second = copy_parameters_of(agent)
     gradient_errors.append(gradient_error(agent))
-    thawed = thawed or not frozen <= frozen_parameters(agent)
+    thawed = not frozen <= frozen_parameters(agent)
 
     moved_first = changed_entries(after.parameters, first)
     moved_second = changed_entries(first, second)
@@ -193,6 +192,8 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
 
 @torch.no_grad()
 def refuse_noise(agent: Audited) -> None:
+    if not agent.network(agent.obs).isfinite().all():
+        raise UsageError("the network gives numbers that are not finite: audit one that has learned less")
     if not torch.equal(agent.network(agent.obs), agent.network(agent.obs)):
         fix = "leave dropout and noise out of the audit, by network.eval()"
         raise UsageError(f"the network gives two outputs for the same obs: {fix}")

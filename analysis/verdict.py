@@ -409,7 +409,7 @@ def set_an_end_alone(
     window = window_of(candidates, firsts, steps)
     last = {run.folder for run in candidates.runs if run.last_step == window.upto}
     latest = {run.folder for seed, run in candidates.sides[1].items() if firsts[seed] == window.after}
-    for folders in (last & left_out, latest & left_out):
+    for folders in (latest & left_out, last & left_out):
         others = candidates.without(folders)
         other_window = window_of(others, firsts, steps)
         if all(others.sides) and (other_window.after, other_window.upto) != (window.after, window.upto):
@@ -447,7 +447,8 @@ def select(
     for folder, reason in candidates.left_out.items():
         if folder in undue:
             selection.candidates.left_out[folder] = reason
-    selection.candidates.silent.update(candidates.silent & undue)
+    late = {run.folder for seed, run in given.sides[1].items() if firsts[seed] > selection.window.after}
+    selection.candidates.silent.update((candidates.silent & undue) - late)
     return selection
 
 
@@ -513,17 +514,14 @@ def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None)
     begin = f"the {noun(intervention)}"
     if not intervened.planned_steps:
         begin = f"the latest first {noun(intervention)}"
-    given = candidates.without(set())
-    chosen = select(candidates, firsts, metric, window, begin)
-    if not intervened.planned_steps:
-        lone = without_counterpart(chosen.candidates, intervened)
-        if lone:
-            chosen = select(given.without(lone), firsts, metric, window, begin)
-            for folder in sorted(lone):
-                reason = (
-                    "is of a seed whose other run does not count: where the norm decides, both do or none"
-                )
-                chosen.candidates.left_out[folder] = f"{folder} {reason}"
+    chosen = select(candidates.without(set()), firsts, metric, window, begin)
+    lone: set[str] = set()
+    while not intervened.planned_steps and without_counterpart(chosen.candidates, intervened):
+        lone |= without_counterpart(chosen.candidates, intervened)
+        chosen = select(candidates.without(lone), firsts, metric, window, begin)
+    for folder in sorted(lone):
+        reason = f"is of a seed whose run with the {noun(intervention)} does not count"
+        chosen.candidates.left_out[folder] = f"{folder} {reason}"
     paired = len(chosen.shared) >= MIN_SEEDS
     sides = (
         measure(without, chosen.candidates.sides[0], chosen.candidates.silent, metric, chosen.window),

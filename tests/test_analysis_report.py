@@ -147,6 +147,12 @@ def test_words_warn_where_a_run_has_no_game_with_a_return_at_all():
     lines = words(*early)
     assert any("has not been injected yet" in line for line in lines)
     assert not [line for line in lines if line.startswith("caution")], "it would not count anyway"
+    late = make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500], 4: [2_950]})
+    late[-2].scalars["charts/games_cut"] = np.array([[3_000.0], [8.0]])
+    late[-2].scalars[RETURN] = late[-2].scalars[RETURN][:, :29]
+    lines = words(*late)
+    assert any("with this run the window would be 2,950 < step" in line for line in lines)
+    assert not [line for line in lines if line.startswith("caution")], "it was injected within the window"
 
 
 def test_where_runs_were_evaluated_differently_the_caution_does_not_name_a_metric_that_has_no_verdict():

@@ -386,8 +386,47 @@ def test_where_the_norm_decides_a_seed_counts_on_both_sides_or_on_neither():
     found = verdict(*runs, window=1_000)
     assert not found.paired and [set(means) for means in found.means] == [{1, 2, 3}] * 2
     assert found.left_out["runs/n4"].endswith("; with this run the window would be 2,600 < step ≤ 3,600")
-    reason = "is of a seed whose other run does not count: where the norm decides, both do or none"
+    reason = "is of a seed whose run with the injection does not count"
     assert found.left_out["runs/b4"] == f"runs/b4 {reason}"
+
+
+def test_a_run_that_counts_without_the_one_that_was_injected_late_counts():
+    runs = make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500], 4: [2_950]})
+    for run in runs:
+        if run.args.intervention == "injection" and run.args.seed in (1, 4):
+            steps = run.scalars[RETURN][0]
+            run.scalars[RETURN] = run.scalars[RETURN][:, steps <= 2_950]
+    found = verdict(*runs)
+    assert (found.window.after, found.judgement.verdict) == (1_700, "raised")
+    assert [set(means) for means in found.means] == [{1, 2, 3}] * 2
+
+
+def test_where_a_seed_that_is_left_out_makes_another_run_a_short_one_that_ones_seed_is_left_out_too():
+    """Without the baselines of seeds 3, 4, 6 and 7 the median run has more steps, seed 2 less than half."""
+    runs = []
+    for run in make_norm_arms({seed: [1_200] if seed in (1, 2, 5) else [] for seed in range(1, 8)}):
+        name = run.lineage[0].folder
+        last = TOTAL
+        if run.args.seed in (3, 4, 6, 7):
+            last = 1_860
+        elif name == "n2":
+            last = 1_830
+        points = {tag: [*pairs.T] for tag, pairs in run.scalars.items() if tag != "charts/SPS"}
+        own = int(run.args.intervention == "none")  # so that nothing is shared
+        points[RETURN] = [(step, value + own) for step, value in points[RETURN] if step <= last]
+        how = {"seed": run.args.seed, "intervention": "none"} if own else {"seed": run.args.seed, **NORM}
+        runs.append(make_run(name, points, last, **how))
+    found = verdict(*runs)
+    assert [set(means) for means in found.means] == [{1, 5}] * 2
+    assert "where the median run" in found.left_out["runs/n2"]
+    assert found.left_out["runs/b2"].endswith("of a seed whose run with the injection does not count")
+
+
+def test_runs_are_of_one_agent_where_each_was_one_with_another_of_them(monkeypatch):
+    """As where one of them lacks the curves of its origin, by which the third would know it."""
+    related = ({"a", "c"}, {"b", "c"}, {"d", "e"})
+    monkeypatch.setattr(verdicts, "share_history", lambda run, other, _: {run, other} in related)
+    assert verdicts.group_by_agent(["a", "c", "b", "d", "e"], 10) == [["a", "c", "b"], ["d", "e"]]
 
 
 def test_runs_that_are_left_out_are_named_in_the_order_in_which_they_are_given():
@@ -1061,7 +1100,7 @@ def test_a_run_that_the_norm_has_not_injected_yet_is_left_out_named_and_does_not
         strangers.append(run)
     found = verdict(*strangers)
     assert not found.paired and [set(means) for means in found.means] == [{1, 2, 3}] * 2
-    assert found.left_out["runs/b4"].startswith("runs/b4 is of a seed whose other run does not count: ")
+    assert found.left_out["runs/b4"] == "runs/b4 is of a seed whose run with the injection does not count"
     reset = make_run("reset", {RETURN: games(1, 1)}, intervention="reset-head", **NORM)
     baseline = make_run("baseline", {RETURN: games(1, 0)}, intervention="none", **NORM)
     assert "had no intervention yet" in verdict(reset, baseline).left_out[reset.folder]

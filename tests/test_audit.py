@@ -461,6 +461,11 @@ def test_noise_is_refused_in_one_line_before_anything_is_changed():
     with pytest.raises(UsageError, match=rf"^the network gives two outputs for the same obs: {fix}$"):
         audited(agent, agent.inject)
     assert auditing.equal_states(agent.online.state_dict(), before)
+    agent = Agent()
+    with torch.no_grad():
+        agent.online.head.theta[2].bias.fill_(math.nan)
+    with pytest.raises(UsageError, match=r"^the network gives numbers that are not finite: audit one that"):
+        audited(agent, agent.inject)
 
 
 @pytest.mark.parametrize(("training", "moving"), [(True, ("θ", "θ′₂")), (False, ())])

@@ -12,6 +12,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 
 from analysis.audit import Audited, audit, faults_of_injection
+from dqn_injection_atari import InjectableHead
 from examples import stable_baselines3_dqn as example
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -328,19 +329,21 @@ def test_an_agent_that_exists_already_takes_an_injection_as_the_page_says(page):
     assert faults_of_injection(findings) == [] and findings.parts["θ"].moments == "kept"
 
 
-def test_a_target_takes_the_new_heads_alone_and_gives_what_it_gave(page):
+def test_a_target_takes_the_new_pair_alone_and_gives_what_it_gave_also_at_a_second_injection(page):
     agent = page["Agent"]()
-    for _ in range(3):
+    for network in (agent.online, agent.target):
+        network[1] = InjectableHead(page["make_head"], max_injections=2)
+    agent.target.load_state_dict(agent.online.state_dict())
+    agent.optimizer = torch.optim.Adam(agent.online.parameters())
+    for k in (1, 2):
         agent.update()
-    before = agent.target(OBS)
-    agent.online[1].inject()
-    state = agent.online.state_dict()
-    new = {
-        name: value for name, value in state.items() if "theta_prime" in name or name.endswith("_extra_state")
-    }
-    agent.target.load_state_dict(new, strict=False)
-    assert torch.equal(agent.target(OBS), before) and agent.target[1].num_injections == 1
-    assert not torch.equal(agent.online(OBS), before)
+        before = agent.target(OBS)
+        agent.online[1].inject()
+        page["bring_new_pair"](agent.online, agent.target)
+        assert torch.equal(agent.target(OBS), before) and agent.target[1].num_injections == k
+        assert not torch.equal(agent.online(OBS), before)
+        ours, theirs = (network[1].theta_prime_1[k - 1] for network in (agent.online, agent.target))
+        assert changed(weights(ours), theirs) == set() and ours[0].weight.any()
 
 
 def test_what_the_page_links_to_is_there():

@@ -41,6 +41,7 @@ NAMES = [f"{GAME}__none__1", f"{GAME}__injection__1"]
 SMALL = ("--name", "x", "--env-ids", GAME, "--seeds", "1", "--retry-pause", "0.1", "--memory-per-run", "0.5")
 FOLDER = Path("sweeps/x")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "120", "LINES": "40"}
+ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def start(*arguments, flags=FLAGS, stdout=None, stderr=subprocess.STDOUT):

@@ -27,7 +27,8 @@ from support.weights_and_biases import require_wandb, start_wandb
 
 TRACKED = replace(BRIEF, total_timesteps=240, plasticity_frequency=0, track=True)
 OFFLINE = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
-    "WANDB_MODE": "offline"
+    "WANDB_MODE": "offline",
+    "CUDA_VISIBLE_DEVICES": "",
 }
 
 
