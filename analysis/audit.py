@@ -192,9 +192,10 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
 
 @torch.no_grad()
 def refuse_noise(agent: Audited) -> None:
-    if not agent.network(agent.obs).isfinite().all():
+    q_values = agent.network(agent.obs).clone()
+    if not q_values.isfinite().all():
         raise UsageError("the network gives numbers that are not finite: audit one that has learned less")
-    if not torch.equal(agent.network(agent.obs), agent.network(agent.obs)):
+    if not torch.equal(agent.network(agent.obs), q_values):
         fix = "leave dropout and noise out of the audit, by network.eval()"
         raise UsageError(f"the network gives two outputs for the same obs: {fix}")
 

@@ -127,22 +127,21 @@ def balanced_means(pair: Comparison) -> tuple[dict[int, float], dict[int, float]
     return sides[0], sides[1]
 
 
-def name_surplus(pair: Comparison) -> dict[str, str]:
-    """{game and side: reason} where a side has runs that `balanced_means` leaves out."""
+def name_surplus(pair: Comparison, counted: tuple[dict[int, float], dict[int, float]]) -> dict[str, str]:
+    """{game and side: reason} where a side has runs that are not `counted`, the pair's `balanced_means`."""
     surplus = {}
-    for means, counted, side in zip(pair.means, balanced_means(pair), ("without", "with"), strict=True):
-        seeds = ", ".join(str(seed) for seed in means if seed not in counted)
+    for means, of_side, side in zip(pair.means, counted, ("without", "with"), strict=True):
+        seeds = ", ".join(str(seed) for seed in means if seed not in of_side)
         if seeds:
-            surplus[f"{pair.game} {side}"] = f"seeds {seeds}, since the other side has {len(counted)} runs"
+            surplus[f"{pair.game} {side}"] = f"seeds {seeds}, since the other side has {len(of_side)} runs"
     return surplus
 
 
 def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
     """One for every set of comparisons that differ in the game alone, of games with scores on both sides."""
 
-    def scores(pair: Comparison, side: int) -> np.ndarray:
-        means = balanced_means(pair)[side]
-        return np.array([human_normalised(pair.game, mean) for mean in means.values()])
+    def scores(game: str, means: dict[int, float]) -> np.ndarray:
+        return np.array([human_normalised(game, mean) for mean in means.values()])
 
     kinds: dict[tuple, list[Comparison]] = defaultdict(list)
     for pair in pairs:
@@ -166,11 +165,15 @@ def aggregates(pairs: list[Comparison]) -> list[Aggregate]:
         usable = list(by_game.values())
         if not usable:
             continue
+        without = []
+        intervened = []
+        joint = []
         for pair in usable:
-            left_out |= name_surplus(pair)
-        without = [scores(pair, 0) for pair in usable]
-        intervened = [scores(pair, 1) for pair in usable]
-        joint = [pair.shared == len(without[i]) for i, pair in enumerate(usable)]
+            counted = balanced_means(pair)
+            left_out |= name_surplus(pair, counted)
+            without.append(scores(pair.game, counted[0]))
+            intervened.append(scores(pair.game, counted[1]))
+            joint.append(pair.shared == len(counted[0]))
         fewest = min(len(scores_of_game) for scores_of_game in (*without, *intervened))
         total = Aggregate(
             names=(usable[0].arms[0].name, usable[0].arms[1].name),

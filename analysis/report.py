@@ -32,10 +32,10 @@ def caution(pair: Comparison, metric: str) -> list[str]:
         games.append(f"{side.unreported:,} of {side.unreported + side.points:,} games")
         shares.append(f"{max(side.missing.values(), default=0):.0%}")
         for run in side.arm.runs:
-            evaluations = run.between("eval/episodic_return", pair.window.after, pair.window.upto)
             if run.args.seed not in side.missing:
                 continue
             evaluated.add(tuple(getattr(run.args, name) for name in EVALUATION))
+            evaluations = run.between("eval/episodic_return", pair.window.after, pair.window.upto)
             if evaluations.size == 0:
                 fix = "give runs an --eval-frequency, and compare --metric eval/episodic_return"
     if len(evaluated) > 1:
@@ -88,10 +88,9 @@ def other_causes(pair: Comparison) -> list[str]:
     args = pair.arms[1].runs[0].args
     control = pair.arms[1].control
     contrast = pair.beyond_control
-    tells = contrast is not None and not math.isnan(contrast.judgement.low)
     causes = []
     moments = "fresh optimizer moments, as the new layers began with none (--moments fresh)"
-    if contrast is not None and tells:
+    if contrast is not None and not math.isnan(contrast.judgement.low):
         if contrast.judgement.verdict != verdict:
             causes.append(f"{moments}; against the control the verdict is: {contrast.judgement.verdict}")
     elif control:

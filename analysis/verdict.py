@@ -403,10 +403,9 @@ def window_of(candidates: Candidates, firsts: dict[int, int], steps: int | None)
 
 
 def set_an_end_alone(
-    candidates: Candidates, left_out: set[str], firsts: dict[int, int], steps: int | None
+    candidates: Candidates, window: Window, left_out: set[str], firsts: dict[int, int], steps: int | None
 ) -> set[str]:
-    """Of these folders, those of runs that set the window's end, or its begin, where no other run does."""
-    window = window_of(candidates, firsts, steps)
+    """Of these folders, those of runs that set the end of the candidates' window, or its begin, alone."""
     last = {run.folder for run in candidates.runs if run.last_step == window.upto}
     latest = {run.folder for seed, run in candidates.sides[1].items() if firsts[seed] == window.after}
     for folders in (latest & left_out, last & left_out):
@@ -430,7 +429,7 @@ def select(
     window = window_of(candidates, firsts, steps)
     long_enough = candidates.without(set())
     keep_within(candidates, metric, window, begin)
-    undue = set_an_end_alone(long_enough, set(candidates.left_out), firsts, steps)
+    undue = set_an_end_alone(long_enough, window, set(candidates.left_out), firsts, steps)
     for folder in undue:
         with_it = f"with this run the window would be {window.after:,} < step ≤ {window.upto:,}"
         candidates.left_out[folder] += f"; {with_it}"
@@ -503,22 +502,24 @@ def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None)
     intervention = intervened.intervention
     baselines = {run.args.seed: run for run in without.runs}
     candidates = Candidates((baselines, {run.args.seed: run for run in intervened.runs}))
-    yet = "not been injected yet" if intervention == "injection" else "had no intervention yet"
     firsts = {}
     for run in intervened.runs:
         steps = intervened.intervention_steps(run)
         if steps:
             firsts[run.args.seed] = steps[0]
         else:
+            yet = "not been injected yet" if intervention == "injection" else "had no intervention yet"
             candidates.leave_out(run, f"has {yet}: the verdict is on runs that had")
     begin = f"the {noun(intervention)}"
     if not intervened.planned_steps:
         begin = f"the latest first {noun(intervention)}"
-    chosen = select(candidates.without(set()), firsts, metric, window, begin)
     lone: set[str] = set()
-    while not intervened.planned_steps and without_counterpart(chosen.candidates, intervened):
-        lone |= without_counterpart(chosen.candidates, intervened)
+    while True:
         chosen = select(candidates.without(lone), firsts, metric, window, begin)
+        more = without_counterpart(chosen.candidates, intervened)
+        if intervened.planned_steps or not more:
+            break
+        lone |= more
     for folder in sorted(lone):
         reason = f"is of a seed whose run with the {noun(intervention)} does not count"
         chosen.candidates.left_out[folder] = f"{folder} {reason}"
@@ -645,7 +646,9 @@ def not_compared(arms: list[Arm], pairs: list[Comparison]) -> dict[str, str]:
 
     The reason is that they were evaluated differently.
     """
-    compared = [arm for pair in pairs for arm in pair.arms]
+    compared: list[Arm] = []
+    for pair in pairs:
+        compared += pair.arms
     candidates = []
     for without, intervened in counterparts(arms):
         if without not in compared or intervened not in compared:

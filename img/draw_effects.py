@@ -89,11 +89,18 @@ def read_files(paths: list[str]) -> tuple[list[Arm], Scores]:
         raise UsageError("these are scores of games alone: give the files of compare.py --export, too")
     arms, remarks = read_arms(curves, TRAINING_RETURN)
     print_remarks(remarks)
-    known = {run.lineage[0].folder for arm in arms for run in arm.runs}
+    known = {run.lineage[0].folder for run in runs_of(arms)}
     for name in scores:
         if name not in known:
             print(f"left out: the scores of {name}, a run that is in no arm here")
     return arms, scores
+
+
+def runs_of(arms: list[Arm]) -> list[RecordedRun]:
+    runs: list[RecordedRun] = []
+    for arm in arms:
+        runs += arm.runs
+    return runs
 
 
 def mean_return(run: RecordedRun, after: int, upto: int) -> float:
@@ -172,7 +179,7 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
         raise UsageError(
             f"the window has {window.upto - window.after:,} steps: give fewer of them than {part:,}"
         )
-    recycled = steps_of_recycling([run for arm in arms for run in arm.runs], window)
+    recycled = steps_of_recycling(runs_of(arms), window)
     measured = quantities(window, part, scores, recycled)
     origins: dict[int, RecordedRun] = {}
     forks: dict[str, dict[int, RecordedRun]] = {}

@@ -39,6 +39,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+# of a process, a locale that has no letters but ASCII's
+WITHOUT_LETTERS = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
 def variant(env_id, of, **kwargs):
     """Registers an Atari game that differs from `of` in some keyword arguments; returns its id."""
     if env_id not in gym.registry:

@@ -374,16 +374,18 @@ def test_a_run_without_a_game_after_the_latest_injection_of_all_does_not_begin_t
     assert verdict(*make_norm_arms({4: [2_600]})[1:], late).window.after == 2_600, "where it is the only one"
 
 
+def with_games_of_their_own(runs):
+    """The same, but that those without an injection share nothing with the others."""
+    for run in runs:
+        if run.args.intervention == "none":
+            run.scalars[RETURN][1] += 1
+    return runs
+
+
 def test_where_the_norm_decides_a_seed_counts_on_both_sides_or_on_neither():
     """Its run without an injection would be one of an agent whose norm grew late."""
-    runs = []
-    for run in make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500], 4: [2_600]}):
-        points = {tag: [*pairs.T] for tag, pairs in run.scalars.items()}
-        if run.args.intervention == "none":  # games of its own, so that nothing is shared
-            points[RETURN] = [(step, value + 1) for step, value in points[RETURN]]
-            run = make_run(run.lineage[0].folder, points, seed=run.args.seed, intervention="none")
-        runs.append(run)
-    found = verdict(*runs, window=1_000)
+    runs = make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500], 4: [2_600]})
+    found = verdict(*with_games_of_their_own(runs), window=1_000)
     assert not found.paired and [set(means) for means in found.means] == [{1, 2, 3}] * 2
     assert found.left_out["runs/n4"].endswith("; with this run the window would be 2,600 < step ≤ 3,600")
     reason = "is of a seed whose run with the injection does not count"
@@ -404,7 +406,8 @@ def test_a_run_that_counts_without_the_one_that_was_injected_late_counts():
 def test_where_a_seed_that_is_left_out_makes_another_run_a_short_one_that_ones_seed_is_left_out_too():
     """Without the baselines of seeds 3, 4, 6 and 7 the median run has more steps, seed 2 less than half."""
     runs = []
-    for run in make_norm_arms({seed: [1_200] if seed in (1, 2, 5) else [] for seed in range(1, 8)}):
+    firsts = {seed: [1_200] if seed in (1, 2, 5) else [] for seed in range(1, 8)}
+    for run in with_games_of_their_own(make_norm_arms(firsts)):
         name = run.lineage[0].folder
         last = TOTAL
         if run.args.seed in (3, 4, 6, 7):
@@ -412,9 +415,10 @@ def test_where_a_seed_that_is_left_out_makes_another_run_a_short_one_that_ones_s
         elif name == "n2":
             last = 1_830
         points = {tag: [*pairs.T] for tag, pairs in run.scalars.items() if tag != "charts/SPS"}
-        own = int(run.args.intervention == "none")  # so that nothing is shared
-        points[RETURN] = [(step, value + own) for step, value in points[RETURN] if step <= last]
-        how = {"seed": run.args.seed, "intervention": "none"} if own else {"seed": run.args.seed, **NORM}
+        points[RETURN] = [(step, value) for step, value in points[RETURN] if step <= last]
+        how = {"seed": run.args.seed, "intervention": run.args.intervention}
+        if run.args.intervention == "injection":
+            how |= NORM
         runs.append(make_run(name, points, last, **how))
     found = verdict(*runs)
     assert [set(means) for means in found.means] == [{1, 5}] * 2
@@ -1090,15 +1094,8 @@ def test_a_run_that_the_norm_has_not_injected_yet_is_left_out_named_and_does_not
     assert found.window.upto == TOTAL and set(found.means[1]) == {1, 2, 3}
     assert verdict(*make_norm_arms({5: []})).judgement.verdict == "too few seeds"
     # its seed's run without is left out as well, or that side alone would have such agents
-    strangers = []
-    for run in make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500], 4: []}):
-        other_games = [(step, value + 1) for step, value in run.scalars[RETURN].T]
-        if run.args.intervention == "none":
-            run = make_run(
-                run.lineage[0].folder, {RETURN: other_games}, seed=run.args.seed, intervention="none"
-            )
-        strangers.append(run)
-    found = verdict(*strangers)
+    runs = make_norm_arms({1: [1_200], 2: [1_700], 3: [1_500], 4: []})
+    found = verdict(*with_games_of_their_own(runs))
     assert not found.paired and [set(means) for means in found.means] == [{1, 2, 3}] * 2
     assert found.left_out["runs/b4"] == "runs/b4 is of a seed whose run with the injection does not count"
     reset = make_run("reset", {RETURN: games(1, 1)}, intervention="reset-head", **NORM)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import status_of
+from conftest import WITHOUT_LETTERS, status_of
 from simulated_runs import ALIEN, PHOENIX, RETURN, games, make_arms, make_games, make_run, write, write_run
 
 import compare
@@ -392,7 +392,7 @@ def test_runs_are_found_in_folders_of_any_name(command):
 @pytest.mark.slow
 def test_the_script_runs_from_any_folder_in_a_shell_without_unicode_and_with_a_notebooks_backend():
     environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment |= WITHOUT_LETTERS
     folders = [folder.replace("runs", "läufe ε") for folder in write_all(make_arms())]
     shutil.move("runs", "läufe ε")
     command = [sys.executable, str(SCRIPT), *folders, "--out", "y.pdf"]

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import status_of
+from conftest import WITHOUT_LETTERS, status_of
 
 pytest.importorskip("ray")
 
@@ -118,8 +118,7 @@ def test_a_sweep_ends_with_the_bits_of_runs_started_by_hand_and_is_compared(by_h
     temporary = place / ("x" * 100)
     temporary.mkdir(parents=True)
     monkeypatch.chdir(place)
-    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    for name, value in {**locale, "TMPDIR": str(temporary)}.items():
+    for name, value in {**WITHOUT_LETTERS, "TMPDIR": str(temporary)}.items():
         monkeypatch.setitem(ENVIRONMENT, name, value)
     status, output = finish()
     assert status == 0, output

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BRIEF, MEASURED, SHORT_GAMES, TINY_GAMES, scalars
+from conftest import BRIEF, MEASURED, SHORT_GAMES, TINY_GAMES, WITHOUT_LETTERS, scalars
 from interruptions import uninterrupted_runs, until_signal  # noqa: F401 (a fixture)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -721,10 +721,8 @@ def test_a_run_in_a_shell_prints_plain_lines_and_ends_with_status_0():
     """Also in a locale without letters, in folders whose names have some."""
     Path("läufe ε").mkdir()
     command = [sys.executable, str(SCRIPT), *SMALL_FLAGS, "--injection-step", "120", "--exp-name", "ε"]
-    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    plain = subprocess.run(
-        command, cwd="läufe ε", env=os.environ | locale, capture_output=True, encoding="utf-8"
-    )
+    environment = os.environ | WITHOUT_LETTERS
+    plain = subprocess.run(command, cwd="läufe ε", env=environment, capture_output=True, encoding="utf-8")
     assert (plain.returncode, plain.stderr) == (0, "")
     assert "step 200 of 200" in plain.stdout and "SPS" in plain.stdout
     assert "left, ? 0.01, return" in plain.stdout, "a letter that this terminal has not"
