@@ -94,7 +94,7 @@ def flags_of_other_scripts():
 def test_there_is_a_page_per_question_and_the_readme_links_to_each():
     linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", text_of(README)))
     assert linked == {f"docs/{page.name}" for page in PAGES[1:]}
-    assert len(linked) == 11
+    assert len(linked) == 12
 
 
 @each_page
