@@ -12,6 +12,7 @@ from support.environments import LearnerView, atari_spec, make_atari_envs
 from support.usage import UsageError
 
 PHOENIX = "PhoenixNoFrameskip-v4"
+EVERY_GAME = sorted(env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4"))
 both_backends = pytest.mark.parametrize("backend", ["sb3", "ale"])
 sb3_in_full_runs = pytest.mark.parametrize("backend", [pytest.param("sb3", marks=pytest.mark.slow), "ale"])
 
@@ -26,21 +27,27 @@ def lockstep(env_id, num_envs, steps, actions_of):
     """Plays both backends with the same actions from the same starts; yields both `step` results."""
     sb3, ale = (make_atari_envs(env_id, backend, num_envs) for backend in ("sb3", "ale"))
     sub_envs = sb3.unwrapped.envs
+    game = gym.make(env_id)
+    game.reset()
+    before_noops = game.unwrapped.ale.getEpisodeFrameNumber()  # some games press a key to begin
 
     def copy_starts(infos):
         # the number of no-ops is the one thing the two draw from different generators
         for env, frames in zip(sub_envs, infos["episode_frame_number"], strict=True):
-            noop_wrapper(env).override_num_noops = max(int(frames), 1)
+            noop_wrapper(env).override_num_noops = max(int(frames) - before_noops, 1)
 
     # a start without any no-op exists in ale only
-    seed = next(s for s in range(100) if (ale.reset(seed=s)[1]["episode_frame_number"] > 0).all())
+    seed = next(s for s in range(100) if (ale.reset(seed=s)[1]["episode_frame_number"] > before_noops).all())
     _, infos = ale.reset(seed=seed)
     copy_starts(infos)
     sb3.reset(seed=0)
     for t in range(steps):
         actions = actions_of(t)
         ours = ale.step(actions)
-        if "_episode" in ours[4] and (ours[4]["episode_frame_number"][ours[4]["_episode"]] == 0).any():
+        if (
+            "_episode" in ours[4]
+            and (ours[4]["episode_frame_number"][ours[4]["_episode"]] == before_noops).any()
+        ):
             return
         copy_starts(ours[4])
         yield sb3.step(actions), ours
@@ -75,6 +82,19 @@ def test_backends_agree_on_rewards_ends_and_raw_returns(env_id, num_envs):
         if games >= 2 and lives_lost >= 4:
             return
     pytest.fail("too few ends to compare")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", EVERY_GAME)
+def test_every_game_is_the_same_on_both_backends(env_id):
+    num_actions = make_atari_envs(env_id, "ale", 1).single_action_space.n
+    rng = np.random.default_rng(0)
+    steps = 0
+    for sb3, ale in lockstep(env_id, 1, 100, lambda t: rng.integers(num_actions, size=1)):
+        for mine, theirs in zip(sb3[1:4], ale[1:4], strict=True):
+            assert np.array_equal(mine, theirs), f"decision {steps}"
+        steps += 1
+    assert steps == 100
 
 
 @pytest.mark.slow
