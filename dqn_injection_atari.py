@@ -43,7 +43,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch import Tensor
 
 if __name__ == "__main__":
-    # other modules may not even be imported where a folder is missing, or with a package of a wrong version
+    # before the imports below, which would end in a traceback
     for folder in ("support", "alternatives"):
         if not Path(__file__).parent.joinpath(folder, "__init__.py").exists():
             sys.exit(
@@ -110,7 +110,7 @@ INJECTION = Words(
 )
 # what may happen at the injection step, by its name for --intervention; "none" is the baseline
 INTERVENTIONS = {"injection": INJECTION} | {name: other.words for name, other in ALTERNATIVES.items()}
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # cannot read a Literal that is made when the script runs
     Intervention = str
 else:
     Intervention = Literal["injection", *ALTERNATIVES, "none"]
@@ -164,7 +164,7 @@ class Experiment:
     injected_head_width: Annotated[int | None, Ge(1), WITH_INJECTION] = None
     """the same of the heads that injections add, as the head's if not given: growth (paper)"""
     optimizer: Literal["adam", "rmsprop"] = "adam"
-    """adam: eps 1.5e-4; rmsprop: centered, decay 0.95, eps 0.01/32² in the root (paper)"""
+    """adam: eps 1.5e-4 (cleanRL's Rainbow); rmsprop: centered, decay 0.95, eps 0.01/32² in root (paper)"""
     learning_rate: Positive = 1e-4
     """step size of the optimizer (cleanRL; paper: 2.5e-4)"""
     weight_decay: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
@@ -178,7 +178,7 @@ class Experiment:
     tau: Annotated[float, Interval(gt=0, le=1)] = 1.0
     """target ← τ·online + (1−τ)·target at a sync (cleanRL)"""
     target_network_frequency: PositivePeriod = 8_000
-    """steps between target syncs (paper: 30_000)"""
+    """steps between target syncs (cleanRL's Rainbow; paper: 30_000)"""
     train_frequency: Count = 4
     """steps per update (DQN Zoo)"""
     batch_size: Count = 32
@@ -186,7 +186,7 @@ class Experiment:
     buffer_size: PositivePeriod = 1_000_000
     """replay capacity in steps over all environments, 7.3 kB each (DQN Zoo)"""
     learning_starts: Steps = 80_000
-    """steps before the first update (paper: 50_000)"""
+    """steps before the first update (cleanRL; paper: 50_000)"""
     start_e: Share = 1.0
     """ε, the probability of a random action, at first (cleanRL)"""
     end_e: Share = 0.01
@@ -205,6 +205,7 @@ class Experiment:
     """steps between checkpoints; new games begin there; 0 = only on a signal"""
 
 
+# of a dataclass's bases the last one's fields come first
 @dataclass(frozen=True)
 class Args(RunFlags, AlternativeSettings, Experiment):
     """Every knob of a run: those of `Experiment`, of the alternatives, then those of `support/flags.py`."""
@@ -216,6 +217,7 @@ class Args(RunFlags, AlternativeSettings, Experiment):
             object.__setattr__(self, name, tuple(map(int, steps)))
         check_bounds(self)
         self.check_flags()
+        # these stand below, under "What a run may be"
         check_injection_steps(self)
         check_intervention(self)
         check_kept_checkpoints(self)
@@ -244,7 +246,7 @@ class Args(RunFlags, AlternativeSettings, Experiment):
 
     @property
     def planned_changes(self) -> tuple[int, ...]:
-        """`planned_interventions`, each with a checkpoint before it. One that goes on has none: ()."""
+        """Steps with a checkpoint before them: of what happens once, also in its baseline. Else ()."""
         if self.intervention_period > 0:
             return ()
         return self.planned_interventions
@@ -326,13 +328,14 @@ class Head(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.output = nn.Linear(width, num_actions)
         if shared_bias:
-            self.output.bias = nn.Parameter(self.output.bias.detach()[:1].clone())
+            self.output.bias = nn.Parameter(self.output.bias.detach()[:1].clone())  # (1,), for all actions
 
     def forward(self, features: Tensor) -> Tensor:
         hidden = self.relu(self.norm(self.hidden(features)))  # (B, width)
         return self.output(hidden.to(self.output.weight.dtype))  # float32, also with --bf16
 
 
+# To be copied as it is: it needs no import but torch, so Callable stands in quotes.
 class InjectableHead(torch.nn.Module):
     """A head into which plasticity can be injected (Nikishin et al. 2023): θ and pairs of heads (θ′₁, θ′₂).
 
@@ -345,10 +348,12 @@ class InjectableHead(torch.nn.Module):
     own, copy this class, and
     - make the optimizer once, over all parameters
     - after `inject()`, bring the target network along: `target.load_state_dict(online.state_dict())`, not its
-      parameters alone, since the state says which heads are in use; then `target.requires_grad_(False)`
+      parameters alone, since the state says which heads are in use; then `target.requires_grad_(False)`, if
+      that was so before: loading sets it as in the online network
+    What a head has to be is said in `examples/README.md`.
 
     Args:
-        make_head: makes a head, a module that maps features to outputs, initialised, on PyTorch's own device
+        make_head: makes a head, a module that maps features to outputs, on torch's default device
         max_injections: how many pairs there are
         freeze: after an injection the newest θ′₁ learns alone; False lets all heads in use learn
         make_new_head: makes the heads that injections add, where they are larger; `make_head` if not given
@@ -369,16 +374,18 @@ class InjectableHead(torch.nn.Module):
         self.make_new_head = make_new_head or make_head
         self.freeze = freeze
         self.num_injections = 0
+        # θ first: from one seed it is the same, however many pairs follow
         self.theta = self.make_head()
         self.theta_prime_1 = torch.nn.ModuleList(self.make_new_head() for _ in range(max_injections))
         self.theta_prime_2 = torch.nn.ModuleList(self.make_new_head() for _ in range(max_injections))
-        own: set[torch.nn.Parameter] = set()
+        seen: set[torch.nn.Parameter] = set()
         for head in (self.theta, *self.theta_prime_1, *self.theta_prime_2):
-            if not own.isdisjoint(head.parameters()):
+            if not seen.isdisjoint(head.parameters()):
                 raise ValueError(
                     "two heads have parameters in common: make_head has to make a new one each time"
                 )
-            own.update(head.parameters())
+            seen.update(head.parameters())
+        # injections draw them; while they are zero, a state with more or fewer of them can be loaded
         for parameter in (*self.theta_prime_1.parameters(), *self.theta_prime_2.parameters()):
             torch.nn.init.zeros_(parameter)
         self.set_trainable()
@@ -399,7 +406,8 @@ class InjectableHead(torch.nn.Module):
             generator: of the CPU; gives the new head's random numbers, in the place of PyTorch's own
 
         Raises:
-            ValueError: all pairs are in use; or with a generator, that or a new head is not on the CPU.
+            ValueError: all pairs are in use; the generator is not on the CPU; or, with one, make_head makes
+                layers elsewhere.
         """
         k = self.num_injections
         if k == len(self.theta_prime_1):
@@ -412,10 +420,10 @@ class InjectableHead(torch.nn.Module):
 
     @staticmethod
     def draw(make: "Callable[[], torch.nn.Module]", generator: torch.Generator | None) -> torch.nn.Module:
-        """A new module, each layer initialised as it does that itself.
+        """A new module, with each layer's own initialisation.
 
         With a generator it is made on the CPU, by the generator's random numbers. PyTorch's own go on as if
-        nothing had been drawn. Without one it is made by those, on PyTorch's own device.
+        nothing had been drawn. Without one it is made by those, on torch's default device.
         """
         if generator is None:
             return make()
@@ -437,7 +445,10 @@ class InjectableHead(torch.nn.Module):
 
     def draw_like_newest(self, generator: torch.Generator | None = None) -> torch.nn.Module:
         """A new head of the kind that learns now."""
-        return self.draw(self.make_head if self.num_injections == 0 else self.make_new_head, generator)
+        make = self.make_head
+        if self.num_injections > 0:
+            make = self.make_new_head
+        return self.draw(make, generator)
 
     def newest(self) -> str:
         """The path of the head that learns: theta, or theta_prime_1.0 and so on."""
@@ -470,12 +481,12 @@ class InjectableHead(torch.nn.Module):
         return torch.tensor(self.num_injections)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        self.num_injections = self.whole(state)
+        self.num_injections = self.whole_number(state)
         self.set_trainable()
 
     @staticmethod
-    def whole(state: torch.Tensor) -> int:
-        """A number of injections; ValueError for that of an average of states, which may be half of one."""
+    def whole_number(state: torch.Tensor) -> int:
+        """A state's number of injections; ValueError where it is not whole, as in an average of states."""
         number = float(state)
         if abs(number - round(number)) > 1e-3:
             raise ValueError(
@@ -490,7 +501,7 @@ class InjectableHead(torch.nn.Module):
         PyTorch passes a copy of what belongs to this module, whose names begin with `prefix`. Its parts then
         load from that copy.
         """
-        num_injections = self.whole(state_dict.get(f"{prefix}_extra_state", self.num_injections))
+        num_injections = self.whole_number(state_dict.get(f"{prefix}_extra_state", self.num_injections))
         if num_injections > len(self.theta_prime_1):
             raise RuntimeError(
                 f"{prefix}theta_prime_1.{num_injections - 1} is in use, and there are "
@@ -500,11 +511,16 @@ class InjectableHead(torch.nn.Module):
         in_use = []
         for k in range(num_injections):
             in_use += [f"{prefix}theta_prime_1.{k}.", f"{prefix}theta_prime_2.{k}."]
+
+        def unused(name: str) -> bool:
+            return name.startswith(pairs) and not name.startswith(tuple(in_use))
+
+        # in the place of the unused pairs of that state those of this module, which are zero
         for name in list(state_dict):
-            if name.startswith(pairs) and not name.startswith(tuple(in_use)):
+            if unused(name):
                 del state_dict[name]
         for name, value in self.state_dict(prefix=prefix).items():
-            if name.startswith(pairs) and not name.startswith(tuple(in_use)):
+            if unused(name):
                 state_dict[name] = torch.zeros_like(value)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
@@ -535,11 +551,14 @@ class QNetwork(nn.Module):
         self.layer_norm = layer_norm
         new_head_width = injected_head_width or head_width
         self.encoder = self.make_encoder(layer_norm)
+        make = functools.partial(
+            Head, num_actions=num_actions, shared_bias=shared_bias, layer_norm=layer_norm
+        )
         self.head = InjectableHead(
-            functools.partial(Head, head_width, num_actions, shared_bias, layer_norm),
-            max_injections,
-            freeze_heads,
-            functools.partial(Head, new_head_width, num_actions, shared_bias, layer_norm),
+            make_head=functools.partial(make, head_width),
+            max_injections=max_injections,
+            freeze=freeze_heads,
+            make_new_head=functools.partial(make, new_head_width),
         )
 
     @staticmethod
@@ -555,7 +574,7 @@ class QNetwork(nn.Module):
             nn.Flatten(),
         )
         if layer_norm:
-            # over all channels and positions of an observation; the last first, as each moves what follows
+            # before each ReLU, over all channels and positions; the last first, as each moves what follows
             encoder.insert(5, nn.GroupNorm(1, 64))
             encoder.insert(3, nn.GroupNorm(1, 64))
             encoder.insert(1, nn.GroupNorm(1, 32))
@@ -566,7 +585,7 @@ class QNetwork(nn.Module):
         return self.make_encoder(self.layer_norm)
 
     def features(self, obs: Tensor) -> Tensor:
-        """φ: uint8 (B, 4, 84, 84) → (B, 3136), float32 or the encoder's dtype."""
+        """φ: uint8 (B, 4, 84, 84) → (B, 3136) in the encoder's dtype, bfloat16 in the copies of --bf16."""
         obs = obs.contiguous(memory_format=torch.channels_last)
         dtype = next(self.parameters()).dtype
         return self.encoder(obs.to(dtype, copy=True).div_(255))
@@ -661,7 +680,7 @@ def exploration_epsilon(args: Args, step: int) -> float:
 
 
 def make_optimizer(args: Args, q_network: QNetwork) -> torch.optim.Optimizer:
-    """The optimizer of all heads, those to come included.
+    """One optimizer over all parameters: the encoder's and those of every head, those to come included.
 
     What an optimizer here has to do, also one that you put in its place:
     - leave a parameter without a gradient as it is, and its state: frozen heads have none, nor those to come
@@ -733,7 +752,10 @@ class Learner:
         self._begin()
 
     def _begin(self) -> None:
-        """Makes anew what derives from the networks: initial norms, bf16 copies, captured graphs."""
+        """Where other modules are in use: notes norms, makes bf16 copies and drops captured graphs.
+
+        New modules get an initial norm, others keep theirs; growth is measured from here on.
+        """
         self.norms.begin(self.q_network.in_use(), self.growing())
         self.online = self.q_network
         self.target = self.target_network
@@ -759,6 +781,7 @@ class Learner:
     def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
         """ε-greedy actions (N,) int64 for obs (N, 4, 84, 84) uint8."""
         shape = (len(obs), self.num_actions)
+        # a function, since nothing is computed where all actions are random
         return epsilon_greedy(lambda: self.q_values(upload(obs, self.device)), shape, epsilon, self.rng)
 
     def q_values(self, obs: Tensor) -> Tensor:
@@ -768,7 +791,8 @@ class Learner:
     def update(self, batch: ReplayBufferSamples, count: int = 1) -> dict[str, Tensor]:
         """`count` gradient steps, one after the other, each on its part of the batch.
 
-        Returns the last one's loss and mean Q, {"td_loss", "q_values"}, 0-d, left on the device.
+        Training reads the means of all from `self.losses`. Returns the last one's loss and mean Q,
+        {"td_loss", "q_values"}, 0-d, left on the device.
         """
         for minibatch in split(batch, count):
             loss, q_values = td_loss(self.online, self.target, minibatch, self.args.gamma)
@@ -940,6 +964,7 @@ def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, 
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
     num_bytes = FrameReplayBuffer.bytes_needed(args.buffer_size, obs_space, args.num_envs)
+    # frames on the GPU belong to the path that is off by default (docs/speed.md)
     wanted = device if args.cuda_graphs else torch.device("cpu")
     replay = FrameReplayBuffer(
         args.buffer_size,
@@ -977,6 +1002,7 @@ class Training:
         if self.repeat_due():
             # in a fork, whose checkpoint was written after the place in `advance` where this is done
             self.repeat()
+            # the checkpoint's target was synced before that: a copy can be made again, not a step of tau < 1
             if args.tau == 1 and self.sync_due():
                 self.learner.sync_target()
         while True:
@@ -1012,9 +1038,10 @@ class Training:
         obs = self.envs.obs
         actions = learner.act(obs, exploration_epsilon(args, run.step))
         self.envs.send(actions)
+        # from here on `step` is where this vector step ends: what is due is due in it
         run.step = min(run.step + args.num_envs, args.total_timesteps)
         # receive and learn; with --overlap the games play on in the meantime
-        overlap = args.overlap and self.replay.size() > 0
+        overlap = args.overlap and self.replay.size() > 0  # in the first there is nothing to sample yet
         if not overlap:
             self.receive(obs, actions)
         updates = run.due(args.train_frequency, after=args.learning_starts)
@@ -1046,6 +1073,7 @@ class Training:
     def receive(self, obs: np.ndarray, actions: np.ndarray) -> None:
         """Takes the games' answers to actions (N,) at obs (N, 4, 84, 84) into the replay and the log."""
         _, rewards, terminations, truncations, infos = self.envs.receive()
+        # what was cut, in Stable-Baselines3's form
         cut = [{"TimeLimit.truncated": bool(truncated)} for truncated in truncations]
         self.replay.add(obs, infos["final_obs"], actions, rewards, terminations | truncations, cut)
         self.run.log.games(infos, self.run.previous)
@@ -1132,8 +1160,8 @@ class Training:
         if period == 0:
             return False
         begin = self.args.injection_step[0]
-        newest = begin + (self.run.step - begin) // period * period
-        return begin <= newest and self.learner.last_repeat < newest
+        last_due = begin + (self.run.step - begin) // period * period
+        return begin <= last_due and self.learner.last_repeat < last_due
 
     def repeat(self) -> None:
         """Does what --intervention does every so often, and logs the counts that it gives."""
@@ -1201,6 +1229,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
             raise UsageError(f"{slow}: leave out --bf16")
         envs, learner, replay = make_parts(args, device)
         stack.callback(envs.close)
+        # the run; where it goes on from a checkpoint, this loads the parts' states
         run = Run(
             origin,
             name=args.run_name,
@@ -1395,7 +1424,8 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     check_earlier_interventions(args, saved, checkpoint)
     check_earlier_repeats(args, saved, checkpoint)
 
-    if step == saved.total_timesteps and (step % saved.num_envs or step % saved.log_frequency):
+    # such a run ended in the middle of a vector step, or logged once more than a longer one would
+    if step == saved.total_timesteps and (step % saved.num_envs != 0 or step % saved.log_frequency != 0):
         raise UsageError(
             f"{where} ends a run whose length is no multiple of num_envs and log_frequency: "
             "give an earlier checkpoint"
@@ -1468,7 +1498,7 @@ def check_earlier_repeats(args: Args, saved: Args, checkpoint: Checkpoint) -> No
         return
     step = checkpoint.step
     begin = args.injection_step[0]
-    # of a checkpoint that is only planned, nothing was repeated before
+    # sweep.py asks of checkpoints that are only planned: nothing is repeated before them
     last_repeat = checkpoint.state["learner"].get("last_repeat", -1)
     begins_here = args.end_of_vector_step(begin) >= step and last_repeat < begin
     changed = usage.changed_fields(args, saved)
@@ -1658,7 +1688,8 @@ def refuse_idle(given: dict[str, Any], args: Args) -> None:
             fix = "--injection-step, or --injection-trigger norm"
         if fix is not None:
             names_by_fix.setdefault(fix, []).append(name)
-    for fix, names in names_by_fix.items():
+    if names_by_fix:
+        fix, names = next(iter(names_by_fix.items()))
         it = "it"
         are = "is"
         if len(names) > 1:

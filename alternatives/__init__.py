@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         """The settings of all alternatives together, which become flags of the training script."""
 
 else:
+    # each once: several have none of their own, NoSettings
     kinds = dict.fromkeys(described.settings for described in ALTERNATIVES.values())
     # the last base's fields come first
     bases = tuple(reversed(kinds))

@@ -74,7 +74,7 @@ class Alternative:
     """changes the parts; called without gradients, with `settings` as the second argument. The counts that
     one with a period returns, by their names, are logged"""
     draws_head: bool
-    """whether that draws the learning head anew, so that --moments decides on its moments"""
+    """whether `apply` draws the learning head anew, so that --moments decides on its moments"""
     draws_encoder: bool = False
     """the same of the encoder"""
     settings: type = NoSettings

@@ -19,7 +19,7 @@ def near_isometry(matrices: torch.Tensor) -> torch.Tensor:
     """Matrices (..., rows, columns) with singular values nearer to 1, by Newton and Schulz's iteration.
 
     X ← 1.5 X − 0.5 X XᵀX, from X divided by its Frobenius norm on. Small singular values take more than these
-    iterations to get to 1. A matrix of zeros stays one.
+    iterations to get to 1. A zero matrix stays zero.
     """
     wide = matrices.shape[-2] < matrices.shape[-1]
     x = matrices.mT if wide else matrices

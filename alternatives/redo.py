@@ -51,8 +51,8 @@ def choose(units: torch.Tensor, tensor: torch.Tensor, axis: int) -> torch.Tensor
 
     Args:
         units: (units,) bool
-        axis: 0 for what makes the units; 1 for what takes them in, where a channel of H × W positions has as
-            many columns of a linear layer, one behind the other
+        axis: 0 for what makes the units; 1 for what takes them in. Behind the encoder a channel is H · W
+            columns of a linear layer that stand side by side
     """
     mask = units.repeat_interleave(tensor.shape[axis] // len(units))
     shape = [1] * tensor.dim()
@@ -77,8 +77,11 @@ def recycle(parts: AgentParts, settings: RedoSettings) -> dict[str, int]:
     new_layers = layers_of(parts.draw_encoder(), parts.draw_head())
     dormant = {}
     for name, activations in parts.activations.items():
-        dormant[name] = dormant_units(activations, settings.redo_threshold) == 1  # NaN is not
+        dormant[name] = (
+            dormant_units(activations, settings.redo_threshold) == 1
+        )  # not where it is NaN, by activations that are not finite
 
+    # all layers but the last, whose units are the actions
     for units, layer, new_layer in zip(dormant.values(), layers[:-1], new_layers[:-1], strict=True):
         for old, new in zip(layer, new_layer, strict=True):
             old.copy_(torch.where(choose(units, old, axis=0), new.to(old.device), old))

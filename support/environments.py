@@ -3,6 +3,7 @@
 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
 """
 
+import math
 from typing import Any, Literal
 
 import ale_py  # which registers its games
@@ -154,7 +155,7 @@ def make_env(spec: gym.envs.registration.EnvSpec, max_frames: int, render_mode: 
     env = WarpFrame(env, width=FRAME_SIZE, height=FRAME_SIZE)  # (84, 84, 1)
     env = ReshapeObservation(env, (FRAME_SIZE, FRAME_SIZE))
     env = FrameStackObservation(env, STACK, padding_type="zero")  # (4, 84, 84)
-    return TimeLimit(env, max_episode_steps=-(-max_frames // FRAME_SKIP))
+    return TimeLimit(env, max_episode_steps=math.ceil(max_frames / FRAME_SKIP))
 
 
 def make_atari_envs(
@@ -183,7 +184,7 @@ def make_atari_envs(
             num_envs=num_envs,
             num_threads=min(num_envs, usable_processors()),
             max_num_frames_per_episode=max_frames,
-            repeat_action_probability=kwargs.get("repeat_action_probability", 0.25),
+            repeat_action_probability=kwargs.get("repeat_action_probability", 0.25),  # as AtariEnv
             full_action_space=kwargs.get("full_action_space", False),
             frameskip=FRAME_SKIP,
             noop_max=MAX_NOOPS + 1,  # draws from 0 ... noop_max − 1

@@ -1,4 +1,4 @@
-"""Measures of plasticity, as the literature defines them, and of learning. One that is undefined is NaN."""
+"""Measures of plasticity, most of them from the literature, and of learning. One that is undefined is NaN."""
 
 import math
 from collections.abc import Collection, Iterable
@@ -18,17 +18,17 @@ class NormTracker:
     """Norms of modules when they were drawn, and of what learns together when it began to."""
 
     def __init__(self) -> None:
-        self.initial: dict[str, float] = {}  # of every module, by name
+        self.initial: dict[str, float] = {}  # of every module, by path
 
     def begin(self, modules: dict[str, nn.Module], learning: list[nn.Module]) -> None:
         """Takes note of modules that are new, and of a new beginning of those that learn."""
-        for name, module in modules.items():
-            self.initial.setdefault(name, joint_norm(module.parameters()).item())
+        for path, module in modules.items():
+            self.initial.setdefault(path, joint_norm(module.parameters()).item())
         self.at_begin = self.norm(learning)
 
-    def forget(self, name: str) -> None:
+    def forget(self, path: str) -> None:
         """This module is drawn anew."""
-        del self.initial[name]
+        del self.initial[path]
 
     def norm(self, learning: list[nn.Module]) -> float:
         """‖w‖ of these modules together."""
@@ -143,7 +143,10 @@ def share_of_q(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 def policy_churn(online: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Share of states, 0-d, whose greedy action the two networks' Q, (B, num_actions), disagree on."""
+    """Share of states, 0-d, whose greedy action the two networks' Q, (B, num_actions), disagree on.
+
+    Between syncs of the target, not from update to update as in Schaul et al. 2022.
+    """
     return (online.argmax(dim=1) != target.argmax(dim=1)).float().mean()
 
 

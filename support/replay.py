@@ -70,7 +70,7 @@ class FrameReplayBuffer(ReplayBuffer):
     def bytes_needed(cls, buffer_size: int, observation_space: gym.spaces.Box, n_envs: int = 1) -> int:
         """Memory of a full buffer in bytes, of games that are not shorter than `SLACK` steps on average."""
         stack, *frame_shape = observation_space.shape
-        frames = cls.pool_size(buffer_size, n_envs, stack) + n_envs * stack  # those of the newest next_obs
+        frames = cls.pool_size(buffer_size, n_envs, stack) + n_envs * stack  # of _last_next_obs
         frame = int(np.prod(frame_shape)) * observation_space.dtype.itemsize
         transition = 4 * (stack + 1) + 8 + 3 * 4  # slots, action; reward, done, timeout
         return frames * frame + buffer_size * transition
@@ -136,8 +136,8 @@ class FrameReplayBuffer(ReplayBuffer):
             if np.array_equal(obs[i], self._last_next_obs[i]):
                 slots[i, :-1] = self.slots[self.pos - 1, i, 1:]
             else:
-                slots[i, :-1] = [self._slot(frame, new) for frame in obs[i]]
-            slots[i, -1] = self._slot(next_obs[i, -1], new)
+                slots[i, :-1] = [self._take_slot(frame, new) for frame in obs[i]]
+            slots[i, -1] = self._take_slot(next_obs[i, -1], new)
         if new:
             # one by one: a GPU's deterministic way to write by index waits for everything before it
             frames = upload(np.stack(list(new.values())), self.storage)
@@ -160,7 +160,7 @@ class FrameReplayBuffer(ReplayBuffer):
         self.pos = (self.pos + 1) % self.buffer_size
         self.full = self.full or self.pos == 0
 
-    def _slot(self, frame: np.ndarray, new: dict[int, np.ndarray]) -> int:
+    def _take_slot(self, frame: np.ndarray, new: dict[int, np.ndarray]) -> int:
         """The number of a free slot for this frame, which is noted in `new`."""
         if not frame.any():
             return 0
