@@ -64,7 +64,6 @@ from support.acceleration import (
     copy_parameters,
     in_bfloat16,
     prepare_process,
-    upload,
 )
 from support.checkpoints import AS_IT_WAS_MADE, Checkpoint, read_identity
 from support.environments import STACK, LearnerView
@@ -230,6 +229,11 @@ class Args(RunFlags, AlternativeSettings, Experiment):
     def run_name(self) -> str:
         """What the run's folder is called, but for the time."""
         return f"{self.env_id}__{self.exp_name}__{self.seed}".replace("/", "-")
+
+    @property
+    def new_head_width(self) -> int:
+        """Units of the heads that injections add."""
+        return self.injected_head_width or self.head_width
 
     @property
     def planned_interventions(self) -> tuple[int, ...]:
@@ -780,9 +784,7 @@ class Learner:
 
     def act(self, obs: np.ndarray, epsilon: float) -> np.ndarray:
         """ε-greedy actions (N,) int64 for obs (N, 4, 84, 84) uint8."""
-        shape = (len(obs), self.num_actions)
-        # a function, since nothing is computed where all actions are random
-        return epsilon_greedy(lambda: self.q_values(upload(obs, self.device)), shape, epsilon, self.rng)
+        return epsilon_greedy(self.q_values, obs, self.num_actions, epsilon, self.rng, self.device)
 
     def q_values(self, obs: Tensor) -> Tensor:
         """Q-values by which to act: uint8 (N, 4, 84, 84) → float32 (N, num_actions)."""
@@ -1099,10 +1101,8 @@ class Training:
         """
         if count is None:
             count = self.MEASURED
-        rng = np.random.default_rng(stream_seed(self.args.seed, stream, key))
-        rows = rng.integers(self.replay.size(), size=count)
-        columns = rng.integers(self.replay.n_envs, size=count)
-        return self.replay.transitions(rows, columns)
+        generator = np.random.default_rng(stream_seed(self.args.seed, stream, key))
+        return self.replay.sample(count, generator=generator)
 
     def sync_due(self) -> bool:
         return self.run.due(self.args.target_network_frequency, after=self.args.learning_starts) > 0
@@ -1262,7 +1262,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
         elif origin.nothing:  # else it is too late to change that
             say_what_comes_before_learning(args, run.log)
 
-        if origin.forked and args.seed != origin.forked_args["seed"]:
+        if origin.forked and args.seed != origin.history[0]["seed"]:
             training.begin_streams()  # one agent that goes on in several ways
         del origin  # and with it a copy of every parameter
         complete = training.loop()
@@ -1338,7 +1338,7 @@ def check_intervention(args: Args) -> None:
             if args.intervention_period > 0:
                 fix = "give --injection-step"
             raise UsageError(f"intervention {args.intervention} would never happen: {fix}")
-    if args.moments == "keep" and args.injected_head_width not in (None, args.head_width):
+    if args.moments == "keep" and args.new_head_width != args.head_width:
         raise UsageError("a head of another width has no moments to copy: give --moments fresh")
 
 

@@ -49,7 +49,7 @@ from support.usage import Positive, Steps, UsageError, check_bounds, flag, words
 
 TICK = 1.0  # seconds
 MINUTE = 60.0
-LEAST_SHARE = 0.0001  # of a processor or a GPU, that Ray can set aside
+LEAST_RESERVED = 0.0001  # of a processor or a GPU, that Ray can set aside
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,10 @@ def command_line(words: list[str]) -> tuple[Settings, plan.Asked]:
         raise UsageError(f"gpus_per_run is {gpus:g}, but must be whole above 1: change --gpus-per-run")
     for resource in ("cpus_per_run", "gpus_per_run"):
         share = getattr(settings, resource)
-        if share is not None and 0 < share < LEAST_SHARE:
+        if share is not None and 0 < share < LEAST_RESERVED:
             raise UsageError(
-                f"{resource} is {share:g}, but must be 0 or at least {LEAST_SHARE}: change {flag(resource)}"
+                f"{resource} is {share:g}, but must be 0 or at least {LEAST_RESERVED}: "
+                f"change {flag(resource)}"
             )
     if settings.speed is not None and not settings.dry_run:
         raise UsageError("speed is for the hours in a plan: give --dry-run as well, or leave it out")

@@ -87,7 +87,7 @@ def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     happens = args.intervention != "none" and (by_norm or len(planned) > 0)
     unused = unused_fields(args) if happens else CONDITIONS
     values = asdict(args)
-    values["injected_head_width"] = args.injected_head_width or args.head_width
+    values["injected_head_width"] = args.new_head_width
     shared = {name: values[name] for name in values if name not in BOOKKEEPING and name not in REWRITTEN}
     # a longer run only goes on
     shared["exploration_steps"] = round(args.exploration_fraction * args.total_timesteps)
@@ -154,11 +154,9 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
     else:
         ratio = setting["injection_norm_ratio"]
         words = [f"{INTERVENTIONS[intervention].noun} where the norm has grown {ratio:.15g}×"]
-    shown = list(differing)
-    if has_other_width(setting) and "injected_head_width" not in shown:
+    shown = [name for name in differing if name != "injected_head_width"]
+    if has_other_width(setting):
         shown.append("injected_head_width")  # another network than its baseline's
-    if not has_other_width(setting) and "injected_head_width" in shown:
-        shown.remove("injected_head_width")  # the head's width says it
     if intervention in ALTERNATIVES:
         for field in fields(ALTERNATIVES[intervention].settings):
             if setting[field.name] != field.default and field.name not in shown:
@@ -181,6 +179,21 @@ def describe(setting: dict[str, Any], differing: Iterable[str], baseline: str) -
     return ", ".join(words)
 
 
+def runs_of(arms: Iterable[Arm]) -> list[RecordedRun]:
+    runs: list[RecordedRun] = []
+    for arm in arms:
+        runs += arm.runs
+    return runs
+
+
+def by_game(arms: Iterable[Arm]) -> dict[str, list[Arm]]:
+    """{game: its arms}, in order of appearance."""
+    games: dict[str, list[Arm]] = defaultdict(list)
+    for arm in arms:
+        games[arm.game].append(arm)
+    return games
+
+
 def group(runs: list[RecordedRun], metric: str = TRAINING_RETURN) -> tuple[list[Arm], dict[str, str]]:
     """Arms, those of a game together, the one without injection first; and {folder: reason} of runs left out.
 
@@ -191,13 +204,15 @@ def group(runs: list[RecordedRun], metric: str = TRAINING_RETURN) -> tuple[list[
     for run in runs:
         shared = setting(run.args, metric) | {"recycled_from": recycled_from(run)}
         by_seed = members[tuple(shared.items())]
-        other = by_seed.get(run.args.seed, run)
+        other = by_seed.get(run.args.seed)
+        if other is None:
+            by_seed[run.args.seed] = run
+            continue
         shorter, longer = sorted((run, other), key=lambda run: run.last_step)
         by_seed[run.args.seed] = longer
-        if shorter is not longer:
-            twin = f"{longer.folder}, which has got to step {longer.last_step:,}"
-            reason = f"has the arm and the seed of {twin}: the run is left out"
-            left_out[shorter.folder] = f"{shorter.folder} {reason}"
+        twin = f"{longer.folder}, which has got to step {longer.last_step:,}"
+        reason = f"has the arm and the seed of {twin}: the run is left out"
+        left_out[shorter.folder] = f"{shorter.folder} {reason}"
     settings = [dict(key) for key in members]
     differing = []
     for name in settings[0] if settings else ():

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from analysis import canvas
-from analysis.arms import TRAINING_RETURN, Arm, describe, has_other_width, short
+from analysis.arms import TRAINING_RETURN, Arm, by_game, describe, has_other_width, runs_of, short
 from analysis.curves import POLICY_CHURN
 from analysis.intervals import interval
-from analysis.verdict import Comparison, noun, number_in
+from analysis.verdict import Comparison, event, number_in
 from dqn_injection_atari import INTERVENTIONS
 from support.run_log import SIDE_BY_SIDE
 
@@ -93,15 +93,14 @@ def draw(
     ax: canvas.Axes, arms: list[Arm], looks: dict[str, canvas.Look], tag: str, bins: int, aggregate: str
 ) -> None:
     """One panel: the arms, and a dashed line at every step of an intervention."""
-    runs = [run for arm in arms for run in arm.runs]
-    edges = np.linspace(0, max(run.last_step for run in runs), bins + 1)
+    edges = np.linspace(0, max(run.last_step for run in runs_of(arms)), bins + 1)
     steps: set[int] = set()
     for arm in arms:
         draw_arm(ax, arm, looks[arm.name], tag, edges, aggregate)
         for run in arm.runs:
             steps.update(arm.intervention_steps(run))
     interventions = {arm.intervention for arm in arms} - {"none"}
-    label = noun(*interventions) if len(interventions) == 1 else "intervention"
+    label = event(*interventions) if len(interventions) == 1 else "intervention"
     for step in sorted(steps):
         ax.axvline(step, **canvas.DASHED, label=label)
     ax.set_xlim(0, edges[-1])
@@ -145,7 +144,7 @@ def looks_of(arms: list[Arm]) -> dict[str, canvas.Look]:
 @canvas.drawing()
 def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: str, aggregate: str) -> None:
     """The figure of return against step, a panel per game, with the windows of the verdicts shaded."""
-    games = list(dict.fromkeys(arm.game for arm in arms))
+    games = by_game(arms)
     looks = looks_of(arms)
     columns = min(3, len(games))
     rows = math.ceil(len(games) / columns)
@@ -155,10 +154,8 @@ def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: s
     legend_rows = ROWS
     below = canvas.ScaledTranslation(0, -0.45, figure.dpi_scale_trans)  # inches, below the label of the axis
     played = "a training game" if metric == TRAINING_RETURN else "an evaluation game"
-    for ax, game in zip(axes.flat, games, strict=False):
-        shown = [arm for arm in arms if arm.game == game]
-        runs = [run for arm in shown for run in arm.runs]
-        num_points = np.mean([run.scalars[metric].shape[1] for run in runs])
+    for ax, (game, shown) in zip(axes.flat, games.items(), strict=False):
+        num_points = np.mean([run.scalars[metric].shape[1] for run in runs_of(shown)])
         draw(ax, shown, looks, metric, int(np.clip(num_points / GAMES_PER_BIN, 20, MAX_BINS)), aggregate)
         judged = [pair for pair in pairs if pair.game == game and all(pair.means)]
         for after, upto in sorted({(pair.window.after, pair.window.upto) for pair in judged}):
@@ -177,10 +174,14 @@ def draw_returns(arms: list[Arm], pairs: list[Comparison], path: Path, metric: s
 @canvas.drawing()
 def draw_plasticity(arms: list[Arm], path: Path, aggregate: str) -> bool:
     """The figure of the measures of plasticity in `SIDE_BY_SIDE`; False, and none, if no run has any."""
-    games = list(dict.fromkeys(arm.game for arm in arms))
+    games = by_game(arms)
     looks = looks_of(arms)
-    logged = {tag for arm in arms for run in arm.runs for tag in run.scalars if tag.startswith("plasticity/")}
-    titles = {title: tag for title, tag in SIDE_BY_SIDE.items() if tag in logged}
+    logged: set[str] = set()
+    for run in runs_of(arms):
+        logged.update(run.scalars)
+    titles = {
+        title: tag for title, tag in SIDE_BY_SIDE.items() if tag.startswith("plasticity/") and tag in logged
+    }
     if not titles:
         return False
     columns = min(4, len(titles))
@@ -190,8 +191,7 @@ def draw_plasticity(arms: list[Arm], path: Path, aggregate: str) -> bool:
     figure = canvas.Figure(figsize=(width, height), layout="constrained")
     blocks = figure.subfigures(len(games), 1, squeeze=False)
     legend_rows = ROWS
-    for block, game in zip(blocks.flat, games, strict=True):
-        shown = [arm for arm in arms if arm.game == game]
+    for block, (game, shown) in zip(blocks.flat, games.items(), strict=True):
         axes = block.subplots(rows, columns, squeeze=False).flat
         lines: dict[str, canvas.Artist] = {}
         for ax, (title, tag) in zip(axes, titles.items(), strict=False):

@@ -16,7 +16,7 @@ from analysis.arms import CONDITIONS
 from analysis.intervals import geometric_interval
 from dqn_injection_atari import Args, Learner, QNetwork, make_envs
 from support.checkpoints import Checkpoint, load_checkpoint
-from support.environments import FRAME_SIZE, STACK
+from support.environments import FRAME_SIZE, OBS_SPACE
 from support.machine import free_memory, pick_device
 from support.replay import FrameReplayBuffer
 from support.usage import UsageError, reading
@@ -87,7 +87,7 @@ def read_subject(path: Path, rate: float) -> Checkpoint:
     return replace(checkpoint, meta=checkpoint.meta | {"args": args})
 
 
-def fresh_subject(env_id: str, seed: int, rate: float, head_width: int = Args.head_width) -> Checkpoint:
+def fresh_checkpoint(env_id: str, seed: int, rate: float, head_width: int = Args.head_width) -> Checkpoint:
     """A network that has learned nothing, as if it were in a checkpoint, without replay."""
     args = Args(
         env_id=env_id,
@@ -143,9 +143,8 @@ def read_replay(checkpoint: Checkpoint, device: torch.device) -> FrameReplayBuff
     if needed > free:
         sizes = f"needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free"
         raise UsageError(f"{checkpoint.path}: its replay {sizes}: free more, or go to another machine")
-    obs_space = gym.spaces.Box(0, 255, (STACK, FRAME_SIZE, FRAME_SIZE), np.uint8)
     action_space = gym.spaces.Discrete(num_actions(checkpoint))
-    replay = FrameReplayBuffer(args.buffer_size, obs_space, action_space, device, n_envs=args.num_envs)
+    replay = FrameReplayBuffer(args.buffer_size, OBS_SPACE, action_space, device, n_envs=args.num_envs)
     checkpoint.restore({"replay": replay})
     return replay
 
@@ -196,7 +195,7 @@ def make_contender(name: str, checkpoint: Checkpoint, seed: int, device: torch.d
     """
     args = probe_args(checkpoint, seed)
     if name == FRESH and num_injections(checkpoint):
-        args = replace(args, head_width=args.injected_head_width or args.head_width)
+        args = replace(args, head_width=args.new_head_width)
     learner = Learner(args, num_actions(checkpoint), device)
     if name != FRESH:
         with reading(checkpoint.path, "a checkpoint", "take another"):

@@ -88,17 +88,17 @@ def aggregate_scores(
     """
     rng = np.random.default_rng(0)
     drawn_without = []
-    drawn_injected = []
+    drawn_intervened = []
     for ours, theirs, together in zip(without, intervened, joint, strict=True):
         rows = rng.integers(len(ours), size=(RESAMPLES, len(ours)))
         drawn_without.append(ours[rows])
         if not together:
             rows = rng.integers(len(theirs), size=(RESAMPLES, len(theirs)))
-        drawn_injected.append(theirs[rows])
+        drawn_intervened.append(theirs[rows])
     tail = (1 - CONFIDENCE) / 2
     values = [iqm(np.concatenate(side)) for side in (without, intervened)]
     values.append(values[1] - values[0])
-    samples = [iqm(np.concatenate(side, axis=1), axis=1) for side in (drawn_without, drawn_injected)]
+    samples = [iqm(np.concatenate(side, axis=1), axis=1) for side in (drawn_without, drawn_intervened)]
     samples.append(samples[1] - samples[0])  # three of (RESAMPLES,)
     return np.column_stack((values, np.quantile(samples, (tail, 1 - tail), axis=1).T))
 

@@ -66,14 +66,14 @@ def times(relative: dict[str, Any]) -> str:
     return f"{ratio} [{low:.3g}, {high:.3g}]"
 
 
-def judged(relative: dict[str, Any], above: str = "worse", neither: str = "no clear difference") -> str:
-    """What the interval of a relative error says: that it is `above` 1, "better", or `neither`."""
+def judged(relative: dict[str, Any]) -> str:
+    """What the interval of a relative error says: which side of 1 it lies on, if on one."""
     if relative["interval"] is None:
         return "one seed, no interval"
     low, high = relative["interval"]
     if low > 1:
-        return above
-    return "better" if high < 1 else neither
+        return "worse"
+    return "better" if high < 1 else "no clear difference"
 
 
 def remark(rate: float) -> str | None:

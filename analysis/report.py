@@ -13,7 +13,7 @@ from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import MIN_SEEDS, interval
 from analysis.markdown import markdown_table
-from analysis.verdict import LEAST_SHARE, Comparison, Side, comparisons, not_compared, noun, show, varied
+from analysis.verdict import LEAST_SHARE, Comparison, Side, comparisons, event, not_compared, show, varied
 from dqn_injection_atari import Args
 from support.usage import flag
 
@@ -50,7 +50,7 @@ def method(pair: Comparison) -> str:
     """Of which kind the interval is, and over which seeds."""
     if math.isnan(pair.judgement.low):
         return "no interval"
-    word = noun(pair.intervention)
+    word = event(pair.intervention)
     seeds = [f"{len(means)} seeds ({', '.join(map(str, means)) or 'none'})" for means in pair.means]
     if pair.paired:
         within = f"95% t interval of the differences within {seeds[0]}"
@@ -102,7 +102,7 @@ def other_causes(pair: Comparison) -> list[str]:
         if not pair.arms[1].planned_steps:
             tell += ", in two arms that are both planned by --injection-step"
         causes.append(f"{moments}; {' '.join(flags)} {tell}")
-    wider = (args.injected_head_width or args.head_width) > args.head_width
+    wider = args.new_head_width > args.head_width
     if verdict == "raised" and (wider or not args.freeze_heads):
         causes.append("more capacity, as more parameters learn than before")
     elif verdict == "raised" and pair.intervention == "injection":
@@ -146,7 +146,7 @@ def late_intervention(pair: Comparison) -> list[str]:
     available = pair.window.upto - float(np.median(firsts))
     if window >= LEAST_SHARE * available:
         return []
-    since = f"since the median run's first {noun(pair.intervention)}"
+    since = f"since the median run's first {event(pair.intervention)}"
     return [f"caution: of the {available:,.0f} steps {since}, the window has the last {window:,}"]
 
 
@@ -158,7 +158,7 @@ def in_words(pair: Comparison, metric: str) -> list[str]:
     points = f"{counts[0]:,} points of {metric} {words[0]} and {counts[1]:,} {words[1]}"
     if pair.means[1] and not pair.arms[1].planned_steps:
         begins = [f"{pair.firsts[seed]:,} with seed {seed}" for seed in pair.means[1]]
-        points += f"; first {noun(pair.intervention)} at {', '.join(begins)}"
+        points += f"; first {event(pair.intervention)} at {', '.join(begins)}"
     return [
         f"{pair.game}: {pair.arms[1].name} against {pair.arms[0].name}",
         pair.judgement.sentence,

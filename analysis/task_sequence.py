@@ -123,7 +123,7 @@ def run_sequence(
     """
     if path == Path(fitting.NO_CHECKPOINT):
         how = (settings.learning_rate, settings.head_width)
-        subjects = [fitting.fresh_subject(env_id, seed, *how) for seed in range(settings.seeds)]
+        subjects = [fitting.fresh_checkpoint(env_id, seed, *how) for seed in range(settings.seeds)]
     else:
         subjects = [fitting.read_subject(path, settings.learning_rate)] * settings.seeds
     obs = fitting.observations_for(subjects[0], settings.observations)
@@ -133,21 +133,17 @@ def run_sequence(
         result[measure] = {name: [] for name in NAMES}
     with tqdm(unit=" tasks", leave=False, disable=None) as progress:
         for seed, subject in enumerate(subjects):
-            copied_before = None
+            progress.set_description_str(f"{path}: network {seed + 1} of {settings.seeds}")
+            course = []
+            for measured in run_tasks(subject, obs, tasks, inject_at, settings.updates, seed):
+                course.append(measured)
+                progress.update()
             for name in NAMES:
                 for measure in MEASURED:
-                    result[measure][name].append([])
-            course = run_tasks(subject, obs, tasks, inject_at, settings.updates, seed)
-            progress.set_description_str(f"{path}: network {seed + 1} of {settings.seeds}")
-            for task, measured in enumerate(course, start=1):
-                if INJECTED in measured and copied_before is None:
-                    copied_before = task
-                for name in NAMES:
-                    for measure in MEASURED:
-                        value = measured[name][measure] if name in measured else math.nan
-                        result[measure][name][seed].append(plain(value))
-                progress.update()
-            result["copied_before"].append(copied_before)
+                    values = [task[name][measure] if name in task else math.nan for task in course]
+                    result[measure][name].append(plain(values))
+            with_copies = [number for number, task in enumerate(course, start=1) if INJECTED in task]
+            result["copied_before"].append(min(with_copies, default=None))
     result |= compare_copies(result)
     return result | {"sentence": sequence_in_words(result)}
 

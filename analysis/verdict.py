@@ -130,14 +130,14 @@ def show(value: float, low: float = math.nan, high: float = math.nan) -> str:
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
-def noun(intervention: str) -> str:
+def event(intervention: str) -> str:
     return "injection" if intervention == "injection" else "intervention"
 
 
 def sides_in_words(baseline: str, intervention: str) -> tuple[str, str]:
     """How a sentence tells the sides of a comparison apart, from what is done to each."""
     if baseline == "none":
-        return "without", f"with {noun(intervention)}"
+        return "without", f"with {event(intervention)}"
     return "of the control", "of the arm"
 
 
@@ -248,7 +248,7 @@ def share_history(run: RecordedRun, other: RecordedRun, upto: int) -> bool:
     return one_course and (step >= 0 or games.size > 0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Candidates:
     """The runs that may count in a comparison, {seed: run} without and with the intervention."""
 
@@ -259,6 +259,9 @@ class Candidates:
     @property
     def runs(self) -> list[RecordedRun]:
         return [*self.sides[0].values(), *self.sides[1].values()]
+
+    def copy(self) -> "Candidates":
+        return self.without(set())
 
     def without(self, folders: set[str]) -> "Candidates":
         """A copy that lacks the runs in these folders."""
@@ -423,11 +426,11 @@ def select(
 
     `firsts` is {seed: step} of the first interventions, `begin` the intervention in words.
     """
-    given = candidates.without(set())
+    given = candidates.copy()
     if steps is None:
         leave_out_short(candidates, firsts, begin)
     window = window_of(candidates, firsts, steps)
-    long_enough = candidates.without(set())
+    long_enough = candidates.copy()
     keep_within(candidates, metric, window, begin)
     undue = set_an_end_alone(long_enough, window, set(candidates.left_out), firsts, steps)
     for folder in undue:
@@ -510,9 +513,9 @@ def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None)
         else:
             yet = "not been injected yet" if intervention == "injection" else "had no intervention yet"
             candidates.leave_out(run, f"has {yet}: the verdict is on runs that had")
-    begin = f"the {noun(intervention)}"
+    begin = f"the {event(intervention)}"
     if not intervened.planned_steps:
-        begin = f"the latest first {noun(intervention)}"
+        begin = f"the latest first {event(intervention)}"
     lone: set[str] = set()
     while True:
         chosen = select(candidates.without(lone), firsts, metric, window, begin)
@@ -521,7 +524,7 @@ def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None)
             break
         lone |= more
     for folder in sorted(lone):
-        reason = f"is of a seed whose run with the {noun(intervention)} does not count"
+        reason = f"is of a seed whose run with the {event(intervention)} does not count"
         chosen.candidates.left_out[folder] = f"{folder} {reason}"
     paired = len(chosen.shared) >= MIN_SEEDS
     sides = (
@@ -530,7 +533,7 @@ def compare_arms(without: Arm, intervened: Arm, metric: str, window: int | None)
     )
     means = [np.array([*side.means.values()]) for side in sides]
     args = intervened.runs[0].args
-    same_capacity = args.freeze_heads and args.injected_head_width in (None, args.head_width)
+    same_capacity = args.freeze_heads and args.new_head_width == args.head_width
     judgement = judge(means[0], means[1], paired, intervention, same_capacity, without.intervention)
     if chosen.one_agent:
         sentence = f"{judgement.sentence}; over continuations of one agent, not over agents"

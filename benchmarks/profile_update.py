@@ -17,6 +17,7 @@ import resource
 import statistics
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,34 +136,27 @@ def timed_parts(training: script.Training, vector_steps: int) -> dict[str, float
         "update": [(learner, "update")],
     }
     spent = dict.fromkeys(parts, 0.0)
-    # and what stood there: a method that is captured, or nothing
-    shadowed: list[tuple[object, str, Any]] = []
 
-    def watch(part: str, owner: object, name: str) -> None:
-        original = getattr(owner, name)
-        shadowed.append((owner, name, vars(owner).get(name)))
-
-        def timed(*positional: Any, **named: Any) -> Any:
+    def timed(part: str, original: Callable) -> Callable:
+        def call(*positional: Any, **named: Any) -> Any:
             start = time.perf_counter()
             result = original(*positional, **named)
             wait_for(learner.device)
             spent[part] += time.perf_counter() - start
             return result
 
-        setattr(owner, name, timed)
+        return call
 
-    for part, methods in parts.items():
-        for owner, name in methods:
-            watch(part, owner, name)
-    end = run.step + vector_steps * run.num_envs
-    start = time.perf_counter()
-    while run.step < end:
-        training.advance()
-    spent["all"] = time.perf_counter() - start
-    for owner, name, before in shadowed:
-        delattr(owner, name)
-        if before is not None:
-            setattr(owner, name, before)
+    with contextlib.ExitStack() as stack:
+        for part, methods in parts.items():
+            for owner, name in methods:
+                watched = timed(part, getattr(owner, name))
+                stack.enter_context(unittest.mock.patch.object(owner, name, watched))
+        end = run.step + vector_steps * run.num_envs
+        start = time.perf_counter()
+        while run.step < end:
+            training.advance()
+        spent["all"] = time.perf_counter() - start
     return {part: seconds / vector_steps for part, seconds in spent.items()}
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.markdown import markdown_table
 from analysis.verdict import show
-from img.draw_signs import add_probe, agents_in, error_left, game_of
+from img.draw_signs import agents_in, game_of, probed
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
 
@@ -97,14 +97,10 @@ def read_agents(files: list[str]) -> tuple[dict[str, float], dict[str, float]]:
     agents = agents_in([path for path in files if not path.endswith(".json")])
     ratios: dict[str, float] = {}
     for path in probes:
-        add_probe(agents, path)
-        for name, agent in agents.items():
-            ratio = agent.measures.pop(error_left(path), None)
-            if ratio is None:
-                continue
+        for name, (_, left) in probed(agents, path).items():
             if name in ratios:
                 raise UsageError(f"{name} is probed in {path}, and in another file: give one of them")
-            ratios[name] = ratio
+            ratios[name] = left
     if not ratios:
         raise UsageError(f"{probes[0]} says nothing of these agents: probe them at the injection")
     return ratios, {name: agent.gain for name, agent in agents.items()}

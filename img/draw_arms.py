@@ -11,6 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from analysis.arms import short
 from analysis.canvas import Figure, check_name, drawing, look, plot_broken, save
 from analysis.curves import read_run
 from analysis.markdown import markdown_table
@@ -34,7 +35,7 @@ def draw(target: str, title: str, arms: dict[str, np.ndarray], steps: np.ndarray
         plot_broken(ax, steps, values.mean(axis=0), **style.line, lw=2.2, label=labels[-1])
         means.append(ax.lines[-1])
     ax.set(xlabel="step (1 step = 4 frames)", ylabel="mean score of an evaluation")
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
+    ax.xaxis.set_major_formatter(lambda step, _: short(step))
     ax.legend(means, labels)
     ax.set_title(title, fontsize=10, loc="left")
     save(figure, target, bbox_inches="tight")

@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.arms import RECYCLED, TRAINING_RETURN, Arm, print_remarks, read_arms
+from analysis.arms import RECYCLED, TRAINING_RETURN, Arm, print_remarks, read_arms, runs_of
 from analysis.canvas import INK, Figure, MaxNLocator, check_name, drawing, look, save
 from analysis.curves import RecordedRun
 from analysis.intervals import MIN_SEEDS, interval
@@ -96,13 +96,6 @@ def read_files(paths: list[str]) -> tuple[list[Arm], Scores]:
     return arms, scores
 
 
-def runs_of(arms: list[Arm]) -> list[RecordedRun]:
-    runs: list[RecordedRun] = []
-    for arm in arms:
-        runs += arm.runs
-    return runs
-
-
 def mean_return(run: RecordedRun, after: int, upto: int) -> float:
     _, returns = run.between(TRAINING_RETURN, after, upto)
     return float(returns.mean()) if returns.size else math.nan
@@ -121,15 +114,14 @@ def last_dormant(run: RecordedRun, window: Window, recycled: np.ndarray) -> floa
     return float(earlier[-1]) if earlier.size else math.nan
 
 
-def score_of(run: RecordedRun, scores: Scores) -> float | None:
-    """Mean score of its final agent, if that has played."""
-    return scores.get(run.lineage[0].folder or "")
+def score_of(run: RecordedRun, scores: Scores) -> float:
+    """Mean score of its final agent, NaN if that has not played."""
+    return scores.get(run.lineage[0].folder or "", math.nan)
 
 
 def final_score(run: RecordedRun, window: Window, scores: Scores) -> float:
     """`score_of` an agent that is of the window's end."""
-    score = score_of(run, scores)
-    return math.nan if score is None or run.last_step > window.upto else score
+    return math.nan if run.last_step > window.upto else score_of(run, scores)
 
 
 def quantities(window: Window, part: int, scores: Scores, recycled: np.ndarray) -> dict[str, Quantity]:
@@ -195,7 +187,8 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
     for runs in (origins, *forks.values()):
         for run in runs.values():
             left_out.pop(run.folder, None)  # one without a game in the window has other numbers
-            if score_of(run, scores) is not None and math.isnan(final_score(run, window, scores)):
+            has_played = not math.isnan(score_of(run, scores))
+            if has_played and run.last_step > window.upto:
                 reason = f"the window ends at {window.upto:,}, and it is the agent of step {run.last_step:,}"
                 left_out[f"games of {run.folder}"] = f"games of the final agent of {run.folder}: {reason}"
     values = values_of(origins, measured)

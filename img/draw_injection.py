@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.arms import TRAINING_RETURN, Arm, print_remarks, read_arms, short
+from analysis.arms import TRAINING_RETURN, Arm, print_remarks, read_arms, runs_of, short
 from analysis.canvas import COLOURS, DASHED, INK, Figure, Look, check_name, drawing, plot_broken, save
 from analysis.figures import curve
 from analysis.intervals import MIN_SEEDS, interval
@@ -33,7 +33,7 @@ def draw(target: str, arms: list[Arm], at: int) -> None:
     """The figure of arms that are one up to step `at`."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     ax = figure.subplots()
-    edges = np.linspace(0, max(run.last_step for arm in arms for run in arm.runs), STRETCHES + 1)
+    edges = np.linspace(0, max(run.last_step for run in runs_of(arms)), STRETCHES + 1)
     middles = (edges[:-1] + edges[1:]) / 2
     for arm in arms:
         label, style = LOOKS[arm.intervention]

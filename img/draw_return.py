@@ -7,6 +7,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from analysis.arms import short
 from analysis.canvas import Figure, check_name, drawing, save
 from analysis.curves import TRAINING_RETURN, RecordedRun, read_run
 from analysis.figures import labelled
@@ -43,7 +44,7 @@ def draw(run: RecordedRun, target: str, random_score: float | None) -> None:
     if random_score is not None:
         highest.append(random_score)
     ax.set_ylim(min(0, returns.min()), max(highest))
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x else "0")
+    ax.xaxis.set_major_formatter(lambda step, _: short(step))
     ax.margins(x=0.01)
     named = labelled(ax)
     ax.legend(named.values(), named.keys(), loc="upper left")

@@ -108,23 +108,21 @@ def game_of(name: str) -> str:
     return game
 
 
-def error_left(path: Path) -> str:
-    """What the share of its error is called that an injection leaves to an agent, by a file of probes."""
-    return f"{path.stem}, injected ÷ agent"
+def probed(agents: Agents, path: Path) -> dict[str, tuple[float, float]]:
+    """What a file of probes says of these agents, where it says something.
 
-
-def add_probe(agents: Agents, path: Path) -> None:
-    """Adds to agents what a file of probes says of them.
-
-    That is the error ÷ a fresh network's, and what an injection makes of it.
+    Returns:
+        {agent: (its error ÷ a fresh network's, the share of its error that an injection leaves)}, in the
+        order of the agents
     """
-    probed = []
+    results = []
     with reading(path, "what was probed", "give a file that compare.py --probe wrote"):
         for result in json.loads(path.read_text(encoding="utf-8")):
             names = (SAME, INJECTED) if "probe_tasks" in result else CONTENDERS[:2]
             ratios = [result["relative_to_fresh"][name] for name in names]
-            probed.append((Path(result["checkpoint"]), ratios))
-    for checkpoint, ratios in probed:
+            results.append((Path(result["checkpoint"]), ratios))
+    found = {}
+    for checkpoint, ratios in results:
         name, _, _ = checkpoint.parent.name.rpartition("__")  # without the time
         agent = agents.get(name)
         if agent is None or checkpoint.name != f"checkpoint-{agent.step}":
@@ -133,8 +131,8 @@ def add_probe(agents: Agents, path: Path) -> None:
             print(f"left out of {path}: {checkpoint}, it diverged, or no copy was made")
         else:
             as_it_is, injected = (ratio["ratio"] for ratio in ratios)
-            agent.measures[f"{path.stem}, agent"] = as_it_is
-            agent.measures[error_left(path)] = injected / as_it_is
+            found[name] = (as_it_is, injected / as_it_is)
+    return {name: found[name] for name in agents if name in found}
 
 
 def points(by_rate: ByRate, name: str) -> list[np.ndarray]:
@@ -236,9 +234,11 @@ def main() -> None:
         if len(games) > 1:
             raise UsageError(f"the agents play {' and '.join(games)}: give the files of one game")
         measured = all_measures(agents)
-        for path in files:
-            if path.endswith(".json"):
-                add_probe(agents, Path(path))
+        for path in map(Path, files):
+            if path.suffix == ".json":
+                for name, (error, left) in probed(agents, path).items():
+                    agents[name].measures[f"{path.stem}, agent"] = error
+                    agents[name].measures[f"{path.stem}, injected ÷ agent"] = left
         names = all_measures(agents)
         if not names:
             fix = "give runs with a --plasticity-frequency, or a file that compare.py --probe wrote"

@@ -11,19 +11,18 @@ from typing import Any
 from tqdm import tqdm
 
 from orchestration.plan import Asked
-from support.machine import flush_to_disk
+from support.machine import flush_to_disk, replacing
 from support.progress import PROGRESS
 from support.usage import UsageError, reading
 
 ROOT = Path(__file__).resolve().parent.parent  # of the project
 MANIFEST = "manifest.jsonl"
-PARTIAL = "sweep.json.partial"
 
 
 def refuse_another(folder: Path, asked: dict[str, Any]) -> None:
     """Raises UsageError where the folder is another sweep's, or no sweep's."""
     if not (folder / "sweep.json").exists():
-        known = {MANIFEST, "runs", "logs", PARTIAL}
+        known = {MANIFEST, "runs", "logs"}
         # hidden files are other programs', as those of a file manager
         others = {entry.name for entry in folder.glob("[!.]*")} - known
         if others or any(folder.glob("runs/[!.]*")):
@@ -55,9 +54,9 @@ def prepare(folder: Path) -> None:
 def begin(folder: Path, asked: dict[str, Any]) -> None:
     """Notes in a sweep's folder what was asked; it is whole there, or not there."""
     prepare(folder)
-    (folder / PARTIAL).write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
-    flush_to_disk(folder / PARTIAL)
-    (folder / PARTIAL).rename(folder / "sweep.json")
+    with replacing(folder / "sweep.json") as partial:
+        partial.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+        flush_to_disk(partial)
     flush_to_disk(folder)
 
 

@@ -7,15 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-import numpy as np
-
 from analysis.arms import readable
 from dqn_injection_atari import FORKABLE, INTERVENTIONS, OF_INTERVENTION, Args, check_fork
 from orchestration.training_flags import as_flags, parsed, words_of
 from support import usage
 from support.checkpoints import Checkpoint, load_checkpoint
-from support.environments import FRAME_SIZE, STACK, atari_spec
+from support.environments import OBS_SPACE, atari_spec
 from support.replay import FrameReplayBuffer
 from support.usage import UsageError, flag, reading
 
@@ -94,8 +91,7 @@ class PlannedRun:
     @property
     def memory(self) -> int:
         """Bytes of its replay, when it is full."""
-        frames = gym.spaces.Box(0, 255, (STACK, FRAME_SIZE, FRAME_SIZE), np.uint8)
-        return FrameReplayBuffer.bytes_needed(self.args.buffer_size, frames, self.args.num_envs)
+        return FrameReplayBuffer.bytes_needed(self.args.buffer_size, OBS_SPACE, self.args.num_envs)
 
     @property
     def disk(self) -> float:

@@ -23,6 +23,7 @@ from support.usage import UsageError
 FRAME_SKIP = 4  # emulator frames per step
 FRAME_SIZE = 84  # pixels, both sides
 STACK = 4  # frames per observation
+OBS_SPACE = gym.spaces.Box(0, 255, (STACK, FRAME_SIZE, FRAME_SIZE), np.uint8)
 MAX_NOOPS = 30
 MAX_FRAMES = 108_000  # of a game
 

@@ -23,15 +23,22 @@ Act = Callable[[np.ndarray], np.ndarray]  # observations (N, 4, 84, 84) uint8 to
 
 @torch.no_grad()
 def epsilon_greedy(
-    q: Callable[[], torch.Tensor], shape: tuple[int, int], epsilon: float, rng: np.random.Generator
+    q_values: Callable[[torch.Tensor], torch.Tensor],
+    obs: np.ndarray,
+    num_actions: int,
+    epsilon: float,
+    rng: np.random.Generator,
+    device: torch.device,
 ) -> np.ndarray:
-    """Actions (N,) int64, random or the best by q() (N, num_actions); `rng` moves by the same in any case."""
-    num_envs, num_actions = shape
-    explore = rng.random(num_envs) < epsilon
-    random_actions = rng.integers(num_actions, size=num_envs)
+    """Actions (N,) int64 at obs (N, 4, 84, 84) uint8: random, or the best by `q_values`, (N, num_actions).
+
+    `rng` moves by the same in any case. Where all are random nothing is computed.
+    """
+    explore = rng.random(len(obs)) < epsilon
+    random_actions = rng.integers(num_actions, size=len(obs))
     if explore.all():
         return random_actions
-    best_actions = q().argmax(dim=1)
+    best_actions = q_values(upload(obs, device)).argmax(dim=1)
     return np.where(explore, random_actions, best_actions.cpu().numpy())
 
 
@@ -41,7 +48,7 @@ def player(q_network: nn.Module, num_actions: int, epsilon: float, seed: int) ->
     device = next(q_network.parameters()).device
 
     def act(obs: np.ndarray) -> np.ndarray:
-        return epsilon_greedy(lambda: q_network(upload(obs, device)), (len(obs), num_actions), epsilon, rng)
+        return epsilon_greedy(q_network, obs, num_actions, epsilon, rng, device)
 
     return act
 

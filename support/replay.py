@@ -175,9 +175,13 @@ class FrameReplayBuffer(ReplayBuffer):
         return slot
 
     def sample(
-        self, batch_size: int, env: VecNormalize | None = None, batches: int = 1
+        self,
+        batch_size: int,
+        env: VecNormalize | None = None,
+        batches: int = 1,
+        generator: np.random.Generator | None = None,
     ) -> ReplayBufferSamples:
-        """A uniform batch, with replacement, on `device`, drawn by the buffer's generator; or several.
+        """A uniform batch, with replacement, on `device`, drawn by the buffer's own generator; or several.
 
         Returns:
             observations, next_observations (B, S, H, W) uint8, channels last in memory; actions (B, 1) int64;
@@ -187,11 +191,13 @@ class FrameReplayBuffer(ReplayBuffer):
         """
         if env is not None:
             raise ValueError("FrameReplayBuffer does not normalise: leave out env")
+        if generator is None:
+            generator = self.generator
         rows = []
         columns = []
         for _ in range(batches):
-            rows.append(self.generator.integers(self.size(), size=batch_size))
-            columns.append(self.generator.integers(self.n_envs, size=batch_size))
+            rows.append(generator.integers(self.size(), size=batch_size))
+            columns.append(generator.integers(self.n_envs, size=batch_size))
         return self.transitions(np.concatenate(rows), np.concatenate(columns))
 
     def transitions(self, rows: np.ndarray, columns: np.ndarray) -> ReplayBufferSamples:

@@ -34,7 +34,7 @@ from support.weights_and_biases import finish_wandb, let_go, require_wandb, star
 
 
 def check_machine(device: torch.device, cuda_graphs: bool, track: bool, film: bool) -> None:
-    """Raises UsageError where something that a run is to use is not here, or gives wrong numbers."""
+    """Raises UsageError where something that a run is to use is not here."""
     if cuda_graphs and device.type == "cpu":
         fix = "--no-cuda-graphs, with --fork if it has begun"
         raise UsageError(f"--cuda-graphs needs a GPU, and this run is on the CPU: {fix}")
@@ -67,13 +67,6 @@ class Origin:
     def forked(self) -> bool:
         """Whether the checkpoint is another run's."""
         return self.checkpoint is not None and self.checkpoint.meta["run"] != self.run_id
-
-    @property
-    def forked_args(self) -> dict[str, Any]:
-        """The arguments of the run that is forked, when the fork begins and whenever it begins again."""
-        if self.checkpoint is None or not self.forked:
-            return {}
-        return self.checkpoint.meta["args"]
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -92,16 +92,16 @@ def changed_fields(settings: Any, before: Any) -> list[str]:
     return [name for name in names if getattr(settings, name) != getattr(before, name)]
 
 
-def refuse_changes(settings: Any, before: Any, forkable: Collection[str] | None = None) -> None:
+def refuse_changes(settings: Any, before: Any, forkable: Collection[str]) -> None:
     """Raises UsageError where a run is to be resumed with other settings than its own.
 
-    `forkable` are the fields that a fork may change; any, if not given.
+    `forkable` are the fields that a fork may change.
     """
     changed = changed_fields(settings, before)
     if not changed:
         return
     instead = "use --fork"
-    if forkable is not None and not set(changed).issubset(forkable):
+    if not set(changed).issubset(forkable):
         instead = "begin a new run"
     names = ", ".join(changed)
     raise UsageError(f"--resume goes on as the run was, {names} cannot change: leave out, or {instead}")

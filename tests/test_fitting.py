@@ -12,7 +12,7 @@ from saved_agents import CPU, SMALL, change
 
 from alternatives import ALTERNATIVES
 from analysis import fitting
-from analysis.fitting import CONTENDERS, FRESH, fresh_subject, random_play, read_subject, saved_args
+from analysis.fitting import CONTENDERS, FRESH, fresh_checkpoint, random_play, read_subject, saved_args
 from dqn_injection_atari import Learner, make_parts
 from support.checkpoints import Checkpoint, load_checkpoint
 from support.usage import UsageError
@@ -120,12 +120,12 @@ def test_the_learning_rate_is_the_one_that_is_given_and_no_weight_decays(checkpo
     learner = fitting.make_contender("agent", read_subject(checkpoint, 0.5), 0, CPU)
     assert [group["lr"] for group in learner.optimizer.param_groups] == [0.5]
     assert [group["weight_decay"] for group in learner.optimizer.param_groups] == [0]
-    for subject in (read_subject(checkpoint, 0.5), fresh_subject(TINY_GAMES, 0, 0.5)):
+    for subject in (read_subject(checkpoint, 0.5), fresh_checkpoint(TINY_GAMES, 0, 0.5)):
         assert saved_args(subject).learning_rate == 0.5
 
 
 def test_fresh_networks_differ_by_seed_and_have_the_actions_of_their_game():
-    one, same, other = (fresh_subject(TINY_GAMES, seed, 5e-4) for seed in (1, 1, 2))
+    one, same, other = (fresh_checkpoint(TINY_GAMES, seed, 5e-4) for seed in (1, 1, 2))
     networks = [subject.state["learner"]["q_network"] for subject in (one, same, other)]
     weights = [network["head.theta.hidden.weight"] for network in networks]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

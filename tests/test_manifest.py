@@ -125,12 +125,12 @@ def test_a_folder_keeps_what_was_asked_and_refuses_what_is_not_that():
 def test_a_folder_that_a_killed_sweep_has_only_made_is_taken_over():
     for name in ("runs", "logs"):
         Path("x", name).mkdir(parents=True)
-    Path("x/sweep.json.partial").write_text("{", encoding="utf-8")
+    Path("x/.sweep.json.partial").write_text("{", encoding="utf-8")
     for hidden in ("x/.DS_Store", "x/._runs", "x/runs/.DS_Store"):
         Path(hidden).touch()
     refuse_another(Path("x"), ASKED)
     begin(Path("x"), ASKED)
-    assert read_asked(Path("x")).seeds == [1] and not Path("x/sweep.json.partial").exists()
+    assert read_asked(Path("x")).seeds == [1] and not Path("x/.sweep.json.partial").exists()
 
 
 def test_progress_is_what_the_runs_own_file_says():

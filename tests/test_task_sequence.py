@@ -240,7 +240,7 @@ def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits):
 def test_agents_and_fresh_networks_learn_at_one_rate_whatever_the_runs_was(checkpoint, monkeypatch):
     rates = []
     monkeypatch.setattr(fitting, "read_subject", lambda path, rate: rates.append(rate))
-    monkeypatch.setattr(fitting, "fresh_subject", lambda *given: rates.append(given[2]))
+    monkeypatch.setattr(fitting, "fresh_checkpoint", lambda *given: rates.append(given[2]))
     for path in (checkpoint, Path("fresh")):
         with pytest.raises(AttributeError):  # there is no agent
             run_sequence(path, **HOW | {"settings": ONCE})

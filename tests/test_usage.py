@@ -141,10 +141,10 @@ def test_changed_fields_leave_out_where_a_run_comes_from():
 
 
 def test_a_run_is_resumed_with_its_own_settings_only():
-    usage.refuse_changes(Args(seed=2, resume="a"), Args(seed=2))
+    usage.refuse_changes(Args(seed=2, resume="a"), Args(seed=2), ("seed", "gamma"))
     message = r"^--resume goes on as the run was, seed, gamma cannot change: leave out, or use --fork$"
     with pytest.raises(UsageError, match=message):
-        usage.refuse_changes(Args(gamma=0.5, resume="a"), Args(seed=2))
+        usage.refuse_changes(Args(gamma=0.5, resume="a"), Args(seed=2), ("seed", "gamma"))
 
 
 @pytest.mark.parametrize("values", [{"count": 0}, {"size": 3}, {"kind": ["plain"]}], ids=str)
