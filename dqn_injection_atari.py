@@ -307,13 +307,6 @@ class Stream(IntEnum):
     PERTURBATION = 7
 
 
-def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None = None) -> LearnerView:
-    """`num_envs` (default: `args.num_envs`) of the run's games, see `support/environments.py`."""
-    if num_envs is None:
-        num_envs = args.num_envs
-    return environments.make_atari_envs(args.env_id, args.env_backend, num_envs, render_mode)
-
-
 NUM_FEATURES = 64 * 7 * 7  # of the encoder's last convolution
 
 
@@ -938,6 +931,13 @@ def plasticity_measures(learner: Learner, batch: ReplayBufferSamples) -> dict[st
         values["new_heads_share_of_q"] = measures.share_of_q(old, q_values - old)
     # one that is undefined is not logged
     return {name: float(value) for name, value in values.items() if math.isfinite(value)}
+
+
+def make_envs(args: Args, num_envs: int | None = None, render_mode: str | None = None) -> LearnerView:
+    """`num_envs` (default: `args.num_envs`) of the run's games, see `support/environments.py`."""
+    if num_envs is None:
+        num_envs = args.num_envs
+    return environments.make_atari_envs(args.env_id, args.env_backend, num_envs, render_mode)
 
 
 def evaluate(
