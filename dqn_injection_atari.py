@@ -163,7 +163,7 @@ class Experiment:
     injected_head_width: Annotated[int | None, Ge(1), WITH_INJECTION] = None
     """the same of the heads that injections add, as the head's if not given: growth (paper)"""
     optimizer: Literal["adam", "rmsprop"] = "adam"
-    """adam: eps 1.5e-4 (cleanRL's Rainbow); rmsprop: centered, decay 0.95, eps 0.01/32² in root (paper)"""
+    """adam: eps 1.5e-4 (cleanRL's Rainbow); rmsprop: centered, decay 0.95, 0.01/32² in the root (paper)"""
     learning_rate: Positive = 1e-4
     """step size of the optimizer (cleanRL; paper: 2.5e-4)"""
     weight_decay: Annotated[float, Interval(ge=0, lt=math.inf)] = 0.0
@@ -250,7 +250,7 @@ class Args(RunFlags, AlternativeSettings, Experiment):
 
     @property
     def planned_changes(self) -> tuple[int, ...]:
-        """Steps with a checkpoint before them: of what happens once, also in its baseline. Else ()."""
+        """`planned_interventions`, each with a checkpoint before it. () of one that goes on."""
         if self.intervention_period > 0:
             return ()
         return self.planned_interventions
@@ -382,7 +382,7 @@ class InjectableHead(torch.nn.Module):
                     "two heads have parameters in common: make_head has to make a new one each time"
                 )
             seen.update(head.parameters())
-        # injections draw them; while they are zero, a state with more or fewer of them can be loaded
+        # injections draw them; until then they are zero, and loading drops or adds them
         for parameter in (*self.theta_prime_1.parameters(), *self.theta_prime_2.parameters()):
             torch.nn.init.zeros_(parameter)
         self.set_trainable()
@@ -512,7 +512,7 @@ class InjectableHead(torch.nn.Module):
         def unused(name: str) -> bool:
             return name.startswith(pairs) and not name.startswith(tuple(in_use))
 
-        # in the place of the unused pairs of that state those of this module, which are zero
+        # unused pairs of that state make way for zeros in this module's shapes
         for name in list(state_dict):
             if unused(name):
                 del state_dict[name]

@@ -77,9 +77,8 @@ def recycle(parts: AgentParts, settings: RedoSettings) -> dict[str, int]:
     new_layers = layers_of(parts.draw_encoder(), parts.draw_head())
     dormant = {}
     for name, activations in parts.activations.items():
-        dormant[name] = (
-            dormant_units(activations, settings.redo_threshold) == 1
-        )  # not where it is NaN, by activations that are not finite
+        # NaN, where activations are not finite, is not dormant
+        dormant[name] = dormant_units(activations, settings.redo_threshold) == 1
 
     # all layers but the last, whose units are the actions
     for units, layer, new_layer in zip(dormant.values(), layers[:-1], new_layers[:-1], strict=True):

@@ -181,7 +181,10 @@ class FrameReplayBuffer(ReplayBuffer):
         batches: int = 1,
         generator: np.random.Generator | None = None,
     ) -> ReplayBufferSamples:
-        """A uniform batch, with replacement, on `device`, drawn by the buffer's own generator; or several.
+        """A uniform batch, with replacement, on `device`; or several.
+
+        Args:
+            generator: draws them; the buffer's own if not given
 
         Returns:
             observations, next_observations (B, S, H, W) uint8, channels last in memory; actions (B, 1) int64;

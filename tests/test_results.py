@@ -344,17 +344,15 @@ def test_documents_say_how_many_networks_come_back_by_themselves():
 def test_the_first_points_say_what_copies_have_left_of_the_error():
     """In percent, the same with both arithmetics; and before anything is lost, of the processor's own."""
     left = {}
-    for file in ("tasks", "tasks_avx2", "tasks_two_threads", "tasks_early"):
-        chose = 0 if file == "tasks_two_threads" else CHOSE_THE_SETTING
+    for file in ("tasks", "tasks_avx2", "tasks_early"):
         for name in ("injected", "head reset"):
-            per_seed = np.array(sequence(file)["relative_to_one"][name]["per_seed"])[chose:]
+            per_seed = np.array(sequence(file)["relative_to_one"][name]["per_seed"])[CHOSE_THE_SETTING:]
             left[file, name], _ = ratio(per_seed, 1)
     percent = {key: f"{100 * value:.0f}%" for key, value in left.items()}
     assert percent["tasks", "injected"] == percent["tasks_avx2", "injected"]
     assert percent["tasks", "head reset"] == percent["tasks_avx2", "head reset"]
     text = flowing("docs/results.md")
     assert f"on average it left {percent['tasks', 'injected']} of the error over the next five tasks" in text
-    assert f"with a third arithmetic {percent['tasks_two_threads', 'injected']}" in text
     assert f"A head reset left {percent['tasks', 'head reset']}" in text
     before, after = left["tasks_early", "injected"], left["tasks", "injected"]
     assert f"an injection leaves {before:.2f} of the error, after the loss {after:.3f}" in text
