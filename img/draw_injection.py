@@ -54,7 +54,8 @@ def draw(target: str, arms: list[Arm], at: int) -> None:
     ax.set_xlabel("training step (1 step = 4 frames)", fontsize=12)
     ax.set_ylabel("score of a game", fontsize=12)
     ax.set_xlim(0, edges[-1])
-    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+    if ax.dataLim.ymin >= 0:
+        ax.set_ylim(bottom=0)
     ax.xaxis.set_major_formatter(lambda step, _: short(step))
     ax.yaxis.set_major_formatter(lambda score, _: f"{score:,.0f}")
     ax.tick_params(labelsize=11)

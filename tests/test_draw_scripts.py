@@ -141,13 +141,16 @@ def test_a_score_below_0_is_drawn_and_more_is_above_less(script, monkeypatch, of
     assert drawn[0].axes[0].get_ylim() == (pytest.approx(lowest), highest)
 
 
-def test_three_ways_that_score_below_0_are_drawn_upright(script, monkeypatch):
+@pytest.mark.parametrize("shift", [-9_000, 0])
+def test_three_ways_are_drawn_from_0_on_or_below_it_where_they_score_less(script, monkeypatch, shift):
     drawn = []
     monkeypatch.setattr("analysis.canvas.save", lambda figure, path: drawn.append(figure))
     runs = []
     for intervention in ("injection", "reset-head", "none"):
         for seed in (1, 2, 3):
-            points = {RETURN: [(step, value - 500) for step, value in games(seed, intervention != "none")]}
+            gained = 5_000 if intervention == "injection" else 0
+            scores = games(seed, intervention != "none", effect=gained)
+            points = {RETURN: [(step, score + shift) for step, score in scores]}
             how = {"seed": seed, "intervention": intervention}
             runs.append(write(make_run(f"{intervention}-{seed}", points, **how)))
     assert script("draw_injection", "x.png", *runs, "nowhere") == (
@@ -155,7 +158,10 @@ def test_three_ways_that_score_below_0_are_drawn_upright(script, monkeypatch):
         "left out: nowhere is no run's folder, it has no run.json: the run is left out\n",
     )
     low, high = drawn[0].axes[0].get_ylim()
-    assert low < high < 0
+    if shift < 0:
+        assert low < high < 0
+    else:
+        assert low == 0 < high
 
 
 def test_runs_of_two_games_are_not_averaged(script, capsys):
