@@ -240,8 +240,10 @@ def draw_differences(pairs: list[Comparison], number: str, path: Path) -> None:
         difference = np.array([pair.judgement.difference for pair in line])
         below = difference - [pair.judgement.low for pair in line]  # NaN, and not drawn, without an interval
         above = [pair.judgement.high for pair in line] - difference
-        counts = sorted({len(means) for pair in line for means in pair.means})
-        seeds = "–".join(str(count) for count in counts)
+        counts: set[int] = set()
+        for pair in line:
+            counts.update(map(len, pair.means))
+        seeds = "–".join(map(str, sorted(counts)))
         point = canvas.look(i).point
         name = f"{label} (n = {seeds})"
         ax.errorbar(x, difference, np.array([below, above]), **point, ls="", lw=1.5, capsize=4, label=name)

@@ -78,7 +78,9 @@ def main() -> None:
         arms, remarks = read_arms(files, TRAINING_RETURN)
         print_remarks(remarks)
         games = {arm.game for arm in arms}
-        steps = {step for arm in arms for step in arm.planned_steps}
+        steps: set[int] = set()
+        for arm in arms:
+            steps.update(arm.planned_steps)
         interventions = sorted(arm.intervention for arm in arms)
         if len(games) != 1 or len(steps) != 1 or interventions != sorted(LOOKS):
             raise UsageError(f"give one arm each of {', '.join(LOOKS)}, of one game and at one step")

@@ -234,11 +234,10 @@ def main() -> None:
         if len(games) > 1:
             raise UsageError(f"the agents play {' and '.join(games)}: give the files of one game")
         measured = all_measures(agents)
-        for path in map(Path, files):
-            if path.suffix == ".json":
-                for name, (error, left) in probed(agents, path).items():
-                    agents[name].measures[f"{path.stem}, agent"] = error
-                    agents[name].measures[f"{path.stem}, injected ÷ agent"] = left
+        for path in [Path(path) for path in files if path.endswith(".json")]:
+            for name, (error, left) in probed(agents, path).items():
+                agents[name].measures[f"{path.stem}, agent"] = error
+                agents[name].measures[f"{path.stem}, injected ÷ agent"] = left
         names = all_measures(agents)
         if not names:
             fix = "give runs with a --plasticity-frequency, or a file that compare.py --probe wrote"

@@ -44,10 +44,8 @@ def lockstep(env_id, num_envs, steps, actions_of):
     for t in range(steps):
         actions = actions_of(t)
         ours = ale.step(actions)
-        if (
-            "_episode" in ours[4]
-            and (ours[4]["episode_frame_number"][ours[4]["_episode"]] == before_noops).any()
-        ):
+        over = ours[4].get("_episode", np.zeros(num_envs, bool))
+        if (ours[4]["episode_frame_number"][over] == before_noops).any():
             return
         copy_starts(ours[4])
         yield sb3.step(actions), ours

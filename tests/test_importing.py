@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import WITHOUT_LETTERS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,7 +76,7 @@ def run(code, folder):
     # nothing of this process, which has imported the script: a change would be there before
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     # where the locale's letters are ASCII, the script itself begins once more in UTF-8
-    environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    environment |= WITHOUT_LETTERS | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
