@@ -1,4 +1,4 @@
-"""Ways to interrupt what writes files: before any of its lines, after a step, on a full disk."""
+"""Whole runs that are small, and ways to interrupt them: before any line, after a step, on a full disk."""
 
 import contextlib
 import fcntl
@@ -8,11 +8,12 @@ import itertools
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import traceback
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from conftest import BRIEF
 
 import dqn_injection_atari as script
 from benchmarks.kill_test import content, differences
-from dqn_injection_atari import train
+from dqn_injection_atari import Args, train
+from support.checkpoints import load_checkpoint
 from support.run_log import RunLog
 
 # 30 updates and a few games; the replay of 150 steps wraps around; no SVDs, which would take longest of all
@@ -35,6 +37,22 @@ SMALL = replace(
     checkpoint_frequency=130,  # new games begin there, each of which takes 0.1 s
     injection_step=(142,),
 )
+OFTEN = replace(SMALL, checkpoint_frequency=80)  # which the end is a multiple of
+# step 142 lies within a vector step, the last is cut
+OVERLAP = replace(SMALL, num_envs=4, overlap=True, total_timesteps=239)
+# nothing is learned, in one game: for what does not depend on it
+PLAYING = replace(SMALL, num_envs=1, learning_starts=240, injection_step=())
+# its two injections come where the norm has grown, early in the run
+NORM = replace(
+    SMALL,
+    injection_step=(),
+    injection_trigger="norm",
+    injection_norm_ratio=1.0001,
+    injection_check_frequency=20,
+    max_injections=2,
+    learning_rate=3e-4,
+)
+LATER = {"total_timesteps": 480, "exploration_fraction": 0.05}
 END = "checkpoint-240"
 
 
@@ -160,6 +178,62 @@ def fork(checkpoint, args, **changes):
 
 def names(folder):
     return sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: int(name[11:]))
+
+
+def all_files(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def copy_of(folder, name):
+    return Path(shutil.copytree(folder, f"runs/{name}"))
+
+
+def created(checkpoint):
+    """Steps of the interventions before a checkpoint."""
+    return load_checkpoint(checkpoint).state["learner"]["interventions"]
+
+
+def main(monkeypatch, *flags):
+    """The script's exit status in these flags, or its error."""
+    monkeypatch.setattr(sys, "argv", ["", *flags])
+    try:
+        script.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def flags_of(args):
+    """The command line of a run."""
+    flags = []
+    for name, value in asdict(args).items():
+        if value == getattr(Args, name):
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            flags += [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+    return flags
+
+
+def killed_in(owner, name, call, args):
+    """A run that is killed as it calls a function for the `call`-th time."""
+    original, tidy_up, calls = getattr(owner, name), shutil.rmtree, []
+
+    def killed(*given, **options):
+        calls.append(given)
+        if len(calls) == call:
+            raise Killed
+        return original(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunLog, "close", lambda log: log.bar.close())
+        patch.setattr(
+            shutil, "rmtree", lambda *given, **options: len(calls) < call and tidy_up(*given, **options)
+        )
+        patch.setattr(owner, name, killed)
+        train(args)
 
 
 def assert_same_end(folder, reference, end=END):
