@@ -55,7 +55,7 @@ if __name__ == "__main__":
     exit_with_wrong_versions()
 
 from alternatives import ALTERNATIVES, AlternativeSettings
-from alternatives.alternative import AgentParts, Alternative, Words
+from alternatives.alternative import AgentParts, Alternative, Words, refuse_shared_fields
 from support import environments, measures, usage
 from support.acceleration import (
     CUDAGraphs,
@@ -118,7 +118,7 @@ else:
 WITH_INJECTION = OnlyWith("intervention", ("injection", "none"))
 WITH_NEW_HEAD = OnlyWith(
     "intervention",
-    ("injection", *(name for name, other in ALTERNATIVES.items() if other.draws_head), "none"),
+    ("injection", *(name for name, other in ALTERNATIVES.items() if other.draws_layers), "none"),
 )
 WITH_NORM = OnlyWith("injection_trigger", ("norm",))
 
@@ -202,6 +202,9 @@ class Experiment:
     """with ale: let games play on while the network learns; new transitions wait for the updates"""
     checkpoint_frequency: Period = 1_000_000
     """steps between checkpoints; new games begin there; 0 = only on a signal"""
+
+
+refuse_shared_fields(Experiment, AlternativeSettings, RunFlags)
 
 
 # of a dataclass's bases the last one's fields come first
@@ -483,9 +486,14 @@ class InjectableHead(torch.nn.Module):
 
     @staticmethod
     def whole_number(state: torch.Tensor) -> int:
-        """A state's number of injections; ValueError where it is not whole, as in an average of states."""
+        """A state's number of injections; ValueError where it is not whole, as in an average of states.
+
+        A moving average comes to it from below, and counts as one where it is all but there. What is above a
+        whole number has just begun to: it has next to nothing of the new pair.
+        """
         number = float(state)
-        if abs(number - round(number)) > 1e-3:
+        above = number - round(number)
+        if above > 1e-6 or above < -1e-3:
             raise ValueError(
                 f"this state has {number:.3g} injections, an average of states: "
                 "take _extra_state from one of them, which has a whole number"

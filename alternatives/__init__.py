@@ -4,7 +4,7 @@ import importlib
 from dataclasses import dataclass, make_dataclass
 from typing import TYPE_CHECKING
 
-from alternatives.alternative import Alternative
+from alternatives.alternative import by_name
 
 FILES = (
     "reset_moments",
@@ -15,10 +15,7 @@ FILES = (
     "redo",
 )
 
-ALTERNATIVES: dict[str, Alternative] = {}  # by the name that --intervention takes
-for file in FILES:
-    described: Alternative = importlib.import_module(f"alternatives.{file}").ALTERNATIVE
-    ALTERNATIVES[described.name] = described
+ALTERNATIVES = by_name(importlib.import_module(f"alternatives.{file}").ALTERNATIVE for file in FILES)
 
 if TYPE_CHECKING:
 

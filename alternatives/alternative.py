@@ -1,6 +1,6 @@
 """What an alternative to an injection is: its name, its words, its settings, and what it does to an agent."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -85,9 +85,14 @@ class Alternative:
     """of one with a period: how many replayed observations it looks at"""
 
     def __post_init__(self) -> None:
-        if self.period is not None and (self.draws_head or self.draws_encoder):
+        if self.period is not None and self.draws_layers:
             fix = "give several steps to --injection-step instead of a period"
             raise UsageError(f"{self.name} draws layers anew, whose moments --moments decides on once: {fix}")
+
+    @property
+    def draws_layers(self) -> bool:
+        """Whether there are new layers, on whose moments --moments decides."""
+        return self.draws_head or self.draws_encoder
 
     def settings_in(self, flags: Any) -> Any:
         """Its settings, out of an object that has them as attributes, and others besides.
@@ -96,3 +101,30 @@ class Alternative:
             UsageError: they contradict each other.
         """
         return self.settings(**{field.name: getattr(flags, field.name) for field in fields(self.settings)})
+
+
+def refuse_shared_fields(*kinds: type) -> None:
+    """Raises UsageError where two dataclasses have a field of one name: one would take the other's place."""
+    owners: dict[str, str] = {}
+    for kind in kinds:
+        for setting in fields(kind):
+            if setting.name in owners:
+                both = f"{owners[setting.name]} and {kind.__name__}"
+                raise UsageError(f"{both} have a setting {setting.name} each: rename one")
+            owners[setting.name] = kind.__name__
+
+
+def by_name(alternatives: Iterable[Alternative]) -> dict[str, Alternative]:
+    """Alternatives by the name that --intervention takes.
+
+    Raises:
+        UsageError: two have one name, or settings of one name.
+    """
+    named: dict[str, Alternative] = {}
+    for alternative in alternatives:
+        if alternative.name in ("injection", "none", *named):
+            raise UsageError(f"the name {alternative.name} is taken: give the alternative another")
+        named[alternative.name] = alternative
+    # several have no settings, which are one class
+    refuse_shared_fields(*dict.fromkeys(alternative.settings for alternative in named.values()))
+    return named

@@ -145,15 +145,23 @@ def arms() -> dict[str, dict[str, Any]]:
 
 
 def encode(encoder: nn.Sequential, obs: torch.Tensor) -> torch.Tensor:
-    """φ(s): uint8 (B, 4, 84, 84) → (B, 3136)."""
+    """φ(s): uint8 (B, 4, 84, 84) → (B, 3136).
+
+    Raises:
+        UsageError: there is a layer that it does not know.
+    """
     x = obs.float() / 255
     for layer in encoder:
         if isinstance(layer, nn.Conv2d):
-            x = F.conv2d(x, layer.weight, layer.bias, layer.stride)
+            shifts = (layer.stride, layer.padding, layer.dilation)
+            x = F.conv2d(x, layer.weight, layer.bias, *shifts, layer.groups)
         elif isinstance(layer, nn.GroupNorm):
-            x = F.group_norm(x, 1, layer.weight, layer.bias)
+            x = F.group_norm(x, layer.num_groups, layer.weight, layer.bias)
         elif isinstance(layer, nn.ReLU):
             x = F.relu(x)
+        elif not isinstance(layer, nn.Flatten):
+            unknown = f"the audit does not know the encoder's {type(layer).__name__}"
+            raise UsageError(f"{unknown}: write it out in encode, analysis/audited_arms.py")
     return x.flatten(start_dim=1)
 
 

@@ -260,7 +260,8 @@ def points_in(table: Iterable[str], seeds: Iterable[int]) -> dict[int, dict[str,
 
 def read_curves(path: Path) -> list[RecordedRun]:
     """The runs in a file of `write_curves`; a UsageError where it is none, or damaged."""
-    with reading(path, "curves of runs", "give the file that compare.py --export wrote"):
+    fix = "give the file that compare.py --export wrote, in the version of this project that wrote it"
+    with reading(path, "curves of runs", fix):
         lines = lines_of(path)
         runs = [run_in(line, path) for line in lines if line.startswith("# ")]
         if not runs:

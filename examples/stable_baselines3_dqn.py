@@ -3,7 +3,6 @@
     python examples/stable_baselines3_dqn.py
 
 Trains, injects in the middle, saves, loads, goes on, and stops where anything is not as it should be.
-The agent stays theirs, without double Q-learning. What is added is a policy, and a callback that injects.
 """
 
 import sys
@@ -31,8 +30,9 @@ class InjectablePolicy(DQNPolicy):
         network = super().make_q_net()
         width, *head_widths = network.net_arch
         num_actions = int(network.action_space.n)
-        encoder = torch.nn.Sequential(*create_mlp(network.features_dim, -1, [width]))  # -1: no output layer
-        head = InjectableHead(lambda: torch.nn.Sequential(*create_mlp(width, num_actions, head_widths)))
+        relu = network.activation_fn  # or what the policy was given instead
+        encoder = torch.nn.Sequential(*create_mlp(network.features_dim, -1, [width], relu))  # -1: no output
+        head = InjectableHead(lambda: torch.nn.Sequential(*create_mlp(width, num_actions, head_widths, relu)))
         network.q_net = torch.nn.Sequential(encoder, head).to(self.device)
         return network  # the policy makes its optimizer next, over all heads
 
@@ -42,7 +42,8 @@ def head_of(model: DQN) -> InjectableHead:
 
 
 def inject(model: DQN) -> None:
-    head_of(model).inject(torch.Generator().manual_seed(1_000_000 + torch.initial_seed()))  # each run's own
+    seed = torch.initial_seed() + 1_000_000 * (1 + head_of(model).num_injections)  # each injection's own
+    head_of(model).inject(torch.Generator().manual_seed(seed))
     # the library's syncs copy parameters alone, which do not say that more heads are in use now
     model.q_net_target.load_state_dict(model.q_net.state_dict())
 
@@ -50,16 +51,15 @@ def inject(model: DQN) -> None:
 class InjectAt(BaseCallback):
     """Injects once, at a step. An agent that was saved and loaded knows that it was injected."""
 
-    model: DQN
-
     def __init__(self, step: int):
         super().__init__()
         self.step = step
 
     def _on_step(self) -> bool:
-        if self.num_timesteps >= self.step and head_of(self.model).num_injections == 0:
-            print(f"step {self.num_timesteps}: return {mean_return(self.model)}")
-            audit_injection(self.model)  # an agent of your own calls inject(self.model), no more
+        model = cast(DQN, self.model)
+        if self.num_timesteps >= self.step and head_of(model).num_injections == 0:
+            print(f"step {self.num_timesteps}: return {mean_return(model)}")
+            audit_injection(model)  # an agent of your own calls inject(model), no more
         return True
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from support.machine import HeldFolder, flush_to_disk, way_out
 from support.process import on_a_terminal, say
 from support.progress import ProgressFile
-from support.usage import reading
+from support.usage import UsageError, reading
 
 # as SummaryWriter names them: a second, a host, a process and how many files it had begun; nothing after that
 EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{10,})\..*\.[1-9][0-9]*\.[0-9]+")
@@ -99,8 +99,11 @@ def read_scalars(folder: Path, fix: str = "move that file away") -> dict[str, np
     """The scalars in a folder's event files, {tag: (3, K) float64}: steps, values, wall-clock seconds.
 
     What is at a file's end and no whole point is passed over, with a warning. Raises UsageError, whose
-    message ends with `fix`, where a file is damaged or cannot be read.
+    message ends with `fix`, where a file is damaged or cannot be read; and where there is no such folder.
     """
+    if not folder.is_dir():
+        cannot = f"{folder} cannot be read as a run's curves (there is no such folder)"
+        raise UsageError(f"{cannot}: give that of a run, one in runs/")
     # that a resumed run replaces what it had logged beyond its checkpoint is no news
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
     with reading(folder, "a run's curves", fix):

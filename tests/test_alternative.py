@@ -12,7 +12,14 @@ from conftest import make_learner, random_batch, status_of
 
 import dqn_injection_atari as script
 from alternatives import ALTERNATIVES
-from alternatives.alternative import AgentParts, Alternative, NoSettings, Words
+from alternatives.alternative import (
+    AgentParts,
+    Alternative,
+    NoSettings,
+    Words,
+    by_name,
+    refuse_shared_fields,
+)
 from dqn_injection_atari import FORKABLE, INTERVENTIONS, OF_INTERVENTION, Args, Intervention
 from support.optimizers import moments_by_name
 from support.usage import OnlyWith, UsageError, conditions
@@ -42,6 +49,48 @@ def test_no_name_and_no_word_is_used_twice():
     assert len(set(CHOICES)) == len(CHOICES)
     for word in ("log", "noun", "plural", "deed"):
         assert len({getattr(words, word) for words in INTERVENTIONS.values()}) == len(INTERVENTIONS), word
+
+
+@pytest.mark.parametrize("name", ["injection", "none", "redo"])
+def test_a_name_that_is_taken_is_refused(name):
+    another = replace(ALTERNATIVES["reset-head"], name=name)
+    with pytest.raises(UsageError, match=f"^the name {name} is taken: give the alternative another$"):
+        by_name([ALTERNATIVES["redo"], another])
+    assert by_name([ALTERNATIVES["fire"], replace(another, name="mine")]).keys() == {"fire", "mine"}
+
+
+@dataclass(frozen=True)
+class AnotherFactor:
+    """Has a setting that shrink and perturb has, too."""
+
+    shrink_factor: float = 0.1
+
+
+@dataclass(frozen=True)
+class AnotherRate:
+    """Has a setting that every run has."""
+
+    learning_rate: float = 0.1
+
+
+def test_a_setting_whose_name_is_taken_is_refused():
+    """Or the one would get the other's default, in all runs, without a word."""
+    another = replace(ALTERNATIVES["reset-head"], name="mine", settings=AnotherFactor)
+    both = "ShrinkPerturbSettings and AnotherFactor have a setting shrink_factor each: rename one"
+    with pytest.raises(UsageError, match=f"^{both}$"):
+        by_name([*LIST, another])
+    both = "Experiment and AnotherRate have a setting learning_rate each: rename one"
+    with pytest.raises(UsageError, match=f"^{both}$"):
+        refuse_shared_fields(script.Experiment, AnotherRate)
+
+
+def test_moments_are_a_choice_where_layers_are_drawn_anew():
+    """Also where the encoder alone is."""
+    drawing = [alternative.name for alternative in LIST if alternative.draws_layers]
+    assert conditions(Args)["moments"] == OnlyWith("intervention", ("injection", *drawing, "none"))
+    for head, encoder in ((False, False), (True, False), (False, True), (True, True)):
+        alternative = replace(ALTERNATIVES["reset-head"], draws_head=head, draws_encoder=encoder)
+        assert alternative.draws_layers == (head or encoder)
 
 
 @each_alternative

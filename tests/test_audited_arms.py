@@ -61,6 +61,28 @@ def rows(audits):
     return rows_of(table({name: findings for name, (findings, _) in audits.items()}))
 
 
+# the equation
+
+
+def test_the_encoder_is_written_out_with_all_that_its_layers_have():
+    encoder = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 8, 5, stride=3, padding=2, dilation=2, groups=2),
+        torch.nn.GroupNorm(4, 8),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+    )
+    obs = random_batch(0).observations
+    torch.testing.assert_close(audited_arms.encode(encoder, obs), encoder(obs / 255))
+
+
+def test_a_layer_that_it_does_not_know_is_refused_by_name():
+    encoder = torch.nn.Sequential(torch.nn.MaxPool2d(2), torch.nn.Flatten())
+    with pytest.raises(
+        UsageError, match=r"^the audit does not know the encoder's MaxPool2d: write it out in "
+    ):
+        audited_arms.encode(encoder, random_batch(0).observations)
+
+
 # what each arm does
 
 

@@ -416,6 +416,15 @@ def test_what_a_spreadsheet_may_have_changed_is_refused_with_the_mark_and_the_fi
         read_curves(Path("y.csv"))
 
 
+def test_a_file_of_runs_with_other_settings_asks_for_the_version_that_has_them():
+    """As one of a sweep with an alternative that this machine's copy of the project does not have."""
+    _, text = exported()
+    Path("y.csv").write_text(text.replace('"seed": 2', '"seed": 2, "my_setting": 1'), encoding="utf-8")
+    fix = "my_setting.*: give the file that .* wrote, in the version of this project that wrote it$"
+    with pytest.raises(UsageError, match=fix):
+        read_curves(Path("y.csv"))
+
+
 def test_utf_16_is_named():
     _, text = exported()
     Path("y.csv").write_text(text, encoding="utf-16")

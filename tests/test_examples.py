@@ -1,6 +1,7 @@
 """An injection in other agents: the examples run, and what their page says is so."""
 
 import copy
+import functools
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
+from torch import nn
 
 from analysis.audit import Audited, audit, faults_of_injection
 from dqn_injection_atari import InjectableHead
@@ -76,9 +78,11 @@ def test_the_librarys_optimizer_holds_all_heads_from_the_start():
     }
 
 
-def test_the_encoder_and_the_head_together_are_the_librarys_own_layers():
-    ours = small_model(policy_kwargs={"net_arch": [16, 12, 8]}).q_net
-    theirs = DQN("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [16, 12, 8]}, device="cpu").q_net
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
+def test_the_encoder_and_the_head_together_are_the_librarys_own_layers(activation_fn):
+    settings = {"net_arch": [16, 12, 8], "activation_fn": activation_fn}
+    ours = small_model(policy_kwargs=settings).q_net
+    theirs = DQN("MlpPolicy", "CartPole-v1", policy_kwargs=settings, device="cpu").q_net
     layers = [*ours.q_net[0], *ours.q_net[1].theta]
     assert [str(layer) for layer in layers] == [str(layer) for layer in theirs.q_net]
     for layer, other in zip(layers, theirs.q_net, strict=True):
@@ -106,6 +110,17 @@ def test_runs_with_other_seeds_draw_other_heads():
         example.inject(model)
         drawn.append(example.head_of(model).theta_prime_1[0][0].weight)
     assert not torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[1], drawn[2])
+
+
+def test_each_of_several_injections_draws_another_head(monkeypatch):
+    head_with_room = functools.partial(example.InjectableHead, max_injections=2)
+    monkeypatch.setattr(example, "InjectableHead", head_with_room)
+    model = small_model()
+    example.inject(model)
+    first = weights(example.head_of(model).theta_prime_1[0])
+    example.inject(model)
+    second = example.head_of(model).theta_prime_1[1].state_dict()
+    assert not any(torch.equal(value, first[name]) for name, value in second.items())
 
 
 def test_the_librarys_syncs_bring_the_new_head_to_the_target_from_then_on():

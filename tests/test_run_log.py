@@ -495,7 +495,8 @@ def test_tensorboard_shows_returns_and_plasticity_side_by_side(eval_frequency):
 def test_a_folder_without_curves_has_none_and_one_that_is_not_there_is_refused():
     FOLDER.mkdir()
     assert read_scalars(FOLDER) == {}
-    with pytest.raises(UsageError, match=r"^nowhere cannot be read as a run's curves"):
+    refusal = r"^nowhere cannot be read as a run's curves \(there is no such folder\): give that of a run"
+    with pytest.raises(UsageError, match=refusal):
         read_scalars(Path("nowhere"))
 
 
