@@ -153,8 +153,15 @@ def encode(encoder: nn.Sequential, obs: torch.Tensor) -> torch.Tensor:
     x = obs.float() / 255
     for layer in encoder:
         if isinstance(layer, nn.Conv2d):
-            shifts = (layer.stride, layer.padding, layer.dilation)
-            x = F.conv2d(x, layer.weight, layer.bias, *shifts, layer.groups)
+            x = F.conv2d(
+                x,
+                layer.weight,
+                layer.bias,
+                stride=layer.stride,
+                padding=layer.padding,
+                dilation=layer.dilation,
+                groups=layer.groups,
+            )
         elif isinstance(layer, nn.GroupNorm):
             x = F.group_norm(x, layer.num_groups, layer.weight, layer.bias)
         elif isinstance(layer, nn.ReLU):

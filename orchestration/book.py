@@ -65,6 +65,12 @@ class Task:
         return self.found
 
     @property
+    def is_complete(self) -> bool:
+        """Whether it has left the checkpoint of its end, which every run of a sweep does."""
+        end = f"checkpoint-{self.run.args.total_timesteps}"
+        return self.run_folder is not None and (self.run_folder / end).exists()
+
+    @property
     def keeps_a_gpu_for_nothing(self) -> bool:
         wanted = self.resources.get("num_gpus", 0) > 0 and self.run.args.cuda
         return wanted and self.progress.device == "cpu"
@@ -92,6 +98,7 @@ class Task:
         """Notes that a new attempt begins."""
         self.attempt += 1
         self.began = None
+        self.found = None  # another machine may have begun it anew
         self.progress = Progress(step=self.progress.step)
         self.offset = self.log.stat().st_size if self.log.exists() else 0
         last_word = self.read()
@@ -208,9 +215,16 @@ class Book:
                 self.record(task, "running")
 
     def settle(self, task: Task, state: str, why: str, retries: int, pause: float) -> None:
-        """Takes note of how a process has ended. A killed run goes on after a pause, each a longer one."""
+        """Takes note of how a process has ended. A killed run goes on after a pause, each a longer one.
+
+        So does one whose end is not to be seen here.
+        """
         if task.look():
             self.record(task, "running")
+        if state == "finished" and not task.is_complete:
+            state = "killed"
+            place = self.folder.resolve() / "runs"
+            why = f"it has ended well, and its last checkpoint is not in {place}: share that between machines"
         if state == "killed":
             task.kills += 1
             longest = max(pause, LONGEST_PAUSE)

@@ -1,5 +1,6 @@
 """A run's process: begun or gone on with, watched, and ended together with the process that started it."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -43,10 +44,16 @@ class Job:
 
 
 def find_folder(place: Path, name: str) -> Path | None:
-    """The folder of the job `name`, the newest if there are several; None where it has not begun."""
+    """The folder of the job `name`, the newest if there are several; None where it has not begun.
+
+    Raises OSError where the folders cannot be listed: the job may have one, and would begin anew.
+    """
     pattern = re.compile(re.escape(name) + r"__(\d+)(?:-(\d+))?")  # the time, and a number if it was taken
     folders: dict[tuple[int, int], Path] = {}
-    for path in place.glob("runs/[!.]*"):
+    paths: list[Path] = []
+    with contextlib.suppress(FileNotFoundError):  # nothing has begun
+        paths = list((place / "runs").iterdir())
+    for path in paths:
         match = pattern.fullmatch(path.name)
         if match is not None:
             began, number = match.groups(default="0")

@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from support.acceleration import upload
 from support.environments import FRAME_SIZE, FRAME_SKIP, LearnerView
-from support.machine import replacing, way_out
+from support.machine import flush_to_disk, replacing, way_out
 from support.usage import UsageError
 
 Stop = Callable[[], bool]
@@ -131,6 +131,7 @@ def save_agent(path: Path, q_network: nn.Module, args: dict[str, Any], step: int
     try:
         with replacing(path) as partial:
             partial.write_bytes(saved.getbuffer())
+            flush_to_disk(partial)
     except OSError as error:
         fix = f"{way_out(error)}, and --resume {path.parent}"
         raise OSError(f"{path} cannot be written ({error}): {fix}") from error

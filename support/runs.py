@@ -365,7 +365,7 @@ class Run:
             return
         self.complete = True
         self.signals.stop = None  # it came too late
-        self.log.flush()
+        self.log.flush(to_disk=True)
         try:
             folder = self.folder
         except FolderGone as gone:

@@ -125,6 +125,26 @@ def test_a_killed_run_goes_on_after_a_growing_pause_until_its_retries_are_used_u
         assert task.after - clock[0] == longest, "no pause is longer than ten minutes, or the first one"
 
 
+def test_a_run_whose_end_is_not_to_be_seen_here_is_not_finished(book):
+    """As where a machine has another disk in the place of the sweep's folder, and all went well there."""
+    task = begin(book, TRUNK)
+    book.settle(task, "finished", "", 5, 10.0)
+    assert (task.state, task.kills) == ("killed", 1)
+    task = begin(book, TRUNK)
+    Path("runs", f"{TRUNK}__7", "checkpoint-9000").mkdir()
+    book.settle(task, "finished", "", 5, 10.0)
+    assert task.state == "finished"
+
+
+def test_an_attempt_looks_for_the_runs_folder_once_more(book):
+    task = begin(book, TRUNK)
+    assert task.run_folder == Path("runs", f"{TRUNK}__7")
+    Path("runs", f"{TRUNK}__8").mkdir()
+    assert task.run_folder == Path("runs", f"{TRUNK}__7")
+    task.begin()
+    assert task.run_folder == Path("runs", f"{TRUNK}__8")
+
+
 def test_a_run_that_keeps_a_gpu_and_computes_on_the_cpu_is_named(book, capsys):
     for device, cuda, gpus, warned in (
         ("cpu", True, 1, True),
@@ -156,6 +176,7 @@ def test_the_manifest_holds_steps_speed_and_hours_over_attempts_and_sweeps(book,
     found = attempt(book, 0, 3_600, 3_600, "killed")
     assert (found.step, found.steps_per_second, found.hours, found.host) == (3_600, 1.0, 1.0, "node3")
     book = make_book()
+    Path("runs", f"{TRUNK}__7", "checkpoint-9000").mkdir()
     found = attempt(book, 3_600, 9_000, 1_800, "finished")
     assert (found.step, found.steps_per_second, found.hours, found.attempt) == (9_000, 3.0, 1.5, 2)
     assert [task.run.name for task in make_book().open_tasks()] == [FORK]

@@ -402,6 +402,17 @@ def test_where_an_agent_cannot_be_written_the_one_before_stays_and_the_fix_is_sa
     assert Path("agent.pt").read_bytes() == before and not list(Path().glob(".*"))
 
 
+def test_an_agent_is_on_the_disk_itself_before_it_takes_the_place_of_another(monkeypatch, agent):
+    """Or a power cut would leave an empty file."""
+    written = []
+    monkeypatch.setattr(
+        evaluation, "flush_to_disk", lambda path: written.append((path.name, path.read_bytes()))
+    )
+    network, args, step = load_agent(agent, "cpu")
+    save_agent(agent, network, script.asdict(args), step)
+    assert written == [(".agent.pt.partial", agent.read_bytes())]
+
+
 def test_an_agent_that_was_saved_with_heads_that_it_never_used_plays(agent):
     saved = torch.load(agent, weights_only=True)
     roomy = QNetwork(8, max_injections=2, head_width=16)

@@ -1,5 +1,6 @@
 """Jobs: processes that begin or go on, and end with the one that started them."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -76,6 +77,19 @@ def test_a_folder_belongs_to_the_job_of_that_name_alone():
         *(Path("runs", name) for name in ("x__10-1", "x__1__99", "a.b__1")),
         None,
     ]
+    assert find_folder(Path("nowhere"), "x") is None
+
+
+def test_a_job_whose_folders_cannot_be_listed_does_not_begin_anew(monkeypatch):
+    """Its own may be among them, with days of work."""
+
+    def fail(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", fail)
+    with pytest.raises(PermissionError):
+        run(job("touch", "begun"))
+    assert not Path("begun").exists()
 
 
 @pytest.mark.parametrize(

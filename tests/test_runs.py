@@ -320,13 +320,14 @@ def test_the_newest_checkpoint_and_the_one_before_the_first_injection_are_kept(m
     }
 
 
-def test_curves_are_on_the_disk_itself_before_a_checkpoint_leaves_them_out(monkeypatch):
+def test_curves_are_on_the_disk_itself_before_a_checkpoint_leaves_them_out_and_when_a_run_ends(monkeypatch):
+    """The last evaluation comes after the last checkpoint."""
     order = []
     monkeypatch.setattr(run_log, "flush_to_disk", lambda path: order.append(path.name[:6]))
     original = runs.save_checkpoint
     monkeypatch.setattr(runs, "save_checkpoint", lambda *given: (order.append(given[1]), original(*given))[1])
     train(replace(PLAYING, total_timesteps=20, checkpoint_frequency=10))
-    assert order == ["events", 0, "events", 10, "events", 20]
+    assert order == ["events", 0, "events", 10, "events", 20, "events"]
 
 
 def test_the_recent_speed_leaves_out_what_a_checkpoint_takes(monkeypatch, tick):

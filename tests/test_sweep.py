@@ -669,6 +669,8 @@ def test_a_run_that_cannot_stop_with_a_checkpoint_has_failed_and_one_that_was_ki
     one_run, monkeypatch
 ):
     going, task, _ = one_run
+    task.attempt = 1
+    (FOLDER / "runs" / f"{task.run.name}__7" / "checkpoint-600").mkdir(parents=True)
     for of_ray, state in (
         ("killed", "stopped"),
         ("stopped", "stopped"),
