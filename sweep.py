@@ -287,6 +287,10 @@ def carry_out(settings: Settings, asked: plan.Asked, runs: list[plan.PlannedRun]
         manifest.begin(folder, asdict(asked))
         processor = "GPU" if on_gpu else "CPU"
         say(f"runs compute on the {processor}, with --threads-per-run {threads}")
+        others = manifest.other_commits(manifest.read_manifest(folder), commit)
+        if others:
+            before = f"runs of this sweep were made at commit {', '.join(others)}, and it goes on at {commit}"
+            say(f"warning: {before}: where training has changed in between, arms differ by that, too")
         book = Book(folder, tasks)
         with Signals() as signals:
             Sweep(book, settings, threads).go(signals)

@@ -697,6 +697,23 @@ def test_a_dry_run_takes_the_speed_that_this_sweep_has_measured(command, no_ray,
     assert "at 6 steps per second" in command("--dry-run", "--arms", "none")[1].splitlines()[-1]
 
 
+def test_a_sweep_that_goes_on_with_other_code_says_so(command, no_ray, monkeypatch):
+    """A run of now and one of then may differ by more than their settings."""
+
+    def note(book, *_):
+        return SimpleNamespace(go=lambda _: book.record(book.open_tasks()[0], "queued"))
+
+    monkeypatch.setattr(sweep, "cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(sweep, "machines", lambda: [{"CPU": 2, "memory": 1e11}])
+    monkeypatch.setattr(sweep, "Sweep", note)
+    named = []
+    for commit in ("abc", "abc", "def", None):
+        monkeypatch.setattr(sweep.manifest, "commit", lambda commit=commit: commit)
+        _, printed, _ = command()
+        named += re.findall(r"were made at commit (.*), and it goes on at (\w+): where training", printed)
+    assert named == [("abc", "def"), ("abc, def", "None")]
+
+
 def test_of_two_sweeps_that_begin_at_once_the_later_one_is_refused(command, monkeypatch):
     @contextlib.contextmanager
     def meanwhile(_):
