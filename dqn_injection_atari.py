@@ -197,7 +197,7 @@ class Experiment:
     bf16: bool = False
     """act and learn in bfloat16; weights, outputs, TD targets, evaluation stay fp32"""
     tf32: bool = True
-    """multiply with 10-bit mantissas on a GPU, which is faster"""
+    """multiply fp32 with 10-bit mantissas on a GPU, which is faster; measures and evaluation, too"""
     overlap: bool = False
     """with ale: let games play on while the network learns; new transitions wait for the updates"""
     checkpoint_frequency: Period = 1_000_000

@@ -33,7 +33,8 @@ def near_isometry(matrices: torch.Tensor) -> torch.Tensor:
 def orthogonalise(convolution: nn.Conv2d) -> None:
     """Each position of the kernel by itself, as the matrix (out, in) that it is. The bias stays."""
     num_out, num_in, height, width = convolution.weight.shape
-    by_position = convolution.weight.permute(2, 3, 0, 1)  # (height, width, out, in)
+    # (height, width, out, in), in float64, since a GPU may multiply float32 with 10-bit mantissas
+    by_position = convolution.weight.permute(2, 3, 0, 1).double()
     scale = math.sqrt(num_out / num_in) / (height * width)
     convolution.weight.copy_(scale * near_isometry(by_position).permute(2, 3, 0, 1))
 

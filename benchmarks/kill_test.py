@@ -78,7 +78,7 @@ def flat(tree: Any, name: str = "") -> dict[str, Any]:
 def content(run_folder: Path, checkpoint: str) -> dict[str, Any]:
     """Everything that must be equal, by name: a checkpoint but for wall-clock times, and the run's curves."""
     folder = run_folder / checkpoint
-    state = torch.load(folder / "state.pt", weights_only=True)
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     log = state["log"]
     del log["seconds"], log["interval_seconds"]
     log["points"] = waiting(log["points"])
@@ -100,7 +100,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     def bits(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return value.dtype, value.shape, value.stride(), value.contiguous().numpy().tobytes()
+        return value.dtype, value.shape, value.stride(), value.cpu().contiguous().numpy().tobytes()
 
     missing = object()
     return [name for name in {**a, **b} if bits(a.get(name, missing)) != bits(b.get(name, missing))]

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import gc
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -34,9 +35,11 @@ def prepare_process() -> None:
 
 
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`array` on the device. Nothing waits for the copy: PyTorch keeps the pinned memory until it is done."""
+    """`array` on the device. Nothing waits for an upload: PyTorch keeps the pinned memory until its end."""
     tensor = torch.as_tensor(array)
-    if tensor.is_cuda or device.type == "cpu":
+    if device.type == "cpu":
+        return tensor.cpu()
+    if tensor.is_cuda:
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
@@ -174,6 +177,7 @@ class CUDAGraphs:
 
     def _capture(self, function: Callable, inputs: list[torch.Tensor], stream: torch.cuda.Stream) -> Callable:
         self._warm_up(function, inputs, stream)
+        gc.collect()  # a dead graph that went in the middle of a capture would end that
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             outputs = function(*inputs)

@@ -178,8 +178,10 @@ def code_version(script: Path, *folders: Path) -> str:
 
 def circumstances(device: torch.device, script: str) -> dict[str, str]:
     """What the bits of a run depend on besides its arguments; `script` is the version of its code."""
+    versions = {package: installed(package) for package in PACKAGES}
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
+        versions["cudnn"] = str(torch.backends.cudnn.version())
     else:
         model = platform.processor()
         with contextlib.suppress(OSError):
@@ -189,7 +191,6 @@ def circumstances(device: torch.device, script: str) -> dict[str, str]:
                 model = named[1]
         capability = torch.backends.cpu.get_cpu_capability()
         processor = f"{model}, {capability}, {torch.get_num_threads()} threads"
-    versions = {package: installed(package) for package in PACKAGES}
     return {"script": script, "python": platform.python_version(), **versions, "device": processor}
 
 

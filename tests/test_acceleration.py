@@ -237,6 +237,7 @@ def test_what_is_on_the_gpu_is_not_uploaded_again_and_what_is_not_is():
         here = torch.zeros(3)
         assert upload(there, torch.device("cuda")) is there
         assert upload(here, torch.device("cpu")) is here
+        assert upload(there, torch.device("cpu")).device.type == "cpu"
 
 
 @pytest.mark.gpu

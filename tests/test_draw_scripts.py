@@ -130,6 +130,17 @@ def test_a_runs_return_is_drawn(script, monkeypatch):
         assert f"<!-- {label} -->" in figure
 
 
+def test_a_mean_of_the_last_20_games_stands_at_the_last_of_them(script, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("analysis.canvas.save", lambda figure, path, **_: drawn.append(figure))
+    points = games(1, 0)
+    assert script("draw_return", write(make_run("a", {RETURN: points})), "x.svg")[0] == 0
+    (line,) = [line for line in drawn[0].axes[0].lines if line.get_label().startswith("mean of the last 20")]
+    steps, returns = np.array(points).T
+    assert np.array_equal(line.get_xdata(), steps[19:])
+    assert line.get_ydata()[[0, -1]] == pytest.approx([returns[:20].mean(), returns[-20:].mean()])
+
+
 @pytest.mark.parametrize(("offset", "evaluation", "highest"), [(-200.0, -150.0, 20.5), (0.0, 150.0, 150.0)])
 def test_a_score_below_0_is_drawn_and_more_is_above_less(script, monkeypatch, offset, evaluation, highest):
     drawn = []

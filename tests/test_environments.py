@@ -1,13 +1,17 @@
 """Both backends play the same games and show the learner the same things."""
 
+import inspect
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from ale_py import AtariEnv
 from conftest import SHORT_GAMES, variant
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.atari_wrappers import NoopResetEnv
 
+from support import environments
 from support.environments import LearnerView, atari_spec, make_atari_envs
 from support.usage import UsageError
 
@@ -277,6 +281,29 @@ def test_an_id_registered_with_nothing_but_a_game_plays(backend):
     envs = make_atari_envs("BarePhoenix-v5", backend, 1)
     envs.reset(seed=0)
     assert envs.step(np.array([0]))[0].shape == (1, 4, 84, 84)
+
+
+def test_what_an_id_leaves_open_is_with_ales_vectoriser_as_in_their_environment(monkeypatch):
+    if "BarePhoenix-v5" not in gym.registry:
+        gym.register("BarePhoenix-v5", "ale_py.env:AtariEnv", kwargs={"game": "phoenix"})
+    given = {}
+    original = environments.EagerAtariVectorEnv
+
+    def note(**settings):
+        given.update(settings)
+        return original(**settings)
+
+    monkeypatch.setattr(environments, "EagerAtariVectorEnv", note)
+    make_atari_envs("BarePhoenix-v5", "ale", 1)
+    defaults = inspect.signature(AtariEnv).parameters
+    for name in ("repeat_action_probability", "full_action_space"):
+        assert given[name] == defaults[name].default
+
+
+@both_backends
+def test_an_id_with_all_actions_has_all_of_them(backend):
+    every = variant("FullPhoenix-v5", "ALE/Phoenix-v5", full_action_space=True)
+    assert make_atari_envs(every, backend, 1).single_action_space.n == 18
 
 
 @sb3_in_full_runs

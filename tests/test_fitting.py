@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import TINY_GAMES
 from saved_agents import CPU, SMALL, change
@@ -26,6 +27,9 @@ def test_the_relative_error_is_the_paired_t_interval_of_log_ratios():
     assert np.log(relative["interval"]) == pytest.approx(
         [np.log(6) / 3 - half, np.log(6) / 3 + half], rel=1e-4
     )
+    two = fitting.relative_error([0.2, 0.9], [0.1, 0.3])
+    low, high = scipy.stats.ttest_1samp(np.log([2, 3]), 0).confidence_interval()
+    assert two["interval"] == pytest.approx([np.exp(low), np.exp(high)])
     assert fitting.relative_error([0.5], [0.5]) == {"per_seed": [1.0], "ratio": 1.0, "interval": None}
     assert fitting.relative_error([0.2, float("nan")], [0.1, 0.1]) is None
 

@@ -366,9 +366,12 @@ def test_an_average_of_states_is_refused_unless_it_is_as_good_as_one_of_them():
     message = r"^this state has 0\.5 injections, an average of states: take _extra_state from one of them"
     with pytest.raises(ValueError, match=message):
         CopiedHead(normalised).load_state_dict(average)
-    barely = {name: value.float() * 1e-4 for name, value in state.items()}
-    with pytest.raises(ValueError, match=r"^this state has 0\.0001 injections, an average of states"):
-        CopiedHead(normalised).load_state_dict(barely)
+    for share in (1e-4, 0.7, 0.998):
+        part = {name: value.float() * share for name, value in state.items()}
+        with pytest.raises(
+            ValueError, match=rf"^this state has {share:.3g} injections, an average of states"
+        ):
+            CopiedHead(normalised).load_state_dict(part)
     nearly = {name: value.float() * 0.99997 for name, value in state.items()}
     loaded = CopiedHead(normalised)
     loaded.load_state_dict(nearly)

@@ -248,6 +248,10 @@ def test_the_optimizer_is_the_one_that_was_asked_for_and_holds_all_heads(args, o
     (group,) = learner.optimizer.param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in learner.q_network.parameters()]
     assert (group["lr"], group["eps"]) == ((2.5e-4, 0.01 / 32**2) if args else (1e-4, 1.5e-4))
+    if optimizer is torch.optim.Adam:
+        assert group["betas"] == (0.9, 0.999)
+    else:
+        assert group["decay"] == 0.95
     assert len(learner.q_network.head.theta.output.bias) == (1 if args else ACTIONS)
 
 

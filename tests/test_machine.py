@@ -566,6 +566,8 @@ def test_circumstances_name_packages_processor_and_threads(monkeypatch):
         circumstances(CPU, "abc")["device"].endswith(", 99 threads")
         and circumstances(GPU, "abc")["device"] == "H100"
     )
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92100)
+    assert circumstances(GPU, "abc")["cudnn"] == "92100" and "cudnn" not in circumstances(CPU, "abc")
 
 
 # disk

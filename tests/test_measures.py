@@ -220,6 +220,26 @@ def test_measures_of_a_network_made_to_have_them(injections):
     assert measures["weight_norm/encoder"] == pytest.approx((24 + 64 + 32) ** 0.5)
 
 
+def test_logged_ranks_are_those_of_the_singular_values_of_features():
+    """Not of their squares, and at δ = 0.01, of networks that have learned a little."""
+    learner = make_learner(head_width=48)
+    for k in range(5):
+        learner.update(random_batch(k))
+    batch = random_batch(size=64)
+    measures = plasticity_measures(learner, batch)
+    network = learner.q_network
+    with torch.no_grad():
+        features = network.encoder(batch.observations.float() / 255)
+        hidden = network.head.theta.relu(network.head.theta.hidden(features))
+    for name, matrix in (("encoder", features), ("head", hidden)):
+        sigma = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+        shares = sigma / sigma.sum()
+        assert measures[f"srank/{name}"] == 1 + np.flatnonzero(np.cumsum(shares) >= 0.99)[0] > 2
+        present = shares[shares > 1e-12]
+        entropy = -(present * np.log(present)).sum()
+        assert measures[f"effective_rank/{name}"] == pytest.approx(np.exp(entropy), rel=1e-3)
+
+
 def test_the_heads_ranks_are_those_of_the_head_that_learns():
     learner = make_learner(head_width=512)
     learner.inject()

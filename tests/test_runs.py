@@ -168,14 +168,29 @@ def test_every_scalar_is_there_once_after_a_resume(uninterrupted):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("changes", [{}, {"bf16": True}])
-def test_resume_is_exact_on_a_gpu_with_graphs(uninterrupted, changes):
-    args = replace(SMALL, cuda_graphs=True, overlap=True, num_envs=7, **changes)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plasticity_frequency": 80},
+        {"bf16": True},
+        {"cuda_graphs": True, "overlap": True},
+        {"cuda_graphs": True, "overlap": True, "bf16": True},
+    ],
+)
+def test_resume_is_exact_on_a_gpu(uninterrupted, changes):
+    args = replace(SMALL, num_envs=7, **changes)
     folder = train_until(148, args)
     until_signal(168, replace(args, resume=str(folder)))
     train(Args(resume=str(folder)))
     assert_same_end(folder, uninterrupted(args))
     fork(folder / "checkpoint-147", args, cuda=False, cuda_graphs=False)
+
+
+@pytest.mark.gpu
+def test_a_run_goes_from_the_cpu_to_a_gpu_and_its_agent_plays_there(uninterrupted):
+    folder = uninterrupted(replace(SMALL, cuda=False))
+    forked = fork(folder / "checkpoint-142", SMALL, cuda=True, save_model=True)
+    assert len(script.evaluate_saved(Args(evaluate=str(forked), eval_episodes=2))) == 2
 
 
 @slow

@@ -233,6 +233,9 @@ def test_fresh_networks_go_through_tasks_on_frames_of_random_play(fits):
     networks, beside = (weights[0], weights[5]), (weights[1], weights[6])
     assert not torch.equal(*networks), "one for each seed"
     assert not torch.equal(*beside) and not torch.equal(networks[0], beside[0]), "and another beside it"
+    injected = [fits[k][0]["head.theta_prime_1.0.hidden.weight"] for k in (3, 8)]
+    reset = [fits[k][0]["head.theta.hidden.weight"] for k in (4, 9)]
+    assert not torch.equal(*injected) and not torch.equal(*reset), "each seed draws others"
     measured_on = [result[name] for name in ("checkpoint", "run_seed", "step", "learning_rate", "head_width")]
     assert measured_on == ["fresh", None, 0, 5e-4, 16]
 

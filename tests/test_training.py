@@ -353,6 +353,24 @@ def test_exploration_and_replay_draw_from_streams_of_the_seed():
             assert generator.bit_generator.state == expected.bit_generator.state
 
 
+def test_each_measure_of_plasticity_looks_at_transitions_of_its_own(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(script, "plasticity_measures", lambda _, batch: looked_at.append(batch) or {})
+    drawn = []
+    original = Training.replayed
+
+    def replayed(training, stream, key, count=None):
+        batch = original(training, stream, key, count)
+        drawn.append((stream, key, batch))
+        return batch
+
+    monkeypatch.setattr(Training, "replayed", replayed)
+    brief = replace(SMALL, injection_step=(), total_timesteps=60, checkpoint_frequency=0)
+    train(replace(brief, plasticity_frequency=20))
+    assert [(stream, key) for stream, key, _ in drawn] == [(Stream.PLASTICITY, step) for step in (20, 40, 60)]
+    assert [id(batch) for _, _, batch in drawn] == [id(batch) for batch in looked_at]
+
+
 def test_transitions_measured_are_drawn_by_seed_stream_and_key_and_training_does_not_notice(monkeypatch):
     monkeypatch.setattr(Training, "MEASURED", MEASURED)
     space = environments.make_atari_envs(TINY_GAMES, "ale", 1).single_observation_space
