@@ -94,7 +94,7 @@ class Settings:
     interval, which covers less with 3 to 5 seeds (Agarwal et al. 2021). The verdict is always on means"""
     export: str | None = None
     """folder in which to keep each arm's curves as a CSV file; this command takes those in place of runs.
-    What comparisons do not look at, as losses, is not in there"""
+    What comparisons do not look at, such as losses, is left out"""
     probe: tuple[str, ...] = ()
     """checkpoints, runs/FOLDER/checkpoint-STEP, or fresh: how well do they still fit random targets?
     (Lyle et al. 2023)"""

@@ -54,7 +54,7 @@ if __name__ == "__main__":
 
     exit_with_wrong_versions()
 
-from alternatives import ALTERNATIVES, AlternativeSettings
+from alternatives import ALTERNATIVES, SETTINGS, AlternativeSettings
 from alternatives.alternative import AgentParts, Alternative, Words, refuse_shared_fields
 from support import environments, measures, usage
 from support.acceleration import (
@@ -116,7 +116,7 @@ else:
 
 # flags of an injection; its baseline may have them, too, so that two commands differ in one flag alone
 WITH_INJECTION = OnlyWith("intervention", ("injection", "none"))
-WITH_NEW_HEAD = OnlyWith(
+WITH_NEW_LAYERS = OnlyWith(
     "intervention",
     ("injection", *(name for name, other in ALTERNATIVES.items() if other.draws_layers), "none"),
 )
@@ -146,9 +146,9 @@ class Experiment:
     """what is done then; none leaves it out and nothing else: the baseline (paper)"""
     freeze_heads: Annotated[bool, WITH_INJECTION] = True
     """freeze θ and θ′₂ at injection, or train all three heads (paper, appendix)"""
-    moments: Annotated[Literal["fresh", "keep"], WITH_NEW_HEAD] = "fresh"
-    """the optimizer's state of a head drawn anew: none, or that of the head before (paper, Fig. 9); without
-    any, rmsprop begins with steps that are several times too large"""
+    moments: Annotated[Literal["fresh", "keep"], WITH_NEW_LAYERS] = "fresh"
+    """the optimizer's state of layers drawn anew: none, or that of those before (paper, Fig. 9); without any,
+    rmsprop begins with steps that are several times too large"""
     injection_trigger: Literal["step", "norm"] = "step"
     """inject at --injection-step, or when the weights have grown (paper, appendix)"""
     injection_norm_ratio: Annotated[Positive, WITH_NORM] = 3.0
@@ -204,7 +204,7 @@ class Experiment:
     """steps between checkpoints; new games begin there; 0 = only on a signal"""
 
 
-refuse_shared_fields(Experiment, AlternativeSettings, RunFlags)
+refuse_shared_fields(Experiment, RunFlags, *SETTINGS)
 
 
 # of a dataclass's bases the last one's fields come first
@@ -488,14 +488,15 @@ class InjectableHead(torch.nn.Module):
     def whole_number(state: torch.Tensor) -> int:
         """A state's number of injections; ValueError where it is not whole, as in an average of states.
 
-        A moving average comes to it from below, and counts as one where it is all but there. What is above a
-        whole number has just begun to: it has next to nothing of the new pair.
+        A moving average rises to a new number from below. Just below a whole number it has all but arrived,
+        and that number counts. Just above one it has only begun to rise to the next, and holds next to
+        nothing of the new pair: it is refused.
         """
         number = float(state)
         above = number - round(number)
         if above > 1e-6 or above < -1e-3:
             raise ValueError(
-                f"this state has {number:.3g} injections, an average of states: "
+                f"this state has {number:.7g} injections, an average of states: "
                 "take _extra_state from one of them, which has a whole number"
             )
         return round(number)

@@ -289,8 +289,10 @@ def carry_out(settings: Settings, asked: plan.Asked, runs: list[plan.PlannedRun]
         say(f"runs compute on the {processor}, with --threads-per-run {threads}")
         others = manifest.other_commits(manifest.read_manifest(folder), commit)
         if others:
-            before = f"runs of this sweep were made at commit {', '.join(others)}, and it goes on at {commit}"
-            say(f"warning: {before}: where training has changed in between, arms differ by that, too")
+            now = commit or "none, as this folder is no repository"
+            before = f"runs of this sweep began at commit {', '.join(others)}, and it goes on at {now}"
+            effect = "where training has changed in between, arms may differ by that, too"
+            say(f"warning: {before}; {effect}: go back to that commit, or give another --name")
         book = Book(folder, tasks)
         with Signals() as signals:
             Sweep(book, settings, threads).go(signals)

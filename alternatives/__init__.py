@@ -17,6 +17,9 @@ FILES = (
 
 ALTERNATIVES = by_name(importlib.import_module(f"alternatives.{file}").ALTERNATIVE for file in FILES)
 
+# each class once: alternatives without settings share NoSettings
+SETTINGS = tuple(dict.fromkeys(alternative.settings for alternative in ALTERNATIVES.values()))
+
 if TYPE_CHECKING:
 
     @dataclass(frozen=True)
@@ -24,8 +27,6 @@ if TYPE_CHECKING:
         """The settings of all alternatives together, which become flags of the training script."""
 
 else:
-    # each once: several have none of their own, NoSettings
-    kinds = dict.fromkeys(described.settings for described in ALTERNATIVES.values())
     # the last base's fields come first
-    bases = tuple(reversed(kinds))
+    bases = tuple(reversed(SETTINGS))
     AlternativeSettings = make_dataclass("AlternativeSettings", (), bases=bases, frozen=True)

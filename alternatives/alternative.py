@@ -104,7 +104,7 @@ class Alternative:
 
 
 def refuse_shared_fields(*kinds: type) -> None:
-    """Raises UsageError where two dataclasses have a field of one name: one would take the other's place."""
+    """Raises UsageError where two dataclasses have a field of one name: only one would become a flag."""
     owners: dict[str, str] = {}
     for kind in kinds:
         for setting in fields(kind):
@@ -118,13 +118,11 @@ def by_name(alternatives: Iterable[Alternative]) -> dict[str, Alternative]:
     """Alternatives by the name that --intervention takes.
 
     Raises:
-        UsageError: two have one name, or settings of one name.
+        UsageError: a name is taken, by another one, by the injection or by none.
     """
     named: dict[str, Alternative] = {}
     for alternative in alternatives:
         if alternative.name in ("injection", "none", *named):
             raise UsageError(f"the name {alternative.name} is taken: give the alternative another")
         named[alternative.name] = alternative
-    # several have no settings, which are one class
-    refuse_shared_fields(*dict.fromkeys(alternative.settings for alternative in named.values()))
     return named

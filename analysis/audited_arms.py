@@ -152,7 +152,7 @@ def encode(encoder: nn.Sequential, obs: torch.Tensor) -> torch.Tensor:
     """
     x = obs.float() / 255
     for layer in encoder:
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and layer.padding_mode == "zeros":
             x = F.conv2d(
                 x,
                 layer.weight,
@@ -163,11 +163,11 @@ def encode(encoder: nn.Sequential, obs: torch.Tensor) -> torch.Tensor:
                 groups=layer.groups,
             )
         elif isinstance(layer, nn.GroupNorm):
-            x = F.group_norm(x, layer.num_groups, layer.weight, layer.bias)
+            x = F.group_norm(x, layer.num_groups, layer.weight, layer.bias, layer.eps)
         elif isinstance(layer, nn.ReLU):
             x = F.relu(x)
         elif not isinstance(layer, nn.Flatten):
-            unknown = f"the audit does not know the encoder's {type(layer).__name__}"
+            unknown = f"the audit does not know the encoder's {layer}"
             raise UsageError(f"{unknown}: write it out in encode, analysis/audited_arms.py")
     return x.flatten(start_dim=1)
 

@@ -30,9 +30,9 @@ class InjectablePolicy(DQNPolicy):
         network = super().make_q_net()
         width, *head_widths = network.net_arch
         num_actions = int(network.action_space.n)
-        relu = network.activation_fn  # or what the policy was given instead
-        encoder = torch.nn.Sequential(*create_mlp(network.features_dim, -1, [width], relu))  # -1: no output
-        head = InjectableHead(lambda: torch.nn.Sequential(*create_mlp(width, num_actions, head_widths, relu)))
+        act = network.activation_fn  # ReLU, or what the policy was given
+        encoder = torch.nn.Sequential(torch.nn.Linear(network.features_dim, width), act())
+        head = InjectableHead(lambda: torch.nn.Sequential(*create_mlp(width, num_actions, head_widths, act)))
         network.q_net = torch.nn.Sequential(encoder, head).to(self.device)
         return network  # the policy makes its optimizer next, over all heads
 

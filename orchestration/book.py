@@ -66,7 +66,7 @@ class Task:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has left the checkpoint of its end, which every run of a sweep does."""
+        """Whether the checkpoint of its last step is there, which every run of a sweep leaves."""
         end = f"checkpoint-{self.run.args.total_timesteps}"
         return self.run_folder is not None and (self.run_folder / end).exists()
 
@@ -217,14 +217,15 @@ class Book:
     def settle(self, task: Task, state: str, why: str, retries: int, pause: float) -> None:
         """Takes note of how a process has ended. A killed run goes on after a pause, each a longer one.
 
-        So does one whose end is not to be seen here.
+        One that ended well and whose last checkpoint is not here has failed: a retry could train it anew.
         """
         if task.look():
             self.record(task, "running")
         if state == "finished" and not task.is_complete:
-            state = "killed"
+            state = "failed"
             place = self.folder.resolve() / "runs"
-            why = f"it has ended well, and its last checkpoint is not in {place}: share that between machines"
+            missing = f"it has ended well, but its last checkpoint is not in {place}"
+            why = f"{missing}: move its folder back, or share that place between machines"
         if state == "killed":
             task.kills += 1
             longest = max(pause, LONGEST_PAUSE)

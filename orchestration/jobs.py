@@ -1,6 +1,5 @@
 """A run's process: begun or gone on with, watched, and ended together with the process that started it."""
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -46,13 +45,15 @@ class Job:
 def find_folder(place: Path, name: str) -> Path | None:
     """The folder of the job `name`, the newest if there are several; None where it has not begun.
 
-    Raises OSError where the folders cannot be listed: the job may have one, and would begin anew.
+    Raises OSError where the folders cannot be listed: were that taken for None, a job that has one would
+    begin anew.
     """
+    try:
+        paths = list((place / "runs").iterdir())
+    except FileNotFoundError:
+        return None  # nothing has begun
     pattern = re.compile(re.escape(name) + r"__(\d+)(?:-(\d+))?")  # the time, and a number if it was taken
     folders: dict[tuple[int, int], Path] = {}
-    paths: list[Path] = []
-    with contextlib.suppress(FileNotFoundError):  # nothing has begun
-        paths = list((place / "runs").iterdir())
     for path in paths:
         match = pattern.fullmatch(path.name)
         if match is not None:
@@ -69,8 +70,10 @@ def failed(status: int) -> bool:
 def run(job: Job) -> int:
     """Does a job, and waits for its end. Returns its exit status, or −n where signal n has killed it.
 
-    Whatever ends the wait, as SIGINT, also ends the process by SIGTERM, and waits for that. Raises OSError
-    where the log cannot be written, the process cannot be started, or it fails as the wait is ended.
+    Whatever ends the wait, as SIGINT, also ends the process by SIGTERM, and waits for that.
+
+    Raises OSError where the log cannot be written, the runs' folders cannot be listed, the process cannot be
+    started, or it fails as the wait is ended.
     """
     # SIGINT is ignored where a script's shell has begun it all with &
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -35,7 +35,10 @@ def prepare_process() -> None:
 
 
 def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`array` on the device. Nothing waits for an upload: PyTorch keeps the pinned memory until its end."""
+    """`array` on the device.
+
+    Nothing waits for a copy to a GPU: PyTorch keeps the pinned memory until it is done.
+    """
     tensor = torch.as_tensor(array)
     if device.type == "cpu":
         return tensor.cpu()
@@ -119,7 +122,8 @@ class CUDAGraphs:
     Libraries keep a workspace for each stream, in the memory of the first graph that was captured there. It
     goes with that graph (pytorch/pytorch#193402). Autograd goes back to the stream where it met a parameter.
 
-    Graphs must not belong to a reference cycle: if the garbage collector ends one in a capture, that fails.
+    Graphs must not belong to a reference cycle: one that the garbage collector frees during a capture makes
+    that fail. So dead ones are collected before.
 
     Args:
         state: gives every tensor that the functions change. Before a capture they have to run a few times,
@@ -177,7 +181,7 @@ class CUDAGraphs:
 
     def _capture(self, function: Callable, inputs: list[torch.Tensor], stream: torch.cuda.Stream) -> Callable:
         self._warm_up(function, inputs, stream)
-        gc.collect()  # a dead graph that went in the middle of a capture would end that
+        gc.collect()  # were a dead graph collected during the capture, that would fail
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             outputs = function(*inputs)

@@ -339,8 +339,8 @@ class Run:
             before = origin.checkpoint.meta["circumstances"]
             changed = []
             for name, value in self.circumstances.items():
-                if value != before.get(name):
-                    changed.append(f"{name} was {before.get(name)} and is {value}")
+                if name in before and value != before[name]:
+                    changed.append(f"{name} was {before[name]} and is {value}")
             if changed:
                 reasons = ", ".join(changed)
                 self.log.say(f"warning: bits may differ from an uninterrupted run, because {reasons}")

@@ -188,13 +188,13 @@ def copy_of(folder, name):
     return Path(shutil.copytree(folder, f"runs/{name}"))
 
 
-def created(checkpoint):
+def interventions_before(checkpoint):
     """Steps of the interventions before a checkpoint."""
     return load_checkpoint(checkpoint).state["learner"]["interventions"]
 
 
 def main(monkeypatch, *flags):
-    """The script's exit status in these flags, or its error."""
+    """The script's exit status with these flags, or its error."""
     monkeypatch.setattr(sys, "argv", ["", *flags])
     try:
         script.main()

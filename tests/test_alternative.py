@@ -11,7 +11,7 @@ import torch
 from conftest import make_learner, random_batch, status_of
 
 import dqn_injection_atari as script
-from alternatives import ALTERNATIVES
+from alternatives import ALTERNATIVES, SETTINGS
 from alternatives.alternative import (
     AgentParts,
     Alternative,
@@ -45,8 +45,7 @@ def test_the_list_gives_the_choices_of_the_flag_to_its_help_and_its_refusal(monk
         Args(intervention="nothing", injection_step=(5,))
 
 
-def test_no_name_and_no_word_is_used_twice():
-    assert len(set(CHOICES)) == len(CHOICES)
+def test_no_word_is_used_twice():
     for word in ("log", "noun", "plural", "deed"):
         assert len({getattr(words, word) for words in INTERVENTIONS.values()}) == len(INTERVENTIONS), word
 
@@ -75,10 +74,9 @@ class AnotherRate:
 
 def test_a_setting_whose_name_is_taken_is_refused():
     """Or the one would get the other's default, in all runs, without a word."""
-    another = replace(ALTERNATIVES["reset-head"], name="mine", settings=AnotherFactor)
     both = "ShrinkPerturbSettings and AnotherFactor have a setting shrink_factor each: rename one"
     with pytest.raises(UsageError, match=f"^{both}$"):
-        by_name([*LIST, another])
+        refuse_shared_fields(*SETTINGS, AnotherFactor)
     both = "Experiment and AnotherRate have a setting learning_rate each: rename one"
     with pytest.raises(UsageError, match=f"^{both}$"):
         refuse_shared_fields(script.Experiment, AnotherRate)

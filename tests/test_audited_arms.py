@@ -1,6 +1,7 @@
 """Every arm, done to one Atari agent: what the table says of each, and which agents it takes."""
 
 import functools
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def rows(audits):
 def test_the_encoder_is_written_out_with_all_that_its_layers_have():
     encoder = torch.nn.Sequential(
         torch.nn.Conv2d(4, 8, 5, stride=3, padding=2, dilation=2, groups=2),
-        torch.nn.GroupNorm(4, 8),
+        torch.nn.GroupNorm(4, 8, eps=0.1),
         torch.nn.ReLU(),
         torch.nn.Flatten(),
     )
@@ -76,11 +77,11 @@ def test_the_encoder_is_written_out_with_all_that_its_layers_have():
 
 
 def test_a_layer_that_it_does_not_know_is_refused_by_name():
-    encoder = torch.nn.Sequential(torch.nn.MaxPool2d(2), torch.nn.Flatten())
-    with pytest.raises(
-        UsageError, match=r"^the audit does not know the encoder's MaxPool2d: write it out in "
-    ):
-        audited_arms.encode(encoder, random_batch(0).observations)
+    for layer in (torch.nn.MaxPool2d(2), torch.nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular")):
+        encoder = torch.nn.Sequential(layer, torch.nn.Flatten())
+        refusal = f"^the audit does not know the encoder's {re.escape(str(layer))}: write it out in encode"
+        with pytest.raises(UsageError, match=refusal):
+            audited_arms.encode(encoder, random_batch(0).observations)
 
 
 # what each arm does

@@ -125,11 +125,13 @@ def test_a_killed_run_goes_on_after_a_growing_pause_until_its_retries_are_used_u
         assert task.after - clock[0] == longest, "no pause is longer than ten minutes, or the first one"
 
 
-def test_a_run_whose_end_is_not_to_be_seen_here_is_not_finished(book):
+def test_a_run_whose_end_is_not_to_be_seen_here_is_not_finished_nor_trained_anew(book, capsys):
     """As where a machine has another disk in the place of the sweep's folder, and all went well there."""
     task = begin(book, TRUNK)
     book.settle(task, "finished", "", 5, 10.0)
-    assert (task.state, task.kills) == ("killed", 1)
+    assert (task.state, task.kills) == ("failed", 0)
+    missing = f"its last checkpoint is not in {Path('runs').resolve()}: move its folder back, or share"
+    assert missing in capsys.readouterr().out
     task = begin(book, TRUNK)
     Path("runs", f"{TRUNK}__7", "checkpoint-9000").mkdir()
     book.settle(task, "finished", "", 5, 10.0)

@@ -1,4 +1,4 @@
-"""Runs with damaged files, and folders that are renamed, moved or deleted while a run uses them."""
+"""Runs with damaged files, processes that are killed, and folders that are renamed, moved or deleted."""
 
 import contextlib
 import json

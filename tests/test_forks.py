@@ -25,9 +25,9 @@ from interruptions import (
     Killed,
     all_files,
     assert_same_end,
-    created,
     flags_of,
     fork,
+    interventions_before,
     kill,
     killed_in,
     main,
@@ -82,7 +82,7 @@ def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_
     same = replace(BASELINE, **ARMS[arm])
     assert_same_end(folder, uninterrupted(same))
     once = same.intervention not in ("none", "redo")
-    assert created(folder / END) == (list(same.injection_step) if once else [])
+    assert interventions_before(folder / END) == (list(same.injection_step) if once else [])
 
 
 REDO = replace(SMALL, **RECYCLING)
@@ -205,7 +205,7 @@ def test_a_fork_in_the_middle_of_overlap_equals_the_run_that_had_the_injection_f
 @slow
 def test_a_checkpoint_where_the_norm_decided_leads_to_its_baseline_and_back(uninterrupted):
     baseline = replace(NORM, intervention="none")
-    checkpoint = uninterrupted(NORM) / f"checkpoint-{created(uninterrupted(NORM) / END)[0]}"
+    checkpoint = uninterrupted(NORM) / f"checkpoint-{interventions_before(uninterrupted(NORM) / END)[0]}"
     assert_same_end(fork(checkpoint, NORM, intervention="none"), uninterrupted(baseline))
     assert_same_end(fork(checkpoint, NORM), uninterrupted(NORM))
 
@@ -543,7 +543,7 @@ def test_the_norm_decides_also_in_a_network_without_room_for_heads(uninterrupted
     train(Args(resume=str(resumed)))
     assert_same_end(resumed, folder)
     if intervention == "reset-head":
-        first = created(folder / END)[0]
+        first = interventions_before(folder / END)[0]
         assert_same_end(fork(folder / f"checkpoint-{first}", NORM), uninterrupted(NORM))
 
 
@@ -627,7 +627,7 @@ def test_continuations_of_one_agent_differ_and_each_is_exact_however_it_is_inter
     origin = uninterrupted(BASELINE) / "checkpoint-142"
     arm = replace(SMALL, seed=2)
     second, third = fork(origin, arm), fork(origin, arm, seed=3)
-    assert created(second / END) == [142]
+    assert interventions_before(second / END) == [142]
     curves = scalars(second)["losses/td_loss"], scalars(third)["losses/td_loss"]
     assert [point for point in curves[0] if point[0] <= 120] == [
         point for point in curves[1] if point[0] <= 120
@@ -730,7 +730,7 @@ def test_on_the_command_line_a_fork_takes_over_what_is_not_given_and_its_agent_p
     assert main(monkeypatch, "--fork", checkpoint, *flags) == 0
     forked = new_folder({folder})
     assert Args(**load_checkpoint(forked / END).meta["args"]) == replace(args, fork=checkpoint, **changes)
-    assert created(forked / END) == [142, 190]
+    assert interventions_before(forked / END) == [142, 190]
     capsys.readouterr()
     assert main(monkeypatch, "--evaluate", str(forked), "--eval-episodes", "2") == 0
     assert "scores of 2 games" in capsys.readouterr().out

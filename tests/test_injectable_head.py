@@ -369,7 +369,7 @@ def test_an_average_of_states_is_refused_unless_it_is_as_good_as_one_of_them():
     for share in (1e-4, 0.7, 0.998):
         part = {name: value.float() * share for name, value in state.items()}
         with pytest.raises(
-            ValueError, match=rf"^this state has {share:.3g} injections, an average of states"
+            ValueError, match=rf"^this state has {share:.7g} injections, an average of states"
         ):
             CopiedHead(normalised).load_state_dict(part)
     nearly = {name: value.float() * 0.99997 for name, value in state.items()}

@@ -22,8 +22,8 @@ from interruptions import (
     assert_same_end,
     at_step,
     copy_of,
-    created,
     fork,
+    interventions_before,
     kill,
     main,
     names,
@@ -105,20 +105,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, case):
 )
 def test_a_vector_step_is_one_whole_to_a_checkpoint(uninterrupted, args):
     """Step 142 lies within one: the injection and its checkpoint come at that one's end."""
-    step, num_envs = 144, args.num_envs
+    step = 144
+    later = step + 3 * args.num_envs
     folder = train_until(step + 1, args)
-    assert names(folder)[-1] == f"checkpoint-{step}" and created(folder / f"checkpoint-{step}") == []
-    until_signal(step + 3 * num_envs, replace(args, resume=str(folder)))
-    assert names(folder)[-1] == f"checkpoint-{step + 3 * num_envs}" and created(
-        folder / f"checkpoint-{step + 3 * num_envs}"
-    ) == [step]
+    assert names(folder)[-1] == f"checkpoint-{step}"
+    assert interventions_before(folder / f"checkpoint-{step}") == []
+    until_signal(later, replace(args, resume=str(folder)))
+    assert names(folder)[-1] == f"checkpoint-{later}"
+    assert interventions_before(folder / f"checkpoint-{later}") == [step]
     train(Args(resume=str(folder)))
     assert_same_end(folder, uninterrupted(args), f"checkpoint-{args.total_timesteps}")
 
 
 @slow
 def test_resume_is_exact_where_the_norm_decides(uninterrupted):
-    first, second = created(uninterrupted(NORM) / END)
+    first, second = interventions_before(uninterrupted(NORM) / END)
     folder = until_signal(first, NORM)  # at its very step, and a little later
     until_signal(first + 3, replace(NORM, resume=str(folder)))
     train_until(second + 1, replace(NORM, resume=str(folder)))
@@ -283,6 +284,20 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_place(uninterru
     assert scalars(folder)["charts/epsilon"] == scalars(uninterrupted(SMALL))["charts/epsilon"]
 
 
+def test_a_flag_at_its_default_value_is_a_flag_like_others_to_resume(monkeypatch):
+    """Against a run that differs from the defaults in nothing else."""
+    monkeypatch.setattr(script, "make_parts", lambda *_: pytest.fail("work was begun"))
+    create_run_folder(Path("runs/other"), {"run": "abc", "args": asdict(Args(seed=5))})
+    message = main(monkeypatch, "--resume", "runs/other", "--seed", "1")
+    assert message == "error: --resume goes on as the run was, seed cannot change: leave out, or use --fork"
+
+
+def test_a_run_of_another_version_is_refused_in_one_line(monkeypatch):
+    create_run_folder(Path("runs/older"), {"run": "abc", "args": asdict(SMALL) | {"compile": False}})
+    message = main(monkeypatch, "--resume", "runs/older")
+    assert message.startswith("error: runs/older") and "compile" in message and "\n" not in message
+
+
 # what is due, and what is kept
 
 
@@ -365,9 +380,9 @@ def test_checkpoint_frequency_is_a_choice(frequency, expected):
 @slow
 def test_of_interventions_that_the_norm_triggers_the_first_keeps_its_checkpoint(uninterrupted):
     folder = uninterrupted(NORM)
-    first, _ = created(folder / END)
+    first, _ = interventions_before(folder / END)
     assert names(folder) == [f"checkpoint-{first}", END]
-    assert created(folder / f"checkpoint-{first}") == []
+    assert interventions_before(folder / f"checkpoint-{first}") == []
 
 
 @slow
@@ -408,20 +423,6 @@ def test_games_cut_at_a_boundary_bootstrap_and_are_no_returns(monkeypatch):
     )
     assert not batch.observations[cut + 1, :3].any(), "the next game begins on an empty stack"
     assert len(log.returns) == 1, "of the game that ended at step 30"
-
-
-def test_a_flag_at_its_default_value_is_a_flag_like_others_to_resume(monkeypatch):
-    """Against a run that differs from the defaults in nothing else."""
-    monkeypatch.setattr(script, "make_parts", lambda *_: pytest.fail("work was begun"))
-    create_run_folder(Path("runs/other"), {"run": "abc", "args": asdict(Args(seed=5))})
-    message = main(monkeypatch, "--resume", "runs/other", "--seed", "1")
-    assert message == "error: --resume goes on as the run was, seed cannot change: leave out, or use --fork"
-
-
-def test_a_run_of_another_version_is_refused_in_one_line(monkeypatch):
-    create_run_folder(Path("runs/older"), {"run": "abc", "args": asdict(SMALL) | {"compile": False}})
-    message = main(monkeypatch, "--resume", "runs/older")
-    assert message.startswith("error: runs/older") and "compile" in message and "\n" not in message
 
 
 # what a run needs of the machine, and of Weights & Biases

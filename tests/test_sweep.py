@@ -710,8 +710,8 @@ def test_a_sweep_that_goes_on_with_other_code_says_so(command, no_ray, monkeypat
     for commit in ("abc", "abc", "def", None):
         monkeypatch.setattr(sweep.manifest, "commit", lambda commit=commit: commit)
         _, printed, _ = command()
-        named += re.findall(r"were made at commit (.*), and it goes on at (\w+): where training", printed)
-    assert named == [("abc", "def"), ("abc, def", "None")]
+        named += re.findall(r"began at commit (.*), and it goes on at (\w+)[,;]", printed)
+    assert named == [("abc", "def"), ("abc, def", "none")]
 
 
 def test_of_two_sweeps_that_begin_at_once_the_later_one_is_refused(command, monkeypatch):
