@@ -230,20 +230,28 @@ def counting(pair: Comparison, without: Arm, window: Window) -> tuple[Candidates
     return candidates, one_agent
 
 
+def most_seeds(effects: Effects) -> int:
+    return max(len(of_seeds) for of_seeds in effects.values.values())
+
+
+def if_fewer(values: dict[int, float], seeds: int) -> str:
+    """How many seeds these are of, if not of so many."""
+    if len(values) == seeds:
+        return ""
+    noun = "seed" if len(values) == 1 else "seeds"
+    return f" ({len(values)} {noun})"
+
+
 def cell(values: dict[int, float], seeds: int) -> str:
     """Mean and interval, and how many seeds they are of, if not all."""
     if not values:
         return "–"
-    text = show(*interval(np.array([*values.values()])))
-    if len(values) < seeds:
-        noun = "seed" if len(values) == 1 else "seeds"
-        text += f" ({len(values)} {noun})"
-    return text
+    return show(*interval(np.array([*values.values()]))) + if_fewer(values, seeds)
 
 
 def effects_table(effects: Effects) -> str:
     """In Markdown: a row for each arm, a column for each quantity."""
-    seeds = max(len(of_seeds) for of_seeds in effects.values.values())
+    seeds = most_seeds(effects)
     rows = [[effects.without, *(cell(of_seeds, seeds) for of_seeds in effects.values.values())]]
     for arm, changed in effects.changes.items():
         rows.append([f"{arm}: change", *(cell(of_seeds, seeds) for of_seeds in changed.values())])
@@ -269,7 +277,7 @@ def draw(target: str, title: str, effects: Effects) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.set_title(quantity, fontsize=9, loc="left")
         mean = np.mean([*values.values()])
-        ax.set_xlabel(f"change; without: {show(float(mean))}")
+        ax.set_xlabel(f"change; without: {show(float(mean))}{if_fewer(values, most_seeds(effects))}")
     names = [textwrap.fill(name, LETTERS) for name in effects.changes]
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()

@@ -277,6 +277,15 @@ def test_an_arm_without_any_value_has_a_dash(command, drawn):
     assert len(zero) == 1
 
 
+def test_the_figure_says_of_how_many_seeds_a_panel_is_where_some_have_no_value(command, drawn):
+    write_both()
+    write_scores({f"{name}-{seed}": 10.0 * seed for name in ("none", "injection") for seed in (1, 3)})
+    assert command("x.png", "500", *files())[0] == 0
+    labels = [ax.get_xlabel() for ax in drawn["x.png"].axes]
+    assert labels[-1] == "change; without: 20.0 (2 seeds)"
+    assert not any("seeds" in label for label in labels[:-1])
+
+
 def test_every_arm_has_a_row_in_the_figure(command, drawn):
     write_both()
     write("head", arm("head", "reset-head", -GAIN))
