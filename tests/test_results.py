@@ -12,6 +12,7 @@ from analysis.arms import read_arms
 from analysis.intervals import interval, t_interval
 from analysis.task_sequence import has_lost, sequence_table
 from analysis.verdict import comparisons, show
+from img import draw_effects
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/results.md")
@@ -65,11 +66,17 @@ def assert_whole(pair, seeds):
             ["lowered", "lowered"],
             DOCUMENTS,
         ),
-        (("one_agent/*",), [101, 102, 103], ["no evidence"], DOCUMENTS),
+        (("one_agent/*",), [101, 102, 103], ["no evidence"], ("docs/results.md",)),
         (
             ("fresh_head/*.csv",),
             [7, 8, 9, 10, 11],
             ["raised", "raised", "no evidence", "no evidence"],
+            ("docs/results.md",),
+        ),
+        (
+            ("what_helps/*.csv",),
+            [7, 8, 9, 10, 11],
+            ["lowered", "lowered", "lowered", "lowered", "raised"],
             ("docs/results.md",),
         ),
     ],
@@ -182,10 +189,65 @@ def test_documents_print_what_the_filmed_agent_had_while_it_learned():
     assert f"{means}, from {len(injected)} and {len(without)} games" in text
 
 
-def test_documents_say_what_the_agents_had_just_before_the_injection():
-    arms, _ = read_arms([str(ROOT / "results/fresh_head/PhoenixNoFrameskip-v4_no-intervention.csv")], RETURN)
+@pytest.mark.parametrize("folder", ["fresh_head", "what_helps"])
+def test_documents_say_what_the_agents_had_just_before_the_injection(folder):
+    arms, _ = read_arms([str(ROOT / f"results/{folder}/PhoenixNoFrameskip-v4_no-intervention.csv")], RETURN)
     before = np.mean([run.between(RETURN, 140_000, 160_000)[1].mean() for run in arms[0].runs])
     assert f"scored {before:.0f} points" in text_of("docs/results.md")
+
+
+def what_helps():
+    """What img/draw_effects.py reads and finds, by the command in the documents."""
+    files = sorted(str(path) for path in (ROOT / "results" / "what_helps").glob("*.csv"))
+    arms, scores = draw_effects.read_files([*files, str(ROOT / "results" / "what_helps_games.csv")])
+    return arms, draw_effects.find_effects(arms, scores, 20_000)
+
+
+def test_documents_print_what_else_helps():
+    text = flowing("docs/results.md")
+    readme = text_of("README.md")
+    arms, effects = what_helps()
+    assert not effects.left_out
+    assert draw_effects.effects_table(effects) in text_of("docs/results.md")
+    pairs = {pair.arms[1].intervention: pair for pair in compared("what_helps/*.csv")}
+    redo = pairs["redo"]
+    judged = redo.judgement
+    lowered = f"**{-judged.difference:.0f} [{-judged.high:.0f}, {-judged.low:.0f}]** on average"
+    *others, last = in_words(redo)
+    assert f"{lowered} ({', '.join(others)} and {last}; p = {judged.p:.2g})" in text
+    assert f"each, by {printed(pairs['injection'])} on average" in text
+    for name in ("redo", "reset-all", "fire"):
+        assert printed(pairs[name]) in readme
+    assert f"p = {pairs['fire'].p_holm:.2g} each)" in text
+    assert len({f"{pair.p_holm:.2g}" for pair in pairs.values()}) == 1
+    (recycling,) = [arm for arm in arms if arm.intervention == "redo"]
+    counts = [run.between("injection/recycled/head", 160_000, 320_000)[1].mean() for run in recycling.runs]
+    assert f"recycled {min(counts):.0f} to {max(counts):.0f} of the head's 512 units" in text
+    (fewer,) = [
+        changed["dormant units of the head, end"]
+        for name, changed in effects.changes.items()
+        if name.startswith("ReDo")
+    ]
+    assert f"{-np.mean([*fewer.values()]):.3f} lower than without it" in text
+
+
+def test_documents_say_that_games_without_a_return_could_carry_what_redo_lowers():
+    (redo,) = [pair for pair in compared("what_helps/*.csv") if pair.arms[1].intervention == "redo"]
+    off = max(side.reach for side in redo.sides)
+    assert off > -redo.judgement.high
+    text = flowing("docs/results.md")
+    assert f"a mean may be off by {off:.0f}, and the interval begins at {-redo.judgement.high:.0f}" in text
+
+
+def test_four_of_the_agents_with_and_without_an_injection_are_those_of_the_part_before():
+    for name in ("no-intervention", "injection-at-160k"):
+        found = []
+        for folder in ("fresh_head", "what_helps"):
+            arms, _ = read_arms([str(ROOT / f"results/{folder}/PhoenixNoFrameskip-v4_{name}.csv")], RETURN)
+            found.append({run.args.seed: run.scalars[RETURN] for run in arms[0].runs})
+        before, again = found
+        equal = [seed for seed in before if np.array_equal(before[seed], again[seed])]
+        assert sorted(equal) == [8, 9, 10, 11]
 
 
 def test_documents_print_what_stays_after_correction_for_all_five_verdicts():
