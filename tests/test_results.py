@@ -218,17 +218,55 @@ def test_documents_print_what_else_helps():
     assert f"each, by {printed(pairs['injection'])} on average" in text
     for name in ("redo", "reset-all", "fire"):
         assert printed(pairs[name]) in readme
-    assert f"p = {pairs['fire'].p_holm:.2g} each)" in text
+    assert f"p = {pairs['fire'].p_holm:.2g} each," in text
     assert len({f"{pair.p_holm:.2g}" for pair in pairs.values()}) == 1
     (recycling,) = [arm for arm in arms if arm.intervention == "redo"]
-    counts = [run.between("injection/recycled/head", 160_000, 320_000)[1].mean() for run in recycling.runs]
-    assert f"recycled {min(counts):.0f} to {max(counts):.0f} of the head's 512 units" in text
+    first = [run.scalars["injection/recycled/head"][1][0] for run in recycling.runs]
+    assert f"first time it recycled {min(first):.0f} to {max(first):.0f} of the head's 512 units" in text
+    counts = {}
+    for layer in ("head", "conv3", "conv2"):
+        tag = f"injection/recycled/{layer}"
+        means = [run.between(tag, 160_000, 320_000)[1].mean() for run in recycling.runs]
+        counts[layer] = f"{min(means):.0f} to {max(means):.0f}"
+    assert f"after that it recycled {counts['head']} of them" in text
+    third, second = (f"{counts['conv3']} of the 64 of the third", f"and {counts['conv2']} of the second's")
+    assert f"{third} convolution at a time, {second}" in text
     (fewer,) = [
         changed["dormant units of the head, end"]
         for name, changed in effects.changes.items()
         if name.startswith("ReDo")
     ]
     assert f"{-np.mean([*fewer.values()]):.3f} lower than without it" in text
+
+
+def test_documents_say_where_the_arms_end():
+    arms, _ = what_helps()
+    ends = {}
+    for arm in arms:
+        means = [draw_effects.mean_return(run, 300_000, 320_000) for run in arm.runs]
+        ends[arm.intervention] = f"{np.mean(means):,.0f}"
+    text = flowing("docs/results.md")
+    resets = f"a head reset ends at {ends['reset-head']}, a full reset at {ends['reset-all']}"
+    assert f"{resets}, FIRE at {ends['fire']}, and no intervention at {ends['none']}." in text
+    pairs = {pair.arms[1].intervention: pair for pair in compared("what_helps/*.csv")}
+    more = pairs["reset-all"].judgement.difference - pairs["fire"].judgement.difference
+    assert f"FIRE did, by {more:.0f} more" in text
+
+
+def test_documents_say_how_much_of_the_games_has_no_return():
+    arms, _ = what_helps()
+    text = flowing("docs/results.md")
+    most = []
+    for window in ((160_000, 180_000), (300_000, 320_000), (160_000, 320_000)):
+        most.append(f"{max(run.share_unreported(*window) for arm in arms for run in arm.runs):.0%}")
+    first, last, whole = most
+    assert (
+        f"up to {first} and up to {last} are in no return. Over all 160,000 steps it is up to {whole}" in text
+    )
+    (injected,) = [pair for pair in compared("what_helps/*.csv") if pair.arms[1].intervention == "injection"]
+    off = max(side.reach for side in injected.sides)
+    low = injected.judgement.low
+    assert f"a mean may be off by {off:.0f}, which is close: its interval begins at {low:.0f}" in text
 
 
 def test_documents_say_that_games_without_a_return_could_carry_what_redo_lowers():
