@@ -40,10 +40,10 @@ def upload(array: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tens
     Nothing waits for a copy to a GPU: PyTorch keeps the pinned memory until it is done.
     """
     tensor = torch.as_tensor(array)
+    if tensor.device.type == device.type:
+        return tensor
     if device.type == "cpu":
         return tensor.cpu()
-    if tensor.is_cuda:
-        return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
