@@ -287,13 +287,13 @@ def carry_out(settings: Settings, asked: plan.Asked, runs: list[plan.PlannedRun]
         manifest.begin(folder, asdict(asked))
         processor = "GPU" if on_gpu else "CPU"
         say(f"runs compute on the {processor}, with --threads-per-run {threads}")
-        others = manifest.other_commits(manifest.read_manifest(folder), commit)
+        book = Book(folder, tasks)
+        others = [other for other in book.commits if other not in (None, commit)]
         if others:
             now = commit or "none, as this folder is no repository"
             before = f"runs of this sweep began at commit {', '.join(others)}, and it goes on at {now}"
             effect = "where training has changed in between, arms may differ by that, too"
             say(f"warning: {before}; {effect}: go back to that commit, or give another --name")
-        book = Book(folder, tasks)
         with Signals() as signals:
             Sweep(book, settings, threads).go(signals)
     if signals.stop is not None:

@@ -263,6 +263,7 @@ def draw(target: str, title: str, effects: Effects) -> None:
     """The figure: a panel for each quantity, with a row for each arm; small points are seeds."""
     figure = Figure(figsize=(12, 1.4 + 0.5 * len(effects.changes)), layout="constrained")
     (axes,) = figure.subplots(1, len(effects.values), sharey=True, squeeze=False)
+    seeds = most_seeds(effects)
     for ax, (quantity, values) in zip(axes, effects.values.items(), strict=True):
         for row, changed in enumerate(effects.changes.values()):
             differences = np.array([*changed[quantity].values()])
@@ -277,7 +278,7 @@ def draw(target: str, title: str, effects: Effects) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.set_title(quantity, fontsize=9, loc="left")
         mean = np.mean([*values.values()])
-        ax.set_xlabel(f"change; without: {show(float(mean))}{if_fewer(values, most_seeds(effects))}")
+        ax.set_xlabel(f"change; without: {show(float(mean))}{if_fewer(values, seeds)}")
     names = [textwrap.fill(name, LETTERS) for name in effects.changes]
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()

@@ -64,11 +64,12 @@ class Task:
             self.found = find_folder(self.folder, self.run.name)
         return self.found
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the checkpoint of its last step is there, which every run of a sweep leaves."""
-        end = f"checkpoint-{self.run.args.total_timesteps}"
-        return self.run_folder is not None and (self.run_folder / end).exists()
+    def checkpoint(self, step: int) -> Path | None:
+        """Its checkpoint of that step, if it is there."""
+        if self.run_folder is None:
+            return None
+        path = self.run_folder / f"checkpoint-{step}"
+        return path if path.exists() else None
 
     @property
     def keeps_a_gpu_for_nothing(self) -> bool:
@@ -174,7 +175,9 @@ class Book:
         self.folder = folder
         self.manifest = Manifest(folder)
         self.tasks = {task.run.name: task for task in tasks}
-        last_changes = {change.run: change for change in read_manifest(folder)}
+        changes = read_manifest(folder)
+        last_changes = {change.run: change for change in changes}
+        self.commits = list(dict.fromkeys(change.commit for change in changes))  # of the code, so far
         for task in tasks:
             if task.run.name in last_changes:
                 task.take_up(last_changes[task.run.name])
@@ -187,9 +190,9 @@ class Book:
         if task.run.trunk is None:
             return None, "ready"
         trunk = self.tasks[task.run.trunk]
-        if trunk.state != "queued" and trunk.run_folder is not None:  # no search of a large folder before
-            checkpoint = trunk.run_folder / f"checkpoint-{task.run.begins}"
-            if checkpoint.exists():
+        if trunk.state != "queued":  # no search of a large folder before
+            checkpoint = trunk.checkpoint(task.run.begins)
+            if checkpoint is not None:
                 return checkpoint, "ready"
         if task.run_folder is not None:  # it has gone beyond that
             return None, "ready"
@@ -221,7 +224,8 @@ class Book:
         """
         if task.look():
             self.record(task, "running")
-        if state == "finished" and not task.is_complete:
+        # every run of a sweep leaves a checkpoint of its end
+        if state == "finished" and task.checkpoint(task.run.args.total_timesteps) is None:
             state = "failed"
             place = self.folder.resolve() / "runs"
             missing = f"it has ended well, but its last checkpoint is not in {place}"

@@ -120,12 +120,6 @@ def read_manifest(folder: Path) -> list[Change]:
         return [Change(**json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
-def other_commits(changes: list[Change], now: str | None) -> list[str]:
-    """Commits of the code at which runs were begun or gone on with before, but for that of now."""
-    seen = dict.fromkeys(change.commit for change in changes)
-    return [commit for commit in seen if commit is not None and commit != now]
-
-
 def measured_speed(changes: list[Change]) -> float | None:
     """Mean steps per second of the attempts that finished a run; None if there is none."""
     finished = [change for change in changes if change.state == "finished"]

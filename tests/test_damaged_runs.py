@@ -47,10 +47,8 @@ from support.run_log import Curves, RunLog
 from support.runs import find_origin
 from support.usage import UsageError
 
-slow = pytest.mark.slow
 
-
-@slow
+@pytest.mark.slow
 def test_resume_falls_back_to_the_older_good_checkpoint_says_so_and_ends_the_same(uninterrupted, capsys):
     """The newer one may be unreadable for a moment only: it goes once the run has come past it."""
     folder = copy_of(uninterrupted(SMALL), "damaged")
@@ -177,7 +175,7 @@ FOREIGN_STATES = {
 }
 
 
-@slow
+@pytest.mark.slow
 def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_before_anything_changes(
     uninterrupted,
 ):
@@ -203,7 +201,7 @@ def test_a_checkpoint_that_fits_its_checksums_but_not_this_script_is_refused_bef
 # SIGKILL
 
 
-@slow
+@pytest.mark.slow
 def test_killed_while_files_are_exchanged(uninterrupted):
     """Before and after a checkpoint appears, while it is flushed, and as a resumed run begins its curves."""
     killed_in(
@@ -224,7 +222,7 @@ def test_killed_while_files_are_exchanged(uninterrupted):
     assert not list(folder.glob(".*"))
 
 
-@slow
+@pytest.mark.slow
 def test_a_killed_process_resumed_equals_one_that_nobody_touched(monkeypatch):
     """The short form of benchmarks/kill_test.py."""
     flags = " ".join(kill_test.FLAGS).replace("--checkpoint-frequency 200", "--checkpoint-frequency 800")
@@ -320,7 +318,7 @@ def test_a_complete_run_whose_folder_was_deleted_is_no_success(monkeypatch, freq
     assert os.listdir("runs") == []
 
 
-@slow
+@pytest.mark.slow
 def test_a_real_run_is_renamed_stopped_and_gone_on_with_as_its_last_line_says(request):
     flags = "--env-backend ale --buffer-size 500 --checkpoint-frequency 0 --learning-starts 500"
     flags += " --log-frequency 50"

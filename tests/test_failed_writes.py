@@ -38,10 +38,8 @@ from support.checkpoints import save_checkpoint
 from support.machine import flush_to_disk
 from support.run_log import Curves
 
-slow = pytest.mark.slow
 
-
-@slow
+@pytest.mark.slow
 def test_on_a_full_disk_the_run_goes_on_and_tries_again_and_in_the_end_nothing_is_missing(
     uninterrupted, capsys
 ):
@@ -231,7 +229,7 @@ def test_a_checkpoint_whose_size_cannot_be_told_is_still_one(monkeypatch, capsys
     assert "step 20: checkpoint-20, nan MB" in capsys.readouterr().out
 
 
-@slow
+@pytest.mark.slow
 def test_a_signal_delivered_several_times_ends_the_run_with_a_checkpoint_and_the_firsts_status(request):
     slowly = (
         "save = runs.save_checkpoint\nruns.save_checkpoint = lambda *given: (time.sleep(1), save(*given))[1]"

@@ -51,7 +51,6 @@ from support.run_log import RunLog
 from support.runs import Origin, Run
 from support.usage import UsageError
 
-slow = pytest.mark.slow
 # keeps the checkpoint at step 142, where the injection would be
 BASELINE = replace(SMALL, intervention="none")
 TWICE = replace(SMALL, injection_step=(142, 190))
@@ -74,7 +73,7 @@ ARMS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", [pytest.param(arm, marks=slow if k else ()) for k, arm in enumerate(ARMS)])
+@pytest.mark.parametrize("arm", ARMS)
 def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_from_the_start(
     uninterrupted, arm
 ):
@@ -88,7 +87,7 @@ def test_an_arm_forked_from_a_baseline_equals_the_run_that_was_in_its_arguments_
 REDO = replace(SMALL, **RECYCLING)
 
 
-@slow
+@pytest.mark.slow
 def test_a_fork_from_where_units_are_recycled_first_and_the_target_is_synced_equals_the_whole_run(
     uninterrupted,
 ):
@@ -101,7 +100,7 @@ def test_a_fork_from_where_units_are_recycled_first_and_the_target_is_synced_equ
     assert [step for step, _ in recycled] == [150, 170, 190, 210, 230]
 
 
-@slow
+@pytest.mark.slow
 def test_where_syncs_are_soft_a_fork_that_recycles_at_once_does_not_make_one_again(
     uninterrupted, monkeypatch
 ):
@@ -123,7 +122,7 @@ def test_where_syncs_are_soft_a_fork_that_recycles_at_once_does_not_make_one_aga
     assert differences(flat(state["q_network"]), flat(saved["q_network"])) != [], "recycled"
 
 
-@slow
+@pytest.mark.slow
 def test_units_are_recycled_on_and_on_in_a_run_that_is_killed_without_checkpoints_of_their_own(uninterrupted):
     whole = uninterrupted(REDO)
     assert names(whole) == [END]
@@ -189,20 +188,20 @@ def test_recycling_that_was_not_so_is_refused(origin, changes):
     check_fork(replace(origin, **changes | {"injection_step": (160,)}), checkpoint)
 
 
-@slow
+@pytest.mark.slow
 def test_an_injected_runs_checkpoint_leads_to_its_baseline(uninterrupted):
     forked = fork(uninterrupted(SMALL) / "checkpoint-142", SMALL, intervention="none")
     assert_same_end(forked, uninterrupted(BASELINE))
 
 
-@slow
+@pytest.mark.slow
 def test_a_fork_in_the_middle_of_overlap_equals_the_run_that_had_the_injection_from_the_start(uninterrupted):
     baseline = replace(OVERLAP, intervention="none")
     forked = fork(until_signal(144, baseline) / "checkpoint-144", baseline, intervention="injection")
     assert_same_end(forked, uninterrupted(OVERLAP), "checkpoint-239")
 
 
-@slow
+@pytest.mark.slow
 def test_a_checkpoint_where_the_norm_decided_leads_to_its_baseline_and_back(uninterrupted):
     baseline = replace(NORM, intervention="none")
     checkpoint = uninterrupted(NORM) / f"checkpoint-{interventions_before(uninterrupted(NORM) / END)[0]}"
@@ -210,14 +209,14 @@ def test_a_checkpoint_where_the_norm_decided_leads_to_its_baseline_and_back(unin
     assert_same_end(fork(checkpoint, NORM), uninterrupted(NORM))
 
 
-@slow
+@pytest.mark.slow
 def test_a_longer_run_forked_from_a_finished_one_equals_it(uninterrupted):
     short = replace(OFTEN, total_timesteps=160)
     longer = replace(OFTEN, exploration_fraction=16 / 240)
     assert_same_end(fork(uninterrupted(short) / "checkpoint-160", longer), uninterrupted(longer))
 
 
-@slow
+@pytest.mark.slow
 def test_a_fork_is_a_run_of_its_own_that_can_be_killed_at_once(uninterrupted, capsys):
     """From between two boundaries, after an injection; killed before its first checkpoint it begins there."""
     origin = until_signal(151, SMALL)
@@ -532,7 +531,7 @@ def test_a_fork_is_not_asked_for_checkpoints_of_steps_that_have_passed():
     check_fork(replace(SMALL, keep_checkpoints=(20, 160, 200)), kept)
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("intervention", ["reset-head", "none"])
 def test_the_norm_decides_also_in_a_network_without_room_for_heads(uninterrupted, intervention):
     """And from there an arm that injects equals the run that did so from the start."""
@@ -550,7 +549,7 @@ def test_the_norm_decides_also_in_a_network_without_room_for_heads(uninterrupted
 # growth
 
 
-@slow
+@pytest.mark.slow
 def test_a_run_that_grows_is_exact_when_interrupted_and_from_a_small_baseline_a_wide_head_may_be_forked(
     uninterrupted,
 ):
@@ -570,7 +569,7 @@ def test_a_run_that_grows_is_exact_when_interrupted_and_from_a_small_baseline_a_
 # one agent that goes on in several ways
 
 
-@slow
+@pytest.mark.slow
 def test_a_fork_with_another_seed_is_the_same_agent_with_random_streams_of_its_own(
     uninterrupted, monkeypatch
 ):
@@ -622,7 +621,7 @@ def test_a_fork_with_another_seed_is_the_same_agent_with_random_streams_of_its_o
         )
 
 
-@slow
+@pytest.mark.slow
 def test_continuations_of_one_agent_differ_and_each_is_exact_however_it_is_interrupted(uninterrupted):
     origin = uninterrupted(BASELINE) / "checkpoint-142"
     arm = replace(SMALL, seed=2)
@@ -662,7 +661,10 @@ FIRST_KILLS = {  # where a fork is killed in its first process
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=() if case == "before its streams begin" else slow) for case in FIRST_KILLS],
+    [
+        pytest.param(case, marks=() if case == "before its streams begin" else pytest.mark.slow)
+        for case in FIRST_KILLS
+    ],
 )
 def test_a_fork_with_another_seed_ends_the_same_wherever_its_first_process_was_killed(uninterrupted, case):
     origin = uninterrupted(replace(CONTINUED, intervention="none")) / "checkpoint-50"
@@ -719,7 +721,7 @@ def test_what_a_fork_takes_from_its_origin_and_says_of_it_is_the_same_each_time_
     assert (first["/learner/rng/state/state"] == fresh["state"]["state"]) == (not same_seed)
 
 
-@slow
+@pytest.mark.slow
 def test_on_the_command_line_a_fork_takes_over_what_is_not_given_and_its_agent_plays(monkeypatch, capsys):
     args = replace(SMALL, intervention="none", checkpoint_frequency=200)
     assert main(monkeypatch, *flags_of(args)) == 0

@@ -197,19 +197,24 @@ def test_documents_say_what_the_agents_had_just_before_the_injection(folder):
 
 
 def what_helps():
-    """What img/draw_effects.py reads and finds, by the command in the documents."""
-    files = sorted(str(path) for path in (ROOT / "results" / "what_helps").glob("*.csv"))
-    arms, scores = draw_effects.read_files([*files, str(ROOT / "results" / "what_helps_games.csv")])
-    return arms, draw_effects.find_effects(arms, scores, 20_000)
+    """{intervention: its comparison with none}, and {intervention: runs}."""
+    pairs = {pair.arms[1].intervention: pair for pair in compared("what_helps/*.csv")}
+    runs = {"none": pairs["redo"].arms[0].runs}
+    for intervention, pair in pairs.items():
+        runs[intervention] = pair.arms[1].runs
+    return pairs, runs
 
 
 def test_documents_print_what_else_helps():
     text = flowing("docs/results.md")
     readme = text_of("README.md")
-    arms, effects = what_helps()
+    pairs, runs = what_helps()
+    # by the command in the documents
+    files = sorted(str(path) for path in (ROOT / "results" / "what_helps").glob("*.csv"))
+    arms, scores = draw_effects.read_files([*files, str(ROOT / "results" / "what_helps_games.csv")])
+    effects = draw_effects.find_effects(arms, scores, 20_000)
     assert not effects.left_out
     assert draw_effects.effects_table(effects) in text_of("docs/results.md")
-    pairs = {pair.arms[1].intervention: pair for pair in compared("what_helps/*.csv")}
     redo = pairs["redo"]
     judged = redo.judgement
     lowered = f"**{-judged.difference:.0f} [{-judged.high:.0f}, {-judged.low:.0f}]** on average"
@@ -220,13 +225,12 @@ def test_documents_print_what_else_helps():
         assert printed(pairs[name]) in readme
     assert f"p = {pairs['fire'].p_holm:.2g} each," in text
     assert len({f"{pair.p_holm:.2g}" for pair in pairs.values()}) == 1
-    (recycling,) = [arm for arm in arms if arm.intervention == "redo"]
-    first = [run.scalars["injection/recycled/head"][1][0] for run in recycling.runs]
+    first = [run.scalars["injection/recycled/head"][1][0] for run in runs["redo"]]
     assert f"first time it recycled {min(first):.0f} to {max(first):.0f} of the head's 512 units" in text
     counts = {}
     for layer in ("head", "conv3", "conv2"):
         tag = f"injection/recycled/{layer}"
-        means = [run.between(tag, 160_000, 320_000)[1].mean() for run in recycling.runs]
+        means = [run.between(tag, 160_000, 320_000)[1].mean() for run in runs["redo"]]
         counts[layer] = f"{min(means):.0f} to {max(means):.0f}"
     assert f"after that it recycled {counts['head']} of them" in text
     third, second = (f"{counts['conv3']} of the 64 of the third", f"and {counts['conv2']} of the second's")
@@ -240,37 +244,38 @@ def test_documents_print_what_else_helps():
 
 
 def test_documents_say_where_the_arms_end():
-    arms, _ = what_helps()
+    pairs, runs = what_helps()
     ends = {}
-    for arm in arms:
-        means = [draw_effects.mean_return(run, 300_000, 320_000) for run in arm.runs]
-        ends[arm.intervention] = f"{np.mean(means):,.0f}"
+    for intervention, of_arm in runs.items():
+        means = [draw_effects.mean_return(run, 300_000, 320_000) for run in of_arm]
+        ends[intervention] = f"{np.mean(means):,.0f}"
     text = flowing("docs/results.md")
     resets = f"a head reset ends at {ends['reset-head']}, a full reset at {ends['reset-all']}"
     assert f"{resets}, FIRE at {ends['fire']}, and no intervention at {ends['none']}." in text
-    pairs = {pair.arms[1].intervention: pair for pair in compared("what_helps/*.csv")}
     more = pairs["reset-all"].judgement.difference - pairs["fire"].judgement.difference
     assert f"FIRE did, by {more:.0f} more" in text
 
 
 def test_documents_say_how_much_of_the_games_has_no_return():
-    arms, _ = what_helps()
+    pairs, runs = what_helps()
     text = flowing("docs/results.md")
     most = []
     for window in ((160_000, 180_000), (300_000, 320_000), (160_000, 320_000)):
-        most.append(f"{max(run.share_unreported(*window) for arm in arms for run in arm.runs):.0%}")
+        shares = [run.share_unreported(*window) for of_arm in runs.values() for run in of_arm]
+        most.append(f"{max(shares):.0%}")
     first, last, whole = most
     assert (
         f"up to {first} and up to {last} are in no return. Over all 160,000 steps it is up to {whole}" in text
     )
-    (injected,) = [pair for pair in compared("what_helps/*.csv") if pair.arms[1].intervention == "injection"]
+    injected = pairs["injection"]
     off = max(side.reach for side in injected.sides)
     low = injected.judgement.low
     assert f"a mean may be off by {off:.0f}, which is close: its interval begins at {low:.0f}" in text
 
 
 def test_documents_say_that_games_without_a_return_could_carry_what_redo_lowers():
-    (redo,) = [pair for pair in compared("what_helps/*.csv") if pair.arms[1].intervention == "redo"]
+    pairs, _ = what_helps()
+    redo = pairs["redo"]
     off = max(side.reach for side in redo.sides)
     assert off > -redo.judgement.high
     text = flowing("docs/results.md")

@@ -47,7 +47,6 @@ from support.run_log import SIDE_BY_SIDE, RunLog
 from support.runs import Run
 from support.usage import UsageError
 
-slow = pytest.mark.slow
 STOP = send(signal.SIGTERM)
 
 
@@ -86,9 +85,7 @@ COURSES = {  # what differs from SMALL, and where the run is killed or stopped
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=slow if k else ()) for k, case in enumerate(COURSES)]
-)
+@pytest.mark.parametrize("case", COURSES)
 def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, case):
     changes, interruptions = COURSES[case]
     args, resumed = replace(SMALL, **changes), {}
@@ -99,7 +96,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(uninterrupted, case):
     assert_same_end(folder, uninterrupted(args))
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args", [OVERLAP, replace(SMALL, env_backend="sb3", num_envs=3)], ids=["ale-4-True", "sb3-3-False"]
 )
@@ -117,7 +114,7 @@ def test_a_vector_step_is_one_whole_to_a_checkpoint(uninterrupted, args):
     assert_same_end(folder, uninterrupted(args), f"checkpoint-{args.total_timesteps}")
 
 
-@slow
+@pytest.mark.slow
 def test_resume_is_exact_where_the_norm_decides(uninterrupted):
     first, second = interventions_before(uninterrupted(NORM) / END)
     folder = until_signal(first, NORM)  # at its very step, and a little later
@@ -137,7 +134,7 @@ MEASURED = replace(  # everything is logged, much of it at the very step of a ch
 )
 
 
-@slow
+@pytest.mark.slow
 def test_every_scalar_is_there_once_after_a_resume(uninterrupted):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -194,7 +191,7 @@ def test_a_run_goes_from_the_cpu_to_a_gpu_and_its_agent_plays_there(uninterrupte
     assert len(script.evaluate_saved(Args(evaluate=str(forked), eval_episodes=2))) == 2
 
 
-@slow
+@pytest.mark.slow
 def test_the_comparison_sees_one_changed_bit(uninterrupted):
     """Guards the tests above: a single differing scalar, weight or moment is found."""
     a, b = (content(uninterrupted(SMALL), END) for _ in range(2))
@@ -377,7 +374,7 @@ def test_checkpoint_frequency_is_a_choice(frequency, expected):
     assert names(train(replace(PLAYING, injection_step=(142,), checkpoint_frequency=frequency))) == expected
 
 
-@slow
+@pytest.mark.slow
 def test_of_interventions_that_the_norm_triggers_the_first_keeps_its_checkpoint(uninterrupted):
     folder = uninterrupted(NORM)
     first, _ = interventions_before(folder / END)
@@ -385,7 +382,7 @@ def test_of_interventions_that_the_norm_triggers_the_first_keeps_its_checkpoint(
     assert interventions_before(folder / f"checkpoint-{first}") == []
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("num_envs,boundaries", [(2, (0, 80, 160, 240)), (3, (0, 81, 162, 240))])
 def test_games_begin_anew_at_every_boundary_with_a_seed_from_seed_and_step(monkeypatch, num_envs, boundaries):
     seeds = []

@@ -36,8 +36,6 @@ from support.environments import LearnerView
 from support.process import Signals
 from support.runs import Run
 
-slow = pytest.mark.slow
-
 
 @pytest.mark.parametrize("place", ["a b", "it's", '"$HOME"', "~", "-x", "--y z", "größe", "a;b&c", "*"])
 def test_the_command_to_go_on_means_this_script_and_this_run_when_it_is_pasted(monkeypatch, place):
@@ -124,7 +122,7 @@ def test_a_signal_at_the_very_end_does_not_make_a_complete_run_another_in_weight
     assert ended == [status]
 
 
-@slow
+@pytest.mark.slow
 def test_the_shell_sees_the_exit_status_after_two_signals(request):
     slowly = "runs.save_checkpoint = lambda *_: (print('saving', flush=True), time.sleep(60))"
     code = f"import time, support.runs as runs, dqn_injection_atari as s\n{slowly}\ns.main()"
@@ -160,7 +158,7 @@ def saved_steps(patch):
     return steps
 
 
-@slow
+@pytest.mark.slow
 def test_sigusr1_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_been(uninterrupted, monkeypatch):
     steps = saved_steps(monkeypatch)
     at_step(monkeypatch, 130, send(signal.SIGUSR1))  # where there is one anyway
@@ -169,7 +167,7 @@ def test_sigusr1_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_been(
     assert_same_end(folder, uninterrupted(SMALL))
 
 
-@slow
+@pytest.mark.slow
 def test_a_signal_while_the_games_are_played_again_ends_the_process_at_once(monkeypatch):
     folder = until_signal(31, PLAYING)
     before = all_files(folder)
@@ -184,7 +182,7 @@ def test_a_signal_while_the_games_are_played_again_ends_the_process_at_once(monk
     assert stop.value.code == 143 and before == all_files(folder)
 
 
-@slow
+@pytest.mark.slow
 def test_without_periodic_checkpoints_a_signal_still_saves_the_run():
     args = replace(SMALL, checkpoint_frequency=0)
     folder = until_signal(151, args)
@@ -210,7 +208,7 @@ def signal_in_the_first_evaluation(number):
         yield calls
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_during_an_evaluation_is_answered_at_once_and_the_evaluation_repeated(uninterrupted, number):
     args = replace(PLAYING, eval_frequency=100, eval_episodes=2)
