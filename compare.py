@@ -53,10 +53,10 @@ try:
 
     if __name__ == "__main__":
         exit_with_wrong_versions()
-    from analysis.arms import Arm, readable
+    from analysis.arms import Arm, readable, runs_of
     from analysis.audited_arms import print_audit
     from analysis.canvas import FORMATS
-    from analysis.curves import write_curves
+    from analysis.curves import RecordedRun, read_curves, write_curves
     from analysis.fitting import FRESH_SEQUENCE, NO_CHECKPOINT, ONE_TARGET, SEQUENCE, ProbeSettings
     from analysis.probe import probe
     from analysis.report import report
@@ -212,6 +212,32 @@ def file_names(arms: Iterable[Arm]) -> list[str]:
     return names
 
 
+def is_among(run: RecordedRun, others: Sequence[RecordedRun]) -> bool:
+    """Whether it is one of these. A file of an early version knows a run by its arguments alone."""
+    itself = run.lineage[0]
+    if itself.run is None and itself.folder is None:
+        return any(run.args == other.args for other in others)
+    return any(itself.is_run(other.lineage[0]) for other in others)
+
+
+def check_export(files: Iterable[Path], arms: Sequence[Arm]) -> None:
+    """
+    Raises:
+        UsageError: a file that is there would be replaced, and holds a run of none of these arms.
+    """
+    exported = runs_of(arms)
+    for path in filter(Path.exists, files):
+        try:
+            kept = read_curves(path)
+        except UsageError as error:
+            fix = "give another folder to --export, or move that file away"
+            raise UsageError(f"{path} would be replaced, and cannot be read as curves: {fix}") from error
+        for run in kept:
+            if not is_among(run, exported):
+                fix = "give that file, too, or another folder to --export"
+                raise UsageError(f"{run.folder} would be replaced, and is not among the runs here: {fix}")
+
+
 def compare_runs(settings: Settings, out: Path | None) -> None:
     """Reports on runs, and keeps the curves of their arms where --export says."""
     folders, place = runs_in(settings.runs)
@@ -219,8 +245,9 @@ def compare_runs(settings: Settings, out: Path | None) -> None:
     arms = report(folders, out, settings.metric, settings.window, settings.aggregate)
     if settings.export is None:
         return
-    for arm, name in zip(arms, file_names(arms), strict=True):
-        path = Path(settings.export, f"{name}.csv")
+    files = [Path(settings.export, f"{name}.csv") for name in file_names(arms)]
+    check_export(files, arms)
+    for arm, path in zip(arms, files, strict=True):
         write_curves(arm.runs, path)
         print(f"wrote {path}, {path.stat().st_size / 1e3:,.0f} kB")
 

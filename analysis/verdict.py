@@ -644,6 +644,14 @@ def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Compar
     return pairs
 
 
+def in_no_comparison(arms: list[Arm], pairs: list[Comparison]) -> list[str]:
+    """A line for each arm that is in no comparison."""
+    compared: list[Arm] = []
+    for pair in pairs:
+        compared += pair.arms
+    return [f"{arm.game}: {arm.name} has no counterpart here" for arm in arms if arm not in compared]
+
+
 def not_compared(arms: list[Arm], pairs: list[Comparison]) -> dict[str, str]:
     """{arms: reason} of those that are not compared with no intervention, or with their control.
 

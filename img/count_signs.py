@@ -3,9 +3,10 @@
     python img/count_signs.py 0.36 results/FOLDER/*.csv results/FOLDER/probe.json
 
 The probe says that an agent gains where the injected copy's error is below 0.36 of the agent's own. It is
-right where the difference in mean return that compare.py finds for that agent has this sign. The JSON file,
-or each of several, is of compare.py --probe, at checkpoints of the injection's step. Where a network diverged
-in it, or an agent is in none of them, the probe has no answer, and is not right.
+right where the difference in mean return that compare.py finds for that agent has this sign. An agent whose
+difference is 0 has none, and is not counted. The JSON file, or each of several, is of compare.py --probe, at
+checkpoints of the injection's step. Where a network diverged in it, where it says itself that there is no
+answer, or where an agent is in none of them, the probe has no answer, and is not right.
 
 Beside it stands what chance would give: were each sign a coin, and were the answers shuffled among the
 agents, or among those of each game. The last says whether the probe tells agents apart, not only games. Last
@@ -23,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from analysis.markdown import markdown_table
 from analysis.verdict import show
-from img.draw_signs import agents_in, game_of, probed
+from img.draw_signs import Answer, agents_in, game_of, probed
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
+
+SETTINGS = ("learning_rate", "probe_observations", "probe_updates")  # of a probe
 
 
 def chance_by_shuffling(said: list[bool], gained: list[bool], groups: list[str]) -> float:
@@ -89,21 +92,44 @@ def read_agents(files: list[str]) -> tuple[dict[str, float], dict[str, float]]:
     """What an injection leaves of agents' errors, where the probe has an answer, and what all agents gain.
 
     Raises:
-        UsageError: no agent has both, or two files are of probes of one agent.
+        UsageError: no agent has both, an agent is probed twice, or agents are probed with other settings.
     """
     probes = [Path(path) for path in files if path.endswith(".json")]
     if not probes:
         raise UsageError("no file is of probes: give one that compare.py --probe wrote")
     agents = agents_in([path for path in files if not path.endswith(".json")])
-    ratios: dict[str, float] = {}
+    for name in [name for name, agent in agents.items() if agent.gain == 0]:
+        print(f"left out: {name}, an injection changes its return by 0")
+        del agents[name]
+    answers: dict[str, Answer] = {}
     for path in probes:
-        for name, (_, left) in probed(agents, path).items():
-            if name in ratios:
+        for name, answer in probed(agents, path).items():
+            if name in answers:
                 raise UsageError(f"{name} is probed in {path}, and in another file: give one of them")
-            ratios[name] = left
+            answers[name] = answer
+    check_settings(answers)
+    ratios: dict[str, float] = {}
+    for name, answer in answers.items():
+        sentence = answer.result["sentence"]
+        if sentence.startswith("no answer"):
+            print(f"left out: the probe of {name}, {sentence}")
+        elif math.isfinite(answer.left):
+            ratios[name] = answer.left
     if not ratios:
         raise UsageError(f"{probes[0]} says nothing of these agents: probe them at the injection")
     return ratios, {name: agent.gain for name, agent in agents.items()}
+
+
+def check_settings(answers: dict[str, Answer]) -> None:
+    """
+    Raises:
+        UsageError: not all agents were probed in the same way, so one share of the error cannot judge them.
+    """
+    for setting in SETTINGS:
+        values = sorted({answer.result[setting] for answer in answers.values()})
+        if len(values) > 1:
+            shown = " and ".join(f"{value:g}" for value in values)
+            raise UsageError(f"agents are probed with a {setting} of {shown}: give the files of one of them")
 
 
 def threshold_in(word: str) -> float:

@@ -35,6 +35,7 @@ from analysis.verdict import (
     Window,
     comparisons,
     count_agents_once,
+    in_no_comparison,
     share_history,
     show,
 )
@@ -56,10 +57,11 @@ class Effects:
     The name of an arm says where its runs continue one agent.
     """
 
+    game: str
     without: str  # the arm's name
     values: Values  # its own
     changes: dict[str, Values]  # {arm: differences to those}
-    left_out: dict[str, str]  # {folder: reason} of runs that count nowhere, and of games that do not count
+    left_out: dict[str, str]  # {folder: reason} of runs that count nowhere; and of games, and of arms
 
 
 def read_scores(path: Path) -> Scores:
@@ -184,6 +186,8 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
         origins |= candidates.sides[0]
         forks[name] = candidates.sides[1]
         left_out |= pair.left_out | candidates.left_out
+    for reason in in_no_comparison(arms, pairs):
+        left_out[reason] = reason
     for runs in (origins, *forks.values()):
         for run in runs.values():
             left_out.pop(run.folder, None)  # one without a game in the window has other numbers
@@ -193,7 +197,7 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
                 left_out[f"games of {run.folder}"] = f"games of the final agent of {run.folder}: {reason}"
     values = values_of(origins, measured)
     changed = {name: changes(values, values_of(runs, measured)) for name, runs in forks.items()}
-    return Effects(without.name, values, changed, left_out)
+    return Effects(without.game, without.name, values, changed, left_out)
 
 
 def counting(pair: Comparison, without: Arm, window: Window) -> tuple[Candidates, bool]:
@@ -259,7 +263,7 @@ def effects_table(effects: Effects) -> str:
 
 
 @drawing()
-def draw(target: str, title: str, effects: Effects) -> None:
+def draw(target: str, effects: Effects) -> None:
     """The figure: a panel for each quantity, with a row for each arm; small points are seeds."""
     figure = Figure(figsize=(12, 1.4 + 0.5 * len(effects.changes)), layout="constrained")
     (axes,) = figure.subplots(1, len(effects.values), sharey=True, squeeze=False)
@@ -282,7 +286,7 @@ def draw(target: str, title: str, effects: Effects) -> None:
     names = [textwrap.fill(name, LETTERS) for name in effects.changes]
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
+    figure.suptitle(effects.game, x=0.01, ha="left", fontweight="bold", fontsize=10)
     save(figure, target)
 
 
@@ -299,7 +303,7 @@ def main() -> None:
         for reason in effects.left_out.values():
             print(f"left out: {reason}")
         print(effects_table(effects))
-        draw(target, arms[0].game, effects)
+        draw(target, effects)
 
 
 if __name__ == "__main__":

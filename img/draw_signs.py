@@ -16,8 +16,9 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.stats
@@ -30,7 +31,7 @@ from analysis.curves import RecordedRun
 from analysis.fitting import CONTENDERS
 from analysis.markdown import markdown_table
 from analysis.task_sequence import INJECTED, SAME
-from analysis.verdict import comparisons, share_history
+from analysis.verdict import comparisons, in_no_comparison, share_history
 from support.process import ends_in_one_line
 from support.usage import UsageError, reading, words_given
 
@@ -51,10 +52,21 @@ class Agent:
     step: int
     gain: float
     measures: dict[str, float]
+    folders: set[str] = field(default_factory=set)
+    """names of the folders of runs that it was at that step; none where a file does not tell its own"""
 
 
 Agents = dict[str, Agent]  # by the name of the run without an injection
 ByRate = dict[float, list[Agent]]  # by learning rate
+
+
+@dataclass
+class Answer:
+    """What a probe says of an agent: its errors, NaN where a network diverged, or no copy was made."""
+
+    error: float  # the agent's ÷ a fresh network's
+    left: float  # the share of its own error that an injection leaves
+    result: dict[str, Any]  # all that compare.py --probe wrote of it
 
 
 def measures_at(run: RecordedRun, step: int) -> dict[str, float]:
@@ -64,6 +76,13 @@ def measures_at(run: RecordedRun, step: int) -> dict[str, float]:
         if tag.startswith("plasticity/") and step in steps:
             measures[tag.removeprefix("plasticity/")] = float(values[steps == step][0])
     return measures
+
+
+def folders_at(run: RecordedRun, step: int) -> set[str]:
+    """Names of the folders of runs that a run was at a step; none where its own is not known."""
+    if run.lineage[0].folder is None:
+        return set()
+    return {past.folder for past in run.lineage if past.folder is not None and past.step >= step}
 
 
 def agents_in(files: list[str]) -> Agents:
@@ -77,12 +96,15 @@ def agents_in(files: list[str]) -> Agents:
     arms, remarks = read_arms(files, TRAINING_RETURN)
     print_remarks(remarks)
     agents: Agents = {}
-    for pair in comparisons(arms, TRAINING_RETURN, None):
+    pairs = comparisons(arms, TRAINING_RETURN, None)
+    left_out = in_no_comparison(arms, pairs)
+    for pair in pairs:
         if pair.intervention != "injection":
             continue
         if pair.one_agent:
-            print(f"left out: {pair.arms[1].name}, all its runs continue one agent")
+            left_out.append(f"{pair.arms[1].name}, all its runs continue one agent")
             continue
+        left_out += pair.left_out.values()
         injected = {run.args.seed: run for run in pair.arms[1].runs}
         for run in pair.arms[0].runs:
             seed = run.args.seed
@@ -91,14 +113,18 @@ def agents_in(files: list[str]) -> Agents:
             step = pair.firsts[seed]
             name = run.args.run_name
             if not share_history(run, injected[seed], step):
-                print(f"left out: {name}, its run with an injection is of another agent")
+                left_out.append(f"{name}, its run with an injection is of another agent")
                 continue
             if name in agents:
                 raise UsageError(f"two agents are called {name}: give the files of one of them")
             gain = pair.differences[seed]
-            agents[name] = Agent(run.args.learning_rate, step, gain, measures_at(run, step))
+            measures = measures_at(run, step)
+            agents[name] = Agent(run.args.learning_rate, step, gain, measures, folders_at(run, step))
+    for reason in left_out:
+        print(f"left out: {reason}")
     if not agents:
-        raise UsageError("no agent has runs with and without an injection: give the files of both arms")
+        fix = "give the files of both arms, with runs that have gone beyond it"
+        raise UsageError(f"no agent has runs with and without an injection: {fix}")
     return agents
 
 
@@ -108,30 +134,44 @@ def game_of(name: str) -> str:
     return game
 
 
-def probed(agents: Agents, path: Path) -> dict[str, tuple[float, float]]:
-    """What a file of probes says of these agents, where it says something.
+def agent_at(checkpoint: Path, agents: Agents) -> str | None:
+    """The agent of a checkpoint that was written just before its injection, if it is one of these."""
+    folder = checkpoint.parent.name
+    without_time, _, _ = folder.rpartition("__")
+    for name, agent in agents.items():
+        if checkpoint.name != f"checkpoint-{agent.step}":
+            continue
+        if folder in agent.folders or (not agent.folders and without_time == name):
+            return name
+    return None
 
-    Returns:
-        {agent: (its error ÷ a fresh network's, the share of its error that an injection leaves)}, in the
-        order of the agents
+
+def probed(agents: Agents, path: Path) -> dict[str, Answer]:
+    """What a file of probes says of these agents, of those that were probed at their injection.
+
+    Raises:
+        UsageError: it is no such file, or has an agent twice.
     """
     results = []
     with reading(path, "what was probed", "give a file that compare.py --probe wrote"):
         for result in json.loads(path.read_text(encoding="utf-8")):
             names = (SAME, INJECTED) if "probe_tasks" in result else CONTENDERS[:2]
             ratios = [result["relative_to_fresh"][name] for name in names]
-            results.append((Path(result["checkpoint"]), ratios))
-    found = {}
-    for checkpoint, ratios in results:
-        name, _, _ = checkpoint.parent.name.rpartition("__")  # without the time
-        agent = agents.get(name)
-        if agent is None or checkpoint.name != f"checkpoint-{agent.step}":
+            results.append((Path(result["checkpoint"]), ratios, result))
+    found: dict[str, Answer] = {}
+    for checkpoint, ratios, result in results:
+        name = agent_at(checkpoint, agents)
+        if name is None:
             print(f"left out of {path}: {checkpoint}, no gain is known from there on")
-        elif None in ratios:
+            continue
+        if name in found:
+            raise UsageError(f"{name} is probed twice in {path}: give a file with one of them")
+        if None in ratios:
             print(f"left out of {path}: {checkpoint}, it diverged, or no copy was made")
-        else:
-            as_it_is, injected = (ratio["ratio"] for ratio in ratios)
-            found[name] = (as_it_is, injected / as_it_is)
+            found[name] = Answer(math.nan, math.nan, result)
+            continue
+        error, injected = (ratio["ratio"] for ratio in ratios)
+        found[name] = Answer(error, injected / error, result)
     return {name: found[name] for name in agents if name in found}
 
 
@@ -235,9 +275,10 @@ def main() -> None:
             raise UsageError(f"the agents play {' and '.join(games)}: give the files of one game")
         measured = all_measures(agents)
         for path in [Path(path) for path in files if path.endswith(".json")]:
-            for name, (error, left) in probed(agents, path).items():
-                agents[name].measures[f"{path.stem}, agent"] = error
-                agents[name].measures[f"{path.stem}, injected ÷ agent"] = left
+            for name, answer in probed(agents, path).items():
+                if math.isfinite(answer.left):
+                    agents[name].measures[f"{path.stem}, agent"] = answer.error
+                    agents[name].measures[f"{path.stem}, injected ÷ agent"] = answer.left
         names = all_measures(agents)
         if not names:
             fix = "give runs with a --plasticity-frequency, or a file that compare.py --probe wrote"

@@ -15,6 +15,7 @@ from conftest import WITHOUT_LETTERS, status_of
 from simulated_runs import ALIEN, PHOENIX, RETURN, games, make_arms, make_games, make_run, write, write_run
 
 import compare
+from analysis.curves import lineage_in, read_curves, write_curves
 from analysis.fitting import ProbeSettings
 from dqn_injection_atari import INTERVENTIONS
 
@@ -78,6 +79,54 @@ def test_exported_curves_are_compared_as_the_runs_are(command):
         and comparison["verdict"] == found[0]["verdict"]
         and comparison["window"] == found[0]["window"]
     )
+
+
+def test_an_export_replaces_what_it_was_given_and_what_has_gone_on(command):
+    folders = write_all(make_arms())
+    assert command(*folders, "--export", "kept")[0] == 0
+    files = sorted(map(str, Path("kept").iterdir()))
+    before = [Path(file).read_bytes() for file in files]
+    status, _, error = command(*files, *write_all(make_arms((4,))), "--export", "kept")
+    assert (status, error) == (0, "")
+    assert [Path(file).read_bytes() for file in files] != before
+    for file in files:
+        assert sorted(run.args.seed for run in read_curves(Path(file))) == [1, 2, 3, 4]
+    # the same runs, from their folders
+    assert (
+        command(
+            *folders, *write_all(make_arms((5,))), "runs/baseline-4", "runs/injected-4", "--export", "kept"
+        )[0]
+        == 0
+    )
+
+
+@pytest.mark.parametrize("identity", ["known", "of an early version"])
+def test_an_export_refuses_to_replace_runs_that_it_was_not_given(command, identity):
+    assert command(*write_all(make_arms()), "--export", "kept")[0] == 0
+    files = sorted(Path("kept").iterdir())
+    if identity != "known":
+        for file in files:
+            runs = [replace(run, lineage=lineage_in({}, run.args)) for run in read_curves(file)]
+            write_curves(runs, file)
+    before = [file.read_bytes() for file in files]
+    status, _, error = command(*write_all(make_arms((4, 5))), "--export", "kept")
+    assert status == 1 and error.count("\n") == 1
+    fix = "give that file, too, or another folder to --export"
+    assert error.startswith("error: kept/PhoenixNoFrameskip-v4_no-injection.csv (seed 1) would be replaced")
+    assert error.endswith(f"and is not among the runs here: {fix}\n")
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_an_export_refuses_to_replace_what_it_cannot_read(command):
+    folders = write_all(make_arms())
+    assert command(*folders, "--export", "kept")[0] == 0
+    damaged = sorted(Path("kept").iterdir())[0]
+    damaged.write_text("seed;step\n", encoding="utf-8")
+    status, printed, error = command(*folders, damaged, "--export", "kept")
+    fix = "give another folder to --export, or move that file away"
+    assert status == 1 and f"left out: {damaged} cannot be read" in printed
+    assert error == f"error: {damaged} would be replaced, and cannot be read as curves: {fix}\n"
+    assert damaged.read_text(encoding="utf-8") == "seed;step\n"
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "iqm"])

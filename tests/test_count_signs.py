@@ -3,13 +3,16 @@
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import simulated_runs
 from conftest import status_of
 from simulated_runs import ALIEN, INJECTION, PHOENIX, RETURN, games, make_run
 
-from analysis.curves import write_curves
+from analysis.curves import read_curves, write_curves
 from img import count_signs
 from img.count_signs import chance_by_shuffling, game_of
 
@@ -26,17 +29,25 @@ def write_games():
         for seed in (1, 2, 3):
             gain = GAINS[game, seed] if arm == "injection" else 0
             points = {RETURN: games(seed, len(arm), gain)}
-            runs.append(make_run(f"{seed}", points, seed=seed, env_id=game, intervention=arm, exp_name=arm))
+            folder = f"{game}__{arm}__{seed}__1795760000"
+            runs.append(make_run(folder, points, seed=seed, env_id=game, intervention=arm, exp_name=arm))
         write_curves(runs, Path(f"{game}_{arm}.csv"))
 
 
-def write_probe(path="probe.json", left=LEFT, step=INJECTION):
+def write_probe(path="probe.json", left=LEFT, step=INJECTION, **changes):
     """What a probe found, an agent's own error being half of a fresh network's; None where it diverged."""
     found = []
     for (game, seed), share in left.items():
         ratios = {"agent": {"ratio": 0.5}, "agent, injected": share and {"ratio": share / 2}}
-        checkpoint = f"sweeps/x/runs/{game}__none__{seed}__1795760000/checkpoint-{step}"
-        found.append({"checkpoint": checkpoint, "relative_to_fresh": ratios})
+        result = {
+            "checkpoint": f"sweeps/x/runs/{game}__none__{seed}__1795760000/checkpoint-{step}",
+            "relative_to_fresh": ratios,
+            "learning_rate": 1e-4,
+            "probe_observations": 512,
+            "probe_updates": 1_000,
+            "sentence": "after 1,000 updates ...",
+        }
+        found.append(result | changes)
     Path(path).write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -111,6 +122,53 @@ def test_an_agent_of_which_the_probe_says_nothing_counts_as_not_right(command):
     assert printed[-1] == '"all gain" would be right for 4, "none gains" for 2'
 
 
+def test_an_agent_whose_probe_says_that_there_is_no_answer_counts_as_not_right(command):
+    """As where a fresh network hardly loses any of its error."""
+    write_games()
+    others = {agent: share for agent, share in LEFT.items() if agent != (PHOENIX, 1)}
+    write_probe(left=others)
+    write_probe("little.json", {(PHOENIX, 1): 0.1}, sentence="no answer: a fresh network loses only 3%")
+    status, printed, _ = command("0.36", *files())
+    assert status == 0
+    assert (
+        printed[0] == f"left out: the probe of {PHOENIX}__none__1, no answer: a fresh network loses only 3%"
+    )
+    assert printed[-5] == "the probe is right for 2 of 6: 2 gain by its answers, 4 did"
+
+
+def test_an_agent_that_gains_nothing_at_all_has_no_sign(command, monkeypatch):
+    monkeypatch.setitem(GAINS, (PHOENIX, 3), 0)
+    monkeypatch.setitem(globals(), "games", lambda seed, after, gain: simulated_runs.games(seed, 1, gain))
+    write_games()
+    write_probe()
+    status, printed, _ = command("0.36", *files())
+    assert status == 0 and printed[0] == f"left out: {PHOENIX}__none__3, an injection changes its return by 0"
+    assert printed[-5].startswith("the probe is right for 2 of 5: ")
+
+
+def test_a_run_that_stopped_early_is_named_with_its_agent_uncounted(command):
+    write_games()
+    write_probe()
+    path = Path(f"{PHOENIX}_injection.csv")
+    *others, last = sorted(read_curves(path), key=lambda run: run.args.seed)
+    early = {tag: points[:, points[0] <= 1_500] for tag, points in last.scalars.items()}
+    early["charts/SPS"] = np.array([[1_500.0], [100.0]])
+    write_curves([*others, replace(last, scalars=early)], path)
+    status, printed, _ = command("0.36", *files())
+    assert status == 0 and printed[-5].startswith("the probe is right for 2 of 5: ")
+    (reason,) = [line for line in printed if line.startswith("left out: ") and "seed 3" in line]
+    assert "is at step 1,500" in reason
+
+
+def test_an_arm_without_a_counterpart_is_named(command):
+    write_games()
+    write_probe()
+    Path(f"{ALIEN}_none.csv").unlink()
+    status, printed, _ = command("0.36", *files())
+    assert status == 0 and f"left out: {ALIEN}: injection at 1k has no counterpart here" in printed
+    assert printed[-5].startswith("the probe is right for 2 of 3: ")
+
+
 GAINED = [True, True, True, False, False]
 
 
@@ -155,6 +213,18 @@ def test_a_probe_that_only_tells_games_apart_is_told_from_one_that_tells_agents_
             f"{ALIEN}__none__1 is probed in again.json, and in another file: give one of them",
         ),
         (
+            ["0.36", "both", "one.json", "other_rate.json"],
+            "agents are probed with a learning_rate of 0.0001 and 0.001: give the files of one of them",
+        ),
+        (
+            ["0.36", "both", "diverged.json", "again.json"],
+            f"{ALIEN}__none__1 is probed in again.json, and in another file: give one of them",
+        ),
+        (
+            ["0.36", "both", "twice.json"],
+            f"{PHOENIX}__none__1 is probed twice in twice.json: give a file with one of them",
+        ),
+        (
             ["0.36", "both", "late.json"],
             "late.json says nothing of these agents: probe them at the injection",
         ),
@@ -165,11 +235,16 @@ def test_bad_input_is_refused_in_one_line(command, words, problem):
     write_games()
     write_probe()
     write_probe("late.json", step=2 * INJECTION)
-    write_probe("again.json")
+    write_probe("again.json", {(ALIEN, 1): 0.1})
+    write_probe("one.json", {(ALIEN, 2): 0.1})
+    write_probe("diverged.json", {(ALIEN, 1): None})
+    write_probe("other_rate.json", {(ALIEN, 1): 0.1}, learning_rate=1e-3)
+    once = json.loads(Path("probe.json").read_text(encoding="utf-8"))
+    Path("twice.json").write_text(json.dumps(once + once[:1]), encoding="utf-8")
     given = []
     for word in words:
         given += sorted(str(path) for path in Path().glob("*.csv")) if word == "both" else [word]
     status, printed, error = command(*given)
     assert status == 1 and problem in error
     assert error.startswith("error: ") and error.count("\n") == 1
-    assert all(line.startswith("left out of late.json") for line in printed)
+    assert all(line.startswith("left out") for line in printed)

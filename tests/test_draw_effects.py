@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import status_of
-from simulated_runs import INJECTION, RETURN, TOTAL, games, make_run
+from simulated_runs import ALIEN, INJECTION, PHOENIX, RETURN, TOTAL, games, make_run
 
 from analysis.curves import write_curves
 from img import draw_effects
@@ -113,6 +113,18 @@ def test_units_that_have_just_been_recycled_are_not_the_dormant_ones_of_the_end(
     (name,) = [name for name in table if name.endswith(": change")]
     assert status == 0 and mean_of(table[name][3]) == pytest.approx(0.2, abs=1e-3)
     assert mean_of(table["no intervention"][3]) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_the_figure_is_of_the_game_that_is_compared_and_arms_in_no_comparison_are_named(command, drawn):
+    write_both()
+    write("alien", arm("alien", "none", env_id=ALIEN))
+    write("other", arm("other", "injection", learning_rate=1e-2))
+    status, table, others, _ = command("x.png", "500", "alien.csv", "injection.csv", "none.csv", "other.csv")
+    assert status == 0 and len(table) == 4
+    assert drawn["x.png"].get_suptitle() == PHOENIX
+    reasons = [line for line in others if line.endswith("has no counterpart here")]
+    assert len(reasons) == 2 and all(line.startswith("left out: ") for line in reasons)
+    assert ALIEN in reasons[0] + reasons[1] and "learning rate 0.01" in reasons[0] + reasons[1]
 
 
 def test_the_window_is_that_of_the_verdict(command):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
-from simulated_runs import ALIEN, INJECTION, RETURN, games, make_arms, make_norm_arms, make_run
+from simulated_runs import ALIEN, INJECTION, RETURN, games, known, make_arms, make_norm_arms, make_run
 
 from analysis.curves import read_curves, write_curves
 from analysis.task_sequence import INJECTED, SAME
@@ -33,7 +33,8 @@ def write_dose():
                 dormant = [(INJECTION, seed / 10 + offset), (2_000, 0.0)]
                 measured = {RETURN: games(seed, injected, gain), "plasticity/dormant_fraction/head": dormant}
                 how = {"learning_rate": rate, "intervention": intervention, "exp_name": exp_name}
-                runs.append(make_run(f"{seed}", measured, seed=seed, **how))
+                folder = f"PhoenixNoFrameskip-v4__{exp_name}__{seed}__1795760000"
+                runs.append(make_run(folder, measured, seed=seed, **how))
             write_curves(runs, Path(f"{rate}_{injected}.csv"))
 
 
@@ -136,6 +137,31 @@ def test_probes_are_those_of_their_agents_and_what_cannot_be_used_is_named(monke
         True,
         True,
     ]
+
+
+NAME = "PhoenixNoFrameskip-v4__none__1"
+
+
+@pytest.mark.parametrize(
+    ("identity", "folder", "is_its"),
+    [
+        ({"folder": f"{NAME}__111"}, f"{NAME}__111", True),
+        ({"folder": f"{NAME}__111"}, f"{NAME}__999", False),
+        # forked from one after the injection's step, and before
+        (known(f"{NAME}__222", (f"{NAME}__111", INJECTION, 1)), f"{NAME}__111", True),
+        (known(f"{NAME}__222", (f"{NAME}__111", INJECTION - 1, 1)), f"{NAME}__111", False),
+        # a file of an early version does not tell
+        ({"run": None}, f"{NAME}__999", True),
+        ({"run": None}, "PhoenixNoFrameskip-v4__none__2__999", False),
+    ],
+)
+def test_an_agents_probe_is_that_of_a_run_that_it_was(identity, folder, is_its):
+    run = make_run("x", {RETURN: games(1, 1)}, identity=identity, intervention="none", exp_name="none")
+    folders = draw_signs.folders_at(run, INJECTION)
+    agents = {NAME: draw_signs.Agent(1e-4, INJECTION, 1.0, {}, folders)}
+    found = draw_signs.agent_at(Path(f"runs/{folder}/checkpoint-{INJECTION}"), agents)
+    assert found == (NAME if is_its else None)
+    assert draw_signs.agent_at(Path(f"runs/{folder}/checkpoint-7"), agents) is None
 
 
 def test_of_a_sequence_of_tasks_the_one_network_and_the_injected_one_count(monkeypatch, capsys):

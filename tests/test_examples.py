@@ -317,6 +317,60 @@ def test_the_pages_audit_finds_nothing_wrong_with_an_injection_that_is_saved_and
     assert faults_of_injection(audit(page["look"], inject_save_and_load)) == []
 
 
+def wrapping(changes):
+    """What the page's code for an agent that exists already leaves behind, with these {old: new} lines."""
+    (code,) = [block for block in blocks("python") if "head.theta = network[1]" in block]
+    for old, new in changes.items():
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    names = {}
+    exec(blocks("python")[0], names)
+    exec(code, names)
+    return names
+
+
+def test_each_parameter_of_a_new_head_is_in_the_group_of_its_counterpart():
+    groups = """[
+        {"params": [network[0][0].weight, network[1][0].weight, network[1][2].weight]},
+        {"params": [network[0][0].bias, network[1][0].bias, network[1][2].bias], "lr": 0.5},
+    ]"""
+    names = wrapping({"Adam(network.parameters())": f"Adam({groups})"})
+    rates = {}
+    for group in names["optimizer"].param_groups:
+        for parameter in group["params"]:
+            rates[parameter] = group["lr"]
+    named = dict(names["head"].named_parameters())
+    assert len(named) == 3 * 4 and rates.keys() == set(names["network"].parameters())
+    for name, parameter in named.items():
+        assert rates[parameter] == (0.5 if name.endswith("bias") else 1e-3), name
+
+
+def test_new_heads_have_the_dtype_of_the_network():
+    names = wrapping({"make_head())  # with your weights": "make_head()).double()"})
+    before = names["network"](OBS.double())
+    names["head"].inject()
+    assert torch.equal(names["network"](OBS.double()), before) and before.dtype == torch.float64
+
+
+def test_a_wrapped_agent_is_loaded_by_wrapping_another_in_the_same_way():
+    agents = [wrapping({}), wrapping({})]
+
+    def update(agent):
+        agent["optimizer"].zero_grad()
+        agent["network"](OBS).square().mean().backward()
+        agent["optimizer"].step()
+
+    first, second = agents
+    update(first)
+    first["head"].inject()
+    update(first)
+    for part in ("network", "optimizer"):
+        second[part].load_state_dict(copy.deepcopy(first[part].state_dict()))
+    for agent in agents:
+        update(agent)
+    assert changed(weights(first["network"]), second["network"]) == set()
+
+
 def test_an_agent_that_exists_already_takes_an_injection_as_the_page_says(page):
     """The page's code ends with a network, an optimizer that has made no update, and a head."""
     network = page["network"]
