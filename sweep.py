@@ -174,10 +174,9 @@ class Sweep:
         """Begins a run, or goes on with it, if it may."""
         fork, when = self.book.fork_point(task)
         if when == "never":
-            why = f"{task.run.trunk} left no checkpoint at step {task.run.begins:,}"
-            self.book.record(task, "not started", why)
+            self.book.record(task, "not started", self.book.why_never(task))
         elif when == "ready" and time.monotonic() >= task.after:
-            task.begin()
+            self.book.begin(task)
             task.ref = self.job.options(**task.resources).remote(task.job(fork, self.threads))
             self.book.record(task, "queued")
 
@@ -271,11 +270,10 @@ def carry_out(settings: Settings, asked: plan.Asked, runs: list[plan.PlannedRun]
         gpus = settings.gpus_per_run
         if gpus is None and asked.gpu is False:
             gpus = 0
-        commit = manifest.commit()
         tasks = []
         for run in runs:
             kept = resources(run, settings.cpus_per_run, gpus, settings.memory_per_run, nodes)
-            tasks.append(Task(run, folder, commit, kept))
+            tasks.append(Task(run, folder, kept))
         threads = asked.threads or max(1, int(tasks[0].resources["num_cpus"]))
         on_gpu = any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks)
         asked = replace(asked, threads=threads, gpu=on_gpu)
@@ -288,12 +286,6 @@ def carry_out(settings: Settings, asked: plan.Asked, runs: list[plan.PlannedRun]
         processor = "GPU" if on_gpu else "CPU"
         say(f"runs compute on the {processor}, with --threads-per-run {threads}")
         book = Book(folder, tasks)
-        others = [other for other in book.commits if other not in (None, commit)]
-        if others:
-            now = commit or "none, as this folder is no repository"
-            before = f"runs of this sweep began at commit {', '.join(others)}, and it goes on at {now}"
-            effect = "where training has changed in between, arms may differ by that, too"
-            say(f"warning: {before}; {effect}: go back to that commit, or give another --name")
         with Signals() as signals:
             Sweep(book, settings, threads).go(signals)
     if signals.stop is not None:

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 import dqn_injection_atari as script
 from analysis.report import report
+from orchestration import manifest
 from orchestration.jobs import Job, find_folder
 from orchestration.manifest import Change, Manifest, Progress, last_lines, read_manifest, read_progress
 from orchestration.plan import PlannedRun
@@ -31,9 +32,10 @@ class Task:
     run: PlannedRun
     folder: Path
     """of the sweep"""
-    commit: str | None
     resources: dict[str, float] = field(default_factory=dict)
     """what the engine is to keep free for it"""
+    commit: str | None = None
+    """of the code that its last attempt began with"""
     state: str = "queued"
     attempt: int = 0
     kills: int = 0
@@ -95,6 +97,11 @@ class Task:
         if last.state == "finished" and self.run_folder is not None:
             self.state = "finished"
 
+    @property
+    def has_said_something(self) -> bool:
+        """Whether its log has grown since this attempt was to begin."""
+        return self.log.exists() and self.log.stat().st_size > self.offset
+
     def begin(self) -> None:
         """Notes that a new attempt begins."""
         self.attempt += 1
@@ -107,7 +114,7 @@ class Task:
 
     def look(self) -> bool:
         """Reads how far it has come. Returns whether it has begun since the last look."""
-        if not self.log.exists() or self.log.stat().st_size <= self.offset:
+        if not self.has_said_something:
             return False  # no process yet; to search for its folder among many would take long
         progress = self.read()
         if progress is None or progress.device is None or progress.process == self.before:
@@ -177,7 +184,10 @@ class Book:
         self.tasks = {task.run.name: task for task in tasks}
         changes = read_manifest(folder)
         last_changes = {change.run: change for change in changes}
-        self.commits = list(dict.fromkeys(change.commit for change in changes))  # of the code, so far
+        self.commits = list(dict.fromkeys(change.commit for change in changes))
+        """of the code that runs have begun with, oldest first"""
+        self.commits_of_now: list[str | None] = []
+        """those since this process has the book"""
         for task in tasks:
             if task.run.name in last_changes:
                 task.take_up(last_changes[task.run.name])
@@ -197,6 +207,32 @@ class Book:
         if task.run_folder is not None:  # it has gone beyond that
             return None, "ready"
         return None, "never" if trunk.state in ENDED else "wait"
+
+    def why_never(self, task: Task) -> str:
+        """Why a fork cannot begin, and what to do where its trunk is not to be done once more anyway."""
+        trunk = self.tasks[str(task.run.trunk)]
+        why = f"{trunk.run.name} left no checkpoint at step {task.run.begins:,}"
+        if trunk.state == "finished":
+            why += f": move {trunk.run_folder} away, and the same command trains both"
+        return why
+
+    def begin(self, task: Task) -> None:
+        """Notes that a run begins, or goes on, with the code that is here now.
+
+        Warns where runs have begun with other code, once for each commit.
+        """
+        task.commit = manifest.commit()
+        task.begin()
+        if task.commit in self.commits_of_now:
+            return
+        self.commits_of_now.append(task.commit)
+        others = [commit for commit in self.commits if commit not in (None, task.commit)]
+        self.commits = list(dict.fromkeys([*self.commits, task.commit]))
+        if others:
+            now = task.commit or "none, as this folder is no repository"
+            before = f"runs of this sweep began at commit {', '.join(others)}, and it goes on at {now}"
+            effect = "where training has changed in between, arms may differ by that, too"
+            say(f"warning: {before}; {effect}: go back to that commit, or give another --name")
 
     def record(self, task: Task, state: str, why: str = "") -> None:
         """Brings a run into a state, notes it and says so. Raises OSError where it cannot be noted."""
@@ -247,6 +283,8 @@ class Book:
         for task in self.tasks.values():
             if task.state == "running":
                 lines.append(f"{task.run.name}: {task.progress}")
+            elif task.ref is not None and task.has_said_something:  # as where it waits for an earlier attempt
+                lines.append(f"{task.run.name}: has not begun to train yet, see {task.log}")
         return "\n  ".join(lines)
 
     def counts(self) -> str:

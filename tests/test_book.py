@@ -1,6 +1,7 @@
 """The book of a sweep under way: which runs may begin, what is noted of them, and what is said."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ def book():
 
 
 def make_book():
-    return Book(Path(), [Task(run, Path(), "abc", {"num_cpus": 1, "num_gpus": 0}) for run in plan(ASKED)])
+    return Book(Path(), [Task(run, Path(), {"num_cpus": 1, "num_gpus": 0}) for run in plan(ASKED)])
 
 
 def say(name, process=1, **changes):
@@ -99,6 +100,37 @@ def test_a_fork_waits_for_its_checkpoint_and_begins_with_it(book):
 def test_a_fork_of_a_trunk_that_fails_before_it_never_begins(book):
     book.record(book.tasks[TRUNK], "failed")
     assert book.fork_point(book.tasks[FORK]) == (None, "never")
+
+
+@pytest.mark.parametrize("state", ["failed", "finished"])
+def test_it_is_said_how_a_fork_can_begin_whose_trunk_is_not_done_once_more_by_itself(book, state):
+    task = begin(book, TRUNK)
+    book.look()
+    book.record(task, state)
+    assert book.fork_point(book.tasks[FORK]) == (None, "never")
+    why = f"{TRUNK} left no checkpoint at step 5,000"
+    fix = f": move runs/{TRUNK}__7 away, and the same command trains both"
+    assert book.why_never(book.tasks[FORK]) == why + fix * (state == "finished")
+    if state == "finished":
+        Path("runs", f"{TRUNK}__7").rename("elsewhere")
+    again = make_book()
+    assert again.fork_point(again.tasks[FORK]) == (None, "wait") and again.tasks[TRUNK].state == "queued"
+
+
+def test_each_attempt_is_noted_with_the_code_that_it_began_with_and_other_code_is_said_once(
+    book, monkeypatch, capsys
+):
+    warned = []
+    for commit in ("abc", "abc", "def", "def", "abc", None):
+        monkeypatch.setattr("orchestration.manifest.commit", lambda commit=commit: commit)
+        book.begin(book.tasks[TRUNK])
+        book.record(book.tasks[TRUNK], "queued")
+        warned += re.findall(r"began at commit (.*), and it goes on at (\w+)[,;]", capsys.readouterr().out)
+    assert warned == [("abc", "def"), ("abc, def", "none")]
+    assert [change.commit for change in read_manifest(Path())] == ["abc", "abc", "def", "def", "abc", None]
+    again = make_book()
+    again.begin(again.tasks[TRUNK])
+    assert "began at commit abc, def, and it goes on at none" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_after_a_growing_pause_until_its_retries_are_used_up(book, capsys, monkeypatch):
@@ -235,6 +267,12 @@ def test_what_is_going_on_is_said_in_words_and_as_a_table(book):
         "1 queued, 1 running",
         f"  {FORK}: step 6,000 of 9,000, 98 SPS, 00:30 left, return 2",
     ]
+    waiting = book.tasks[TRUNK]
+    waiting.ref = object()
+    assert book.in_words() == words, "its machine may still be busy"
+    waiting.log.write_text("node3 waits for the process that has this log\n", encoding="utf-8")
+    line = f"  {TRUNK}: has not begun to train yet, see {waiting.log}"
+    assert book.in_words().splitlines() == [words.splitlines()[0], line, words.splitlines()[1]]
     table = book.table(1)
     (row,) = zip(*(column.cells for column in table.columns), strict=True)
     assert row == (FORK, "running", "6,000 of 9,000", "98", "00:30", "2")

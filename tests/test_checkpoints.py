@@ -693,6 +693,20 @@ def test_runs_that_start_in_the_same_second_get_folders_of_their_own():
     assert [read_identity(folder / "run.json")["run"] for folder in folders] == ["0", "1", "2"]
 
 
+def test_a_run_folder_whose_renaming_was_done_and_reported_an_error_is_that_runs(monkeypatch):
+    """As over a network, where the answer was lost and the request was made once more."""
+    rename = Path.rename
+
+    def rename_twice(path, target):
+        rename(path, target)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_twice)
+    target = Path("runs/name")
+    assert create_run_folder(target, {"run": "number", "args": {}}) == target
+    assert os.listdir("runs") == ["name"] and read_identity(target / "run.json")["run"] == "number"
+
+
 def test_a_run_folder_that_cannot_be_written_is_refused_and_nothing_is_left():
     Path("runs").write_text("a file is in the way", encoding="utf-8")
     with pytest.raises(UsageError, match=r"^cannot write run folder /.*/runs/name \(.+\): start elsewhere$"):

@@ -582,7 +582,7 @@ def one_run(monkeypatch):
     settings, found = sweep.command_line([*SMALL, "--arms", "none", "--", *FLAGS])
     begin(FOLDER, asdict(found))
     (run,) = sweep.plan.plan(found)
-    task = sweep.Task(run, FOLDER, "abc", {"num_cpus": 1, "num_gpus": 0})
+    task = sweep.Task(run, FOLDER, {"num_cpus": 1, "num_gpus": 0})
     going, submitted = sweep.Sweep(sweep.Book(FOLDER, [task]), settings, 1), []
 
     def options(**kept):
@@ -646,7 +646,7 @@ def test_where_the_manifest_cannot_be_written_every_run_is_stopped_and_waited_fo
     one_run, monkeypatch, capsys
 ):
     going, task, _ = one_run
-    other = sweep.Task(replace(task.run, arm="other"), FOLDER, "abc", task.resources)
+    other = sweep.Task(replace(task.run, arm="other"), FOLDER, task.resources)
     cancelled, waited = [], []
     going.book.tasks["other"] = other
     task.ref, other.ref = object(), object()
@@ -697,21 +697,11 @@ def test_a_dry_run_takes_the_speed_that_this_sweep_has_measured(command, no_ray,
     assert "at 6 steps per second" in command("--dry-run", "--arms", "none")[1].splitlines()[-1]
 
 
-def test_a_sweep_that_goes_on_with_other_code_says_so(command, no_ray, monkeypatch):
-    """A run of now and one of then may differ by more than their settings."""
-
-    def note(book, *_):
-        return SimpleNamespace(go=lambda _: book.record(book.open_tasks()[0], "queued"))
-
-    monkeypatch.setattr(sweep, "cluster", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(sweep, "machines", lambda: [{"CPU": 2, "memory": 1e11}])
-    monkeypatch.setattr(sweep, "Sweep", note)
-    named = []
-    for commit in ("abc", "abc", "def", None):
-        monkeypatch.setattr(sweep.manifest, "commit", lambda commit=commit: commit)
-        _, printed, _ = command()
-        named += re.findall(r"began at commit (.*), and it goes on at (\w+)[,;]", printed)
-    assert named == [("abc", "def"), ("abc, def", "none")]
+def test_a_run_is_noted_with_the_code_that_is_there_when_it_begins(one_run, monkeypatch):
+    going, task, submitted = one_run
+    monkeypatch.setattr(sweep.manifest, "commit", lambda: "def")
+    going.submit(task)
+    assert len(submitted) == 1 and [change.commit for change in read_manifest(FOLDER)] == ["def"]
 
 
 def test_of_two_sweeps_that_begin_at_once_the_later_one_is_refused(command, monkeypatch):
