@@ -252,8 +252,8 @@ class Args(RunFlags, AlternativeSettings, Experiment):
         return getattr(self, alternative.period)
 
     @property
-    def planned_changes(self) -> tuple[int, ...]:
-        """`planned_interventions`, each with a checkpoint before it. () of one that goes on."""
+    def one_time_interventions(self) -> tuple[int, ...]:
+        """`planned_interventions`, with a checkpoint before each; none of what goes on, such as ReDo."""
         if self.intervention_period > 0:
             return ()
         return self.planned_interventions
@@ -265,7 +265,7 @@ class Args(RunFlags, AlternativeSettings, Experiment):
         Each is at the end of its vector step, which may be the run's end.
         """
         steps = {min(self.end_of_vector_step(step), self.total_timesteps) for step in self.keep_checkpoints}
-        return steps.union(self.planned_changes[:1])
+        return steps.union(self.one_time_interventions[:1])
 
     @property
     def planned_pairs(self) -> int:
@@ -668,10 +668,10 @@ def td_loss(
         next_values = target_network(batch.next_observations).gather(1, next_actions)  # (B, 1)
         td_target = batch.rewards + gamma * (1 - batch.dones) * next_values
     q_values = q_network(batch.observations)  # (B, num_actions)
-    # as gather would do, whose gradient on a GPU adds up in an order that is not fixed
+    # the same as q_values.gather(1, batch.actions), whose gradient on a GPU adds up in no fixed order
     taken = torch.arange(q_values.shape[1], device=q_values.device) == batch.actions
-    q_values = q_values.where(taken, 0).sum(dim=1, keepdim=True)  # (B, 1)
-    return F.huber_loss(q_values, td_target), q_values.detach().mean()
+    q_taken = q_values.where(taken, 0).sum(dim=1, keepdim=True)  # (B, 1)
+    return F.huber_loss(q_taken, td_target), q_taken.detach().mean()
 
 
 def exploration_epsilon(args: Args, step: int) -> float:
@@ -1011,7 +1011,7 @@ class Training:
         args = self.args
         run = self.run
         if self.repeat_due():
-            # in a fork, whose checkpoint was written after the place in `advance` where this is done
+            # in a fork: the run that wrote its checkpoint did not do this in the step that ended there
             self.repeat()
             # the checkpoint's target was synced before that: a copy can be made again, not a step of tau < 1
             if args.tau == 1 and self.sync_due():
@@ -1060,7 +1060,7 @@ class Training:
             learner.update(self.replay.sample(args.batch_size, batches=updates), updates)
         if overlap:
             self.receive(obs, actions)
-        # measure how far the online network is from the target network, before a sync makes them equal
+        # measure how far the online network is from the target network, before a sync brings them together
         if self.sync_due() and self.churn_due():
             self.measure_churn()
         # do what --intervention does every so often
@@ -1130,7 +1130,7 @@ class Training:
         return sync // args.plasticity_frequency > (sync - period) // args.plasticity_frequency
 
     def measure_churn(self) -> None:
-        """To be called just before a sync: after it, no action differs."""
+        """To be called just before a sync: after it, with tau = 1, no action differs."""
         learner = self.learner
         obs = self.replayed(Stream.PLASTICITY, self.run.step).observations
         with torch.no_grad():
@@ -1142,7 +1142,7 @@ class Training:
         args = self.args
         if args.checkpoint_frequency == 0:
             return False
-        planned = {self.run.first, args.total_timesteps, *args.planned_changes, *args.kept_checkpoints}
+        planned = {self.run.first, args.total_timesteps, *args.one_time_interventions, *args.kept_checkpoints}
         return notable or self.run.step in planned
 
     def intervention_due(self) -> bool:
@@ -1152,7 +1152,7 @@ class Training:
         if args.intervention == "none":
             return False
         if args.injection_trigger == "step":
-            return step in args.planned_changes
+            return step in args.one_time_interventions
         if not 0 < step < args.total_timesteps or not self.run.due(args.injection_check_frequency):
             return False
         if len(self.learner.interventions) >= args.max_injections:
@@ -1269,7 +1269,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
                 f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}"
             )
         elif origin.nothing:  # else it is too late to change that
-            say_what_comes_before_learning(args, run.log)
+            say_what_may_not_be_meant(args, run.log)
 
         if origin.forked and args.seed != origin.history[0]["seed"]:
             training.begin_streams()  # one agent that goes on in several ways
@@ -1284,9 +1284,26 @@ def train(args: Args, signals: Signals | None = None) -> Path:
     return run.folder
 
 
-def say_what_comes_before_learning(args: Args, log: RunLog) -> None:
-    """Lines where an untrained network is injected, or fills the replay with little exploration."""
+def say_what_may_not_be_meant(args: Args, log: RunLog) -> None:
+    """Lines where a part of the run would do nothing, or come before anything is learned."""
     starts = args.learning_starts
+    period = args.target_network_frequency
+    if (starts // period + 1) * period > args.total_timesteps:
+        log.say(
+            f"warning: the target network is never synced, with --target-network-frequency {period}: "
+            f"give {args.total_timesteps - starts} or less"
+        )
+    by_norm = args.intervention != "none" and args.injection_trigger == "norm"
+    if by_norm and args.injection_norm_ratio < 1:
+        log.say(
+            "warning: injections come before anything is learned, with --injection-norm-ratio "
+            f"{args.injection_norm_ratio:g}: give more than 1"
+        )
+    if by_norm and args.injection_check_frequency >= args.total_timesteps:
+        log.say(
+            "warning: the norm is never looked at, with --injection-check-frequency "
+            f"{args.injection_check_frequency}: give less than {args.total_timesteps}"
+        )
     if args.intervention != "none" and args.planned_interventions and args.planned_interventions[0] <= starts:
         log.say(
             f"warning: at step {args.planned_interventions[0]:,} the network has learned nothing, "
@@ -1378,8 +1395,8 @@ OF_INTERVENTION = (
 )
 # when the norm injects
 OF_NORM = ("injection_trigger", "injection_norm_ratio", "injection_check_frequency", "max_injections")
-# what a fork may change: nothing of this changes what lies before a checkpoint, or `check_fork` sees to it;
-# but a run that had the other seed, or the other rule for the norm, from its start may have come elsewhere
+# what a fork may change: it lies after the checkpoint, or `check_fork` refuses it. With another seed, or
+# another rule for the norm, a run from step 0 might not have come to this checkpoint
 FORKABLE = (
     *OF_INTERVENTION,
     "injection_step",
@@ -1470,7 +1487,7 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
     where = f"checkpoint {checkpoint.path}"
     with reading(checkpoint.path, "this run's checkpoint", AS_IT_WAS_MADE):
         earlier = tuple(checkpoint.state["learner"]["interventions"])
-    expected = tuple(planned for planned in args.planned_changes if planned < step)
+    expected = tuple(planned for planned in args.one_time_interventions if planned < step)
     if args.intervention == "none":
         expected = ()
     elif args.injection_trigger == "norm":
@@ -1650,7 +1667,7 @@ def parse_args() -> Args:
         args = asdict(saved)
     else:
         args = asdict(Args()) | PRESETS[preset]
-    # but for what nothing would look at, with the flags that are given
+    # flags that were taken over, and that nothing looks at any more with the given ones, are their defaults
     if given.get("injection_trigger") == "norm":
         args["injection_step"] = ()
     for name in usage.unused_fields(CommandLine(**args | given)):

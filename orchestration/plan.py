@@ -267,9 +267,9 @@ def plan_arms(asked: Asked, values: dict[str, str], origin: Checkpoint | None) -
 
 def forked_from_trunk(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
     """The run as a fork from the trunk's checkpoint at the first injection, or as it is where none can be."""
-    if not trunk.args.planned_changes or run.args.injection_trigger == "norm":
+    if not trunk.args.one_time_interventions or run.args.injection_trigger == "norm":
         return run
-    step = trunk.args.planned_changes[0]
+    step = trunk.args.one_time_interventions[0]
     if run.args.planned_interventions and run.args.planned_interventions[0] < step:
         return run
     changed = [name for name in usage.changed_fields(run.args, trunk.args) if name != "exp_name"]

@@ -50,7 +50,7 @@ class RunFlags:
     fork: Annotated[str | None, InUTF8()] = None
     """checkpoint from which a new run starts, with other flags (docs/nothing-is-lost.md)"""
     evaluate: str | None = None
-    """folder of a run whose agent.pt is to play, as it was trained; takes no flag of training"""
+    """folder of a run whose agent.pt is to play its game; takes the --eval flags, and none of training"""
 
     def check_flags(self) -> None:
         """Raises UsageError where flags contradict each other."""

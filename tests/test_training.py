@@ -41,6 +41,7 @@ SMALL = replace(
 )
 SMALL_FLAGS = """--env-backend ale --total-timesteps 200 --buffer-size 250 --learning-starts 100
 --batch-size 4 --head-width 16 --log-frequency 60 --checkpoint-frequency 0""".split()
+NORM = {"injection_trigger": "norm"}
 PLAYS_ONLY = {"learning_starts": 10_000}
 
 
@@ -699,6 +700,37 @@ def test_a_run_says_what_happens_before_anything_is_learned(capsys):
     assert "remark" in capsys.readouterr().out
     train(Args(resume=str(folder)))
     assert "remark" not in capsys.readouterr().out, "a run that goes on cannot change it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (
+            {"target_network_frequency": 21},
+            "the target network is never synced, with --target-network-frequency 21: give 12 or less",
+        ),
+        ({"target_network_frequency": 20}, None),
+        (
+            NORM | {"injection_norm_ratio": 0.9},
+            "injections come before anything is learned, with --injection-norm-ratio 0.9: give more than 1",
+        ),
+        (NORM | {"injection_norm_ratio": 1.0, "injection_check_frequency": 5}, None),
+        (
+            NORM | {"injection_check_frequency": 20},
+            "the norm is never looked at, with --injection-check-frequency 20: give less than 20",
+        ),
+        (NORM | {"injection_check_frequency": 19}, None),
+    ],
+)
+def test_a_run_says_what_it_will_never_do_or_too_early(monkeypatch, capsys, changes, warning):
+    synced = []
+    monkeypatch.setattr(Learner, "sync_target", lambda learner: synced.append(learner))
+    args = replace(SMALL, total_timesteps=20, learning_starts=8, target_network_frequency=10)
+    train(replace(args, **changes))
+    out = capsys.readouterr().out
+    assert f"\nwarning: {warning}\n" in out if warning else "warning: " not in out
+    if "target_network_frequency" in changes:
+        assert bool(synced) == (warning is None)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_step_and_loss_named(monkeypatch):
