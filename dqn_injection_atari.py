@@ -129,7 +129,7 @@ class Experiment:
 
     env_id: str = "PhoenixNoFrameskip-v4"
     """Atari id of Gymnasium; ALE/NAME-v5 has sticky actions, NAMENoFrameskip-v4 none"""
-    seed: Steps = 1
+    seed: Annotated[int, Ge(0)] = 1
     """seed of every random stream (cleanRL)"""
     exp_name: Annotated[str, InUTF8()] = Path(__file__).stem
     """part of the run folder's name (cleanRL)"""
