@@ -18,6 +18,7 @@ from dqn_injection_atari import INTERVENTIONS
 from support.run_log import SIDE_BY_SIDE
 
 MAX_BINS = 100  # points of a curve
+MOST_WITH_RUNS = 4  # arms in a panel; of more, lines of single runs could not be told apart
 GAMES_PER_BIN = 10  # at least, on average, in the curves of return
 SHARES = (
     "plasticity/dormant_fraction",
@@ -56,10 +57,34 @@ def curve(points: np.ndarray, edges: np.ndarray, undefined: np.ndarray = NOWHERE
     return means
 
 
+def bin_edges(arms: list[Arm], bins: int) -> np.ndarray:
+    """(bins + 1,) steps from 0 to the end of the longest run; the first intervention of all is one of them.
+
+    So no bin holds both what the arms share and what they do not.
+    """
+    last = max(run.last_step for run in runs_of(arms))
+    firsts = [last]
+    for arm in arms:
+        for run in arm.runs:
+            firsts += arm.intervention_steps(run)[:1]
+    first = min(firsts)
+    before = round(bins * first / last)
+    if not 0 < before < bins:
+        return np.linspace(0, last, bins + 1)
+    shared = np.linspace(0, first, before + 1)
+    return np.append(shared[:-1], np.linspace(first, last, bins - before + 1))
+
+
 def draw_arm(
-    ax: canvas.Axes, arm: Arm, style: canvas.Look, tag: str, edges: np.ndarray, aggregate: str
+    ax: canvas.Axes,
+    arm: Arm,
+    style: canvas.Look,
+    tag: str,
+    edges: np.ndarray,
+    aggregate: str,
+    with_runs: bool,
 ) -> None:
-    """A thin line per run, a thick one for the arm and its interval where all its runs have values.
+    """A thick line for the arm, and its interval, where all its runs have values; a thin line per run.
 
     Crosses at the bottom are where a measure is undefined.
     """
@@ -78,7 +103,7 @@ def draw_arm(
     if tag in SHARES:
         low, high = np.clip((low, high), 0, 1)  # a share is no less and no more
     above = 3 if arm.intervention == "none" else 2  # it also shows what the arms share
-    for one_run in curves:
+    for one_run in curves if with_runs else ():
         canvas.plot_broken(ax, middles, one_run, color=style.colour, lw=0.6, alpha=0.45, zorder=above)
     label = f"{arm.name} (n = {len(curves)})"
     canvas.plot_broken(ax, middles, centre, **style.line, lw=2, label=label, zorder=above)
@@ -93,10 +118,10 @@ def draw(
     ax: canvas.Axes, arms: list[Arm], looks: dict[str, canvas.Look], tag: str, bins: int, aggregate: str
 ) -> None:
     """One panel: the arms, and a dashed line at every step of an intervention."""
-    edges = np.linspace(0, max(run.last_step for run in runs_of(arms)), bins + 1)
+    edges = bin_edges(arms, bins)
     steps: set[int] = set()
     for arm in arms:
-        draw_arm(ax, arm, looks[arm.name], tag, edges, aggregate)
+        draw_arm(ax, arm, looks[arm.name], tag, edges, aggregate, len(arms) <= MOST_WITH_RUNS)
         for run in arm.runs:
             steps.update(arm.intervention_steps(run))
     interventions = {arm.intervention for arm in arms} - {"none"}
@@ -105,6 +130,10 @@ def draw(
         ax.axvline(step, **canvas.DASHED, label=label)
     ax.set_xlim(0, edges[-1])
     ax.xaxis.set_major_formatter(lambda step, _: short(step))
+    values = [run.scalars[tag][1] for run in runs_of(arms) if tag in run.scalars]
+    bottom, _ = ax.get_ylim()
+    if bottom < 0 and np.nanmin(np.concatenate(values)) >= 0:
+        ax.set_ylim(bottom=0)  # an interval may reach below what there is
 
 
 def labelled(ax: canvas.Axes) -> dict[str, canvas.Artist]:
@@ -136,8 +165,9 @@ def legend(
 
 
 def looks_of(arms: list[Arm]) -> dict[str, canvas.Look]:
-    """{name: look}, the same in every game."""
-    names = dict.fromkeys(arm.name for arm in arms)
+    """{name: look}, the same in every game. No intervention has the first, and injections the next."""
+    ordered = sorted(arms, key=lambda arm: (arm.intervention != "none", arm.intervention != "injection"))
+    names = dict.fromkeys(arm.name for arm in ordered)
     return {name: canvas.look(number) for number, name in enumerate(names)}
 
 

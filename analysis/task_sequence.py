@@ -33,9 +33,9 @@ DRAWN = {
     "encoder_active": "encoder: share of\nfeatures ≠ 0",
 }
 LOOKS = {
-    SAME: canvas.Look(canvas.INK, "-", ""),
-    INJECTED: canvas.Look(canvas.COLOURS[0], "-", "s"),
-    RESET: canvas.Look(canvas.COLOURS[1], "-.", "^", shift=0.5),
+    SAME: canvas.look(0),
+    INJECTED: canvas.look(1),
+    RESET: canvas.look(2),
     FRESH: canvas.Look("#999999", "--", ""),
 }
 LOST = 5  # times its own smallest error: a network that is above that has lost plasticity,
@@ -313,7 +313,8 @@ def draw_panel(ax: canvas.Axes, result: dict[str, Any], measure: str) -> None:
         else:
             centre, low, high = np.clip(interval(values), 0, 1)  # a share is no less and no more
         style = LOOKS[name]
-        canvas.plot_broken(ax, task, centre, **style.line, lw=2, label=name)
+        label = "left alone" if name == SAME else name
+        canvas.plot_broken(ax, task, centre, **style.line, lw=2, label=label)
         ax.fill_between(task, low, high, color=style.colour, alpha=0.18, lw=0)
         ax.plot(task, values.T, color=style.colour, lw=0.6, alpha=0.4)
     if any(result["copied_before"]):

@@ -178,7 +178,7 @@ def find_effects(arms: list[Arm], scores: Scores, part: int) -> Effects:
     origins: dict[int, RecordedRun] = {}
     forks: dict[str, dict[int, RecordedRun]] = {}
     left_out: dict[str, str] = {}
-    for pair in pairs:
+    for pair in sorted(pairs, key=lambda pair: pair.intervention != "injection"):
         candidates, one_agent = counting(pair, without, window)
         name = pair.arms[1].name
         if one_agent:
@@ -269,6 +269,8 @@ def draw(target: str, effects: Effects) -> None:
     (axes,) = figure.subplots(1, len(effects.values), sharey=True, squeeze=False)
     seeds = most_seeds(effects)
     for ax, (quantity, values) in zip(axes, effects.values.items(), strict=True):
+        if quantity.startswith("return"):
+            ax.sharex(axes[0])
         for row, changed in enumerate(effects.changes.values()):
             differences = np.array([*changed[quantity].values()])
             if not differences.size:
@@ -276,10 +278,10 @@ def draw(target: str, effects: Effects) -> None:
             point = look(row + 1).point
             centre, low, high = interval(differences)
             ax.plot([low, high], [row, row], color=point["color"], lw=2)
-            ax.plot(centre, row, **point)
-            ax.plot(differences, np.full(len(differences), row + 0.25), ".", color=point["color"], ms=4)
+            ax.plot(centre, row, **point, ms=5)
+            ax.plot(differences, np.full(len(differences), row + 0.25), ".", color=point["color"], ms=7)
         ax.axvline(0, color=INK, lw=0.8)
-        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))
         ax.set_title(quantity, fontsize=9, loc="left")
         mean = np.mean([*values.values()])
         ax.set_xlabel(f"change; without: {show(float(mean))}{if_fewer(values, seeds)}")

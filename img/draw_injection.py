@@ -12,19 +12,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.arms import TRAINING_RETURN, Arm, print_remarks, read_arms, runs_of, short
-from analysis.canvas import COLOURS, DASHED, INK, Figure, Look, check_name, drawing, plot_broken, save
-from analysis.figures import curve
+from analysis.arms import TRAINING_RETURN, Arm, print_remarks, read_arms, short
+from analysis.canvas import DASHED, Figure, check_name, drawing, look, plot_broken, save
+from analysis.figures import bin_edges, curve
 from analysis.intervals import MIN_SEEDS, interval
 from analysis.verdict import counterparts
 from support.process import ends_in_one_line
 from support.usage import UsageError, words_given
 
-STRETCHES = 32  # of equal length, from step 0 to the end
+STRETCHES = 32  # from step 0 to the end
 LOOKS = {
-    "none": ("no intervention", Look(INK, "-", "")),
-    "injection": ("plasticity injection", Look(COLOURS[0], "-", "s")),
-    "reset-head": ("head reset", Look(COLOURS[1], "--", "^", shift=0.5)),
+    "none": ("no intervention", look(0)),
+    "injection": ("plasticity injection", look(1)),
+    "reset-head": ("head reset", look(2)),
 }
 
 
@@ -33,7 +33,7 @@ def draw(target: str, arms: list[Arm], at: int) -> None:
     """The figure of arms that are one up to step `at`."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     ax = figure.subplots()
-    edges = np.linspace(0, max(run.last_step for run in runs_of(arms)), STRETCHES + 1)
+    edges = bin_edges(arms, STRETCHES)
     middles = (edges[:-1] + edges[1:]) / 2
     for arm in arms:
         label, style = LOOKS[arm.intervention]

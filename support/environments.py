@@ -164,8 +164,9 @@ def make_atari_envs(
 ) -> LearnerView:
     """`num_envs` games; one that ends is replaced in the same step.
 
-    Both backends preprocess as DQN Zoo does: up to 30 no-ops at the start, each action for 4 frames, maximum
-    of the last two, grey, 84×84, 4 frames stacked on zeros, at most 108,000 frames a game, no FIRE on reset.
+    Both backends preprocess as DQN Zoo does, but for what docs/deviations.md names: up to 30 no-ops at the
+    start, each action for 4 frames, maximum of the last two, grey, 84×84, 4 frames stacked on zeros, at most
+    108,000 frames a game, no FIRE on reset.
     Emulators of this process say nothing but errors from now on. Raises UsageError as `atari_spec` does, and
     where ALE's vectoriser cannot set the id's mode or difficulty.
     """

@@ -63,9 +63,9 @@ def play_games(
 ) -> np.ndarray:
     """Raw scores of whole games, (N,) float64, one per environment, so that none is favoured.
 
-    With `steps` those of the first environment's games that end within so many steps, or else of the first
-    game (DQN Zoo). The first game is filmed to `video`. Once `stop` returns True, what is not over is left at
-    NaN. Environments are closed in the end.
+    With `steps` those of the first environment's games that end within so many steps (DQN Zoo), or else of
+    the first game (there what it has scored by then). The first game is filmed to `video`. Once `stop`
+    returns True, what is not over is left at NaN. Environments are closed in the end.
     """
     games: list[list[float]] = [[] for _ in range(envs.num_envs)]  # scores, per environment
     played = 0

@@ -7,9 +7,17 @@ import pytest
 from simulated_runs import INJECTION, RETURN, TOTAL, games, make_arms, make_games, make_norm_arms, make_run
 
 from analysis.arms import group
-from analysis.canvas import COLOURS, Figure, drawing, plot_broken
+from analysis.canvas import COLOURS, Figure, drawing, look, plot_broken
 from analysis.curves import POLICY_CHURN
-from analysis.figures import curve, draw, draw_differences, draw_plasticity, draw_returns, looks_of
+from analysis.figures import (
+    bin_edges,
+    curve,
+    draw,
+    draw_differences,
+    draw_plasticity,
+    draw_returns,
+    looks_of,
+)
 from analysis.verdict import comparisons
 
 PLASTICITY = {
@@ -65,6 +73,52 @@ def test_a_curve_has_a_gap_where_steps_are_undefined_from_the_value_before_to_th
         curve(points, edges, np.array([28.0])), mixed, "a bin that holds such a step has no value"
     )
     np.testing.assert_array_equal(curve(points, edges, np.array([75.0])), curve(points, edges))
+
+
+def test_no_bin_of_a_curve_holds_what_comes_before_an_intervention_and_after_it():
+    lines = panel(arms_of(*make_arms(injection_step=(1_050,)))).lines
+    without, injected = (line.get_ydata() for line in lines if line.get_linewidth() == 2)
+    shared = 10  # of 30 bins
+    assert np.array_equal(without[:shared], injected[:shared])
+    assert (without[shared:] != injected[shared:]).all()
+    for bins, steps in ((7, (INJECTION,)), (20, (1_237,)), (3, (2_990,))):
+        arms = arms_of(*make_arms(injection_step=steps))
+        edges = bin_edges(arms, bins)
+        assert len(edges) == bins + 1 and (np.diff(edges) > 0).all() and edges[[0, -1]].tolist() == [0, TOTAL]
+        assert (steps[0] in edges) == (steps[0] < 2_990), "a bin that short would hold hardly any game"
+    norm = arms_of(*make_norm_arms({1: [1_200, 2_600], 2: [1_700]}))
+    assert 1_200 in bin_edges(norm, 7) and 1_700 not in bin_edges(norm, 7)
+    without = arms_of(*make_arms()[::2])
+    assert np.array_equal(bin_edges(without, 7), np.linspace(0, TOTAL, 8))
+
+
+def test_an_axis_goes_below_zero_only_where_a_return_does():
+    for offset, below in ((100, False), (-100, True)):
+        runs = []
+        for seed in (1, 2, 3):
+            points = [(step, 10.0**seed + offset - 10) for step in range(100, 3_001, 100)]
+            runs.append(make_run(f"{seed}", {RETURN: points}, seed=seed))
+        assert (panel(arms_of(*runs)).get_ylim()[0] < 0) == below
+
+
+def test_single_runs_are_drawn_where_there_are_few_arms():
+    for rates, drawn in (((1e-4, 1e-3), 12), ((1e-4, 5e-4, 1e-3), 0)):
+        runs = []
+        for rate in rates:
+            runs += make_arms(prefix=f"{rate}-", learning_rate=rate)
+        lines = panel(arms_of(*runs)).lines
+        assert sum(line.get_linewidth() == 0.6 for line in lines) == drawn
+        assert sum(line.get_linewidth() == 2 for line in lines) == 2 * len(rates)
+
+
+def test_an_injection_looks_the_same_whatever_it_is_compared_with():
+    runs = make_arms()
+    for seed in (1, 2, 3):
+        runs.append(make_run(f"head-{seed}", {RETURN: games(seed, 2)}, seed=seed, intervention="reset-head"))
+    arms = arms_of(*runs)
+    assert [arm.intervention for arm in arms] == ["none", "reset-head", "injection"]
+    found = looks_of(arms)
+    assert [found[arm.name] for arm in arms] == [look(0), look(2), look(1)]
 
 
 MEASURE, OTHER = "plasticity/srank/head", "plasticity/weight_norm/head"

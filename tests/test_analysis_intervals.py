@@ -30,11 +30,13 @@ def test_a_geometric_interval_is_that_of_the_logs_and_never_reaches_0():
 
 
 def test_bootstrap_intervals_cover_95_percent_of_resampled_interquartile_means_and_are_always_the_same():
-    values = np.random.default_rng(1).normal(size=(8, 1))
+    values = 3.0 ** np.arange(8)[:, None]  # skewed, so that kinds of bootstrap differ
     _, (low,), (high,) = interval(values, "iqm")
     rows = np.random.default_rng(2).integers(8, size=(20_000, 8))
     resampled = np.sort(values[rows, 0], axis=1)[:, 2:6].mean(axis=1)
     assert 0.94 < np.mean((resampled >= low) & (resampled <= high)) < 0.96
+    for bound, share in ((low, 0.025), (high, 0.975)):
+        assert np.mean(resampled < bound) == pytest.approx(share, abs=0.005)
     assert np.array_equal(interval(values, "iqm"), interval(values, "iqm"))
 
 

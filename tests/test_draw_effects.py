@@ -305,10 +305,11 @@ def test_every_arm_has_a_row_in_the_figure(command, drawn):
     axes = drawn["x.png"].axes
     assert [ax.get_title(loc="left") for ax in axes] == command("x.png", "500", *files())[1]["arm"]
     assert [label.get_text() for label in axes[0].get_yticklabels()] == [
-        "head reset at 1k",
         "injection at 1k",
+        "head reset at 1k",
     ]
-    for row, mean in enumerate((-0.75 * GAIN, 0.75 * GAIN + 0.25 * LATE_GAIN)):
+    assert axes[0].get_xlim() == axes[1].get_xlim() == axes[2].get_xlim() != axes[3].get_xlim()
+    for row, mean in enumerate((0.75 * GAIN + 0.25 * LATE_GAIN, -0.75 * GAIN)):
         interval, centre, seeds = (line.get_xydata() for line in axes[1].lines[3 * row : 3 * row + 3])
         assert centre.tolist() == [[pytest.approx(mean, abs=2), row]]
         assert interval[:, 0].mean() == pytest.approx(centre[0, 0]) and np.ptp(interval[:, 0]) > 0.1

@@ -70,6 +70,12 @@ def test_a_cluster_that_answers_is_joined_at_its_address(no_cluster, monkeypatch
     assert no_cluster == [("there:6379", engine.QUIET), ("auto", engine.QUIET)]
 
 
+def test_ray_has_the_processors_that_this_process_may_use(no_cluster, monkeypatch):
+    monkeypatch.setattr(engine, "usable_processors", lambda: 3)
+    with engine.cluster(None):
+        assert no_cluster[0][-1]["num_cpus"] == 3
+
+
 def test_a_signal_while_no_run_is_going_ends_it_with_the_status_of_that_signal(no_cluster, monkeypatch):
     def init(*_, **__):
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray does first of all
@@ -270,3 +276,7 @@ def test_a_job_that_is_cancelled_is_told_so_and_has_failed_if_it_fails_then(inte
         command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", timeout=120, check=True
     )
     assert done.stdout == "('failed', 'exit status 1 when it was stopped')\n"
+
+
+def test_a_run_takes_no_more_processors_than_the_smallest_machine_with_gpus_has_for_it():
+    assert resources(RUN, None, None, None, [LARGE, LARGE | {"CPU": 16}])["num_cpus"] == 2

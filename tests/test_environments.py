@@ -266,9 +266,10 @@ def test_what_dqn_cannot_play_is_refused(backend):
         make_atari_envs("LimitedPhoenix-v5", backend, 1)
 
 
+@pytest.mark.parametrize("value", [0, 1])
 @pytest.mark.parametrize("setting", ["difficulty", "mode"])
-def test_what_a_backend_cannot_do_is_refused_not_ignored(setting):
-    other = variant(f"Freeway-{setting}-v5", "ALE/Freeway-v5", **{setting: 1})
+def test_what_a_backend_cannot_do_is_refused_not_ignored(setting, value):
+    other = variant(f"Freeway-{setting}-{value}-v5", "ALE/Freeway-v5", **{setting: value})
     make_atari_envs(other, "sb3", 1)
     with pytest.raises(UsageError, match="--env-backend sb3"):
         make_atari_envs(other, "ale", 1)
@@ -298,6 +299,26 @@ def test_what_an_id_leaves_open_is_with_ales_vectoriser_as_in_their_environment(
     defaults = inspect.signature(AtariEnv).parameters
     for name in ("repeat_action_probability", "full_action_space"):
         assert given[name] == defaults[name].default
+    for env_id, sticky in ((PHOENIX, 0.0), ("ALE/Phoenix-v5", 0.25)):
+        make_atari_envs(env_id, "ale", 1)
+        assert given["repeat_action_probability"] == sticky
+        assert given["reward_clipping"] is False, "scores are raw, and learning clips them"
+
+
+@both_backends
+def test_a_decision_is_four_frames(backend):
+    envs = make_atari_envs(PHOENIX, backend, 1)
+    _, infos = envs.reset(seed=0)
+    start = int(infos["episode_frame_number"][0])
+    for decision in range(1, 4):
+        *_, infos = envs.step(np.zeros(1, int))
+        assert infos["episode_frame_number"][0] == start + 4 * decision
+
+
+def test_a_lost_life_is_one_end():
+    view = LearnerView(Scripted(3, *[(0, False, False, lives) for lives in (2, 2, 1)]))
+    view.reset(seed=0)
+    assert [view.step(np.zeros(1, int))[2].item() for _ in range(3)] == [True, False, True]
 
 
 @both_backends

@@ -16,7 +16,7 @@ import dqn_injection_atari as script
 from dqn_injection_atari import Args, Learner, QNetwork, evaluate, load_agent, main, train
 from support import evaluation
 from support.environments import LearnerView
-from support.evaluation import open_film, play_games, print_scores, require_film, save_agent
+from support.evaluation import open_film, play_games, player, print_scores, require_film, save_agent
 from support.usage import UsageError
 
 
@@ -446,3 +446,10 @@ def test_loading_an_agent_runs_no_code(monkeypatch):
     with pytest.raises(SystemExit, match="cannot be read as an agent"):
         main()
     assert not Path("owned").exists()
+
+
+def test_a_players_random_numbers_are_those_of_its_seed():
+    obs = np.zeros((64, 4, 84, 84), np.uint8)
+    network = QNetwork(8, head_width=16)
+    first, again, other = (player(network, 8, 1.0, seed)(obs) for seed in (3, 3, 4))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)

@@ -156,3 +156,22 @@ def test_signals_that_the_parent_holds_back_reach_the_process():
         assert run(job(sys.executable, "-c", interrupted)) == -signal.SIGINT
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def test_what_a_job_is_told_overrules_what_it_inherits_and_all_that_it_says_is_logged(monkeypatch):
+    monkeypatch.setenv("SETTING", "8")
+    assert run(job("sh", "-c", "echo $SETTING; echo trouble >&2")) == 0
+    assert Path("x.log").read_text(encoding="utf-8").splitlines()[1:] == ["3", "trouble"]
+
+
+def test_an_interrupt_at_a_terminal_does_not_reach_a_job():
+    assert run(job(sys.executable, "-c", "import os; print(os.getsid(0) == os.getpid())")) == 0
+    assert Path("x.log").read_text(encoding="utf-8").endswith("\nTrue\n")
+
+
+def test_a_file_system_without_locks_keeps_no_job_from_its_log(monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(jobs.fcntl, "flock", flock)
+    assert run(job("true")) == 0

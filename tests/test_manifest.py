@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestration import manifest
 from orchestration.manifest import (
     Change,
     Manifest,
@@ -234,3 +235,11 @@ def test_the_commit_is_the_projects_own_and_never_that_of_a_repository_around_it
 def test_the_commit_of_a_work_tree_of_its_own_is_that_of_the_project(around):
     git(around, "worktree", "add", "-q", "../tree")
     assert git(around, "rev-parse", "HEAD").startswith(commit(around.parent / "tree"))
+
+
+def test_what_is_noted_is_on_the_disk_itself(monkeypatch):
+    flushed = []
+    monkeypatch.setattr(manifest, "flush_to_disk", lambda path: flushed.append(path.name))
+    begin(HERE / "x", ASKED)
+    Manifest(HERE / "x").add(change())
+    assert flushed == [".sweep.json.partial", "x", "manifest.jsonl"]

@@ -43,6 +43,8 @@ def test_a_unit_is_dormant_when_its_mean_activation_is_at_most_tau_of_the_layers
     assert dormant_units(torch.tensor([[3.0, 1.0], [-3.0, 1.0]])).tolist() == [0, 0], "sizes count, not signs"
     by_default = dormant_units(torch.tensor([[0.024, 0.026, 2.95]]))  # mean 1
     assert by_default.tolist() == [1, 0, 0], "tau is 0.025"
+    quiet = 1e-6 * quiet_and_loud
+    assert dormant_units(quiet, tau=0.25).tolist() == [1, 0], "as loud as a layer is does not matter"
 
 
 def test_a_channel_is_one_unit_averaged_over_batch_and_space():
@@ -206,6 +208,8 @@ def test_measures_of_a_network_made_to_have_them(injections):
         (newest.hidden, 384),
     ):
         only_biases(layer, active)
+    with torch.no_grad():
+        newest.hidden.bias[0] = 0.05  # more than 0.025 of the mean
     measures = plasticity_measures(learner, random_batch())
     dormant = {name: measures[f"dormant_fraction/{name}"] for name in ("conv1", "conv2", "conv3", "head")}
     assert dormant == {"conv1": 8 / 32, "conv2": 0, "conv3": 32 / 64, "head": 128 / 512}

@@ -180,6 +180,22 @@ def test_a_checkpoint_of_a_run_that_writes_none_is_not_continued(checkpoint):
         plan(continued(checkpoint, "none", "injection"))
 
 
+@pytest.mark.parametrize(
+    "flags", [("--injection-step", "6000"), ("--exploration-fraction", "0.5"), ("--preset", "paper")]
+)
+def test_what_a_checkpoint_decides_is_refused_and_not_passed_over(checkpoint, flags):
+    with pytest.raises(UsageError, match=f"{flags[0]} after -- is what the sweep itself gives"):
+        plan(continued(checkpoint, flags=flags))
+
+
+def test_a_checkpoint_is_estimated_to_hold_no_more_frames_than_the_run_has_steps():
+    baseline = plan(asked("none"))[0]
+    disk = []
+    for size in (1_000, 9_000, 1_000_000):
+        disk.append(replace(baseline, args=replace(baseline.args, buffer_size=size)).disk)
+    assert disk[0] < disk[1] == disk[2]
+
+
 def test_arms_and_seeds_continue_one_checkpoint(checkpoint, monkeypatch):
     custom = {"all heads": "--no-freeze-heads"}
     runs = plan(continued(checkpoint, "none", "injection", custom=custom, seeds=(1, 2)))

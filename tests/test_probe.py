@@ -276,6 +276,10 @@ def test_the_sentence_claims_what_the_interval_supports():
     assert "the agent's error is not to be compared (diverged with 1 of 1 seeds)" in words(None)
     assert "own error fell by 80%" in words((2.0, None))
     assert "no answer: a fresh network loses only 4% of its error" in words((2.0, [1.5, 2.6]), end=0.48)
+    result = {"errors": {FRESH: {"start": [0.5, 0.1], "end": [0.5, 0.0]}}, "probe_updates": 1000}
+    result["errors"] |= {name: {"start": [0.5] * 2, "end": [None] * 2} for name in (AGENT, INJECTED)}
+    result["relative_to_fresh"] = {AGENT: None, INJECTED: None}
+    assert "fell by 17%" in probing.probe_in_words(result), "of the errors of all seeds together"
     grown = words((2.0, [1.5, 2.6]), end=0.9)
     assert (
         grown

@@ -337,6 +337,12 @@ def log_a_life(first, last, value):
     curves.close()
 
 
+def test_curves_longer_than_tensorboard_would_keep_are_read_whole():
+    FOLDER.mkdir()
+    log_a_life(1, 10_001, 1)
+    assert read_scalars(FOLDER)["a"][0].tolist() == [*range(1, 10_002)]
+
+
 DAY = 86_400
 CLOCKS = {  # what a run's processes, one after the other, see on the clock; the first is right
     "stands still": (0, 0, 0, 0),
@@ -683,6 +689,18 @@ def stopwatch(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: stopwatch.now)
     FOLDER.mkdir()
     return stopwatch
+
+
+def test_the_return_that_is_said_is_that_of_the_last_100_games_also_after_a_resume(stopwatch):
+    log = RunLog(FOLDER, 0, 1_000)
+    for step in range(150):
+        log.games({"_episode": [True], "episode": {"r": [float(step)], "l": [1]}}, step)
+    state = log.state_dict()
+    log.close()
+    log = RunLog(FOLDER, 150, 1_000)
+    log.load_state_dict(state)
+    assert list(log.returns) == [*range(50, 150)]
+    log.close()
 
 
 def test_speed_over_all_counts_all_time_also_before_a_resume_and_recent_speed_leaves_pauses_out(stopwatch):

@@ -181,10 +181,14 @@ def test_the_units_that_are_measured_are_those_of_the_head_that_learns_and_of_th
     learner.inject()
     with torch.no_grad():
         learner.q_network.head.theta.hidden.bias.fill_(-1e3)
-        learner.q_network.head.theta_prime_1[0].hidden.bias[:16] = -1e3
+        newest = learner.q_network.head.theta_prime_1[0].hidden
+        newest.weight.zero_()
+        newest.bias.copy_(torch.arange(len(newest.bias)) >= 16)  # no unit is between 0 and 1
+        newest.bias[-2] = 0.3
+        newest.bias[-1] = 0.005  # dormant, and active all the same
         learner.q_network.encoder[4].bias[:16], learner.q_network.encoder[4].bias[16:] = -1e3, 1e3
     measured = task_sequence.measured_shares(learner, obs)
-    assert measured["encoder_active"] == 48 / 64 and 16 / 64 <= measured["dormant"] < 1
+    assert measured == {"encoder_active": 48 / 64, "dormant": 17 / len(newest.bias)}
 
 
 @pytest.mark.slow
@@ -450,7 +454,7 @@ def test_intervals_of_an_error_are_on_the_log_scale_and_what_is_dashed_has_a_nam
         assert of_shares.min() >= 0 and of_shares.max() <= 1
     bands = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in error.collections])
     assert error.get_yscale() == "log" and bands.min() > 0
-    dashed = {line.get_label() for line in error.lines if line.get_linestyle() == "--"}
+    dashed = {line.get_label() for line in error.lines if line.get_linestyle() == "--"} - {INJECTED}
     named = {text.get_text() for text in drawn[0].legends[0].get_texts()}
     assert dashed == {FRESH, "injection or reset"} and dashed <= named
 
