@@ -41,7 +41,7 @@ network, what learns from then on. Without a checkpoint the agent has learned a 
 import math
 import sys
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -216,16 +216,23 @@ def is_among(run: RecordedRun, others: Sequence[RecordedRun]) -> bool:
     """Whether it is one of these. A file of an early version knows a run by its arguments alone."""
     itself = run.lineage[0]
     if itself.run is None and itself.folder is None:
-        return any(run.args == other.args for other in others)
+        args = replace(run.args, fork=None)  # of which a file has the last folders alone
+        return any(args == replace(other.args, fork=None) for other in others)
     return any(itself.is_run(other.lineage[0]) for other in others)
 
 
-def check_export(files: Iterable[Path], arms: Sequence[Arm]) -> None:
+def check_export(files: Iterable[Path], arms: Sequence[Arm], given: Iterable[str]) -> None:
     """
+    Args:
+        files: to be written, and to be replaced where they are there
+        arms: whose runs go into them
+        given: files and folders that these were read from
+
     Raises:
-        UsageError: a file that is there would be replaced, and holds a run of none of these arms.
+        UsageError: a file that is there holds a run of none of these arms, or cannot be read.
     """
     exported = runs_of(arms)
+    sources = {Path(path).resolve() for path in given}
     for path in filter(Path.exists, files):
         try:
             kept = read_curves(path)
@@ -234,7 +241,9 @@ def check_export(files: Iterable[Path], arms: Sequence[Arm]) -> None:
             raise UsageError(f"{path} would be replaced, and cannot be read as curves: {fix}") from error
         for run in kept:
             if not is_among(run, exported):
-                fix = "give that file, too, or another folder to --export"
+                fix = "give another folder to --export"
+                if path.resolve() not in sources:
+                    fix = "give that file, too, or another folder to --export"
                 raise UsageError(f"{run.folder} would be replaced, and is not among the runs here: {fix}")
 
 
@@ -246,7 +255,7 @@ def compare_runs(settings: Settings, out: Path | None) -> None:
     if settings.export is None:
         return
     files = [Path(settings.export, f"{name}.csv") for name in file_names(arms)]
-    check_export(files, arms)
+    check_export(files, arms, folders)
     for arm, path in zip(arms, files, strict=True):
         write_curves(arm.runs, path)
         print(f"wrote {path}, {path.stat().st_size / 1e3:,.0f} kB")

@@ -1290,16 +1290,16 @@ def say_what_may_not_be_meant(args: Args, log: RunLog) -> None:
     period = args.target_network_frequency
     if (starts // period + 1) * period > args.total_timesteps:
         log.say(
-            f"warning: the target network is never synced, with --target-network-frequency {period}: "
+            f"warning: no sync of the target network is due, with --target-network-frequency {period}: "
             f"give {args.total_timesteps - starts} or less"
         )
     by_norm = args.intervention != "none" and args.injection_trigger == "norm"
-    if by_norm and args.injection_norm_ratio < 1:
+    if by_norm and args.injection_norm_ratio < 1 and args.injection_check_frequency <= starts:
         log.say(
             "warning: injections come before anything is learned, with --injection-norm-ratio "
             f"{args.injection_norm_ratio:g}: give more than 1"
         )
-    if by_norm and args.injection_check_frequency >= args.total_timesteps:
+    if by_norm and args.end_of_vector_step(args.injection_check_frequency) >= args.total_timesteps:
         log.say(
             "warning: the norm is never looked at, with --injection-check-frequency "
             f"{args.injection_check_frequency}: give less than {args.total_timesteps}"

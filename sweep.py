@@ -273,7 +273,7 @@ def carry_out(settings: Settings, asked: plan.Asked, runs: list[plan.PlannedRun]
         tasks = []
         for run in runs:
             kept = resources(run, settings.cpus_per_run, gpus, settings.memory_per_run, nodes)
-            tasks.append(Task(run, folder, kept))
+            tasks.append(Task(run, folder, resources=kept))
         threads = asked.threads or max(1, int(tasks[0].resources["num_cpus"]))
         on_gpu = any(task.resources["num_gpus"] and task.run.args.cuda for task in tasks)
         asked = replace(asked, threads=threads, gpu=on_gpu)

@@ -60,7 +60,8 @@ def curve(points: np.ndarray, edges: np.ndarray, undefined: np.ndarray = NOWHERE
 def bin_edges(arms: list[Arm], bins: int) -> np.ndarray:
     """(bins + 1,) steps from 0 to the end of the longest run; the first intervention of all is one of them.
 
-    So no bin holds both what the arms share and what they do not.
+    So no bin holds both what the arms share and what they do not. But where that intervention is less than
+    half a bin from either end, all bins are of one length.
     """
     last = max(run.last_step for run in runs_of(arms))
     firsts = [last]
@@ -103,8 +104,9 @@ def draw_arm(
     if tag in SHARES:
         low, high = np.clip((low, high), 0, 1)  # a share is no less and no more
     above = 3 if arm.intervention == "none" else 2  # it also shows what the arms share
-    for one_run in curves if with_runs else ():
-        canvas.plot_broken(ax, middles, one_run, color=style.colour, lw=0.6, alpha=0.45, zorder=above)
+    if with_runs:
+        for one_run in curves:
+            canvas.plot_broken(ax, middles, one_run, color=style.colour, lw=0.6, alpha=0.45, zorder=above)
     label = f"{arm.name} (n = {len(curves)})"
     canvas.plot_broken(ax, middles, centre, **style.line, lw=2, label=label, zorder=above)
     ax.fill_between(middles, low, high, color=style.colour, alpha=0.18, lw=0)
@@ -121,7 +123,8 @@ def draw(
     edges = bin_edges(arms, bins)
     steps: set[int] = set()
     for arm in arms:
-        draw_arm(ax, arm, looks[arm.name], tag, edges, aggregate, len(arms) <= MOST_WITH_RUNS)
+        few = len(arms) <= MOST_WITH_RUNS
+        draw_arm(ax, arm, looks[arm.name], tag, edges, aggregate, with_runs=few)
         for run in arm.runs:
             steps.update(arm.intervention_steps(run))
     interventions = {arm.intervention for arm in arms} - {"none"}
@@ -132,7 +135,7 @@ def draw(
     ax.xaxis.set_major_formatter(lambda step, _: short(step))
     values = [run.scalars[tag][1] for run in runs_of(arms) if tag in run.scalars]
     bottom, _ = ax.get_ylim()
-    if bottom < 0 and np.nanmin(np.concatenate(values)) >= 0:
+    if bottom < 0 and not (np.concatenate(values) < 0).any():
         ax.set_ylim(bottom=0)  # an interval may reach below what there is
 
 
@@ -165,7 +168,11 @@ def legend(
 
 
 def looks_of(arms: list[Arm]) -> dict[str, canvas.Look]:
-    """{name: look}, the same in every game. No intervention has the first, and injections the next."""
+    """{name: look}, the same in every game.
+
+    Arms without an intervention come first, then injections: where there is one of each, they look as they
+    do beside any others.
+    """
     ordered = sorted(arms, key=lambda arm: (arm.intervention != "none", arm.intervention != "injection"))
     names = dict.fromkeys(arm.name for arm in ordered)
     return {name: canvas.look(number) for number, name in enumerate(names)}

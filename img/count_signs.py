@@ -98,9 +98,6 @@ def read_agents(files: list[str]) -> tuple[dict[str, float], dict[str, float]]:
     if not probes:
         raise UsageError("no file is of probes: give one that compare.py --probe wrote")
     agents = agents_in([path for path in files if not path.endswith(".json")])
-    for name in [name for name, agent in agents.items() if agent.gain == 0]:
-        print(f"left out: {name}, an injection changes its return by 0")
-        del agents[name]
     answers: dict[str, Answer] = {}
     for path in probes:
         for name, answer in probed(agents, path).items():
@@ -108,6 +105,13 @@ def read_agents(files: list[str]) -> tuple[dict[str, float], dict[str, float]]:
                 raise UsageError(f"{name} is probed in {path}, and in another file: give one of them")
             answers[name] = answer
     check_settings(answers)
+    gains: dict[str, float] = {}
+    for name, agent in agents.items():
+        if agent.gain == 0:
+            print(f"left out: {name}, an injection changes its return by 0")
+            answers.pop(name, None)
+        else:
+            gains[name] = agent.gain
     ratios: dict[str, float] = {}
     for name, answer in answers.items():
         sentence = answer.result["sentence"]
@@ -117,7 +121,7 @@ def read_agents(files: list[str]) -> tuple[dict[str, float], dict[str, float]]:
             ratios[name] = answer.left
     if not ratios:
         raise UsageError(f"{probes[0]} says nothing of these agents: probe them at the injection")
-    return ratios, {name: agent.gain for name, agent in agents.items()}
+    return ratios, gains
 
 
 def check_settings(answers: dict[str, Answer]) -> None:

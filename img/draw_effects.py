@@ -269,7 +269,7 @@ def draw(target: str, effects: Effects) -> None:
     (axes,) = figure.subplots(1, len(effects.values), sharey=True, squeeze=False)
     seeds = most_seeds(effects)
     for ax, (quantity, values) in zip(axes, effects.values.items(), strict=True):
-        if quantity.startswith("return"):
+        if quantity.startswith("return") and ax is not axes[0]:
             ax.sharex(axes[0])
         for row, changed in enumerate(effects.changes.values()):
             differences = np.array([*changed[quantity].values()])

@@ -32,10 +32,10 @@ class Task:
     run: PlannedRun
     folder: Path
     """of the sweep"""
-    resources: dict[str, float] = field(default_factory=dict)
-    """what the engine is to keep free for it"""
     commit: str | None = None
     """of the code that its last attempt began with"""
+    resources: dict[str, float] = field(default_factory=dict)
+    """what the engine is to keep free for it"""
     state: str = "queued"
     attempt: int = 0
     kills: int = 0
@@ -217,12 +217,16 @@ class Book:
         return why
 
     def begin(self, task: Task) -> None:
-        """Notes that a run begins, or goes on, with the code that is here now.
+        """Notes that a new attempt of a run begins, as soon as there is room for it."""
+        self.note_code(task)
+        task.begin()
+
+    def note_code(self, task: Task) -> None:
+        """Notes that a run begins with the code that is here now.
 
         Warns where runs have begun with other code, once for each commit.
         """
         task.commit = manifest.commit()
-        task.begin()
         if task.commit in self.commits_of_now:
             return
         self.commits_of_now.append(task.commit)
@@ -250,16 +254,21 @@ class Book:
     def look(self) -> None:
         """Reads how far those have come that the engine has."""
         for task in self.open_tasks():
-            if task.ref is not None and task.look():
-                self.record(task, "running")
+            if task.ref is not None:
+                self.look_at(task)
+
+    def look_at(self, task: Task) -> None:
+        """Reads how far one has come, and notes it where it has just begun."""
+        if task.look():
+            self.note_code(task)  # it may have waited for long since `begin`
+            self.record(task, "running")
 
     def settle(self, task: Task, state: str, why: str, retries: int, pause: float) -> None:
         """Takes note of how a process has ended. A killed run goes on after a pause, each a longer one.
 
         One that ended well and whose last checkpoint is not here has failed: a retry could train it anew.
         """
-        if task.look():
-            self.record(task, "running")
+        self.look_at(task)
         # every run of a sweep leaves a checkpoint of its end
         if state == "finished" and task.checkpoint(task.run.args.total_timesteps) is None:
             state = "failed"

@@ -1,5 +1,6 @@
 """What the figures show."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,7 @@ def test_a_curve_has_a_gap_where_steps_are_undefined_from_the_value_before_to_th
     np.testing.assert_array_equal(curve(points, edges, np.array([75.0])), curve(points, edges))
 
 
-def test_no_bin_of_a_curve_holds_what_comes_before_an_intervention_and_after_it():
+def test_no_bin_of_a_curve_holds_what_comes_before_the_first_intervention_and_after_it():
     lines = panel(arms_of(*make_arms(injection_step=(1_050,)))).lines
     without, injected = (line.get_ydata() for line in lines if line.get_linewidth() == 2)
     shared = 10  # of 30 bins
@@ -93,7 +94,7 @@ def test_no_bin_of_a_curve_holds_what_comes_before_an_intervention_and_after_it(
 
 
 def test_an_axis_goes_below_zero_only_where_a_return_does():
-    for offset, below in ((100, False), (-100, True)):
+    for offset, below in ((100, False), (math.nan, False), (-100, True)):
         runs = []
         for seed in (1, 2, 3):
             points = [(step, 10.0**seed + offset - 10) for step in range(100, 3_001, 100)]

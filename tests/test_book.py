@@ -33,7 +33,7 @@ def book():
 
 
 def make_book():
-    return Book(Path(), [Task(run, Path(), {"num_cpus": 1, "num_gpus": 0}) for run in plan(ASKED)])
+    return Book(Path(), [Task(run, Path(), resources={"num_cpus": 1, "num_gpus": 0}) for run in plan(ASKED)])
 
 
 def say(name, process=1, **changes):
@@ -129,8 +129,16 @@ def test_each_attempt_is_noted_with_the_code_that_it_began_with_and_other_code_i
     assert warned == [("abc", "def"), ("abc, def", "none")]
     assert [change.commit for change in read_manifest(Path())] == ["abc", "abc", "def", "def", "abc", None]
     again = make_book()
+    monkeypatch.setattr("orchestration.manifest.commit", lambda: "ghi")
+    again.tasks[TRUNK].ref = object()
+    begin(again, TRUNK)
+    again.look()
+    assert read_manifest(Path())[-1].commit == "ghi", "the code that is there when it leaves the queue"
+    assert "began at commit abc, def, and it goes on at ghi" in capsys.readouterr().out
+    again = make_book()
+    monkeypatch.setattr("orchestration.manifest.commit", lambda: None)
     again.begin(again.tasks[TRUNK])
-    assert "began at commit abc, def, and it goes on at none" in capsys.readouterr().out
+    assert "began at commit abc, def, ghi, and it goes on at none" in capsys.readouterr().out
 
 
 def test_a_killed_run_goes_on_after_a_growing_pause_until_its_retries_are_used_up(book, capsys, monkeypatch):

@@ -91,13 +91,41 @@ def test_an_export_replaces_what_it_was_given_and_what_has_gone_on(command):
     assert [Path(file).read_bytes() for file in files] != before
     for file in files:
         assert sorted(run.args.seed for run in read_curves(Path(file))) == [1, 2, 3, 4]
-    # the same runs, from their folders
-    assert (
-        command(
-            *folders, *write_all(make_arms((5,))), "runs/baseline-4", "runs/injected-4", "--export", "kept"
-        )[0]
-        == 0
-    )
+    # from their folders, of which one has gone on since
+    brief = make_run("injected-6", {RETURN: games(6, True, upto=2_000)}, 2_000, seed=6)
+    with_brief = [*folders, "runs/baseline-4", "runs/injected-4", write(brief)]
+    assert command(*with_brief, "--export", "kept")[0] == 0
+    shutil.rmtree(brief.folder)
+    write_run("injected-6", {RETURN: games(6, True)}, seed=6)
+    status, _, error = command(*with_brief, "--export", "kept")
+    assert (status, error) == (0, "")
+    (longer,) = [run for run in read_curves(Path(files[0])) if run.args.seed == 6]
+    assert longer.last_step == 3_000
+
+
+def test_an_export_refuses_to_replace_a_run_that_another_one_takes_the_place_of(command):
+    """It is given, and left out, since the other has its arm and its seed, and has got further."""
+    brief = make_run("brief", {RETURN: games(1, True, upto=2_000)}, 2_000, seed=1)
+    folders = write_all(make_arms((2, 3, 4)))
+    assert command(*folders, write(brief), "--export", "kept")[0] == 0
+    files = sorted(map(str, Path("kept").iterdir()))
+    again = write_run("again", {RETURN: games(1, True)}, seed=1)
+    status, printed, error = command(*files, again, "--export", "kept")
+    assert status == 1 and "has the arm and the seed of runs/again" in printed
+    assert error.endswith(" and is not among the runs here: give another folder to --export\n")
+
+
+def test_an_exported_fork_of_an_early_version_is_known_by_its_arguments(command):
+    runs = make_arms()
+    for run in runs[1::2]:
+        fork = f"/data/runs/baseline-{run.args.seed}/checkpoint-1000"
+        write(replace(run, args=replace(run.args, fork=fork)))
+    folders = [*write_all(runs[::2]), *(run.folder for run in runs[1::2])]
+    assert command(*folders, "--export", "kept")[0] == 0
+    for file in sorted(Path("kept").iterdir()):
+        write_curves([replace(run, lineage=lineage_in({}, run.args)) for run in read_curves(file)], file)
+    status, _, error = command(*folders, "--export", "kept")
+    assert (status, error) == (0, "")
 
 
 @pytest.mark.parametrize("identity", ["known", "of an early version"])

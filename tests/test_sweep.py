@@ -582,7 +582,7 @@ def one_run(monkeypatch):
     settings, found = sweep.command_line([*SMALL, "--arms", "none", "--", *FLAGS])
     begin(FOLDER, asdict(found))
     (run,) = sweep.plan.plan(found)
-    task = sweep.Task(run, FOLDER, {"num_cpus": 1, "num_gpus": 0})
+    task = sweep.Task(run, FOLDER, resources={"num_cpus": 1, "num_gpus": 0})
     going, submitted = sweep.Sweep(sweep.Book(FOLDER, [task]), settings, 1), []
 
     def options(**kept):
@@ -646,7 +646,7 @@ def test_where_the_manifest_cannot_be_written_every_run_is_stopped_and_waited_fo
     one_run, monkeypatch, capsys
 ):
     going, task, _ = one_run
-    other = sweep.Task(replace(task.run, arm="other"), FOLDER, task.resources)
+    other = sweep.Task(replace(task.run, arm="other"), FOLDER, resources=task.resources)
     cancelled, waited = [], []
     going.book.tasks["other"] = other
     task.ref, other.ref = object(), object()

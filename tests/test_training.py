@@ -707,19 +707,24 @@ def test_a_run_says_what_happens_before_anything_is_learned(capsys):
     [
         (
             {"target_network_frequency": 21},
-            "the target network is never synced, with --target-network-frequency 21: give 12 or less",
+            "no sync of the target network is due, with --target-network-frequency 21: give 12 or less",
         ),
         ({"target_network_frequency": 20}, None),
         (
-            NORM | {"injection_norm_ratio": 0.9},
+            NORM | {"injection_norm_ratio": 0.9, "injection_check_frequency": 8},
             "injections come before anything is learned, with --injection-norm-ratio 0.9: give more than 1",
         ),
-        (NORM | {"injection_norm_ratio": 1.0, "injection_check_frequency": 5}, None),
+        (NORM | {"injection_norm_ratio": 1.0, "injection_check_frequency": 8}, None),
+        (NORM | {"injection_norm_ratio": 0.9, "injection_check_frequency": 9}, None),
         (
             NORM | {"injection_check_frequency": 20},
             "the norm is never looked at, with --injection-check-frequency 20: give less than 20",
         ),
         (NORM | {"injection_check_frequency": 19}, None),
+        (
+            NORM | {"injection_check_frequency": 19, "num_envs": 4},
+            "the norm is never looked at, with --injection-check-frequency 19: give less than 20",
+        ),
     ],
 )
 def test_a_run_says_what_it_will_never_do_or_too_early(monkeypatch, capsys, changes, warning):
@@ -728,7 +733,8 @@ def test_a_run_says_what_it_will_never_do_or_too_early(monkeypatch, capsys, chan
     args = replace(SMALL, total_timesteps=20, learning_starts=8, target_network_frequency=10)
     train(replace(args, **changes))
     out = capsys.readouterr().out
-    assert f"\nwarning: {warning}\n" in out if warning else "warning: " not in out
+    assert out.count("warning: ") == bool(warning)
+    assert warning is None or f"\nwarning: {warning}\n" in out
     if "target_network_frequency" in changes:
         assert bool(synced) == (warning is None)
 
