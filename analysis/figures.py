@@ -121,9 +121,9 @@ def draw(
 ) -> None:
     """One panel: the arms, and a dashed line at every step of an intervention."""
     edges = bin_edges(arms, bins)
+    few = len(arms) <= MOST_WITH_RUNS
     steps: set[int] = set()
     for arm in arms:
-        few = len(arms) <= MOST_WITH_RUNS
         draw_arm(ax, arm, looks[arm.name], tag, edges, aggregate, with_runs=few)
         for run in arm.runs:
             steps.update(arm.intervention_steps(run))

@@ -644,11 +644,16 @@ def comparisons(arms: list[Arm], metric: str, window: int | None) -> list[Compar
     return pairs
 
 
-def in_no_comparison(arms: list[Arm], pairs: list[Comparison]) -> list[str]:
-    """A line for each arm that is in no comparison."""
+def arms_in(pairs: list[Comparison]) -> list[Arm]:
     compared: list[Arm] = []
     for pair in pairs:
         compared += pair.arms
+    return compared
+
+
+def in_no_comparison(arms: list[Arm], pairs: list[Comparison]) -> list[str]:
+    """A line for each arm that is in no comparison."""
+    compared = arms_in(pairs)
     return [f"{arm.game}: {arm.name} has no counterpart here" for arm in arms if arm not in compared]
 
 
@@ -657,9 +662,7 @@ def not_compared(arms: list[Arm], pairs: list[Comparison]) -> dict[str, str]:
 
     The reason is that they were evaluated differently.
     """
-    compared: list[Arm] = []
-    for pair in pairs:
-        compared += pair.arms
+    compared = arms_in(pairs)
     candidates = []
     for without, intervened in counterparts(arms):
         if without not in compared or intervened not in compared:

@@ -187,12 +187,11 @@ def create_run_folder(folder: Path, identity: dict[str, Any]) -> Path:
         attempt = 0
         while True:
             try:
-                return draft.rename(target)
+                _put_in_place(draft, target)
+                return target
             except OSError:
                 if not target.exists():
                     raise
-                if not draft.exists():  # over a network it may have been done all the same
-                    return target
             attempt += 1
             target = folder.with_name(f"{folder.name}-{attempt}")
     except OSError as error:
