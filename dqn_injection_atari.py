@@ -229,6 +229,11 @@ class Args(RunFlags, AlternativeSettings, Experiment):
         return math.ceil(step / self.num_envs) * self.num_envs
 
     @property
+    def last_vector_step(self) -> int:
+        """Where the last vector step begins: the last step at which the run can still be changed."""
+        return (self.total_timesteps - 1) // self.num_envs * self.num_envs
+
+    @property
     def run_name(self) -> str:
         """What the run's folder is called, but for the time."""
         return f"{self.env_id}__{self.exp_name}__{self.seed}".replace("/", "-")
@@ -1299,10 +1304,10 @@ def say_what_may_not_be_meant(args: Args, log: RunLog) -> None:
             "warning: injections come before anything is learned, with --injection-norm-ratio "
             f"{args.injection_norm_ratio:g}: give more than 1"
         )
-    if by_norm and args.end_of_vector_step(args.injection_check_frequency) >= args.total_timesteps:
+    if by_norm and args.injection_check_frequency > args.last_vector_step:
         log.say(
             "warning: the norm is never looked at, with --injection-check-frequency "
-            f"{args.injection_check_frequency}: give less than {args.total_timesteps}"
+            f"{args.injection_check_frequency}: give {args.last_vector_step} or less"
         )
     if args.intervention != "none" and args.planned_interventions and args.planned_interventions[0] <= starts:
         log.say(
@@ -1323,8 +1328,7 @@ def say_what_may_not_be_meant(args: Args, log: RunLog) -> None:
 def check_injection_steps(args: Args) -> None:
     """Raises UsageError where injections cannot be made at the steps that are planned."""
     steps = args.injection_step
-    # where the last vector step begins
-    last = (args.total_timesteps - 1) // args.num_envs * args.num_envs
+    last = args.last_vector_step
     if steps and last == 0:
         raise UsageError(
             f"injection_step is {steps}, but the run is over after its first step: "

@@ -718,12 +718,13 @@ def test_a_run_says_what_happens_before_anything_is_learned(capsys):
         (NORM | {"injection_norm_ratio": 0.9, "injection_check_frequency": 9}, None),
         (
             NORM | {"injection_check_frequency": 20},
-            "the norm is never looked at, with --injection-check-frequency 20: give less than 20",
+            "the norm is never looked at, with --injection-check-frequency 20: give 19 or less",
         ),
         (NORM | {"injection_check_frequency": 19}, None),
+        (NORM | {"injection_check_frequency": 16, "num_envs": 4}, None),
         (
             NORM | {"injection_check_frequency": 19, "num_envs": 4},
-            "the norm is never looked at, with --injection-check-frequency 19: give less than 20",
+            "the norm is never looked at, with --injection-check-frequency 19: give 16 or less",
         ),
     ],
 )
