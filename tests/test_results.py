@@ -434,7 +434,7 @@ def test_documents_say_which_networks_an_injection_did_not_help():
     assert networks == 24 and not_helped == [("tasks_avx2", 2), ("tasks_two_threads", 3)]
     other = sequence("tasks_avx2")
     left = [other["since"][name][:CHOSE_THE_SETTING] for name in ("injected", "one network")]
-    text = text_of("docs/results.md")
+    text = flowing("docs/results.md")
     assert f"seeds 0 to 2 alone have {with_interval(*ratio(*left), unit='×')}" in text
     typed = sequence("tasks_two_threads")
     left = [typed["since"][name] for name in ("injected", "one network")]
@@ -456,7 +456,7 @@ def test_documents_say_how_many_networks_come_back_by_themselves():
     assert found == {"tasks": (4, 1), "tasks_avx2": (2, 2)}
     result = sequence("tasks")
     course = np.array(result["error"]["one network"][6][12:]) / result["best"][6]
-    text = text_of("docs/results.md")
+    text = flowing("docs/results.md")
     assert f"comes down to {course.min():.1f} times its best" in text and f"{course[-1]:.1f} times" in text
 
 
