@@ -79,6 +79,7 @@ def assert_whole(pair, seeds):
             ["lowered", "lowered", "lowered", "lowered", "raised"],
             ("docs/results.md",),
         ),
+        (("layer_norm/*.csv",), [7, 8, 9, 10, 11], ["no evidence"], DOCUMENTS),
     ],
 )
 def test_documents_print_what_the_curves_give(files, seeds, verdicts, documents):
@@ -137,6 +138,75 @@ def test_documents_print_whether_the_gain_lasts():
         gains.append(f"{centre} [{low}, {high}]")
     sentence = f"over the last 20,000 steps it is {gains[0]}, over the last 10,000 it is {gains[1]}."
     assert sentence in flowing("docs/results.md")
+
+
+def with_and_without(folder):
+    """The comparison of an injection with nothing."""
+    (pair,) = [pair for pair in compared(f"{folder}/*.csv") if pair.arms[1].name == "injection at 160k"]
+    return pair
+
+
+def test_documents_print_what_an_injection_brings_agents_with_layer_norm():
+    text = flowing("docs/results.md")
+    pair = with_and_without("layer_norm")
+    without, intervened = [show(*interval(np.array([*means.values()]))) for means in pair.means]
+    gains = in_words(pair)
+    rows = (
+        f"| no intervention | {without} |",
+        f"| injection | {intervened} | {printed(pair)}: no evidence | {', '.join(gains)} |",
+    )
+    for row in rows:
+        assert row in text
+    *others, last = gains
+    assert f"**{printed(pair)}** ({', '.join(others)} and {last}; p = {pair.judgement.p:.2g})" in text
+    mean_without, mean_intervened = [whole_points(np.mean([*means.values()])) for means in pair.means]
+    assert f"a return of {mean_intervened} with an injection, and of {mean_without} without" in text
+    shares = [run.share_unreported(160_000, 320_000) for arm in pair.arms for run in arm.runs]
+    off = max(side.reach for side in pair.sides)
+    missing = f"{100 * min(shares):.0f} to {max(shares):.0%} is missing"
+    assert f"of single runs {missing}, so a mean may be off by {off:.0f}" in text
+    before = [run.between(RETURN, 140_000, 160_000)[1].mean() for run in pair.arms[0].runs]
+    assert f"they scored {np.mean(before):.0f} points" in text
+
+
+def test_documents_say_how_many_units_are_dormant_with_and_without_layer_norm():
+    text = flowing("docs/results.md")
+    dormant = {}
+    for folder in ("layer_norm", "fresh_head"):
+        for arm in with_and_without(folder).arms:
+            for layer in ("conv3", "head"):
+                for step in (160_000, 320_000):
+                    tag = f"plasticity/dormant_fraction/{layer}"
+                    values = [run.between(tag, step - 1, step)[1].item() for run in arm.runs]
+                    injected = arm.name == "injection at 160k"
+                    dormant[folder, injected, layer, step] = f"{np.mean(values):.0%}"
+    before = {folder: dormant[folder, False, "head", 160_000] for folder in ("layer_norm", "fresh_head")}
+    assert f"in the head {before['layer_norm']} are, where without it {before['fresh_head']} are" in text
+    assert dormant["layer_norm", False, "conv3", 160_000] == "0%"
+    assert f"where without layer norm {dormant['fresh_head', False, 'conv3', 160_000]} are" in text
+    with_injection, alone = [dormant["layer_norm", injected, "head", 320_000] for injected in (True, False)]
+    assert f"{with_injection} at the end, where without an injection {alone} are" in text
+
+
+def test_documents_compare_agents_with_and_without_layer_norm():
+    text = flowing("docs/results.md")
+    gains = []
+    alone = []
+    for folder in ("fresh_head", "layer_norm"):
+        without, injected = with_and_without(folder).means
+        gains.append([injected[seed] - without[seed] for seed in without])
+        alone.append([*without.values()])
+    smaller = welch(*gains)
+    assert f"smaller than that of the agents without layer norm, by {smaller}" in text
+    means = [whole_points(np.mean(values)) for values in alone]
+    assert f"a return of {means[1]}, and those without it {means[0]}" in text
+    assert f"no evidence that this differs: {welch(*reversed(alone))}" in text
+
+
+def welch(first, second):
+    """The difference of two means, first − second, with Welch's interval."""
+    low, high = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    return show(np.mean(first) - np.mean(second), low, high)
 
 
 def filmed():
