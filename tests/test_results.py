@@ -45,10 +45,15 @@ def printed(pair):
     return f"{whole_points(judged.difference)} [{whole_points(judged.low)}, {whole_points(judged.high)}]"
 
 
+def gains(pair):
+    """The difference of each seed."""
+    without, intervened = pair.means
+    return [intervened[seed] - without[seed] for seed in without]
+
+
 def in_words(pair):
     """The difference of each seed, as documents print them."""
-    without, intervened = pair.means
-    return [whole_points(intervened[seed] - without[seed]) for seed in without]
+    return [whole_points(gain) for gain in gains(pair)]
 
 
 def assert_whole(pair, seeds):
@@ -146,67 +151,92 @@ def with_and_without(folder):
     return pair
 
 
+def before_the_injection(folder):
+    """Mean return of the agents in the 20,000 steps before it."""
+    runs = with_and_without(folder).arms[0].runs
+    return np.mean([run.between(RETURN, 140_000, 160_000)[1].mean() for run in runs])
+
+
 def test_documents_print_what_an_injection_brings_agents_with_layer_norm():
     text = flowing("docs/results.md")
     pair = with_and_without("layer_norm")
-    without, intervened = [show(*interval(np.array([*means.values()]))) for means in pair.means]
-    gains = in_words(pair)
-    rows = (
-        f"| no intervention | {without} |",
-        f"| injection | {intervened} | {printed(pair)}: no evidence | {', '.join(gains)} |",
-    )
-    for row in rows:
-        assert row in text
-    *others, last = gains
+    without, injected = [show(*interval(np.array([*means.values()]))) for means in pair.means]
+    per_seed = in_words(pair)
+    assert f"| no intervention | {without} |" in text
+    assert f"| injection | {injected} | {printed(pair)}: no evidence | {', '.join(per_seed)} |" in text
+    *others, last = per_seed
     assert f"**{printed(pair)}** ({', '.join(others)} and {last}; p = {pair.judgement.p:.2g})" in text
-    mean_without, mean_intervened = [whole_points(np.mean([*means.values()])) for means in pair.means]
-    assert f"a return of {mean_intervened} with an injection, and of {mean_without} without" in text
+    mean_without, mean_injected = [whole_points(np.mean([*means.values()])) for means in pair.means]
+    assert f"a return of {mean_injected} with an injection, and of {mean_without} without" in text
+    high = pair.judgement.high
+    other = with_and_without("fresh_head").judgement.difference
+    assert 2 * high > other
+    assert f"{high:.0f} is within the interval, more than half of the {other:.0f}" in text
+    assert f"A gain of up to {high:.0f} is not excluded" in text
+    assert f"where an injection brought {other:.0f}" in text
+
+
+def test_documents_print_the_limits_of_what_agents_with_layer_norm_show():
+    text = flowing("docs/results.md")
+    pair = with_and_without("layer_norm")
+    assert not pair.hinges_on_missing_games
     shares = [run.share_unreported(160_000, 320_000) for arm in pair.arms for run in arm.runs]
-    off = max(side.reach for side in pair.sides)
     missing = f"{100 * min(shares):.0f} to {max(shares):.0%} is missing"
+    off = max(side.reach for side in pair.sides)
     assert f"of single runs {missing}, so a mean may be off by {off:.0f}" in text
-    before = [run.between(RETURN, 140_000, 160_000)[1].mean() for run in pair.arms[0].runs]
-    assert f"they scored {np.mean(before):.0f} points" in text
+    assert f"they scored {before_the_injection('layer_norm'):.0f} points" in text
+    assert f"than the agents without layer norm ({before_the_injection('fresh_head'):.0f})" in text
+
+
+def dormant(arm, layer, step):
+    """The share of dormant units in each agent of an arm, by seed."""
+    tag = f"plasticity/dormant_fraction/{layer}"
+    runs = sorted(arm.runs, key=lambda run: run.args.seed)
+    return np.array([run.between(tag, step - 1, step)[1].item() for run in runs])
 
 
 def test_documents_say_how_many_units_are_dormant_with_and_without_layer_norm():
     text = flowing("docs/results.md")
-    dormant = {}
-    for folder in ("layer_norm", "fresh_head"):
-        for arm in with_and_without(folder).arms:
-            for layer in ("conv3", "head"):
-                for step in (160_000, 320_000):
-                    tag = f"plasticity/dormant_fraction/{layer}"
-                    values = [run.between(tag, step - 1, step)[1].item() for run in arm.runs]
-                    injected = arm.name == "injection at 160k"
-                    dormant[folder, injected, layer, step] = f"{np.mean(values):.0%}"
-    before = {folder: dormant[folder, False, "head", 160_000] for folder in ("layer_norm", "fresh_head")}
-    assert f"in the head {before['layer_norm']} are, where without it {before['fresh_head']} are" in text
-    assert dormant["layer_norm", False, "conv3", 160_000] == "0%"
-    assert f"where without layer norm {dormant['fresh_head', False, 'conv3', 160_000]} are" in text
-    with_injection, alone = [dormant["layer_norm", injected, "head", 320_000] for injected in (True, False)]
-    assert f"{with_injection} at the end, where without an injection {alone} are" in text
+    alone, injected = with_and_without("layer_norm").arms
+    plain = with_and_without("fresh_head").arms[0]
+    untrained = dormant(alone, "head", 10_000).mean()
+    course = [dormant(alone, "head", step).mean() for step in (40_000, 160_000, 320_000)]
+    plain_course = [dormant(plain, "head", step).mean() for step in (40_000, 160_000, 320_000)]
+    early, halfway, end = [f"{share:.0%}" for share in course]
+    assert f"{early} are dormant at step 40,000, {halfway} at step 160,000 and {end} at the end" in text
+    assert f"(Before the first update it is {untrained:.0%}.)" in text
+    early, halfway, end = [f"{share:.0%}" for share in plain_course]
+    assert f"Without layer norm it is {early}, {halfway} and {end}." in text
+    assert not dormant(alone, "conv3", 160_000).any()
+    third = dormant(plain, "conv3", 160_000).mean()
+    assert "In the third convolution none is dormant at step 160,000" in text
+    assert f"and without layer norm {third:.0%} are" in text
+    new_head = dormant(injected, "head", 320_000)
+    assert np.all(new_head > dormant(alone, "head", 320_000))
+    assert f"more dormant units at the end, {new_head.mean():.0%}, than" in text
 
 
 def test_documents_compare_agents_with_and_without_layer_norm():
     text = flowing("docs/results.md")
-    gains = []
-    alone = []
-    for folder in ("fresh_head", "layer_norm"):
-        without, injected = with_and_without(folder).means
-        gains.append([injected[seed] - without[seed] for seed in without])
-        alone.append([*without.values()])
-    smaller = welch(*gains)
-    assert f"smaller than that of the agents without layer norm, by {smaller}" in text
-    means = [whole_points(np.mean(values)) for values in alone]
-    assert f"a return of {means[1]}, and those without it {means[0]}" in text
-    assert f"no evidence that this differs: {welch(*reversed(alone))}" in text
+    plain = with_and_without("fresh_head")
+    normed = with_and_without("layer_norm")
+    difference, low, high = welch(gains(plain), gains(normed))
+    smaller = f"smaller than the {plain.judgement.difference:.0f} by {show(difference, low, high)}"
+    assert smaller in text
+    off = max(side.reach for side in plain.sides)
+    assert off > low
+    assert f"a mean may be off by {off:.0f} in the agents without layer norm" in text
+    alone, injected = [
+        welch([*with_norm.values()], [*without_norm.values()])
+        for with_norm, without_norm in zip(normed.means, plain.means, strict=True)
+    ]
+    assert f"{show(*alone)} for agents that are left alone, and {show(*injected)} for" in text
 
 
 def welch(first, second):
-    """The difference of two means, first − second, with Welch's interval."""
+    """The difference of two means, first − second, and its interval."""
     low, high = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
-    return show(np.mean(first) - np.mean(second), low, high)
+    return np.mean(first) - np.mean(second), low, high
 
 
 def filmed():
