@@ -133,15 +133,15 @@ def test_documents_print_each_arm_of_the_fresh_heads_experiment():
 
 def test_documents_print_whether_the_gain_lasts():
     (injected,) = [pair for pair in compared("fresh_head/*.csv") if pair.beyond_control is not None]
-    gains = []
+    lasting = []
     for after in (300_000, 310_000):
         means = []
         for arm in injected.arms:
             runs = sorted(arm.runs, key=lambda run: run.args.seed)
             means.append(np.array([run.between(RETURN, after, 320_000)[1].mean() for run in runs]))
         centre, low, high = map(whole_points, interval(means[1] - means[0]))
-        gains.append(f"{centre} [{low}, {high}]")
-    sentence = f"over the last 20,000 steps it is {gains[0]}, over the last 10,000 it is {gains[1]}."
+        lasting.append(f"{centre} [{low}, {high}]")
+    sentence = f"over the last 20,000 steps it is {lasting[0]}, over the last 10,000 it is {lasting[1]}."
     assert sentence in flowing("docs/results.md")
 
 
