@@ -45,6 +45,11 @@ def printed(pair):
     return f"{whole_points(judged.difference)} [{whole_points(judged.low)}, {whole_points(judged.high)}]"
 
 
+def mean_over_seeds(means):
+    """Of {seed: mean}, with its interval, as documents print it."""
+    return show(*interval(np.array([*means.values()])))
+
+
 def gains(pair):
     """The difference of each seed."""
     without, intervened = pair.means
@@ -122,10 +127,10 @@ def test_documents_print_each_arm_of_the_fresh_heads_experiment():
     text = text_of("docs/results.md")
     pairs = compared("fresh_head/*.csv")
     for pair in pairs:
-        mean = show(*interval(np.array([*pair.means[1].values()])))
+        mean = mean_over_seeds(pair.means[1])
         (row,) = [row for row in text.splitlines() if f"| {mean} | {printed(pair)}" in row]
         assert f"| {', '.join(in_words(pair))} |" in row
-    mean = show(*interval(np.array([*pairs[0].means[0].values()])))
+    mean = mean_over_seeds(pairs[0].means[0])
     assert f"| no intervention | {mean} |" in text
     stay = [f"{pair.p_holm:.2g}" for pair in pairs if pair.p_holm < 0.05]
     assert f"p = {' and '.join(stay)})" in flowing("docs/results.md")
@@ -160,7 +165,7 @@ def before_the_injection(folder):
 def test_documents_print_what_an_injection_brings_agents_with_layer_norm():
     text = flowing("docs/results.md")
     pair = with_and_without("layer_norm")
-    without, injected = [show(*interval(np.array([*means.values()]))) for means in pair.means]
+    without, injected = [mean_over_seeds(means) for means in pair.means]
     per_seed = in_words(pair)
     assert f"| no intervention | {without} |" in text
     assert f"| injection | {injected} | {printed(pair)}: no evidence | {', '.join(per_seed)} |" in text
@@ -180,7 +185,9 @@ def test_documents_print_the_limits_of_what_agents_with_layer_norm_show():
     text = flowing("docs/results.md")
     pair = with_and_without("layer_norm")
     assert not pair.hinges_on_missing_games
-    shares = [run.share_unreported(160_000, 320_000) for arm in pair.arms for run in arm.runs]
+    shares = []
+    for arm in pair.arms:
+        shares += [run.share_unreported(160_000, 320_000) for run in arm.runs]
     missing = f"{100 * min(shares):.0f} to {max(shares):.0%} is missing"
     off = max(side.reach for side in pair.sides)
     assert f"of single runs {missing}, so a mean may be off by {off:.0f}" in text
