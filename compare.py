@@ -2,17 +2,17 @@
 
     python compare.py runs/A runs/B ... --out img/phoenix.png
 
-Runs with the same arguments but for the seed are an arm. For two arms that differ in nothing but the
-injection, the verdict is on the difference in mean return, with − without, over all that is logged in a
-window after the injection: one mean per run, and a 95% t interval over seeds. Where the two arms' runs of a
-seed are one run up to the injection, as forks are, it is the interval of the differences within seeds, else
-Welch's. There is one window: from the injection to the last step that all these runs have reached, but for
-those that have hardly gone beyond the injection, or --window steps long. Where the norm decided when to
-inject, it begins at the latest of the runs' first injections. Several verdicts at once are also corrected for
-their number (Holm). What else could have caused a verdict stands below it. A head reset, or shrink and
-perturb, is compared in the same way. Where an arm's control is among the runs (docs/arms.md), the difference
-to it stands there, too. Comparisons that differ in the game alone are also aggregated, as
-human-normalised scores.
+Runs with the same arguments, except for the seed, form an arm. For two arms that differ only in the
+injection, the verdict is on the difference in mean return, with − without, in a window after the injection:
+one mean per run, and a 95% t interval over seeds. If, for three seeds or more, the two runs of a seed were
+one run up to the injection, as forks are, the interval is of the differences within seeds, otherwise it is
+Welch's. The window runs from the injection to the last step that all these runs have reached, or is --window
+steps long. Runs that have hardly gone beyond the injection do not set its end: they are left out. If the norm
+decided when to inject, the window begins at the latest of the runs' first injections. Several verdicts at
+once are also corrected for their number (Holm). Below a verdict stands what else could have caused it. Other
+interventions, such as a head reset, are compared in the same way. If an arm's control is among the runs
+(docs/arms.md), the difference to it is printed, too. Comparisons that differ only in the game are also
+aggregated, as human-normalised scores.
 
 Written beside --out: the figure of return, one of the plasticity measures (NAME_plasticity), a table
 (NAME.md) and all numbers (NAME.json). Runs may still be going. 1 step = 1 decision of the agent in 1
@@ -82,9 +82,9 @@ class Settings:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """folders of runs, those under runs/; or of sweeps, those under sweeps/; or files that --export wrote"""
     out: str | None = None
-    """where the figure goes (.png, .pdf or .svg); other files have its name with another ending. By default
-    comparison.png, of a sweep in its folder, and of a sequence of tasks tasks.png; a probe of one task writes
-    its numbers where this says"""
+    """file of the figure (.png, .pdf or .svg); other files get its name with another ending. By default
+    comparison.png, in the sweep's folder for a single sweep; for a sequence of tasks tasks.png. A probe of
+    one task draws no figure: it writes its numbers (.json), and only if this is given"""
     metric: Literal["charts/episodic_return", "eval/episodic_return"] = "charts/episodic_return"
     """which return is compared: that of every training game, or the mean of every evaluation"""
     window: Annotated[int | None, Ge(1)] = None
@@ -106,16 +106,16 @@ class Settings:
     """random targets that are fitted one after the other. A network that loses its plasticity on the way is
     followed for five tasks more, and no further. By default a single target, for fresh 40"""
     probe_inject_at: int | None = None
-    """task before which a copy is injected, whatever the errors are; by default the one before which the
-    network has lost its plasticity, by its error"""
+    """task before which a copy is injected, whatever the errors; by default the first one after the errors
+    show that the network has lost its plasticity"""
     probe_observations: Annotated[int | None, Ge(1)] = None
     """how many observations to fit targets at: replayed ones, for fresh of random play; by default 512, for
     fresh 256"""
     probe_updates: Annotated[int | None, Ge(1)] = None
     """gradient steps at each target, with the run's batch size; by default 1,000, in a sequence 200"""
     probe_learning_rate: Annotated[float | None, Interval(gt=0, lt=math.inf)] = None
-    """of all networks, whatever the run's was; by default 1e-4, in a sequence of tasks 5e-4, for fresh 1e-3.
-    For a single target a higher one is no good: an agent that has lost plasticity may fit it, too"""
+    """learning rate of all networks, whatever the run's was; by default 1e-4, in a sequence of tasks 5e-4,
+    for fresh 1e-3. With a higher one, even an agent that has lost plasticity may fit a single target"""
     probe_head_width: Annotated[int | None, Ge(1)] = None
     """hidden units in the head of the networks of --probe fresh; by default 64"""
     probe_seeds: Annotated[int | None, Ge(1)] = None
@@ -125,10 +125,10 @@ class Settings:
 def check(settings: Settings, named: Collection[str] = ()) -> None:
     """
     Args:
-        named: fields that the command line sets, also to what they were anyway
+        named: fields that the command line sets, even to their defaults
 
     Raises:
-        UsageError: a setting contradicts another one, or would be passed over.
+        UsageError: a setting contradicts another one, or would have no effect.
     """
     check_bounds(settings)
     if settings.audit is not None:

@@ -3,9 +3,9 @@
     Q(s) = h_θ(φ(s)) + Σ_k [h_θ′₁ₖ(φ(s)) − h_θ′₂ₖ(φ(s))]
 
 φ is the Nature CNN's convolutional encoder, h a head of two linear layers. Before an injection Q = h_θ.
-An injection draws one fresh head, installs it twice (θ′₁ = θ′₂), and freezes θ and θ′₂. The output stays as
-it was, and so does the number of trainable parameters, where heads have one width. From then on only θ′₁ and
-the encoder learn.
+An injection draws one fresh head, installs it twice (θ′₁ = θ′₂), and freezes θ and θ′₂. The output does not
+change. Nor does the number of trainable parameters, if all heads have the same width. From then on only θ′₁
+and the encoder learn.
 
     # train, inject, log; and the baseline, which is the same run but for the injection
     python dqn_injection_atari.py --env-id PhoenixNoFrameskip-v4 --injection-step 5000000
@@ -17,8 +17,8 @@ the encoder learn.
 
 Unit everywhere: 1 step = 1 decision of the agent in 1 environment = 4 emulator frames.
 
-The method is `InjectableHead`, `td_loss`, `Learner` and `Training.advance`, in this order. What follows
-`train` says what is refused, plays with saved agents, and reads the command line.
+The method is `InjectableHead`, `td_loss`, `Learner` and `Training.advance`, in this order. The code after
+`train` validates the arguments, plays with saved agents, and parses the command line.
 """
 
 import contextlib
@@ -109,7 +109,7 @@ INJECTION = Words(
 )
 # what may happen at the injection step, by its name for --intervention; "none" is the baseline
 INTERVENTIONS = {"injection": INJECTION} | {name: other.words for name, other in ALTERNATIVES.items()}
-if TYPE_CHECKING:  # cannot read a Literal that is made when the script runs
+if TYPE_CHECKING:  # type checkers cannot evaluate a Literal that is built at run time
     Intervention = str
 else:
     Intervention = Literal["injection", *ALTERNATIVES, "none"]
@@ -125,7 +125,7 @@ WITH_NORM = OnlyWith("injection_trigger", ("norm",))
 
 @dataclass(frozen=True)
 class Experiment:
-    """What changes what is learned. Brackets name where a setting or its value comes from."""
+    """The settings that affect what is learned. Brackets give the source of a setting or of its value."""
 
     env_id: str = "PhoenixNoFrameskip-v4"
     """Atari id of Gymnasium; ALE/NAME-v5 has sticky actions, NAMENoFrameskip-v4 none"""
@@ -141,18 +141,19 @@ class Experiment:
     """who plays: Stable-Baselines3's wrappers, or ALE's C++ vectoriser"""
 
     injection_step: tuple[int, ...] = ()
-    """steps at which plasticity is injected, or done what --intervention names (paper: 12_500_000)"""
+    """steps at which to inject plasticity, or to do what --intervention names instead (paper: 12_500_000)"""
     intervention: Intervention = "injection"
-    """what is done then; none leaves it out and nothing else: the baseline (paper)"""
+    """what to do there; none: nothing, with all else the same, which is the baseline (paper)"""
     freeze_heads: Annotated[bool, WITH_INJECTION] = True
     """freeze θ and θ′₂ at injection, or train all three heads (paper, appendix)"""
     moments: Annotated[Literal["fresh", "keep"], WITH_NEW_LAYERS] = "fresh"
-    """the optimizer's state of layers drawn anew: none, or that of those before (paper, Fig. 9); without any,
-    rmsprop begins with steps that are several times too large"""
+    """optimizer state of newly drawn layers. fresh: none (rmsprop's first steps are then several times too
+    large); keep: that of the layers they replace or, at an injection, of the head before (paper, Fig. 9)"""
     injection_trigger: Literal["step", "norm"] = "step"
     """inject at --injection-step, or when the weights have grown (paper, appendix)"""
     injection_norm_ratio: Annotated[Positive, WITH_NORM] = 3.0
-    """inject where ‖w‖ of encoder and learning head exceeds so many times what it began with (paper)"""
+    """inject when ‖w‖ of encoder and learning head exceeds this multiple of its value at the start, or after
+    the last injection (paper)"""
     injection_check_frequency: Annotated[PositivePeriod, WITH_NORM] = 1_000
     """steps between checks of that norm"""
     max_injections: Annotated[Count, WITH_NORM] = 1
@@ -161,7 +162,7 @@ class Experiment:
     head_width: Count = 512
     """units of the head's hidden layer (paper; more: naive width scaling)"""
     injected_head_width: Annotated[int | None, Ge(1), WITH_INJECTION] = None
-    """the same of the heads that injections add, as the head's if not given: growth (paper)"""
+    """hidden units of the heads that injections add; by default --head-width; more: growth (paper)"""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """adam: eps 1.5e-4 (cleanRL's Rainbow); rmsprop: centered, decay 0.95, 0.01/32² in the root (paper)"""
     learning_rate: Positive = 1e-4
@@ -225,7 +226,7 @@ class Args(RunFlags, AlternativeSettings, Experiment):
         check_kept_checkpoints(self)
 
     def end_of_vector_step(self, step: int) -> int:
-        """Where the vector step of num_envs steps ends in which `step` lies."""
+        """The step at which the vector step (of num_envs steps) that contains `step` ends."""
         return math.ceil(step / self.num_envs) * self.num_envs
 
     @property
@@ -250,7 +251,7 @@ class Args(RunFlags, AlternativeSettings, Experiment):
 
     @property
     def intervention_period(self) -> int:
-        """Steps from one time to the next of what `intervention` names; 0 where it does not go on."""
+        """Steps between two applications of a periodic intervention such as ReDo; 0 for all others."""
         alternative = ALTERNATIVES.get(self.intervention)
         if alternative is None or alternative.period is None:
             return 0
@@ -258,7 +259,7 @@ class Args(RunFlags, AlternativeSettings, Experiment):
 
     @property
     def one_time_interventions(self) -> tuple[int, ...]:
-        """`planned_interventions`, with a checkpoint before each; none of what goes on, such as ReDo."""
+        """`planned_interventions`, each preceded by a checkpoint; empty for a periodic one such as ReDo."""
         if self.intervention_period > 0:
             return ()
         return self.planned_interventions
@@ -352,19 +353,19 @@ class InjectableHead(torch.nn.Module):
     It needs nothing but PyTorch and a function that makes a head. To inject plasticity into an agent of your
     own, copy this class, and
     - make the optimizer once, over all parameters
-    - after `inject()`, bring the target network along: `target.load_state_dict(online.state_dict())`, not its
-      parameters alone, since the state says which heads are in use; then `target.requires_grad_(False)`, if
-      that was so before: loading sets it as in the online network
+    - after `inject()`, call `target.load_state_dict(online.state_dict())`, too. Copying the parameters is not
+      enough, since the state says which heads are in use. If the target was frozen, then call
+      `target.requires_grad_(False)`: loading makes the head that learns trainable
     What a head has to be is said in `examples/README.md`.
 
     Args:
         make_head: makes a head, a module that maps features to outputs, on torch's default device
         max_injections: how many pairs there are
-        freeze: after an injection the newest θ′₁ learns alone; False lets all heads in use learn
-        make_new_head: makes the heads that injections add, where they are larger; `make_head` if not given
+        freeze: if True, only the newest θ′₁ learns after an injection; if False, all heads in use learn
+        make_new_head: makes the heads that injections add, e.g. wider ones; `make_head` if not given
 
     Raises:
-        ValueError: a head has parameters of another one.
+        ValueError: two heads share parameters.
     """
 
     def __init__(
@@ -408,11 +409,11 @@ class InjectableHead(torch.nn.Module):
         """Draws the next pair, θ′₁ = θ′₂, and puts it to use: the output stays as it is, to the bit.
 
         Args:
-            generator: of the CPU; gives the new head's random numbers, in the place of PyTorch's own
+            generator: on the CPU; draws the new head's weights, in place of PyTorch's global generator
 
         Raises:
-            ValueError: all pairs are in use; the generator is not on the CPU; or, with one, make_head makes
-                layers elsewhere.
+            ValueError: all pairs are in use; the generator is not on the CPU; or one is given, and make_head
+                makes layers on another device.
         """
         k = self.num_injections
         if k == len(self.theta_prime_1):
@@ -425,10 +426,10 @@ class InjectableHead(torch.nn.Module):
 
     @staticmethod
     def draw(make: "Callable[[], torch.nn.Module]", generator: torch.Generator | None) -> torch.nn.Module:
-        """A new module, with each layer's own initialisation.
+        """A new module, with its layers' own initialisation.
 
-        With a generator it is made on the CPU, by the generator's random numbers. PyTorch's own go on as if
-        nothing had been drawn. Without one it is made by those, on torch's default device.
+        With a generator, the module is made on the CPU with the generator's random numbers, and PyTorch's own
+        CPU generator is left as it was. Without one, it is made on torch's default device as usual.
         """
         if generator is None:
             return make()
@@ -491,11 +492,11 @@ class InjectableHead(torch.nn.Module):
 
     @staticmethod
     def whole_number(state: torch.Tensor) -> int:
-        """A state's number of injections; ValueError where it is not whole, as in an average of states.
+        """The number of injections in a state. Raises ValueError if it is not whole, as in averaged states.
 
-        A moving average rises to a new number from below. Just below a whole number it has all but arrived,
-        and that number counts. Just above one it has only begun to rise to the next, and holds next to
-        nothing of the new pair: it is refused.
+        In a moving average of states the number rises towards a new whole number. Within 1e-3 below one, the
+        average has practically caught up, and the number is rounded. Otherwise it is refused (except within
+        1e-6 above one): the new pair is not averaged in yet, or only in part.
         """
         number = float(state)
         above = number - round(number)
@@ -619,7 +620,7 @@ class QNetwork(nn.Module):
 
     @staticmethod
     def num_actions_in(state_dict: dict[str, Tensor]) -> int:
-        """Of the network whose state this is."""
+        """The number of actions of the network that this state belongs to."""
         return len(state_dict["head.theta.output.weight"])
 
     def head_names(self) -> dict[str, str]:
@@ -663,17 +664,20 @@ def make_q_network(args: Args, num_actions: int, device: torch.device | str) -> 
 def td_loss(
     q_network: nn.Module, target_network: nn.Module, batch: ReplayBufferSamples, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """Double DQN's loss (van Hasselt et al. 2016), Huber with δ = 1, and Q: means over the batch, 0-d.
+    """Double DQN's loss (van Hasselt et al. 2016), Huber with δ = 1.
 
-    Rewards are clipped to ±1. `dones` is 1 where a game or a life ended, and 0 where a game was cut, which
-    bootstraps (`support/environments.py`).
+    Rewards are clipped to ±1. `dones` is 1 where a game or a life ended. It is 0 where a game was truncated,
+    so that the target bootstraps there (`support/environments.py`).
+
+    Returns:
+        the loss and the Q-values of the actions taken (detached), each the mean over the batch, 0-d
     """
     with torch.no_grad():
         next_actions = q_network(batch.next_observations).argmax(dim=1, keepdim=True)  # (B, 1)
         next_values = target_network(batch.next_observations).gather(1, next_actions)  # (B, 1)
         td_target = batch.rewards + gamma * (1 - batch.dones) * next_values
     q_values = q_network(batch.observations)  # (B, num_actions)
-    # the same as q_values.gather(1, batch.actions), whose gradient on a GPU adds up in no fixed order
+    # q_values.gather(1, batch.actions) is the same, but its gradient is summed in no fixed order on a GPU
     taken = torch.arange(q_values.shape[1], device=q_values.device) == batch.actions
     q_taken = q_values.where(taken, 0).sum(dim=1, keepdim=True)  # (B, 1)
     return F.huber_loss(q_taken, td_target), q_taken.detach().mean()
@@ -691,14 +695,14 @@ def exploration_epsilon(args: Args, step: int) -> float:
 
 
 def make_optimizer(args: Args, q_network: QNetwork) -> torch.optim.Optimizer:
-    """One optimizer over all parameters: the encoder's and those of every head, those to come included.
+    """One optimizer over all parameters: the encoder's and those of every head, injected yet or not.
 
-    What an optimizer here has to do, also one that you put in its place:
-    - leave a parameter without a gradient as it is, and its state: frozen heads have none, nor those to come
-    - begin a parameter's state, its count of steps included, at its first gradient: a new head has no state
+    If you replace it, the new optimizer must
+    - skip parameters without a gradient and leave their state alone: frozen and unused heads have none
+    - create a parameter's state, its step count included, at its first gradient: a new head has no state
     - keep all state in `optimizer.state[parameter]`, as tensors that can be copied, emptied and saved
     - change parameters in place
-    - with --cuda-graphs, change its state in place and read no number from the GPU
+    - with --cuda-graphs, change its state in place and read no number back from the GPU
     """
     if args.optimizer == "rmsprop":
         return CenteredRMSProp(
@@ -736,8 +740,8 @@ def split(batch: ReplayBufferSamples, count: int) -> list[ReplayBufferSamples]:
 class Learner:
     """Owns the online and target networks, the optimizer and the exploration stream.
 
-    `online` and `target` are what computes: the networks themselves or, with `args.bf16`, copies of them in
-    bfloat16, which act and give the gradients, and follow every change of the float32 ones.
+    `online` and `target` are the networks that compute: the float32 networks themselves or, with `args.bf16`,
+    bfloat16 copies. The copies act and yield the gradients, and are updated whenever the float32 ones change.
     """
 
     def __init__(self, args: Args, num_actions: int, device: torch.device | str):
@@ -763,9 +767,9 @@ class Learner:
         self._begin()
 
     def _begin(self) -> None:
-        """Where other modules are in use: notes norms, makes bf16 copies and drops captured graphs.
+        """To be called when the modules in use change: notes norms, makes bf16 copies, drops captured graphs.
 
-        New modules get an initial norm, others keep theirs; growth is measured from here on.
+        New modules get an initial norm, the others keep theirs. Norm growth is measured from here on.
         """
         self.norms.begin(self.q_network.in_use(), self.growing())
         self.online = self.q_network
@@ -798,10 +802,10 @@ class Learner:
         return self.online(obs)
 
     def update(self, batch: ReplayBufferSamples, count: int = 1) -> dict[str, Tensor]:
-        """`count` gradient steps, one after the other, each on its part of the batch.
+        """`count` gradient steps in sequence, each on its own part of the batch.
 
-        Training reads the means of all from `self.losses`. Returns the last one's loss and mean Q,
-        {"td_loss", "q_values"}, 0-d, left on the device.
+        Returns {"td_loss", "q_values"} of the last step, 0-d, left on the device. For logging, `self.losses`
+        sums over all steps.
         """
         for minibatch in split(batch, count):
             loss, q_values = td_loss(self.online, self.target, minibatch, self.args.gamma)
@@ -848,7 +852,7 @@ class Learner:
 
     @torch.no_grad()
     def apply(self, alternative: Alternative, step: int = 0) -> None:
-        """Does what an injection is compared with."""
+        """Applies a one-time alternative to an injection, such as a head reset, and syncs the target."""
         alternative.apply(self._parts(key=len(self.interventions)), alternative.settings_in(self.args))
         drawn = []
         if alternative.draws_encoder:
@@ -863,9 +867,9 @@ class Learner:
 
     @torch.no_grad()
     def repeat(self, obs: Tensor, step: int) -> dict[str, int]:
-        """Does what --intervention does every so often, by a look at obs (B, 4, 84, 84) uint8.
+        """Applies a periodic intervention such as ReDo, given observations (B, 4, 84, 84) uint8.
 
-        The target network waits for its next sync. Tensors change in place, so captured graphs stay.
+        The target network waits for its next sync. Tensors change in place, so captured graphs stay valid.
         Returns counts to be logged.
         """
         alternative = ALTERNATIVES[self.args.intervention]
@@ -980,7 +984,7 @@ def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, 
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
     num_bytes = FrameReplayBuffer.bytes_needed(args.buffer_size, obs_space, args.num_envs)
-    # frames on the GPU belong to the path that is off by default (docs/speed.md)
+    # frames are kept on the GPU only with --cuda-graphs, which is off by default (docs/speed.md)
     wanted = device if args.cuda_graphs else torch.device("cpu")
     replay = FrameReplayBuffer(
         args.buffer_size,
@@ -1016,9 +1020,10 @@ class Training:
         args = self.args
         run = self.run
         if self.repeat_due():
-            # in a fork: the run that wrote its checkpoint did not do this in the step that ended there
+            # in a fork: its origin passed this step without the periodic intervention
             self.repeat()
-            # the checkpoint's target was synced before that: a copy can be made again, not a step of tau < 1
+            # its origin has synced the target here already. A full sync can be repeated, now after the
+            # intervention; with tau < 1 a second one would move the target twice
             if args.tau == 1 and self.sync_due():
                 self.learner.sync_target()
         while True:
@@ -1068,7 +1073,7 @@ class Training:
         # measure how far the online network is from the target network, before a sync brings them together
         if self.sync_due() and self.churn_due():
             self.measure_churn()
-        # do what --intervention does every so often
+        # the periodic part of --intervention, e.g. ReDo
         if self.repeat_due():
             self.repeat()
         # sync
@@ -1124,8 +1129,8 @@ class Training:
     def churn_due(self) -> bool:
         """Whether this sync is the first at or after a multiple of --plasticity-frequency.
 
-        With measures every 50,000 steps and a sync every 8,000, the one at 104,000 is. Measures before the
-        first sync have none.
+        For example, with --plasticity-frequency 50000 and a sync every 8,000 steps, churn is measured at the
+        syncs at 56,000 and 104,000. Before the first sync there is none.
         """
         args = self.args
         if args.plasticity_frequency == 0:
@@ -1135,7 +1140,7 @@ class Training:
         return sync // args.plasticity_frequency > (sync - period) // args.plasticity_frequency
 
     def measure_churn(self) -> None:
-        """To be called just before a sync: after it, with tau = 1, no action differs."""
+        """Logs policy churn. Call it just before a sync: after one, with tau = 1, no action differs."""
         learner = self.learner
         obs = self.replayed(Stream.PLASTICITY, self.run.step).observations
         with torch.no_grad():
@@ -1151,7 +1156,10 @@ class Training:
         return notable or self.run.step in planned
 
     def intervention_due(self) -> bool:
-        """Whether one of --injection-step has passed, or the norm has grown beyond --injection-norm-ratio."""
+        """Whether this step is a planned one, or the norm has grown beyond --injection-norm-ratio.
+
+        Periodic interventions are left to `repeat_due`.
+        """
         args = self.args
         step = self.run.step
         if args.intervention == "none":
@@ -1165,10 +1173,10 @@ class Training:
         return self.learner.norms.growth(self.learner.growing()) > args.injection_norm_ratio
 
     def repeat_due(self) -> bool:
-        """Whether what --intervention does every so often is due by now, and has not been done.
+        """Whether a periodic intervention is due by now and has not been done yet.
 
-        It is due at --injection-step and one period after the other from there, each at the end of the
-        vector step in which it lies.
+        It is due at --injection-step and every period after that, each time at the end of the vector step
+        that contains the due step.
         """
         period = self.args.intervention_period
         if period == 0:
@@ -1178,7 +1186,7 @@ class Training:
         return begin <= last_due and self.learner.last_repeat < last_due
 
     def repeat(self) -> None:
-        """Does what --intervention does every so often, and logs the counts that it gives."""
+        """Applies the periodic intervention, and logs the counts that it returns."""
         args = self.args
         step = self.run.step
         first = self.learner.last_repeat < args.injection_step[0]
@@ -1274,7 +1282,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
                 f"warning: nothing is learned, the run ends before --learning-starts {args.learning_starts}"
             )
         elif origin.nothing:  # else it is too late to change that
-            say_what_may_not_be_meant(args, run.log)
+            warn_about_likely_mistakes(args, run.log)
 
         if origin.forked and args.seed != origin.history[0]["seed"]:
             training.begin_streams()  # one agent that goes on in several ways
@@ -1289,8 +1297,8 @@ def train(args: Args, signals: Signals | None = None) -> Path:
     return run.folder
 
 
-def say_what_may_not_be_meant(args: Args, log: RunLog) -> None:
-    """Lines where a part of the run would do nothing, or come before anything is learned."""
+def warn_about_likely_mistakes(args: Args, log: RunLog) -> None:
+    """Logs a warning or remark where part of the run would have no effect or comes before any learning."""
     starts = args.learning_starts
     period = args.target_network_frequency
     if (starts // period + 1) * period > args.total_timesteps:
@@ -1399,8 +1407,9 @@ OF_INTERVENTION = (
 )
 # when the norm injects
 OF_NORM = ("injection_trigger", "injection_norm_ratio", "injection_check_frequency", "max_injections")
-# what a fork may change: it lies after the checkpoint, or `check_fork` refuses it. With another seed, or
-# another rule for the norm, a run from step 0 might not have come to this checkpoint
+# What a fork may change. Where a change would alter what was learned before the checkpoint, `check_fork`
+# refuses it. Two exceptions: with another seed, or another rule for the norm, a run from step 0 might not
+# have reached this checkpoint
 FORKABLE = (
     *OF_INTERVENTION,
     "injection_step",
@@ -1428,7 +1437,7 @@ FORKABLE = (
 def refuse_unforkable(given: dict[str, Any], saved: Args, where: str) -> None:
     """
     Raises:
-        UsageError: some of these arguments of a fork are not as in the run that is forked, and must be.
+        UsageError: a fork's arguments differ from its origin's where a fork may not change them.
     """
     refused = []
     for name, value in asdict(saved).items():
@@ -1443,7 +1452,7 @@ def refuse_unforkable(given: dict[str, Any], saved: Args, where: str) -> None:
 def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     """
     Raises:
-        UsageError: no single run with these arguments could have come to this checkpoint.
+        UsageError: no single run with these arguments could have reached this checkpoint.
     """
     saved = usage.settings_of(Args, checkpoint.meta["args"], checkpoint.path)
     step = checkpoint.step
@@ -1485,7 +1494,7 @@ def check_fork(args: Args, checkpoint: Checkpoint) -> None:
 def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint) -> None:
     """
     Raises:
-        UsageError: a fork's arguments say another thing of what happened before the checkpoint.
+        UsageError: a fork's arguments contradict the interventions that happened before the checkpoint.
     """
     step = checkpoint.step
     where = f"checkpoint {checkpoint.path}"
@@ -1522,7 +1531,8 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
 def check_earlier_repeats(args: Args, saved: Args, checkpoint: Checkpoint) -> None:
     """
     Raises:
-        UsageError: a fork's arguments have a periodic intervention begin earlier, where it did not.
+        UsageError: with these arguments a periodic intervention would have begun by the checkpoint, but the
+            forked run had none then, or one with other settings.
     """
     if args.intervention_period == 0:
         return
@@ -1594,10 +1604,10 @@ def agent_path(given: str) -> Path:
     return path / "agent.pt" if path.is_dir() else path
 
 
-def refuse_unplayed(given: dict[str, Any], trained: Args, path: Path) -> None:
+def refuse_ignored_flags(given: dict[str, Any], trained: Args, path: Path) -> None:
     """
     Raises:
-        UsageError: playing with this agent would pass over some of these arguments, which are not its own.
+        UsageError: playing would ignore some of these arguments, and they differ from the agent's own.
     """
     ignored = {}
     for name, value in given.items():
@@ -1618,7 +1628,7 @@ def evaluate_saved(args: Args) -> np.ndarray:
     path = agent_path(args.evaluate or "")
     q_network, trained, step = load_agent(path, pick_device(args.cuda, args.torch_deterministic, args.tf32))
     changed = usage.changed_fields(args, Args())
-    refuse_unplayed({name: getattr(args, name) for name in changed}, trained, path)
+    refuse_ignored_flags({name: getattr(args, name) for name in changed}, trained, path)
     settings = replace(trained, fork=None, **{name: getattr(args, name) for name in PLAYING})
     video = None
     if args.capture_video:
@@ -1633,10 +1643,10 @@ def evaluate_saved(args: Args) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CommandLine(Args):
-    """What the command line gives, before `Args` checks it: tyro would draw a box around what is refused."""
+    """The command line, unchecked: `Args` checks it later, since tyro would draw a box around an error."""
 
     preset: Literal["default", "paper"] = "default"
-    """what flags that are not given are: this script's defaults, or the paper's"""
+    """values of the flags that are not given: this script's defaults, or the paper's"""
 
     def __post_init__(self) -> None:
         pass
@@ -1671,18 +1681,18 @@ def parse_args() -> Args:
         args = asdict(saved)
     else:
         args = asdict(Args()) | PRESETS[preset]
-    # flags that were taken over, and that nothing looks at any more with the given ones, are their defaults
+    # inherited flags that have no effect together with the given ones go back to their defaults
     if given.get("injection_trigger") == "norm":
         args["injection_step"] = ()
     for name in usage.unused_fields(CommandLine(**args | given)):
         args[name] = getattr(Args, name)
     args |= given
     if preset == "paper" and "exploration_fraction" not in given:
-        # ε falls over as many steps in a run of another length, or over all of one that is shorter than that
+        # ε decays over the preset's number of steps whatever the run's length, but at most over the whole run
         steps = PRESETS[preset]["exploration_fraction"] * PRESETS[preset]["total_timesteps"]
         args["exploration_fraction"] = min(1.0, steps / max(1, args["total_timesteps"]))
     parsed = Args(**args)
-    refuse_idle(given, parsed)
+    refuse_unused_flags(given, parsed)
     return parsed
 
 
@@ -1690,19 +1700,19 @@ def parse_evaluation(given: dict[str, Any]) -> Args:
     """What is given with --evaluate.
 
     Raises:
-        UsageError: playing would not look at some of it, also where it is what this script's default is.
+        UsageError: a given flag would be ignored and differs from the agent's, even if it is a default here.
     """
     if not set(given).issubset(PLAYING):
         path = agent_path(given["evaluate"])
         _, trained, _ = load_agent(path, "cpu")
-        refuse_unplayed(given, trained, path)
+        refuse_ignored_flags(given, trained, path)
     return Args(**{name: value for name, value in given.items() if name in PLAYING})
 
 
-def refuse_idle(given: dict[str, Any], args: Args) -> None:
+def refuse_unused_flags(given: dict[str, Any], args: Args) -> None:
     """
     Raises:
-        UsageError: a flag is given that nothing looks at in a run like this.
+        UsageError: a given flag has no effect in this run.
     """
     no_evaluations = args.eval_frequency == 0
     no_interventions = args.injection_trigger == "step" and not args.injection_step

@@ -67,25 +67,26 @@ class Settings:
     from_checkpoint: str | None = None
     """a checkpoint that all arms and seeds continue"""
     steps: Annotated[int | None, Ge(1)] = None
-    """how many steps they do, from there"""
+    """steps that each run adds to the checkpoint's"""
     name: str | None = None
     """folder under sweeps/; by default made of games and arms"""
     address: str | None = None
     """of a running Ray cluster, or auto; without it, Ray starts and ends with this command"""
     cpus_per_run: Annotated[float | None, Ge(0)] = None
-    """processors to keep free for a run; by default 1, with GPUs all that there are by the runs they hold"""
+    """processors to reserve for a run; by default 1 or, with GPUs, a machine's processors divided by the
+    number of runs that fit on its GPUs"""
     threads_per_run: Annotated[int | None, Ge(1)] = None
-    """threads that each run computes in, on which its bits depend; by default as many as processors. They
-    stay what they are for as long as the sweep's folder is there"""
+    """threads that each run computes with, on which its bits depend; by default as many as its processors.
+    Fixed for as long as the sweep's folder exists"""
     memory_per_run: Annotated[float | None, Ge(0)] = None
     """GB of memory to keep free for a run; by default its full replay and 1.5 GB"""
     gpus_per_run: Annotated[float | None, Ge(0)] = None
-    """GPUs for a run, a fraction lets several share one; by default 1 where there are any, unless the sweep
-    began without"""
+    """GPUs to reserve for a run; with a fraction, several share one. By default 1 if there are any, unless
+    the sweep began without"""
     retries: Steps = 3
-    """how often a run that is killed goes on"""
+    """how many times a run that was killed is started again"""
     retry_pause: Positive = 10.0
-    """seconds before the first time, twice as long before each one after, up to ten minutes"""
+    """seconds before the first restart; doubled before each further one, up to ten minutes"""
     metric: Literal["charts/episodic_return", "eval/episodic_return"] = "charts/episodic_return"
     """which return is compared in the end, see compare.py"""
     dry_run: bool = False
@@ -95,7 +96,7 @@ class Settings:
 
 
 def command_line(words: list[str]) -> tuple[Settings, plan.Asked]:
-    """What the words of a command line ask for. Raises UsageError where that is nothing that there is."""
+    """The settings and the sweep that a command line asks for. Raises UsageError where it cannot be run."""
     end = words.index("--") if "--" in words else len(words)
     flags_of_sweep, custom_arms = split_custom_arms(words[:end])
     settings = tyro.cli(Settings, description=__doc__, args=flags_of_sweep)

@@ -15,21 +15,21 @@ class Words:
     """How an intervention is spoken of."""
 
     log: str
-    """what a run says that it has done: head drawn anew"""
+    """what a run logs that it has done: head drawn anew"""
     noun: str
     """in figures and tables: head reset"""
     plural: str
-    """of that: head resets"""
+    """plural of that name: head resets"""
     deed: str
-    """in a sentence on its effect, ... has raised the return: resetting the head"""
+    """the subject of "... has raised the return": resetting the head"""
 
 
 @dataclass(frozen=True)
 class AgentParts:
-    """What an alternative works on, in place: the optimizer and captured graphs know these very tensors.
+    """The parts that an alternative changes, always in place: optimizer and captured graphs refer to them.
 
-    Random numbers come from generators of the CPU that depend on the run's seed, and on how many
-    interventions there have been or, where one goes on, on the step: no other random stream moves.
+    Random numbers come from CPU generators seeded by the run's seed and the number of interventions so far
+    (for a periodic one, by the step instead). No other random stream is affected.
     """
 
     encoder: nn.Module
@@ -49,30 +49,30 @@ class AgentParts:
 
 @dataclass(frozen=True)
 class NoSettings:
-    """Of an alternative that nothing has to be said about."""
+    """For an alternative that has no settings."""
 
 
 @dataclass(frozen=True)
 class Alternative:
     """One value of --intervention, beside `injection` and `none`.
 
-    Where it happens once, at each --injection-step, the target network then becomes a copy of the online one,
-    and bfloat16 copies and captured graphs are made anew. The moments of what was drawn anew are emptied, or
-    kept, as --moments says.
+    One that happens once does so at each --injection-step. The target network then becomes a copy of the
+    online one, and bfloat16 copies and captured graphs are made anew. The optimizer state of newly drawn
+    layers is emptied or kept, as --moments says.
 
-    Where it goes on every so often from --injection-step on, the target network waits for its next sync,
-    bfloat16 copies follow, and graphs stay: it changes the optimizer's tensors in place, too, as
-    `empty_in_part` does.
+    A periodic one happens from --injection-step on. The target network waits for its next sync, bfloat16
+    copies are updated, and captured graphs stay. So it has to change the optimizer's tensors in place, too,
+    as `empty_in_part` does.
 
     Raises:
-        UsageError: it goes on every so often, and draws the head or the encoder anew.
+        UsageError: it is periodic and draws the head or the encoder anew.
     """
 
     name: str
     words: Words
     apply: Callable[[AgentParts, Any], dict[str, int] | None]
-    """changes the parts; called without gradients, with `settings` as the second argument. The counts that
-    one with a period returns, by their names, are logged"""
+    """changes the parts. It is called under no_grad, with `settings` as the second argument. A periodic one
+    may return {name: count}, which is logged"""
     draws_head: bool
     """whether `apply` draws the learning head anew, so that --moments decides on its moments"""
     draws_encoder: bool = False
@@ -80,9 +80,9 @@ class Alternative:
     settings: type = NoSettings
     """a frozen dataclass; its fields are flags of the training script, and `__post_init__` may check them"""
     period: str | None = None
-    """the setting that says every how many steps it happens; None where it happens once"""
+    """the setting that holds the steps between two applications; None if it happens once"""
     batch_size: int = 0
-    """of one with a period: how many replayed observations it looks at"""
+    """for a periodic one: how many replayed observations it gets"""
 
     def __post_init__(self) -> None:
         if self.period is not None and self.draws_layers:

@@ -4,10 +4,10 @@ Which units are dormant is decided in one forward pass for all layers. Then all 
 drawn anew, as each layer draws its own, with a bias of zero. After that all their outgoing weights are set to
 zero. So recycled units add nothing to Q, and a weight between two of them is zero.
 
-As in the authors' code (dopamine, `labs/redo/weight_recyclers.py`), but for what docs/arms.md lists. Above
-all, the outgoing weights of the last convolution's channels are here the columns that take them in; there
-others are zeroed, since the features are flattened in another order than the mask. And the distance is given
-in steps, not in updates.
+As in the authors' code (dopamine, `labs/redo/weight_recyclers.py`), except for what docs/arms.md lists. Most
+important: here the outgoing weights of a channel of the last convolution are the columns that read it. That
+code zeroes other columns, because it flattens the features in another order than the mask. And here the
+period is given in steps, not in updates.
 """
 
 from dataclasses import dataclass
@@ -47,12 +47,13 @@ def layers_of(*networks: nn.Module) -> list[list[torch.Tensor]]:
 
 
 def choose(units: torch.Tensor, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-    """Which entries of a layer's tensor belong to these units, as a mask that can be broadcast to its shape.
+    """A boolean mask, broadcastable to `tensor`, of the entries that belong to the units marked in `units`.
 
     Args:
         units: (units,) bool
-        axis: 0 for what makes the units; 1 for what takes them in. Behind the encoder a channel is H · W
-            columns of a linear layer that stand side by side
+        tensor: a parameter of the layer that makes the units, or of the next one
+        axis: 0 for the layer that makes the units, 1 for the layer that reads them. After the encoder, one
+            channel is read by H · W adjacent columns of a linear layer
     """
     mask = units.repeat_interleave(tensor.shape[axis] // len(units))
     shape = [1] * tensor.dim()

@@ -25,7 +25,7 @@ class ResetMomentsSettings:
 
 
 def reset_moments(parts: AgentParts, settings: ResetMomentsSettings) -> None:
-    """Has the optimizer know nothing of the head, or of any parameter, not even the count of its steps."""
+    """Deletes the optimizer's state of the head, or of all parameters, including step counts."""
     if settings.reset_moments_of == "all":
         parts.optimizer.state.clear()
     else:

@@ -61,11 +61,11 @@ def play_games(
     video: Path | None = None,
     stop: Stop = lambda: False,
 ) -> np.ndarray:
-    """Raw scores of whole games, (N,) float64, one per environment, so that none is favoured.
+    """Raw scores of whole games, (N,) float64, one per environment, so that short games are not favoured.
 
-    With `steps` those of the first environment's games that end within so many steps (DQN Zoo), or else of
-    the first game (there what it has scored by then). The first game is filmed to `video`. Once `stop`
-    returns True, what is not over is left at NaN. Environments are closed in the end.
+    With `steps`, they are instead the scores of the games that the first environment completes within so many
+    steps; if none, of its first game (DQN Zoo reports that one's score so far). The first game is filmed to
+    `video`. Once `stop` returns True, unfinished games score NaN. Environments are closed at the end.
     """
     games: list[list[float]] = [[] for _ in range(envs.num_envs)]  # scores, per environment
     played = 0

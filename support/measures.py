@@ -15,19 +15,19 @@ def joint_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 class NormTracker:
-    """Norms of modules when they were drawn, and of what learns together when it began to."""
+    """Each module's norm when it was drawn, and the joint norm of the learning modules when they began."""
 
     def __init__(self) -> None:
         self.initial: dict[str, float] = {}  # of every module, by path
 
     def begin(self, modules: dict[str, nn.Module], learning: list[nn.Module]) -> None:
-        """Takes note of modules that are new, and of a new beginning of those that learn."""
+        """Records the norm of modules not seen before, and restarts the growth of the learning ones."""
         for path, module in modules.items():
             self.initial.setdefault(path, joint_norm(module.parameters()).item())
         self.at_begin = self.norm(learning)
 
     def forget(self, path: str) -> None:
-        """This module is drawn anew."""
+        """Drops the initial norm of a module that was drawn anew; the next `begin` records it again."""
         del self.initial[path]
 
     def norm(self, learning: list[nn.Module]) -> float:

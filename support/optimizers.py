@@ -73,11 +73,11 @@ def copy_moments(optimizer: torch.optim.Optimizer, old: nn.Module, new: nn.Modul
 
 
 def empty_moments(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Has the optimizer know nothing of these parameters, not even the count of their steps."""
+    """Deletes the optimizer's state of these parameters, including their step counts."""
     for parameter in module.parameters():
         optimizer.state.pop(parameter, None)
 
 
 def num_trainable(network: nn.Module) -> int:
-    """How many of a network's parameters, numbers, not tensors, are trained."""
+    """Number of trainable parameters, counted as scalars, not tensors."""
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)

@@ -16,10 +16,10 @@ class FrameReplayBuffer(ReplayBuffer):
     """Stable-Baselines3's replay buffer with each frame held once: 7.3 GB, not 56.4 GB, for 1M transitions.
 
     An observation is a stack of S frames that shifts by one each step, so a transition spans S + 1 frames.
-    They lie in a pool, and a transition holds their S + 1 slot numbers. One whose obs equals the next_obs
-    added before it shares those slots; any other obs starts a new stack, whatever `done` was. Slot 0 is the
-    all-zero frame that stacks start on. Every sample equals what Stable-Baselines3's buffer holds, games'
-    last frames included.
+    They lie in a pool, and a transition holds the S + 1 slot numbers of its frames. If its obs equals the
+    next_obs added before it, both share those slots. Any other obs starts a new stack, whatever `done` was.
+    Slot 0 is the all-zero frame that stacks start on. Every sample equals what Stable-Baselines3's buffer
+    holds, games' last frames included.
 
     Args, besides those that Stable-Baselines3's buffer has:
         observation_space: Box of shape (S, H, W), e.g. (4, 84, 84) uint8
@@ -145,7 +145,7 @@ class FrameReplayBuffer(ReplayBuffer):
                 self.frames[slot].copy_(frame)
         self._last_next_obs = np.array(next_obs)
 
-        # slots of the row that is overwritten are free, but for those that the next one, now the oldest, uses
+        # free the overwritten row's slots, except those that the next row, now the oldest, still uses
         overwritten = self.slots[self.pos].copy()
         self.slots[self.pos] = slots
         oldest = self.slots[(self.pos + 1) % self.buffer_size]
