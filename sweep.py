@@ -73,8 +73,7 @@ class Settings:
     address: str | None = None
     """of a running Ray cluster, or auto; without it, Ray starts and ends with this command"""
     cpus_per_run: Annotated[float | None, Ge(0)] = None
-    """processors to reserve for a run; by default 1 or, with GPUs, a machine's processors divided by the
-    number of runs that fit on its GPUs"""
+    """processors to reserve for a run; by default 1, with GPUs a machine's processors ÷ its runs on GPUs"""
     threads_per_run: Annotated[int | None, Ge(1)] = None
     """threads that each run computes with, on which its bits depend; by default as many as its processors.
     Fixed for as long as the sweep's folder exists"""
