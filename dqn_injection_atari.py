@@ -152,7 +152,7 @@ class Experiment:
     injection_trigger: Literal["step", "norm"] = "step"
     """inject at --injection-step, or when the weights have grown (paper, appendix)"""
     injection_norm_ratio: Annotated[Positive, WITH_NORM] = 3.0
-    """inject when ‖w‖ of encoder and learning head grew by this factor since step 0 or an injection (paper)"""
+    """inject when ‖w‖ of encoder and newest head grew by this factor since step 0 or an injection (paper)"""
     injection_check_frequency: Annotated[PositivePeriod, WITH_NORM] = 1_000
     """steps between checks of that norm"""
     max_injections: Annotated[Count, WITH_NORM] = 1
