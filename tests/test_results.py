@@ -35,6 +35,22 @@ def compared(*patterns):
     return comparisons(arms, RETURN, None)
 
 
+def with_and_without(folder):
+    """The comparison of an injection with nothing."""
+    (pair,) = [pair for pair in compared(f"{folder}/*.csv") if pair.arms[1].name == "injection at 160k"]
+    return pair
+
+
+def before_the_injection(folder):
+    """Mean return of the agents in the 20,000 steps before it."""
+    runs = with_and_without(folder).arms[0].runs
+    return np.mean([run.between(RETURN, 140_000, 160_000)[1].mean() for run in runs])
+
+
+def by_seed(arm):
+    return sorted(arm.runs, key=lambda run: run.args.seed)
+
+
 def whole_points(value):
     return f"{value:,.0f}".replace("-", "−")
 
@@ -137,29 +153,16 @@ def test_documents_print_each_arm_of_the_fresh_heads_experiment():
 
 
 def test_documents_print_whether_the_gain_lasts():
-    (injected,) = [pair for pair in compared("fresh_head/*.csv") if pair.beyond_control is not None]
+    injected = with_and_without("fresh_head")
     lasting = []
     for after in (300_000, 310_000):
         means = []
         for arm in injected.arms:
-            runs = sorted(arm.runs, key=lambda run: run.args.seed)
-            means.append(np.array([run.between(RETURN, after, 320_000)[1].mean() for run in runs]))
+            means.append(np.array([run.between(RETURN, after, 320_000)[1].mean() for run in by_seed(arm)]))
         centre, low, high = map(whole_points, interval(means[1] - means[0]))
         lasting.append(f"{centre} [{low}, {high}]")
     sentence = f"over the last 20,000 steps it is {lasting[0]}, over the last 10,000 it is {lasting[1]}."
     assert sentence in flowing("docs/results.md")
-
-
-def with_and_without(folder):
-    """The comparison of an injection with nothing."""
-    (pair,) = [pair for pair in compared(f"{folder}/*.csv") if pair.arms[1].name == "injection at 160k"]
-    return pair
-
-
-def before_the_injection(folder):
-    """Mean return of the agents in the 20,000 steps before it."""
-    runs = with_and_without(folder).arms[0].runs
-    return np.mean([run.between(RETURN, 140_000, 160_000)[1].mean() for run in runs])
 
 
 def test_documents_print_what_an_injection_brings_agents_with_layer_norm():
@@ -198,8 +201,7 @@ def test_documents_print_the_limits_of_what_agents_with_layer_norm_show():
 def dormant(arm, layer, step):
     """The share of dormant units in each agent of an arm, by seed."""
     tag = f"plasticity/dormant_fraction/{layer}"
-    runs = sorted(arm.runs, key=lambda run: run.args.seed)
-    return np.array([run.between(tag, step - 1, step)[1].item() for run in runs])
+    return np.array([run.between(tag, step - 1, step)[1].item() for run in by_seed(arm)])
 
 
 def test_documents_say_how_many_units_are_dormant_with_and_without_layer_norm():
@@ -297,8 +299,7 @@ def test_documents_print_what_the_filmed_agents_scored():
 def test_documents_print_what_the_filmed_agent_had_while_it_learned():
     text = flowing("docs/results.md")
     readme = flowing("README.md")
-    pair = compared("fresh_head/*.csv")[0]
-    assert pair.arms[1].name == "injection at 160k"
+    pair = with_and_without("fresh_head")
     gain = in_words(pair)[0]
     assert f"its games was {gain} higher" in readme and f"320,000 was {gain} higher" in text
     last = []
@@ -312,9 +313,7 @@ def test_documents_print_what_the_filmed_agent_had_while_it_learned():
 
 @pytest.mark.parametrize("folder", ["fresh_head", "what_helps"])
 def test_documents_say_what_the_agents_had_just_before_the_injection(folder):
-    arms, _ = read_arms([str(ROOT / f"results/{folder}/PhoenixNoFrameskip-v4_no-intervention.csv")], RETURN)
-    before = np.mean([run.between(RETURN, 140_000, 160_000)[1].mean() for run in arms[0].runs])
-    assert f"scored {before:.0f} points" in text_of("docs/results.md")
+    assert f"scored {before_the_injection(folder):.0f} points" in text_of("docs/results.md")
 
 
 def what_helps():
