@@ -1316,6 +1316,11 @@ def warn_about_likely_mistakes(args: Args, log: RunLog) -> None:
             "warning: the norm is never looked at, with --injection-check-frequency "
             f"{args.injection_check_frequency}: give {args.last_vector_step} or less"
         )
+    if args.eval_frequency > args.total_timesteps:
+        log.say(
+            f"warning: no evaluation is due, with --eval-frequency {args.eval_frequency}: "
+            f"give {args.total_timesteps} or less"
+        )
     if args.intervention != "none" and args.planned_interventions and args.planned_interventions[0] <= starts:
         log.say(
             f"warning: at step {args.planned_interventions[0]:,} the network has learned nothing, "
@@ -1336,9 +1341,9 @@ def check_injection_steps(args: Args) -> None:
     """Raises UsageError where injections cannot be made at the steps that are planned."""
     steps = args.injection_step
     last = args.last_vector_step
-    if steps and last == 0:
+    if last == 0 and (steps or args.injection_trigger == "norm"):
         raise UsageError(
-            f"injection_step is {steps}, but the run is over after its first step: "
+            "the run is over after its first step, before any injection: "
             f"give a --total-timesteps of {args.num_envs + 1} or more"
         )
     earlier = 0

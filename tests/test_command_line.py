@@ -532,6 +532,11 @@ def test_interrupting_an_evaluation_of_a_saved_agent_is_no_traceback(monkeypatch
             "--num-envs 8 --total-timesteps 9 --injection-step 4",
         ),
         (
+            "--total-timesteps 1 --injection-trigger norm",
+            "give a --total-timesteps of 2 or more",
+            "--total-timesteps 2 --injection-trigger norm",
+        ),
+        (
             "--eval-steps 9",
             "give --eval-episodes 0 with --eval-steps, or",
             "--eval-steps 9 --eval-episodes 0 --eval-frequency 9",

@@ -722,6 +722,8 @@ def test_a_run_says_what_happens_before_anything_is_learned(capsys):
         ),
         (NORM | {"injection_check_frequency": 19}, None),
         (NORM | {"injection_check_frequency": 16, "num_envs": 4}, None),
+        ({"eval_frequency": 21}, "no evaluation is due, with --eval-frequency 21: give 20 or less"),
+        ({"eval_frequency": 20, "eval_episodes": 0, "eval_steps": 4}, None),
         (
             NORM | {"injection_check_frequency": 19, "num_envs": 4},
             "the norm is never looked at, with --injection-check-frequency 19: give 16 or less",
