@@ -340,7 +340,8 @@ class Head(nn.Module):
         return self.output(hidden.to(self.output.weight.dtype))  # float32, also with --bf16
 
 
-# To be copied as it is: it needs no import but torch, so Callable stands in quotes.
+# To be copied as it is: it needs no import but torch. Annotations that Python 3.9 cannot evaluate with that
+# alone stand in quotes.
 class InjectableHead(torch.nn.Module):
     """A head into which plasticity can be injected (Nikishin et al. 2023): θ and pairs of heads (θ′₁, θ′₂).
 
@@ -404,7 +405,7 @@ class InjectableHead(torch.nn.Module):
         return output
 
     @torch.no_grad()
-    def inject(self, generator: torch.Generator | None = None) -> None:
+    def inject(self, generator: "torch.Generator | None" = None) -> None:
         """Draws the next pair, θ′₁ = θ′₂, and puts it to use: the output stays as it is, to the bit.
 
         Args:
@@ -424,7 +425,7 @@ class InjectableHead(torch.nn.Module):
         self.set_trainable()
 
     @staticmethod
-    def draw(make: "Callable[[], torch.nn.Module]", generator: torch.Generator | None) -> torch.nn.Module:
+    def draw(make: "Callable[[], torch.nn.Module]", generator: "torch.Generator | None") -> torch.nn.Module:
         """A new module, with its layers' own initialisation.
 
         With a generator, the module is made on the CPU with the generator's random numbers, and PyTorch's own
@@ -448,7 +449,7 @@ class InjectableHead(torch.nn.Module):
                 )
         return module
 
-    def draw_like_newest(self, generator: torch.Generator | None = None) -> torch.nn.Module:
+    def draw_like_newest(self, generator: "torch.Generator | None" = None) -> torch.nn.Module:
         """A new head of the kind that learns now."""
         make = self.make_head
         if self.num_injections > 0:

@@ -148,10 +148,12 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
 
     agent.update()
     agent = look()
+    refuse_noise(agent)  # an update may have called train()
     first = copy_parameters_of(agent)
     gradient_errors.append(gradient_error(agent))
     agent.update()
     agent = look()
+    refuse_noise(agent)
     second = copy_parameters_of(agent)
     gradient_errors.append(gradient_error(agent))
     thawed = not frozen <= frozen_parameters(agent)
@@ -196,8 +198,10 @@ def refuse_noise(agent: Audited) -> None:
     if not q_values.isfinite().all():
         raise UsageError("the network gives numbers that are not finite: audit one that has learned less")
     if not torch.equal(agent.network(agent.obs), q_values):
-        fix = "leave dropout and noise out of the audit, by network.eval()"
-        raise UsageError(f"the network gives two outputs for the same obs: {fix}")
+        raise UsageError(
+            "the network gives two outputs for the same obs: leave dropout and noise out of the audit, "
+            "by network.eval(), also at the end of an update that calls train()"
+        )
 
 
 def frozen_parameters(agent: Audited) -> set[str]:
@@ -482,7 +486,7 @@ def faults_of_injection(findings: Findings, freeze: bool = True) -> list[str]:
     """What is not as an injection has to be, a line each; nothing where all is right.
 
     Args:
-        freeze: whether θ and θ′₂ are to be frozen; False where all three heads learn
+        freeze: whether all heads but θ′₁ are to be frozen; False where all learn
     """
     faults = []
     parts = findings.parts
@@ -506,7 +510,7 @@ def faults_of_injection(findings: Findings, freeze: bool = True) -> list[str]:
     # in the updates
     learning = [ENCODER, NEW_HEAD]
     if not freeze:
-        learning = [ENCODER, OLD_HEAD, NEW_HEAD, FROZEN_TWIN]
+        learning = list(parts)
     for part, found in parts.items():
         if part in learning:
             if found.in_optimizer != "all":

@@ -211,6 +211,31 @@ def test_a_copy_of_moments_all_heads_trained_and_heads_that_come_late_are_right_
     assert findings.parts["θ′₁"].changed == "all" and findings.parts["θ′₂"].in_optimizer == "none"
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_second_injection_is_right_whether_the_first_pair_is_frozen_or_learns(monkeypatch, freeze):
+    monkeypatch.setattr(Agent, "freeze", freeze)
+    with_room = functools.partial(InjectableHead, max_injections=2)
+    monkeypatch.setattr(Agent, "head_class", staticmethod(with_room))
+    agent = Agent()
+    agent.inject()
+    agent.update()
+    parts = {
+        "φ": "encoder",
+        "θ": "head.theta",
+        "first pair's θ′₁": "head.theta_prime_1.0",
+        "first pair's θ′₂": "head.theta_prime_2.0",
+        "θ′₁": "head.theta_prime_1.1",
+        "θ′₂": "head.theta_prime_2.1",
+    }
+    findings = audit(
+        lambda: replace(agent.look(), parts=parts, formula=agent.online.forward),
+        agent.inject,
+    )
+    assert faults_of_injection(findings, freeze) == []
+    old = [fault for fault in faults_of_injection(findings, not freeze) if fault.startswith("first pair's")]
+    assert len(old) == 2
+
+
 def test_the_audit_changes_nothing_but_what_the_intervention_and_two_updates_change():
     agent, plain = Agent(), Agent()
     audited(agent, agent.inject)
@@ -458,7 +483,7 @@ def test_noise_is_refused_in_one_line_before_anything_is_changed():
     agent.online.encoder.append(nn.Dropout())
     before = copy.deepcopy(agent.online.state_dict())
     fix = r"leave dropout and noise out of the audit, by network\.eval\(\)"
-    with pytest.raises(UsageError, match=rf"^the network gives two outputs for the same obs: {fix}$"):
+    with pytest.raises(UsageError, match=rf"^the network gives two outputs for the same obs: {fix}, also"):
         audited(agent, agent.inject)
     assert auditing.equal_states(agent.online.state_dict(), before)
     agent = Agent()
@@ -466,6 +491,38 @@ def test_noise_is_refused_in_one_line_before_anything_is_changed():
         agent.online.head.theta[2].bias.fill_(math.nan)
     with pytest.raises(UsageError, match=r"^the network gives numbers that are not finite: audit one that"):
         audited(agent, agent.inject)
+
+
+@pytest.mark.parametrize("noisy", [1, 2])
+def test_noise_that_an_update_switches_on_is_refused_unless_it_switches_it_off_again(noisy):
+    def update_in_training(agent):
+        agent.online.train()
+        Agent.update(agent)
+
+    def audited_with(update):
+        agent = Agent()
+        agent.online.encoder.append(nn.Dropout())
+        agent.online.eval()
+        agent.target = copy.deepcopy(agent.online)
+        agent.formula = agent.online.forward
+        agent.update()
+        updates = iter(range(1, 3))
+        agent.update = lambda: update(agent, next(updates))
+        return audited(agent, agent.inject)
+
+    def stay_in_training(agent, number):
+        if number == noisy:
+            update_in_training(agent)
+        else:
+            Agent.update(agent)
+
+    def evaluate_at_the_end(agent, _):
+        update_in_training(agent)
+        agent.online.eval()
+
+    with pytest.raises(UsageError, match=r"also at the end of an update that calls train\(\)$"):
+        audited_with(stay_in_training)
+    assert faults_of_injection(audited_with(evaluate_at_the_end)) == []
 
 
 @pytest.mark.parametrize(("training", "moving"), [(True, ("θ", "θ′₂")), (False, ())])

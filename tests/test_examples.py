@@ -11,11 +11,13 @@ import pytest
 import torch
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
 from torch import nn
 
 from analysis.audit import Audited, audit, faults_of_injection
 from dqn_injection_atari import InjectableHead
 from examples import stable_baselines3_dqn as example
+from support.optimizers import load_moments, moments_by_name
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "stable_baselines3_dqn.py"
@@ -345,11 +347,13 @@ def test_each_parameter_of_a_new_head_is_in_the_group_of_its_counterpart():
         assert rates[parameter] == (0.5 if name.endswith("bias") else 1e-3), name
 
 
-def test_new_heads_have_the_dtype_of_the_network():
-    names = wrapping({"make_head())  # with your weights": "make_head()).double()"})
-    before = names["network"](OBS.double())
+def test_new_heads_have_the_dtype_of_the_head_before():
+    names = wrapping({"make_head())  # with your weights": "make_head().double())"})
+    assert {parameter.dtype for parameter in names["head"].parameters()} == {torch.float64}
+    features = names["network"][0](OBS).double()
+    before = names["head"](features)
     names["head"].inject()
-    assert torch.equal(names["network"](OBS.double()), before) and before.dtype == torch.float64
+    assert torch.equal(names["head"](features), before) and before.dtype == torch.float64
 
 
 def test_a_wrapped_agent_is_loaded_by_wrapping_another_in_the_same_way():
@@ -396,6 +400,111 @@ def test_an_agent_that_exists_already_takes_an_injection_as_the_page_says(page):
     agent = Audited(network, target, optimizer, parts, OBS, formula, update)
     findings = audit(lambda: agent, inject)
     assert faults_of_injection(findings) == [] and findings.parts["θ"].moments == "kept"
+
+
+def test_an_agent_moves_to_a_network_with_more_room_with_its_moments(page):
+    """As the page says; with an optimizer's state alone there is no way."""
+
+    def agent_with_room_for(max_injections):
+        agent = page["Agent"]()
+        agent.online[1] = InjectableHead(page["make_head"], max_injections)
+        agent.optimizer = torch.optim.Adam(agent.online.parameters())
+        return agent
+
+    agents = [agent_with_room_for(1), agent_with_room_for(3)]
+    old, new = agents
+    old.update()
+    old.online[1].inject()
+    old.update()
+    new.online.load_state_dict(old.online.state_dict())
+    new.target.load_state_dict(old.target.state_dict())
+    with pytest.raises(ValueError, match="size"):
+        new.optimizer.load_state_dict(old.optimizer.state_dict())
+    load_moments(new.optimizer, new.online, moments_by_name(old.optimizer, old.online))
+    for agent in agents:
+        agent.update()
+    in_use = old.online.state_dict()
+    state = new.online.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in in_use.items())
+
+
+def test_with_images_the_encoder_is_the_librarys_convolutions_and_the_hidden_layer_is_in_the_head(page):
+    settings = {"buffer_size": 50, "learning_starts": 8, "batch_size": 4, "device": "cpu", "seed": 1}
+    env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=4, discrete=True, channel_first=True)
+    model = DQN(page["ImagePolicy"], env, policy_kwargs=page["policy_kwargs"], **settings).learn(13)
+    theirs = DQN("CnnPolicy", env, **settings).q_net
+    ours = model.q_net
+    layers = [*ours.features_extractor.cnn, *ours.q_net.theta]
+    of_theirs = [*theirs.features_extractor.cnn, *theirs.features_extractor.linear, *theirs.q_net]
+    assert [str(layer) for layer in layers] == [str(layer) for layer in of_theirs]
+
+    head = ours.q_net
+
+    def formula(obs):
+        features = ours.extract_features(obs, ours.features_extractor)
+        return head.theta(features) + (head.theta_prime_1[0](features) - head.theta_prime_2[0](features))
+
+    def inject():
+        head.inject()
+        model.q_net_target.load_state_dict(ours.state_dict())
+
+    agent = Audited(
+        network=ours,
+        target=model.q_net_target,
+        optimizer=model.policy.optimizer,
+        parts={
+            "φ": "features_extractor",
+            "θ": "q_net.theta",
+            "θ′₁": "q_net.theta_prime_1.0",
+            "θ′₂": "q_net.theta_prime_2.0",
+        },
+        obs=torch.randint(256, (8, 4, 36, 36), generator=torch.Generator().manual_seed(1)),
+        formula=formula,
+        update=lambda: model.train(gradient_steps=1, batch_size=4),
+    )
+    assert faults_of_injection(audit(lambda: agent, inject)) == []
+
+
+def test_the_audit_takes_a_view_of_an_agent_that_is_no_function_of_obs(page):
+    """An actor and a critic on one encoder, each injected and audited by itself."""
+    encoder = nn.Sequential(nn.Linear(4, 32), nn.ReLU())
+    agent = nn.ModuleDict({"encoder": encoder})
+    for name in ("actor", "critic"):
+        agent[name] = InjectableHead(page["make_head"])
+    copied = copy.deepcopy(agent)
+    optimizer = torch.optim.Adam(agent.parameters())
+
+    def update():
+        optimizer.zero_grad()
+        features = agent["encoder"](OBS)
+        (
+            agent["actor"](features).square().mean() + (agent["critic"](features) - 1).square().mean()
+        ).backward()
+        optimizer.step()
+
+    update()
+    for name in ("actor", "critic"):
+        head = agent[name]
+
+        def inject(head=head):
+            head.inject()
+            copied.load_state_dict(agent.state_dict())
+
+        def formula(obs, head=head):
+            features = agent["encoder"](obs)
+            difference = head.theta_prime_1[0](features) - head.theta_prime_2[0](features)
+            return head.theta(features) + difference
+
+        audited = Audited(
+            network=nn.Sequential(agent["encoder"], head),
+            target=nn.Sequential(copied["encoder"], copied[name]),
+            optimizer=optimizer,
+            parts={"φ": "0", "θ": "1.theta", "θ′₁": "1.theta_prime_1.0", "θ′₂": "1.theta_prime_2.0"},
+            obs=OBS,
+            formula=formula,
+            update=update,
+        )
+        assert faults_of_injection(audit(lambda audited=audited: audited, inject)) == []
 
 
 def test_a_target_takes_the_new_pair_alone_and_gives_what_it_gave_also_at_a_second_injection(page):
