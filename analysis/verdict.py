@@ -458,11 +458,15 @@ def reach(returns: np.ndarray, missing: float) -> float:
     """By how much the mean of a run's returns may be off, where a share of its play is missing from them.
 
     Where new games begin again and again, the reported ones are too short by about the share of those that
-    are missing, if lengths are as good as memoryless. Where half is missing, nothing is known: infinity.
+    are missing, if lengths are as good as memoryless. A score that grows with the length is then too low by
+    this share of its mean. Scores around 0 do not grow so: there the standard deviation, which in such games
+    is about the mean, says how far missing games may be from the others. Where half is missing, nothing is
+    known: infinity.
     """
     if missing >= 0.5:
         return math.inf
-    return float(np.abs(returns).mean()) * missing / (1 - missing)
+    scale = max(np.abs(returns).mean(), returns.std())
+    return float(scale) * missing / (1 - missing)
 
 
 def measure(arm: Arm, runs: dict[int, RecordedRun], silent: set[str], metric: str, window: Window) -> Side:

@@ -37,9 +37,11 @@ class StopAfter(BaseCallback):
 
 def make_model(env_id: str, num_envs: int, buffer_size: int, learning_starts: int, device: str) -> DQN:
     """One update per 4 steps with a batch of 32, as in the training script; the games one after the other."""
+    # the library's wrappers skip frames, so the id's own frame skip is undone
+    envs = make_atari_env(env_id, n_envs=num_envs, seed=0, env_kwargs={"frameskip": 1})
     return DQN(
         "CnnPolicy",
-        VecFrameStack(make_atari_env(env_id, n_envs=num_envs, seed=0), 4),
+        VecFrameStack(envs, 4),
         learning_rate=1e-4,
         buffer_size=buffer_size,
         learning_starts=learning_starts,

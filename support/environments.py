@@ -57,7 +57,8 @@ class LearnerView(VectorWrapper):
         rewards (N,) float32: −1, 0 or 1, the sign of the change in score
         terminations (N,) bool: the game is over, or a life was lost and the game goes on
         truncations (N,) bool: the game was cut at its frame limit
-        infos: "final_obs" (N, 4, 84, 84) uint8, the true successor, also where obs shows the next game;
+        infos: "final_obs" (N, 4, 84, 84) uint8, the true successor, also where obs shows the next game
+            (of a game that ALE's vectoriser cuts, the last picture is not quite it: docs/deviations.md);
             where "_episode" is set, infos["episode"]["r"] is the game's raw score, ["l"] its length in steps
 
     ALE's vectoriser cannot be saved, but games repeat themselves: `state_dict` is the seed of the last reset
@@ -151,6 +152,11 @@ def make_env(spec: gym.envs.registration.EnvSpec, max_frames: int, render_mode: 
     # the id's own frame skip and frame limit are undone, because the wrappers below apply them
     raw = {"frameskip": 1, "max_num_frames_per_episode": None}
     env = gym.make(spec, disable_env_checker=True, render_mode=render_mode, **raw)
+    if env.unwrapped.get_action_meanings()[0] != "NOOP":  # type: ignore[attr-defined]
+        raise UsageError(
+            f"{spec.id} has no action that does nothing, which --env-backend sb3 begins games with: "
+            "give --env-backend ale"
+        )
     env = NoopResetEnv(env, noop_max=MAX_NOOPS)
     env = MaxAndSkipEnv(env, skip=FRAME_SKIP)
     env = WarpFrame(env, width=FRAME_SIZE, height=FRAME_SIZE)  # (84, 84, 1)

@@ -27,7 +27,7 @@ from analysis.curves import write_curves
 from analysis.games import aggregates, normalised_mean
 from analysis.intervals import interval
 from analysis.report import aggregate_in_words, as_json, beyond_control, in_words, other_causes, report, table
-from analysis.verdict import comparisons, show
+from analysis.verdict import comparisons, reach, show
 
 
 def compared(*runs, window=None, metric=RETURN):
@@ -112,6 +112,13 @@ def test_words_warn_where_returns_are_about_0_and_where_half_of_an_arms_games_ar
     runs = make_arms(effect=1e6)
     runs[0].scalars["charts/games_cut"] = np.array([[2_000.0], [61.0]])
     assert any(line.startswith("caution") for line in words(*runs))
+
+
+def test_a_mean_near_0_is_no_surer_than_one_far_from_it():
+    games = np.array([0.0] * 18 + [-21.0, 21.0])
+    share = 0.4 / (1 - 0.4)
+    assert reach(games, 0.4) == pytest.approx(games.std() * share)
+    assert reach(games + 30, 0.4) == reach(games - 30, 0.4) == pytest.approx(30 * share)
 
 
 def test_words_warn_where_one_run_lacks_its_long_games():

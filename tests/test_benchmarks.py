@@ -103,6 +103,16 @@ def test_sb3_makes_one_update_per_four_steps(monkeypatch, num_envs):
     assert steps[-1] - steps[0] + num_envs == 80 and abs(sum(updates) - 80 // 4) <= max(num_envs // 4, 1)
 
 
+@pytest.mark.parametrize("env_id", ["PhoenixNoFrameskip-v4", "ALE/Phoenix-v5"])
+def test_a_step_of_sb3_is_four_frames_whatever_the_id_skips(env_id):
+    envs = sb3_dqn.make_model(env_id, 1, 200, 64, "cpu").get_env()
+    envs.reset()
+    emulator = envs.unwrapped.envs[0].unwrapped.ale
+    before = emulator.getEpisodeFrameNumber()
+    envs.step([0])
+    assert emulator.getEpisodeFrameNumber() - before == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_envs", [1, 4])
 def test_ours_makes_one_update_per_four_steps_from_the_first_window_on(monkeypatch, stack, num_envs):

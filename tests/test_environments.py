@@ -275,6 +275,15 @@ def test_what_a_backend_cannot_do_is_refused_not_ignored(setting, value):
         make_atari_envs(other, "ale", 1)
 
 
+@pytest.mark.parametrize("env_id", ["ALE/Backgammon-v5", "ALE/VideoCheckers-v5"])
+def test_a_game_in_which_every_action_does_something_is_played_by_ales_vectoriser_alone(env_id):
+    with pytest.raises(UsageError, match=f"^{env_id} has no action that does nothing, .*--env-backend ale$"):
+        make_atari_envs(env_id, "sb3", 1)
+    envs = make_atari_envs(env_id, "ale", 1)
+    envs.reset(seed=0)
+    assert envs.step(np.array([0]))[0].shape == (1, 4, 84, 84)
+
+
 @both_backends
 def test_an_id_registered_with_nothing_but_a_game_plays(backend):
     if "BarePhoenix-v5" not in gym.registry:
