@@ -493,36 +493,27 @@ def test_noise_is_refused_in_one_line_before_anything_is_changed():
         audited(agent, agent.inject)
 
 
-@pytest.mark.parametrize("noisy", [1, 2])
-def test_noise_that_an_update_switches_on_is_refused_unless_it_switches_it_off_again(noisy):
-    def update_in_training(agent):
+@pytest.mark.parametrize("noisy", [1, 2, None])
+def test_noise_that_an_update_leaves_behind_is_refused(noisy):
+    agent = Agent()
+    agent.online.encoder.append(nn.Dropout())
+    agent.online.eval()
+    agent.target = copy.deepcopy(agent.online)
+    agent.formula = agent.online.forward
+    agent.update()
+    updates = iter([1, 2])
+
+    def update_in_training():
         agent.online.train()
         Agent.update(agent)
+        agent.online.train(next(updates) == noisy)
 
-    def audited_with(update):
-        agent = Agent()
-        agent.online.encoder.append(nn.Dropout())
-        agent.online.eval()
-        agent.target = copy.deepcopy(agent.online)
-        agent.formula = agent.online.forward
-        agent.update()
-        updates = iter(range(1, 3))
-        agent.update = lambda: update(agent, next(updates))
-        return audited(agent, agent.inject)
-
-    def stay_in_training(agent, number):
-        if number == noisy:
-            update_in_training(agent)
-        else:
-            Agent.update(agent)
-
-    def evaluate_at_the_end(agent, _):
-        update_in_training(agent)
-        agent.online.eval()
-
+    agent.update = update_in_training
+    if noisy is None:
+        assert faults_of_injection(audited(agent, agent.inject)) == []
+        return
     with pytest.raises(UsageError, match=r"also at the end of an update that calls train\(\)$"):
-        audited_with(stay_in_training)
-    assert faults_of_injection(audited_with(evaluate_at_the_end)) == []
+        audited(agent, agent.inject)
 
 
 @pytest.mark.parametrize(("training", "moving"), [(True, ("θ", "θ′₂")), (False, ())])
