@@ -184,6 +184,16 @@ def test_bf16_keeps_weights_in_float32_and_its_working_copies_follow_them():
     assert follows()
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.25])
+def test_a_sync_moves_the_targets_working_copy_as_it_moves_the_target(tau):
+    learner = make_learner(bf16=True, tau=tau)
+    updates(learner, 3)
+    learner.sync_target()
+    weight = learner.target_network.encoder[2].weight
+    assert torch.equal(learner.target.encoder[2].weight, weight.bfloat16())
+    assert torch.equal(weight, learner.q_network.encoder[2].weight) == (tau == 1)
+
+
 def test_bf16_goes_on_from_a_float32_state_and_back():
     """What is saved are the float32 weights, whichever of the two wrote it."""
     plain = make_learner()

@@ -169,6 +169,20 @@ def test_runs_without_a_shared_history_are_drawn_apart():
     np.testing.assert_array_equal(total.scores, aggregate_scores(*sides, [False]))
 
 
+def test_where_some_seeds_share_a_history_and_others_do_not_all_are_drawn_apart():
+    """Drawn by their places, strangers would be taken for the two runs of a seed."""
+    strangers = [
+        make_run("b9", {RETURN: games(9, 0)}, seed=9, intervention="none"),
+        make_run("i8", {RETURN: games(8, 1)}, seed=8),
+    ]
+    (pair,) = compared(*make_arms((1, 2)), *strangers)
+    assert pair.shared == 2
+    (total,) = aggregates([pair])
+    sides = [[np.array([human_normalised(PHOENIX, mean) for mean in means.values()])] for means in pair.means]
+    np.testing.assert_array_equal(total.scores, aggregate_scores(*sides, [False]))
+    assert not np.array_equal(total.scores, aggregate_scores(*sides, [True]))
+
+
 @pytest.mark.parametrize(
     ("others", "counted", "surplus"),
     [((1, 2, 3), [1, 2, 3], "4, 5"), ((6, 7, 8), [1, 2, 3], "4, 5"), ((1, 4, 9), [1, 2, 4], "3, 5")],

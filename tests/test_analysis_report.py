@@ -69,6 +69,7 @@ def test_a_comparison_in_words_says_what_is_compared_the_verdict_the_window_and_
         (50.0, (2, 1), False),  # 150 may be 7.5 too low
         (50.0, (1, 9), True),  # or 67.5
         (50.0, (15, 0), True),  # 100 may be 75 too low
+        (50.0, (6, 3), False),  # 100 may be 30 too low or 150 22.5: not both, and not three runs' added up
         (-50.0, (2, 1), False),
         (-50.0, (15, 0), True),
         (0.0, (9, 9), True),  # no evidence, and 45 might be hidden
@@ -162,6 +163,16 @@ def test_words_warn_where_a_run_has_no_game_with_a_return_at_all():
     assert not [line for line in lines if line.startswith("caution")], "it was injected within the window"
 
 
+def test_words_warn_of_a_run_without_a_return_that_would_have_ended_the_window():
+    """It is left out first, so that the window is that of the others; what it lacks counts all the same."""
+    points = {RETURN: games(4, 1)[:10], "charts/games_cut": [(2_050, 8)]}
+    silent = make_run("silent", points, 2_050, seed=4)
+    lines = words(*make_arms(), silent)
+    assert lines[-1].endswith("; with this run the window would be 1,000 < step ≤ 2,050")
+    (line,) = [line for line in lines if line.startswith("caution")]
+    assert "up to 0% and 100% of a run's games" in line
+
+
 def test_where_runs_were_evaluated_differently_the_caution_does_not_name_a_metric_that_has_no_verdict():
     runs = []
     for run in make_arms(effect=0.0):
@@ -232,6 +243,11 @@ def test_words_warn_where_the_norm_injected_one_run_so_late_that_little_is_left(
     assert not [
         line for line in words(*make_norm_arms({1: [1_200], 2: [2_100], 3: [1_300]})) if "caution" in line
     ]
+
+
+def test_little_is_left_where_it_is_less_than_half():
+    line = "caution: of the 1,700 steps since the median run's first injection, the window has the last 700"
+    assert line in words(*make_norm_arms({1: [1_200], 2: [2_300], 3: [1_300]}))
 
 
 MOMENTS = "what else could have caused this: fresh optimizer moments, as the new layers began with none"

@@ -151,6 +151,13 @@ def test_without_any_spread_there_is_no_interval_rather_than_an_infinitely_sure_
     assert judged.verdict == "no interval" and f"changed by {show(change)} with every seed" in judged.sentence
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_spread_that_rounding_makes_is_none():
+    without = np.array([0.1, 0.7, 1.1])
+    assert np.ptp(without + 0.2 - without) > 0
+    assert judge(without, without + 0.2, True).verdict == "no interval"
+
+
 @pytest.mark.parametrize(
     "how", [{"injected_head_width": 1024}, {"injected_head_width": 64}, {"freeze_heads": False}]
 )
@@ -867,6 +874,14 @@ def test_of_earlier_versions_runs_the_path_of_a_fork_and_equal_games_decide(orig
     assert share_history(*runs, INJECTION) == share_history(*runs[::-1], INJECTION) == one
 
 
+def test_runs_were_one_up_to_the_latest_of_the_steps_that_their_origins_have_in_common():
+    one = known("e", ("b", 3_000, 3), ("a", 1_000, 1))
+    other = known("f", ("b", 4_000, 3), ("a", 1_000, 1))
+    ours = make_run("e", {RETURN: [(1, 1.0)]}, identity=one)
+    theirs = make_run("f", {RETURN: [(1, 1.0)]}, identity=other)
+    assert verdicts.common_step(ours, theirs) == verdicts.common_step(theirs, ours) == (3_000, True)
+
+
 def test_three_paired_seeds_are_preferred_to_more_that_are_not_and_those_are_named():
     alone = make_run("alone", {RETURN: games(9, 1)}, seed=9)
     found = verdict(*make_arms(), alone)
@@ -973,6 +988,8 @@ def test_a_run_that_was_planned_too_short_cannot_go_on():
         ((1_001, 3_000, 3_000), (3_000, 3_000, 3_000), 3_000, ["b1"]),
         ((3_000, 2_600, 2_200), (2_800, 2_000, 1_900), 1_900, []),
         ((3_000, 2_000, 1_900), (1_500, 1_450, 1_100), 1_450, ["i3"]),  # a sweep under way
+        # without the first two the median run has 1,900 steps, and the third is a short one
+        ((3_000,) * 5, (1_150, 1_400, 1_900, 2_900, 3_000), 2_900, ["i1", "i2", "i3"]),
     ],
 )
 def test_runs_that_are_under_way_count_unless_they_would_take_most_of_the_window(
@@ -1052,6 +1069,13 @@ def test_of_several_games_at_once_each_may_still_go_on_at_a_windows_end_and_a_st
     assert run.unreported(1_000, TOTAL) == 8, "the run ends there"
     # the game's last 100 / 8 decisions are of the window's 1,500 steps
     assert run.share_unreported(1_000, 2_500) == pytest.approx(1 - 12.5 / 1_500)
+
+
+def test_games_without_a_return_are_a_share_of_games_where_that_is_more_than_their_share_of_steps():
+    lengths = [(step, 100.0) for step, _ in games(1, 0)]
+    cut = {"charts/episodic_length": lengths, "charts/games_cut": [(2_000, 5.0)]}
+    run = make_run("a", {RETURN: games(1, 0)} | cut)
+    assert run.share_unreported(INJECTION, TOTAL) == pytest.approx(5 / 25), "all steps are in some return"
 
 
 def test_a_run_without_a_game_in_the_window_is_left_out_and_named():

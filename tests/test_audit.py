@@ -613,6 +613,17 @@ def test_the_two_updates_are_told_apart():
     assert "| φ θ′₁; φ θ |" in table({"in turns": findings})
 
 
+def test_a_part_that_learns_in_one_of_the_updates_alone_and_a_gradient_a_little_off_are_faults():
+    agent = Agent()
+    findings = audited(agent, agent.inject)
+    for update in ("first_update", "second_update"):
+        still = replace(findings.parts["θ′₁"], **{update: "none"})
+        faults = faults_of_injection(replace(findings, parts=findings.parts | {"θ′₁": still}))
+        assert faults == ["θ′₁ does not change at an update: it never learns"]
+    (fault,) = faults_of_injection(replace(findings, gradient_error=0.002))
+    assert fault.endswith("it is off by 0.2%: is a head detached?")
+
+
 def test_a_target_is_as_before_only_where_its_state_is_too():
     agent = Agent()
     agent.sync()

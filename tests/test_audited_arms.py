@@ -140,6 +140,15 @@ def test_nothing_is_wrong_with_injections_and_recycling(audits):
     assert {name for name, (_, faults) in audits.items() if faults} == set()
 
 
+def test_injections_into_a_network_with_layer_norm_have_no_fault(checkpoint):
+    """Of a norm that is drawn anew the shift stays zero."""
+    args = replace(SMALL, layer_norm=True)
+    change(checkpoint, learner=Learner(args, 8, CPU), **asdict(args))
+    subject = saved_subject(checkpoint)
+    for name in INJECTIONS:
+        assert audited_arms.faults(subject, arms()[name], audit_arm(subject, arms()[name])) == [], name
+
+
 def test_recycling_is_judged_in_a_fresh_agent_alone(subject, audits, checkpoint):
     nothing_recycled = audits["none"][0]
     assert audited_arms.faults(subject, arms()["redo"], nothing_recycled) == [

@@ -69,6 +69,8 @@ def test_defaults_are_the_default_setting():
     )
     assert (args.buffer_size, args.learning_starts, args.total_timesteps) == (1_000_000, 80_000, 15_000_000)
     assert (args.start_e, args.end_e, args.exploration_fraction, args.gamma) == (1.0, 0.01, 0.1, 0.99)
+    assert (args.injection_norm_ratio, args.injection_check_frequency, args.max_injections) == (3, 1_000, 1)
+    assert (args.plasticity_frequency, args.eval_epsilon) == (50_000, 0.01)
     learner = Learner(args, 6, "cpu")
     assert learner.optimizer.defaults["eps"] == 1.5e-4 and learner.optimizer.defaults["lr"] == 1e-4
 

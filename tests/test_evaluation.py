@@ -195,6 +195,22 @@ def test_an_evaluation_plays_the_given_network_at_the_given_epsilon(monkeypatch)
         assert np.mean(np.array(played) == 5) == pytest.approx(greedy_share, abs=0.08 if epsilon else 0)
 
 
+@pytest.mark.parametrize(("episodes", "steps", "num_games"), [(2, 0, 2), (0, 40, 1)])
+def test_an_evaluation_plays_as_many_games_at_once_as_it_is_to_however_many_training_plays(
+    monkeypatch, episodes, steps, num_games
+):
+    played = []
+
+    def play(act, envs, seed, *_):
+        played.append((seed, envs.num_envs))
+        envs.close()
+
+    monkeypatch.setattr(script, "play_games", play)
+    how = {"num_envs": 3, "seed": 5, "eval_episodes": episodes, "eval_steps": steps}
+    evaluate(QNetwork(8, head_width=16), Args(env_id=TINY_GAMES, env_backend="ale", **how), 40)
+    assert played == [(script.stream_seed(5, script.Stream.EVALUATION, 40), num_games)]
+
+
 @pytest.mark.slow
 def test_an_evaluation_is_fixed_by_seed_and_key_and_touches_no_other_random_numbers():
     args = Args(env_id=TINY_GAMES, env_backend="ale", eval_episodes=2, eval_epsilon=1.0)

@@ -16,6 +16,7 @@ from analysis import fitting
 from analysis.fitting import CONTENDERS, FRESH, fresh_checkpoint, random_play, read_subject, saved_args
 from dqn_injection_atari import Learner, make_parts
 from support.checkpoints import Checkpoint, load_checkpoint
+from support.environments import LearnerView
 from support.usage import UsageError
 
 
@@ -32,6 +33,12 @@ def test_the_relative_error_is_the_paired_t_interval_of_log_ratios():
     assert two["interval"] == pytest.approx([np.exp(low), np.exp(high)])
     assert fitting.relative_error([0.5], [0.5]) == {"per_seed": [1.0], "ratio": 1.0, "interval": None}
     assert fitting.relative_error([0.2, float("nan")], [0.1, 0.1]) is None
+
+
+@pytest.mark.parametrize("bad", [0.0, float("inf"), float("nan")])
+def test_there_is_no_relative_error_where_one_is_no_number_or_0_on_either_side(bad):
+    assert fitting.relative_error([0.2, bad], [0.1, 0.1]) is None
+    assert fitting.relative_error([0.2, 0.2], [0.1, bad]) is None
 
 
 def test_targets_are_spread_as_a_sine_and_equal_for_equal_observations(checkpoint):
@@ -56,6 +63,13 @@ def test_targets_are_the_sine_of_a_hundred_thousand_times_a_networks_outputs(che
     with torch.no_grad():
         outputs = network.head.theta(network.encoder(obs.double() / 255))
     torch.testing.assert_close(targets, torch.sin(100_000 * outputs).float(), atol=1e-4, rtol=0)
+
+
+def test_a_tasks_batches_have_the_runs_size_and_are_drawn_from_all_observations(checkpoint):
+    saved = load_checkpoint(checkpoint)
+    obs = fitting.replayed_observations(saved, 16, CPU)
+    _, batches, _ = fitting.next_task(saved, obs, 50, np.random.default_rng(0))
+    assert batches.shape == (50, SMALL.batch_size) and set(batches.ravel()) == set(range(16))
 
 
 def test_a_fit_is_gradient_descent_on_half_the_squared_error_to_mean_outputs_plus_targets(checkpoint):
@@ -113,6 +127,22 @@ def test_observations_come_from_replay_and_none_twice(checkpoint):
     assert in_order(drawn) == in_order(held)
 
 
+def test_a_few_observations_come_from_the_whole_replay_and_are_always_the_same(checkpoint, monkeypatch):
+    chosen = []
+    original = fitting.FrameReplayBuffer.transitions
+
+    def note(replay, rows, columns):
+        chosen.append((rows, columns))
+        return original(replay, rows, columns)
+
+    monkeypatch.setattr(fitting.FrameReplayBuffer, "transitions", note)
+    for _ in range(2):
+        fitting.replayed_observations(load_checkpoint(checkpoint), 30, CPU)
+    (rows, columns), again = chosen
+    assert rows.min() < 15 and rows.max() >= 75 and set(columns) == {0, 1}, "of 90 rows"
+    assert np.array_equal((rows, columns), again)
+
+
 def test_a_replay_that_does_not_fit_in_memory_is_refused(checkpoint, monkeypatch):
     monkeypatch.setattr(fitting, "free_memory", lambda: 1000)
     with pytest.raises(UsageError, match=r"needs 0\.0 GB and 0\.0 GB of memory are free"):
@@ -143,6 +173,14 @@ def test_random_play_shows_many_observations_and_always_the_same():
         obs.shape == (20, 4, 84, 84) and obs.dtype == torch.uint8 and len(obs.flatten(1).unique(dim=0)) > 18
     )
     assert torch.equal(obs, random_play("PhoenixNoFrameskip-v4", 20, CPU))
+
+
+def test_observations_of_random_play_are_16_steps_apart(monkeypatch):
+    played = []
+    step = LearnerView.step
+    monkeypatch.setattr(LearnerView, "step", lambda envs, actions: played.append(1) or step(envs, actions))
+    random_play(TINY_GAMES, 20, CPU)
+    assert len(played) == 3 * 16, "20 are 3 times 8 games, and a part"
 
 
 @pytest.mark.parametrize(

@@ -327,6 +327,16 @@ def test_an_injection_is_made_at_the_first_check_at_which_the_norm_has_grown_eno
     assert kept == ({due[0], 240} if num_envs == 4 else set()), "from which a baseline can be forked"
 
 
+@pytest.mark.parametrize(("ratio", "due"), [(1.0, False), (0.999, True)])
+def test_a_norm_that_has_come_to_the_ratio_and_not_beyond_it_triggers_nothing(ratio, due):
+    """As before anything is learned, where it is exactly what it was."""
+    how = {"injection_trigger": "norm", "injection_norm_ratio": ratio, "injection_check_frequency": 10}
+    learner = make_learner(injection_step=(), **how)
+    run = cast(Run, SimpleNamespace(step=10, due=lambda period: 1))
+    training = Training(learner.args, run, *cast(Any, (None, learner, None)))
+    assert training.intervention_due() == due
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"injection_norm_ratio": 3.0}, {"intervention": "none"}], ids=str)
 def test_no_injection_is_made_below_the_ratio_or_in_a_baseline(changes):

@@ -9,8 +9,9 @@ import torch
 from conftest import ACTIONS, joined, make_learner, random_batch
 
 from benchmarks.kill_test import differences, flat
-from dqn_injection_atari import PRESETS, Args, Learner, exploration_epsilon, td_loss
+from dqn_injection_atari import PRESETS, Args, Learner, QNetwork, Stream, exploration_epsilon, td_loss
 from support.optimizers import CenteredRMSProp
+from support.randomness import stream_seed
 
 
 def updates(learner, count, seed=0):
@@ -226,6 +227,14 @@ def test_a_seed_fixes_the_networks_and_the_number_of_planned_injections_does_not
     weights = [learner.q_network.head.theta.hidden.weight for learner in (one, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert torch.equal(one.q_network.head.theta.hidden.weight, one.target_network.head.theta.hidden.weight)
+
+
+def test_the_first_weights_have_the_bits_of_the_seeds_stream_for_networks():
+    torch.manual_seed(stream_seed(3, Stream.NETWORK))
+    drawn = QNetwork(ACTIONS, max_injections=2, head_width=64)
+    learner = make_learner(seed=3)
+    for name, parameter in drawn.named_parameters():
+        assert torch.equal(learner.q_network.get_parameter(name), parameter), name
 
 
 def test_epsilon_falls_linearly_from_its_start_on_and_stays():

@@ -45,6 +45,7 @@ def test_a_unit_is_dormant_when_its_mean_activation_is_at_most_tau_of_the_layers
     assert by_default.tolist() == [1, 0, 0], "tau is 0.025"
     quiet = 1e-6 * quiet_and_loud
     assert dormant_units(quiet, tau=0.25).tolist() == [1, 0], "as loud as a layer is does not matter"
+    assert dormant_units(1e-6 * torch.tensor([[0.4, 1.6]]), tau=0.25).tolist() == [0, 0]
 
 
 def test_a_channel_is_one_unit_averaged_over_batch_and_space():
@@ -311,6 +312,19 @@ def test_norms_are_those_of_the_modules_and_their_gradients(injections, freeze_h
             gradient = torch.cat([p.grad.flatten() for p in parameters]).norm().item()
             assert measures[f"gradient_norm/{label}"] == pytest.approx(gradient, rel=1e-4)
     assert sum(name.startswith("weight_norm/") for name in measures) == len(initial)
+
+
+def test_gradient_norms_are_those_of_the_loss_with_the_runs_own_discount():
+    batch = random_batch()
+    found = []
+    for gamma in (0.99, 0.5):
+        learner = make_learner(gamma=gamma)
+        found.append(plasticity_measures(learner, batch)["gradient_norm/encoder"])
+        loss, _ = td_loss(learner.q_network, learner.target_network, batch, gamma)
+        loss.backward()
+        gradients = [parameter.grad for parameter in learner.q_network.encoder.parameters()]
+        assert found[-1] == pytest.approx(joint_norm(gradients).item(), rel=1e-4)
+    assert found[0] != found[1]
 
 
 def test_the_new_heads_share_of_q_begins_at_zero_and_grows():

@@ -289,3 +289,8 @@ def test_the_sentence_claims_what_the_interval_supports():
         (2.0, None), end=0.5001
     )
     assert words(None, end=None) == "no answer: a fresh network diverges, lower --probe-learning-rate"
+
+
+@pytest.mark.parametrize(("end", "answers"), [(0.455, False), (0.445, True)])
+def test_there_is_an_answer_where_a_fresh_network_loses_a_tenth_of_its_error(end, answers):
+    assert words((2.0, None), end=end).startswith("no answer: a fresh network loses only 9%") != answers

@@ -1,6 +1,7 @@
 """What a run does on SIGTERM, Ctrl-C and the like, and what its exit status says."""
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import scalars
 from interruptions import (
@@ -219,6 +221,18 @@ def test_a_signal_during_an_evaluation_is_answered_at_once_and_the_evaluation_re
             train(Args(resume=str(folder)))
     assert calls == [(100, False), (100, True), (200, False)]
     assert_same_end(folder, uninterrupted(args))
+
+
+@pytest.mark.parametrize(("scores", "complete"), [([20.0, 40.0], True), ([20.0, math.nan], False)])
+def test_an_evaluation_that_a_signal_cuts_short_is_not_logged_even_if_some_of_its_games_are_over(
+    scores, complete
+):
+    run = Run.__new__(Run)
+    run.step = 40
+    logged = []
+    log = {"pause": contextlib.nullcontext, "evaluation": lambda *given: logged.append(given)}
+    run.log = types.SimpleNamespace(**log)
+    assert run.evaluate(lambda *_: np.array(scores), film=False) == complete == bool(logged)
 
 
 def test_a_run_in_a_thread_does_without_signals():
