@@ -230,8 +230,9 @@ def test_an_evaluation_that_a_signal_cuts_short_is_not_logged_even_if_some_of_it
     run = Run.__new__(Run)
     run.step = 40
     logged = []
-    log = {"pause": contextlib.nullcontext, "evaluation": lambda *given: logged.append(given)}
-    run.log = types.SimpleNamespace(**log)
+    run.log = types.SimpleNamespace()
+    run.log.pause = contextlib.nullcontext
+    run.log.evaluation = lambda *given: logged.append(given)
     assert run.evaluate(lambda *_: np.array(scores), film=False) == complete == bool(logged)
 
 
