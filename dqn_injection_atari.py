@@ -340,8 +340,8 @@ class Head(nn.Module):
         return self.output(hidden.to(self.output.weight.dtype))  # float32, also with --bf16
 
 
-# To be copied as it is: it needs no import but torch. Annotations that Python 3.9 cannot evaluate with that
-# alone stand in quotes.
+# To be copied as it is: it needs no import but torch, so Callable stands in quotes. So does `X | None`, which
+# Python 3.9 cannot evaluate.
 class InjectableHead(torch.nn.Module):
     """A head into which plasticity can be injected (Nikishin et al. 2023): θ and pairs of heads (θ′₁, θ′₂).
 

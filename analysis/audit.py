@@ -123,7 +123,8 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
 
     Raises:
         UsageError: there is no part φ, or one without parameters; or weights of φ are frozen; or the network
-            gives two outputs for one input, or none that is finite.
+            gives two outputs for one input, or numbers that are not finite, before the intervention or after
+            an update.
     """
     agent = look()
     refuse_noise(agent)
@@ -148,7 +149,7 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
 
     agent.update()
     agent = look()
-    refuse_noise(agent)  # an update may have called train()
+    refuse_noise(agent)  # an update may have called network.train()
     first = copy_parameters_of(agent)
     gradient_errors.append(gradient_error(agent))
     agent.update()
@@ -196,11 +197,14 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
 def refuse_noise(agent: Audited) -> None:
     q_values = agent.network(agent.obs).clone()
     if not q_values.isfinite().all():
-        raise UsageError("the network gives numbers that are not finite: audit one that has learned less")
+        raise UsageError(
+            "the network gives numbers that are not finite: audit one that has learned less, "
+            "or lower its learning rate"
+        )
     if not torch.equal(agent.network(agent.obs), q_values):
         raise UsageError(
             "the network gives two outputs for the same obs: leave dropout and noise out of the audit, "
-            "by network.eval(), also at the end of an update that calls train()"
+            "by network.eval(), also at the end of an update that calls network.train()"
         )
 
 

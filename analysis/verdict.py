@@ -459,9 +459,9 @@ def reach(returns: np.ndarray, missing: float) -> float:
 
     Where new games begin again and again, the reported ones are too short by about the share of those that
     are missing, if lengths are as good as memoryless. A score that grows with the length is then too low by
-    this share of its mean. Scores around 0 do not grow so: there the standard deviation, which in such games
-    is about the mean, says how far missing games may be from the others. Where half is missing, nothing is
-    known: infinity.
+    this share of its mean, which in such games is about its standard deviation. Scores around 0 do not grow
+    so. There missing games are taken to lie a standard deviation from the others, and the factor is kept,
+    which is a little too large then. Where half is missing, nothing is known: infinity.
     """
     if missing >= 0.5:
         return math.inf

@@ -155,7 +155,7 @@ def make_env(spec: gym.envs.registration.EnvSpec, max_frames: int, render_mode: 
     if env.unwrapped.get_action_meanings()[0] != "NOOP":  # type: ignore[attr-defined]
         raise UsageError(
             f"{spec.id} has no action that does nothing, which --env-backend sb3 begins games with: "
-            "give --env-backend ale"
+            "give --env-backend ale, or register it with full_action_space=True"
         )
     env = NoopResetEnv(env, noop_max=MAX_NOOPS)
     env = MaxAndSkipEnv(env, skip=FRAME_SKIP)
@@ -173,8 +173,9 @@ def make_atari_envs(
     Both backends preprocess as DQN Zoo does, but for what docs/deviations.md names: up to 30 no-ops at the
     start, each action for 4 frames, maximum of the last two, grey, 84×84, 4 frames stacked on zeros, at most
     108,000 frames a game, no FIRE on reset.
-    Emulators of this process say nothing but errors from now on. Raises UsageError as `atari_spec` does, and
-    where ALE's vectoriser cannot set the id's mode or difficulty.
+    Emulators of this process say nothing but errors from now on. Raises UsageError as `atari_spec` does,
+    where ALE's vectoriser cannot set the id's mode or difficulty, and where the wrappers find no action that
+    does nothing.
     """
     spec = atari_spec(env_id)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)

@@ -493,8 +493,8 @@ def test_noise_is_refused_in_one_line_before_anything_is_changed():
         audited(agent, agent.inject)
 
 
-@pytest.mark.parametrize("noisy", [1, 2, None])
-def test_noise_that_an_update_leaves_behind_is_refused(noisy):
+def agent_with_dropout(noisy_after):
+    """It trains with dropout, and leaves it on after one of its updates, or after none."""
     agent = Agent()
     agent.online.encoder.append(nn.Dropout())
     agent.online.eval()
@@ -506,14 +506,22 @@ def test_noise_that_an_update_leaves_behind_is_refused(noisy):
     def update_in_training():
         agent.online.train()
         Agent.update(agent)
-        agent.online.train(next(updates) == noisy)
+        agent.online.train(next(updates) == noisy_after)
 
     agent.update = update_in_training
-    if noisy is None:
-        assert faults_of_injection(audited(agent, agent.inject)) == []
-        return
-    with pytest.raises(UsageError, match=r"also at the end of an update that calls train\(\)$"):
+    return agent
+
+
+@pytest.mark.parametrize("noisy_after", [1, 2])
+def test_noise_that_an_update_leaves_behind_is_refused(noisy_after):
+    agent = agent_with_dropout(noisy_after)
+    with pytest.raises(UsageError, match=r"also at the end of an update that calls network\.train\(\)$"):
         audited(agent, agent.inject)
+
+
+def test_updates_that_train_with_dropout_and_switch_it_off_at_their_end_have_no_fault():
+    agent = agent_with_dropout(noisy_after=None)
+    assert faults_of_injection(audited(agent, agent.inject)) == []
 
 
 @pytest.mark.parametrize(("training", "moving"), [(True, ("θ", "θ′₂")), (False, ())])

@@ -141,7 +141,7 @@ def test_nothing_is_wrong_with_injections_and_recycling(audits):
 
 
 def test_injections_into_a_network_with_layer_norm_have_no_fault(checkpoint):
-    """Of a norm that is drawn anew the shift stays zero."""
+    """Its bias is drawn as zeros, so θ′₁ changes in part at the injection, which is right."""
     args = replace(SMALL, layer_norm=True)
     change(checkpoint, learner=Learner(args, 8, CPU), **asdict(args))
     subject = saved_subject(checkpoint)
