@@ -147,16 +147,14 @@ def audit(look: Callable[[], Audited], intervene: Callable[[], Any]) -> Findings
     frozen = frozen_parameters(agent)
     buffers = buffers_of_frozen(agent)
 
-    agent.update()
-    agent = look()
-    refuse_noise(agent)  # an update may have called network.train()
-    first = copy_parameters_of(agent)
-    gradient_errors.append(gradient_error(agent))
-    agent.update()
-    agent = look()
-    refuse_noise(agent)
-    second = copy_parameters_of(agent)
-    gradient_errors.append(gradient_error(agent))
+    updated = []
+    for _ in range(2):
+        agent.update()
+        agent = look()
+        refuse_noise(agent)  # an update may have called network.train()
+        updated.append(copy_parameters_of(agent))
+        gradient_errors.append(gradient_error(agent))
+    first, second = updated
     thawed = not frozen <= frozen_parameters(agent)
 
     moved_first = changed_entries(after.parameters, first)

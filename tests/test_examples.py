@@ -27,6 +27,20 @@ PAGE = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
+def sum_of_heads(head, features):
+    return head.theta(features) + (head.theta_prime_1[0](features) - head.theta_prime_2[0](features))
+
+
+def parts_at(encoder, head):
+    """The parts for the audit, by the paths of the encoder and of the injectable head."""
+    return {
+        "φ": encoder,
+        "θ": f"{head}.theta",
+        "θ′₁": f"{head}.theta_prime_1.0",
+        "θ′₂": f"{head}.theta_prime_2.0",
+    }
+
+
 def blocks(language):
     return [text for name, text in BLOCK.findall(PAGE) if name == language]
 
@@ -392,12 +406,10 @@ def test_an_agent_that_exists_already_takes_an_injection_as_the_page_says(page):
         target.load_state_dict(network.state_dict())
 
     def formula(obs):
-        features = network[0](obs)
-        return head.theta(features) + (head.theta_prime_1[0](features) - head.theta_prime_2[0](features))
+        return sum_of_heads(head, network[0](obs))
 
     update()
-    parts = {"φ": "0", "θ": "1.theta", "θ′₁": "1.theta_prime_1.0", "θ′₂": "1.theta_prime_2.0"}
-    agent = Audited(network, target, optimizer, parts, OBS, formula, update)
+    agent = Audited(network, target, optimizer, parts_at("0", "1"), OBS, formula, update)
     findings = audit(lambda: agent, inject)
     assert faults_of_injection(findings) == [] and findings.parts["θ"].moments == "kept"
 
@@ -438,26 +450,18 @@ def test_with_images_the_encoder_is_the_librarys_convolutions_and_the_hidden_lay
     of_theirs = [*theirs.features_extractor.cnn, *theirs.features_extractor.linear, *theirs.q_net]
     assert [str(layer) for layer in layers] == [str(layer) for layer in of_theirs]
 
-    head = ours.q_net
-
     def formula(obs):
-        features = ours.extract_features(obs, ours.features_extractor)
-        return head.theta(features) + (head.theta_prime_1[0](features) - head.theta_prime_2[0](features))
+        return sum_of_heads(ours.q_net, ours.extract_features(obs, ours.features_extractor))
 
     def inject():
-        head.inject()
+        ours.q_net.inject()
         model.q_net_target.load_state_dict(ours.state_dict())
 
     agent = Audited(
         network=ours,
         target=model.q_net_target,
         optimizer=model.policy.optimizer,
-        parts={
-            "φ": "features_extractor",
-            "θ": "q_net.theta",
-            "θ′₁": "q_net.theta_prime_1.0",
-            "θ′₂": "q_net.theta_prime_2.0",
-        },
+        parts=parts_at("features_extractor", "q_net"),
         obs=torch.randint(256, (8, 4, 36, 36), generator=torch.Generator().manual_seed(1)),
         formula=formula,
         update=lambda: model.train(gradient_steps=1, batch_size=4),
@@ -491,15 +495,13 @@ def test_the_audit_takes_a_view_of_an_agent_that_is_no_function_of_obs(page):
             copied.load_state_dict(agent.state_dict())
 
         def formula(obs, head=head):
-            features = agent["encoder"](obs)
-            difference = head.theta_prime_1[0](features) - head.theta_prime_2[0](features)
-            return head.theta(features) + difference
+            return sum_of_heads(head, agent["encoder"](obs))
 
         audited = Audited(
             network=nn.Sequential(agent["encoder"], head),
             target=nn.Sequential(copied["encoder"], copied[name]),
             optimizer=optimizer,
-            parts={"φ": "0", "θ": "1.theta", "θ′₁": "1.theta_prime_1.0", "θ′₂": "1.theta_prime_2.0"},
+            parts=parts_at("0", "1"),
             obs=OBS,
             formula=formula,
             update=update,
