@@ -1,6 +1,6 @@
 """Has the agent lost plasticity? Compares runs of dqn_injection_atari.py with and without an injection.
 
-    python compare.py runs/A runs/B ... --out img/phoenix.png
+    python compare.py runs/A runs/B ... --out phoenix.png
 
 Runs with the same arguments, except for the seed, form an arm. For two arms that differ only in the
 injection, the verdict is on the difference in mean return, with − without, in a window after the injection:
@@ -23,7 +23,7 @@ environment = 4 emulator frames.
 asks saved agents, in minutes: how well does each fit random targets, as it is and after an injection, next to
 a fresh network? That needs no second arm, but says nothing about the return.
 
-    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 40 --out img/tasks.png
+    python compare.py --probe runs/A/checkpoint-5000000 --probe-tasks 40 --out tasks.png
     python compare.py --probe fresh --env-id PhoenixNoFrameskip-v4
 
 takes each through a sequence of random targets, until it has lost its plasticity: until its error has been
