@@ -52,6 +52,8 @@ class Settings:
     """use the GPU when there is one"""
     cuda_graphs: bool = False
     """as in the training script"""
+    tf32: bool = script.Args.tf32
+    """as in the training script; Stable-Baselines3's users keep PyTorch's own: for convolutions alone"""
     overlap: bool = False
     """as in the training script"""
     json: Path | None = None
@@ -106,6 +108,7 @@ def make_run(
         exploration_fraction=settings.fill / script.Args.total_timesteps,
         checkpoint_frequency=0,
         bf16=bf16,
+        tf32=settings.tf32,
         cuda=settings.cuda,
         torch_deterministic=False,  # a switch of the whole process that Stable-Baselines3's users leave off
         cuda_graphs=settings.cuda_graphs,
@@ -188,8 +191,10 @@ def contenders(
 ) -> dict[str, Callable[[float], float]]:
     """{name: its window}"""
     windows = {f"SB3 DQN, N={n}": sb3(settings, n, stack) for n in settings.sb3_num_envs}
-    precisions = {"fp32": False, "bf16": True}
-    slow = slow_bfloat16(pick_device(settings.cuda, deterministic=False, tf32=script.Args.tf32))
+    device = pick_device(settings.cuda, deterministic=False, tf32=settings.tf32)
+    plain = "tf32" if settings.tf32 and device.type == "cuda" else "fp32"
+    precisions = {plain: False, "bf16": True}
+    slow = slow_bfloat16(device)
     if slow:
         del precisions["bf16"]
         print(f"bfloat16 is left out: {slow}")
@@ -247,7 +252,7 @@ def provenance(settings: Settings, device: torch.device) -> dict[str, Any]:
 
 
 def main(settings: ThroughputSettings) -> None:
-    device = pick_device(settings.cuda, deterministic=False, tf32=script.Args.tf32)
+    device = pick_device(settings.cuda, deterministic=False, tf32=settings.tf32)
     speeds = measure(settings)
     source = provenance(settings, device)
     hardware = source["circumstances"]["device"]

@@ -118,7 +118,8 @@ class CUDAGraphs:
     A graph uses the memory that its tensors had when it was captured, and does not keep them alive: where one
     of them is replaced, call `clear` before the next call.
 
-    The graphs between two calls of `clear` are a set, which is warmed up and captured on a stream of its own.
+    The graphs between two calls of `clear` are a set, which is warmed up and captured on a stream of its own
+    (PyTorch has 32: where more sets than that are in use at once, some share one).
     Libraries keep a workspace for each stream, in the memory of the first graph that was captured there. It
     goes with that graph (pytorch/pytorch#193402). Autograd goes back to the stream where it met a parameter.
 

@@ -117,15 +117,21 @@ def active_fraction(activations: torch.Tensor) -> torch.Tensor:
 
 
 def singular_values(features: torch.Tensor) -> torch.Tensor:
-    """(min(B, d),) float64, descending, of features (B, d); all NaN where these are not finite or all 0."""
+    """(min(B, d),) float64, on the CPU, descending, of features (B, d).
+
+    All NaN where these are not finite or all 0, or where LAPACK finds no singular values.
+    """
+    unknown = torch.full((min(features.shape),), math.nan, dtype=torch.float64)
     if not features.isfinite().all() or not features.any():
-        return torch.full((min(features.shape),), math.nan, dtype=torch.float64, device=features.device)
-    return torch.linalg.svdvals(features.double())
+        return unknown
+    try:
+        return torch.linalg.svdvals(features.cpu().double())  # a GPU's Jacobi method may not converge
+    except torch.linalg.LinAlgError:
+        return unknown
 
 
 def srank(sigma: torch.Tensor, delta: float = 0.01) -> float:
     """How many of the largest singular values (r,) make up 1 − δ of their sum (Kumar et al. 2021)."""
-    sigma = sigma.cpu()  # a GPU may refuse cumsum where algorithms have to be deterministic
     if not sigma.sum() > 0:
         return math.nan
     return 1 + int((sigma.cumsum(0) < (1 - delta) * sigma.sum()).sum())

@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dqn_injection_atari import Args, Learner, Training, train  # registers the games, too
 from support import environments, run_log
+from support.machine import slow_bfloat16
 from support.optimizers import moments_by_name
 
 # tests compute on the CPU, also where there is a GPU: see `gpu_where_marked`
@@ -120,6 +121,13 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+def needs_bfloat16_on_the_gpu():
+    """Skips a test where the GPU has no instructions for bfloat16, with which a run refuses --bf16."""
+    slow = slow_bfloat16(torch.device("cuda"))
+    if slow:
+        pytest.skip(slow)
 
 
 @pytest.fixture(autouse=True)

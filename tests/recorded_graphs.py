@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 # for the device, which no capture allows
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
+UPLOADS = {"aten::lift_fresh"}  # numbers of Python, as `torch.tensor` does, which no capture allows either
 ALLOCATES = ("aten::empty", "aten::new_empty")  # and computes nothing
 RANDOM = torch.Tag.nondeterministic_seeded
 
@@ -39,7 +40,7 @@ class RecordedGraph(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         given = (args, kwargs or {})
-        if operation._schema.name in WAITS or RANDOM in operation.tags:
+        if operation._schema.name in WAITS | UPLOADS or RANDOM in operation.tags:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({operation})")
         for tensor in (leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)):
             storage = tensor.untyped_storage()

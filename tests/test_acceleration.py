@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ACTIONS, joined, make_learner, random_batch
+from conftest import ACTIONS, joined, make_learner, needs_bfloat16_on_the_gpu, random_batch
 from recorded_graphs import RecordedGraph, memory
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -340,6 +340,8 @@ def test_captured_updates_and_actions_equal_eager_ones_where_graphs_are_stood_in
 @pytest.mark.gpu
 @each_case
 def test_captured_updates_and_actions_equal_eager_ones(count, settings):
+    if "bf16" in settings:
+        needs_bfloat16_on_the_gpu()
     pick_device(**DETERMINISTIC)
     check_equality(*pair("cuda", **settings), count)
 
@@ -484,11 +486,17 @@ def test_a_wrapped_method_has_a_graph_for_each_shape_and_setting_and_does_not_ke
 
 
 @pytest.mark.parametrize(
-    "waits", [lambda x: x.sum().item(), lambda x: x.nonzero(), lambda x: x + torch.rand(2)]
+    "refused",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: x + torch.rand(2),
+        lambda x: x + torch.tensor([1.0, 2.0], device=x.device),
+    ],
 )
-def test_what_no_capture_allows_is_refused(stand_in, waits):
+def test_what_no_capture_allows_is_refused(stand_in, refused):
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        CUDAGraphs(list).run("name", waits, torch.ones(2))
+        CUDAGraphs(list).run("name", refused, torch.ones(2))
 
 
 def test_a_set_of_graphs_has_one_stream_for_warm_up_and_capture_and_the_next_set_another(stand_in):
@@ -551,11 +559,12 @@ def test_pytorch_has_nothing_to_say_against_the_warm_up(stand_in, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("graphs", [False, True])
-def test_learning_makes_the_host_wait_for_nothing(graphs):
+@pytest.mark.parametrize(("graphs", "storage"), [(False, "cpu"), (True, "cuda"), (True, "cpu")])
+def test_learning_makes_the_host_wait_for_nothing(graphs, storage):
+    """The default, and graphs where the replay's frames fit on the GPU or do not."""
     learner = Learner(Args(cuda_graphs=graphs, batch_size=8), ACTIONS, pick_device(**DETERMINISTIC))
     space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    replay = FrameReplayBuffer(100, space, gym.spaces.Discrete(ACTIONS), "cuda", n_envs=2, storage="cuda")
+    replay = FrameReplayBuffer(100, space, gym.spaces.Discrete(ACTIONS), "cuda", n_envs=2, storage=storage)
     obs = np.full((2, 4, 84, 84), 7, np.uint8)
 
     def once():

@@ -142,6 +142,28 @@ def test_a_window_of_ours_learns_in_the_precision_and_after_the_injection_that_i
     assert created[0].learner.online.encoder[0].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
+@pytest.mark.parametrize(("tf32", "name"), [(True, "tf32"), (False, "fp32")])
+def test_on_a_gpu_a_contender_is_called_by_what_it_multiplies_with(monkeypatch, stack, tf32, name):
+    given = []
+
+    def pick_device(cuda, deterministic, tf32):
+        given.append(tf32)
+        return torch.device("cuda")
+
+    monkeypatch.setattr(throughput, "pick_device", pick_device)
+    monkeypatch.setattr(throughput, "slow_bfloat16", lambda _: None)
+    monkeypatch.setattr(throughput, "ours", lambda *_: None)
+    settings = throughput.ThroughputSettings(num_envs=(8,), sb3_num_envs=(), tf32=tf32)
+    names = list(throughput.contenders(settings, stack))
+    assert names[0] == f"ours, N=8, {name}, before injection" and names[2].startswith("ours, N=8, bf16")
+    assert given == [tf32]
+
+
+def test_the_runs_that_are_measured_multiply_as_the_settings_say(monkeypatch, stack):
+    training = throughput.make_run(throughput.Settings(fill=8, buffer_size=200, tf32=False), 2, stack)
+    assert not training.args.tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_a_measured_run_is_gone_when_all_is_measured():
     with contextlib.ExitStack() as stack:
         training = throughput.make_run(throughput.Settings(fill=8, buffer_size=200), 2, stack)

@@ -100,6 +100,15 @@ def test_ranks_of_nothing_are_not_numbers(features):
     assert math.isnan(srank(sigma)) and math.isnan(effective_rank(sigma))
 
 
+def test_ranks_are_not_numbers_where_singular_values_are_not_found(monkeypatch):
+    def svdvals(_):
+        raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svdvals", svdvals)
+    sigma = singular_values(torch.ones(4, 3))
+    assert sigma.shape == (3,) and sigma.isnan().all()
+
+
 def test_srank_is_the_smallest_number_that_reaches_one_minus_delta_of_the_sum():
     ones = torch.ones(100, dtype=torch.float64)
     assert srank(ones) == 99, "99 of 100 are 1 - 0.01 already"

@@ -277,18 +277,21 @@ def test_it_comes_back_from_its_state_and_goes_on_the_same(length):
 @pytest.mark.parametrize("buffer_size", [24, 51])
 def test_frames_on_a_gpu_are_the_frames_on_the_cpu(buffer_size):
     """Over wrap-around and growth of the pool, and after coming back from a state."""
-    there, here = (
-        FrameReplayBuffer(buffer_size, OBS_SPACE, ACTIONS, "cpu", 3, storage=where)
-        for where in ("cuda", "cpu")
-    )
+
+    def buffer_on(where):
+        return FrameReplayBuffer(buffer_size, OBS_SPACE, ACTIONS, "cpu", 3, storage=where)
+
+    there, here = buffer_on("cuda"), buffer_on("cpu")
     for transition in random_stream(np.random.default_rng(0), 3, 4 * buffer_size, "repeat"):
         for buffer in (there, here):
             buffer.add(*transition)
-    assert there.frames.is_cuda and torch.equal(there.frames.cpu(), here.frames)
+    back = buffer_on("cuda")
+    back.load_state_dict(here.state_dict())
+    for mine, theirs in zip(back.tensors(), here.tensors(), strict=True):
+        mine.copy_(theirs)
     rows, columns = (index.ravel() for index in np.indices((here.size(), 3)))
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(
-            there.transitions(rows, columns)[:5], here.transitions(rows, columns)[:5], strict=True
-        )
-    )
+    expected = here.transitions(rows, columns)
+    for on_gpu in (there, back):
+        assert on_gpu.frames.is_cuda and torch.equal(on_gpu.frames.cpu(), here.frames)
+        found = on_gpu.transitions(rows, columns)
+        assert all(torch.equal(a, b) for a, b in zip(found[:5], expected[:5], strict=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import scalars
+from conftest import needs_bfloat16_on_the_gpu, scalars
 from interruptions import (
     END,
     NORM,
@@ -176,6 +176,8 @@ def test_every_scalar_is_there_once_after_a_resume(uninterrupted):
     ],
 )
 def test_resume_is_exact_on_a_gpu(uninterrupted, changes):
+    if "bf16" in changes:
+        needs_bfloat16_on_the_gpu()
     args = replace(SMALL, num_envs=7, **changes)
     folder = train_until(148, args)
     until_signal(168, replace(args, resume=str(folder)))
