@@ -39,6 +39,7 @@ network, what learns from then on. Without a checkpoint the agent has learned a 
 """
 
 import math
+import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -189,7 +190,7 @@ def runs_in(folders: Sequence[str]) -> tuple[tuple[str, ...], Path]:
     runs: list[str] = []
     place = Path()
     for folder in folders:
-        if not Path(folder, "sweep.json").is_file():
+        if not os.path.isfile(Path(folder, "sweep.json")):  # nor where it may not be looked for
             runs.append(folder)
             continue
         runs += sorted(map(str, Path(folder, "runs").glob("[!.]*")))

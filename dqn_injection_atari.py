@@ -870,15 +870,17 @@ class Learner:
         """Applies a periodic intervention such as ReDo, given observations (B, 4, 84, 84) uint8.
 
         The target network waits for its next sync. Tensors change in place, so captured graphs stay valid.
-        Returns counts to be logged.
+        Returns counts to be logged: the alternative's own, or that it was applied.
         """
         alternative = ALTERNATIVES[self.args.intervention]
-        _, activations = measures.activations(self.q_network, self.q_network.relus(), obs)
+        activations = {}
+        if len(obs) > 0:
+            _, activations = measures.activations(self.q_network, self.q_network.relus(), obs)
         counts = alternative.apply(self._parts(step, activations), alternative.settings_in(self.args))
         if self.args.bf16:
             copy_parameters(self.q_network, self.online, only_trained=True)
         self.last_repeat = step
-        return counts or {}
+        return counts or {"applied": 1}
 
     def _parts(self, key: int, activations: dict[str, Tensor] | None = None) -> AgentParts:
         """What an alternative works on. Its random numbers depend on the seed and the key."""

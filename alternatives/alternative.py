@@ -44,7 +44,7 @@ class AgentParts:
     """for other random numbers; a new encoder's come from it, too"""
     activations: dict[str, torch.Tensor] = field(default_factory=dict)
     """{layer: what its ReLU puts out, (B, units) or (B, channels, H, W)}, in the order of the layers, on
-    `batch_size` replayed observations: conv1 to conv3, and head"""
+    `batch_size` replayed observations: conv1 to conv3, and head. Empty where that is 0"""
 
 
 @dataclass(frozen=True)
@@ -64,30 +64,38 @@ class Alternative:
     copies are updated, and captured graphs stay. So it has to change the optimizer's tensors in place, too,
     as `empty_in_part` does.
 
+    It keeps nothing from one call to the next: no checkpoint would hold that.
+
     Raises:
-        UsageError: it is periodic and draws the head or the encoder anew.
+        UsageError: it is periodic and draws the head or the encoder anew; a setting's name begins with no_.
     """
 
     name: str
     words: Words
     apply: Callable[[AgentParts, Any], dict[str, int] | None]
     """changes the parts. It is called under no_grad, with `settings` as the second argument. A periodic one
-    may return {name: count}, which is logged"""
+    may return {name: count}, which is logged as the curve injection/name"""
     draws_head: bool
     """whether `apply` draws the learning head anew, so that --moments decides on its moments"""
     draws_encoder: bool = False
     """the same of the encoder"""
     settings: type = NoSettings
-    """a frozen dataclass; its fields are flags of the training script, and `__post_init__` may check them"""
+    """a frozen dataclass; its fields are flags of the training script, and `__post_init__` may check them.
+    Where a field is `Annotated` with `OnlyWith`, its flag is refused with other interventions"""
     period: str | None = None
     """the setting that holds the steps between two applications; None if it happens once"""
     batch_size: int = 0
-    """for a periodic one: how many replayed observations it gets"""
+    """for a periodic one: how many replayed observations it gets; one that happens once gets none"""
 
     def __post_init__(self) -> None:
         if self.period is not None and self.draws_layers:
             fix = "give several steps to --injection-step instead of a period"
             raise UsageError(f"{self.name} draws layers anew, whose moments --moments decides on once: {fix}")
+        for setting in fields(self.settings):
+            if setting.name.startswith("no_"):
+                raise UsageError(
+                    f"{setting.name} would be a flag like --no-..., which takes one back: call it otherwise"
+                )
 
     @property
     def draws_layers(self) -> bool:

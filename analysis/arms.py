@@ -11,27 +11,26 @@ from typing import Any
 
 from alternatives import ALTERNATIVES
 from analysis.curves import TRAINING_RETURN, RecordedRun, check_metric, read_curves, read_run
-from dqn_injection_atari import INTERVENTIONS, Args
+from dqn_injection_atari import INTERVENTIONS, OF_INTERVENTION, OF_NORM, Args
 from support.flags import RunFlags
-from support.usage import UsageError, conditions, unused_fields
+from support.usage import UsageError, unused_fields
 
 # These change the returns of evaluations, and nothing that is learned
 EVALUATION = ("eval_frequency", "eval_episodes", "eval_steps", "eval_epsilon")
 # These change a run's name, its hardware, or what is logged, filmed and evaluated, not what is learned
 BOOKKEEPING = {"seed", "exp_name", *(field.name for field in fields(RunFlags))}
 # These matter only with some interventions or triggers
-CONDITIONS = {
-    name: condition
-    for name, condition in conditions(Args).items()
-    if condition.field in ("intervention", "injection_trigger")
-}
-KEYS_OF_INTERVENTION = ("intervention", "injection", "injection_trigger", *CONDITIONS)
+CONDITIONAL = tuple(
+    name for name in (*OF_INTERVENTION, *OF_NORM) if name not in ("intervention", "injection_trigger")
+)
+KEYS_OF_INTERVENTION = ("intervention", "injection", "injection_trigger", *CONDITIONAL)
 # These stand in a setting in another form
 REWRITTEN = ("total_timesteps", "exploration_fraction", "injection_step", *KEYS_OF_INTERVENTION)
 # These an arm's name tells of in words of its own
 IN_WORDS = {"env_id", "intervention", "injection", "injection_trigger", "injection_norm_ratio"}
 IN_WORDS |= {"freeze_heads", "moments"}
-RECYCLED = "injection/recycled/"  # how the tags of what ReDo logs begin
+# Curves of injections that are not of one that happens every so often
+OF_ONE_TIME = ("injection/step", "injection/max_abs_delta_q", "injection/norm_growth")
 MOST_STEPS = 4  # of one arm that are named one by one
 
 
@@ -85,7 +84,7 @@ def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     by_norm = args.injection_trigger == "norm"
     planned = args.planned_interventions
     happens = args.intervention != "none" and (by_norm or len(planned) > 0)
-    unused = unused_fields(args) if happens else CONDITIONS
+    unused = unused_fields(args) if happens else CONDITIONAL
     values = asdict(args)
     values["injected_head_width"] = args.new_head_width
     shared = {name: values[name] for name in values if name not in BOOKKEEPING and name not in REWRITTEN}
@@ -96,7 +95,7 @@ def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     shared["injection_trigger"] = "norm" if by_norm and happens else None
     if metric.startswith("eval/"):
         shared |= {name: values[name] for name in EVALUATION}
-    for name in CONDITIONS:
+    for name in CONDITIONAL:
         shared[name] = None if name in unused else values[name]
     return shared
 
@@ -107,10 +106,13 @@ def goes_on(intervention: str) -> bool:
 
 
 def recycled_from(run: RecordedRun) -> int | None:
-    """From which step on units were recycled before a fork, whose own arguments do not tell of it."""
+    """From which step on units were recycled before a fork, whose own arguments do not tell of it.
+
+    Or something else was done every so often, of which there is a curve, too.
+    """
     steps: list[float] = []
     for tag, points in run.scalars.items():
-        if tag.startswith(RECYCLED):
+        if tag.startswith("injection/") and tag not in OF_ONE_TIME:
             steps += points[0].tolist()
     if goes_on(run.args.intervention):
         steps = [step for step in steps if step < run.args.injection_step[0]]

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from alternatives import ALTERNATIVES
 from analysis import fitting
 from analysis.audit import (
     ENCODER,
@@ -122,23 +123,23 @@ def arms() -> dict[str, dict[str, Any]]:
     injection: dict[str, Any] = {"intervention": "injection", "moments": "fresh", "freeze_heads": True}
     fresh = {"moments": "fresh"}
     keep = {"moments": "keep"}
-    return {
+    rows = {
         "none": {"intervention": "none"},
         "injection": injection,
         "injection, keep": injection | keep,
         "injection, all heads": injection | {"freeze_heads": False},
         "reset-moments, head": {"intervention": "reset-moments", "reset_moments_of": "head"},
         "reset-moments, all": {"intervention": "reset-moments", "reset_moments_of": "all"},
-        "reset-head": {"intervention": "reset-head"} | fresh,
-        "reset-head, keep": {"intervention": "reset-head"} | keep,
-        "shrink-perturb": {"intervention": "shrink-perturb"} | fresh,
-        "shrink-perturb, keep": {"intervention": "shrink-perturb"} | keep,
-        "reset-all": {"intervention": "reset-all"} | fresh,
-        "reset-all, keep": {"intervention": "reset-all"} | keep,
-        "fire": {"intervention": "fire"} | fresh,
-        "fire, keep": {"intervention": "fire"} | keep,
-        "redo": {"intervention": "redo"},
     }
+    for name, alternative in ALTERNATIVES.items():
+        if name == "reset-moments":  # is there in both its kinds
+            continue
+        if alternative.draws_layers:
+            rows[name] = {"intervention": name} | fresh
+            rows[f"{name}, keep"] = {"intervention": name} | keep
+        else:
+            rows[name] = {"intervention": name}
+    return rows
 
 
 # The equation, with no module's forward

@@ -125,7 +125,9 @@ def read_run(folder: str, metric: str, end: str = "the run is left out") -> Reco
     `end` is of the error's message: what becomes of the run, or what to do.
     """
     path = Path(folder) / "run.json"
-    if not path.is_file():
+    with reading(path, "a run's arguments", end):
+        is_run = path.is_file()
+    if not is_run:
         raise UsageError(f"{folder} is no run's folder, it has no run.json: {end}")
     with reading(path, "a run's arguments", end):
         written = json.loads(path.read_text(encoding="utf-8"))

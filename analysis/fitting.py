@@ -12,14 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from analysis.arms import CONDITIONS
 from analysis.intervals import geometric_interval
 from dqn_injection_atari import Args, Learner, QNetwork, make_envs
 from support.checkpoints import Checkpoint, load_checkpoint
 from support.environments import FRAME_SIZE, OBS_SPACE
 from support.machine import free_memory, pick_device
 from support.replay import FrameReplayBuffer
-from support.usage import UsageError, reading
+from support.usage import UsageError, conditions, reading
 
 Errors = Sequence[float] | np.ndarray  # one per seed
 FRESH = "fresh network"
@@ -74,8 +73,8 @@ def probe_args(checkpoint: Checkpoint, seed: int = 0, arm: dict[str, Any] | None
     changes |= {"intervention": "injection", "injection_trigger": "step", "injection_step": steps}
     changes |= {"total_timesteps": injections + 1, "num_envs": 1}
     changes |= arm or {}
-    for name, condition in CONDITIONS.items():  # what has no effect under these may not be set
-        if changes[condition.field] not in condition.values:
+    for name, condition in conditions(Args).items():  # what has no effect under these may not be set
+        if condition.field in changes and changes[condition.field] not in condition.values:
             changes[name] = getattr(Args, name)
     return replace(saved_args(checkpoint), **changes)
 

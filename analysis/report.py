@@ -13,8 +13,19 @@ from analysis.figures import draw_differences, draw_plasticity, draw_returns
 from analysis.games import Aggregate, aggregates, normalised_mean
 from analysis.intervals import MIN_SEEDS, interval
 from analysis.markdown import markdown_table
-from analysis.verdict import LEAST_SHARE, Comparison, Side, comparisons, event, not_compared, show, varied
+from analysis.verdict import (
+    LEAST_SHARE,
+    Comparison,
+    Side,
+    comparisons,
+    event,
+    missing_counterparts,
+    not_compared,
+    show,
+    varied,
+)
 from dqn_injection_atari import Args
+from support.machine import replacing
 from support.usage import flag
 
 HEAD = ["game", "arm", "seeds", "n", "mean return in the window", "difference", "verdict", "human-normalised"]
@@ -321,7 +332,8 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
     """
     arms, remarks = read_arms(folders, metric)
     pairs = comparisons(arms, metric, window)
-    remarks["not_compared"] = not_compared(arms, pairs)
+    differently = not_compared(arms, pairs)
+    remarks["not_compared"] = differently | missing_counterparts(arms)
     totals = aggregates(pairs)
     over_games = [total for total in totals if len(total.games) > 1]
     print_remarks(remarks)
@@ -329,7 +341,7 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
         print(*in_words(pair, metric), *beyond_control(pair, metric), *other_causes(pair), sep="\n  ")
     for total in over_games:
         print(*aggregate_in_words(total), sep="\n  ")
-    if not pairs and remarks["not_compared"]:
+    if not pairs and differently:
         fix = "compare --metric charts/episodic_return, or runs with the same eval_ settings"
         print(f"no verdict: arms that were evaluated differently have none; {fix}")
     elif not pairs:
@@ -353,7 +365,8 @@ def report(folders: Sequence[str], out: Path, metric: str, window: int | None, a
         out.with_suffix(".json"): as_json(arms, pairs, totals, remarks, metric),
     }
     for path, text in texts.items():
-        path.write_text(text, encoding="utf-8", errors="surrogateescape")  # of paths that are no UTF-8
+        with replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8", errors="surrogateescape")  # of paths that are no UTF-8
         written.append(path)
     print(f"wrote {', '.join(map(str, written))}")
     return arms

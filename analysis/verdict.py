@@ -586,13 +586,19 @@ def evaluated_differently(without: Arm, intervened: Arm) -> str:
     return ", ".join(differing)
 
 
-def differ_in_intervention_alone(arm: Arm, other: Arm) -> bool:
-    """Whether everything else that changes what is learned is the same."""
+def set_apart_by(arm: Arm, other: Arm) -> list[str]:
+    """What differs, of all that changes what is learned beside the intervention."""
+    differing = []
     for name in arm.setting:
         own = name in KEYS_OF_INTERVENTION or name in EVALUATION
         if not own and arm.setting[name] != other.setting[name]:
-            return False
-    return True
+            differing.append(name)
+    return differing
+
+
+def differ_in_intervention_alone(arm: Arm, other: Arm) -> bool:
+    """Whether everything else that changes what is learned is the same."""
+    return not set_apart_by(arm, other)
 
 
 def counterparts(arms: list[Arm]) -> list[tuple[Arm, Arm]]:
@@ -659,6 +665,23 @@ def in_no_comparison(arms: list[Arm], pairs: list[Comparison]) -> list[str]:
     """A line for each arm that is in no comparison."""
     compared = arms_in(pairs)
     return [f"{arm.game}: {arm.name} has no counterpart here" for arm in arms if arm not in compared]
+
+
+def missing_counterparts(arms: list[Arm]) -> dict[str, str]:
+    """{arms: reason} of each arm with an intervention that has no counterpart, and the nearest one without.
+
+    The reason is what else they differ in.
+    """
+    with_one = [intervened for _, intervened in counterparts(arms)]
+    reasons = {}
+    for arm in arms:
+        candidates = [other for other in arms if other.game == arm.game and other.intervention == "none"]
+        if arm.intervention == "none" or arm in with_one or not candidates:
+            continue
+        nearest = min(candidates, key=lambda other: len(set_apart_by(other, arm)))
+        names = f"{arm.game}: {arm.name} against {nearest.name}"
+        reasons[names] = f"{names}, which differ in {' and '.join(set_apart_by(nearest, arm))}, too"
+    return reasons
 
 
 def not_compared(arms: list[Arm], pairs: list[Comparison]) -> dict[str, str]:

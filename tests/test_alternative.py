@@ -135,6 +135,20 @@ def test_one_that_goes_on_every_so_often_and_draws_layers_anew_is_refused(drawn)
 
 
 @dataclass(frozen=True)
+class NoOps:
+    """--no-op-share would take back a flag --op-share."""
+
+    no_op_share: float = 0.1
+
+
+def test_a_setting_whose_flag_would_take_one_back_is_refused():
+    with pytest.raises(
+        UsageError, match=r"^no_op_share would be a flag like --no-\.\.\., .+: call it otherwise$"
+    ):
+        replace(ALTERNATIVES["reset-head"], settings=NoOps)
+
+
+@dataclass(frozen=True)
 class Halves:
     """Settings that may contradict each other."""
 

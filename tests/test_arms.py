@@ -265,10 +265,13 @@ def test_an_intervention_that_goes_on_is_named_by_where_it_begins():
     ]
 
 
-def test_runs_that_recycled_units_before_a_fork_are_arms_of_their_own_and_say_so():
+@pytest.mark.parametrize("tag", ["injection/recycled/conv1", "injection/applied"])
+def test_runs_that_recycled_units_before_a_fork_are_arms_of_their_own_and_say_so(tag):
+    """Or in which something else was done every so often, counted or not."""
     recycled = {
         RETURN: np.array([[1.0], [0.0]]),
-        "injection/recycled/conv1": np.array([[300.0, 400.0], [1, 0]]),
+        "injection/norm_growth": np.array([[100.0, 200.0], [1, 1]]),
+        tag: np.array([[300.0, 400.0], [1, 0]]),
     }
     plain = {RETURN: np.array([[1.0], [0.0]])}
 

@@ -1,5 +1,6 @@
 """compare.py as a user runs it: whole reports on folders of runs, and what the command line refuses."""
 
+import errno
 import json
 import os
 import runpy
@@ -226,6 +227,47 @@ def test_without_two_arms_to_compare_there_are_figures_but_no_verdict(command):
     assert "nothing to compare with" in Path("y.md").read_text(
         encoding="utf-8"
     ) and "evaluation game" in Path("y.svg").read_text(encoding="utf-8")
+
+
+def test_what_sets_an_arm_apart_from_its_nearest_counterpart_is_said(command):
+    baselines = [make_run(f"b{n}", {RETURN: games(1, 0)}, num_envs=n, intervention="none") for n in (1, 8)]
+    injected = make_run("i", {RETURN: games(1, 1)}, num_envs=4)
+    other = make_run("o", {RETURN: games(1, 1)}, num_envs=8, learning_rate=1e-3)
+    status, printed, _ = command(*write_all([*baselines, injected, other]))
+    assert status == 0 and "no verdict: no two arms differ in the injection alone" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("not compared: ")]
+    assert len(lines) == 2
+    assert f"not compared: {PHOENIX}: injection at 1k, num envs 4, learning rate 0.0001 against" in printed
+    assert sorted(line.partition(", which ")[2] for line in lines) == [
+        "differ in learning_rate, too",
+        "differ in num_envs, too",
+    ]
+    content = json.loads(Path("comparison.json").read_text(encoding="utf-8"))
+    assert len(content["not_compared"]) == 2
+
+
+def test_a_folder_that_cannot_be_looked_into_is_left_out(command):
+    """As a colleague's: a name that is too long fails in the same way, also for root."""
+    unreadable = "x" * 300
+    status, printed, _ = command(*write_all(make_arms()), unreadable)
+    assert status == 0 and "injection raised the return by" in printed
+    (line,) = [line for line in printed.splitlines() if unreadable in line]
+    assert line.startswith(f"left out: {unreadable}/run.json cannot be read as a run's arguments (OSError: ")
+
+
+def test_a_comparison_that_cannot_be_written_leaves_the_one_before(command, monkeypatch):
+    folders = write_all(make_arms())
+    assert command(*folders)[0] == 0
+    before = Path("comparison.json").read_bytes()
+    write_text = Path.write_text
+
+    def on_a_full_disk(path, text, **kwargs):
+        write_text(path, text[:10], **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", on_a_full_disk)
+    assert command(*folders[:4])[0] == 1
+    assert Path("comparison.json").read_bytes() == before and not [*Path().glob(".comparison*")]
 
 
 def test_arms_that_were_evaluated_differently_get_figures_and_the_reason_why_there_is_no_verdict(command):

@@ -542,6 +542,15 @@ def test_units_are_judged_by_64_transitions_drawn_by_seed_and_step(monkeypatch):
         assert obs.shape == (64, 4, 84, 84) and torch.equal(obs, expected) and step_given == step
 
 
+def test_one_that_looks_at_no_observations_and_counts_nothing_is_logged_as_applied(monkeypatch):
+    seen = []
+    blind = replace(ALTERNATIVES["redo"], batch_size=0, apply=lambda parts, _: seen.append(parts.activations))
+    monkeypatch.setitem(ALTERNATIVES, "redo", blind)
+    curves = scalars(train(RECYCLING))
+    assert curves["injection/applied"] == [(step, 1) for step in (142, 162, 182, 202, 222)]
+    assert seen == [{}] * 5 and not any(tag.startswith("injection/recycled/") for tag in curves)
+
+
 @pytest.mark.parametrize("num_envs", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(("begin", "period"), [(141, 20), (142, 20), (7, 8), (24, 9)])
 def test_recycling_is_due_in_each_vector_step_in_which_a_period_after_the_first_step_ends(
