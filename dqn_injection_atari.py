@@ -873,7 +873,7 @@ class Learner:
         Returns counts to be logged: the alternative's own, or that it was applied.
         """
         alternative = ALTERNATIVES[self.args.intervention]
-        activations = {}
+        activations: dict[str, Tensor] = {}
         if len(obs) > 0:
             _, activations = measures.activations(self.q_network, self.q_network.relus(), obs)
         counts = alternative.apply(self._parts(step, activations), alternative.settings_in(self.args))

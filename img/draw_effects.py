@@ -24,7 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from analysis.arms import RECYCLED, TRAINING_RETURN, Arm, print_remarks, read_arms, runs_of
+from analysis.arms import TRAINING_RETURN, Arm, print_remarks, read_arms, runs_of
 from analysis.canvas import INK, Figure, MaxNLocator, check_name, drawing, look, save
 from analysis.curves import RecordedRun
 from analysis.intervals import MIN_SEEDS, interval
@@ -43,6 +43,7 @@ from support.process import ends_in_one_line
 from support.usage import UsageError, reading, words_given
 
 DORMANT = "plasticity/dormant_fraction/head"
+RECYCLED = "injection/recycled/head"
 LETTERS = 30  # of an arm's name in a line
 
 Scores = dict[str, float]  # by the name of a run's folder: mean score of its final agent's games
@@ -105,7 +106,7 @@ def mean_return(run: RecordedRun, after: int, upto: int) -> float:
 
 def steps_of_recycling(runs: list[RecordedRun], window: Window) -> np.ndarray:
     """Steps in the window at which ReDo recycled units of the head in any of these runs."""
-    steps = [run.between(f"{RECYCLED}head", window.after, window.upto)[0] for run in runs]
+    steps = [run.between(RECYCLED, window.after, window.upto)[0] for run in runs]
     return np.unique(np.concatenate(steps))
 
 

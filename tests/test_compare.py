@@ -261,8 +261,8 @@ def test_a_comparison_that_cannot_be_written_leaves_the_one_before(command, monk
     before = Path("comparison.json").read_bytes()
     write_text = Path.write_text
 
-    def on_a_full_disk(path, text, **kwargs):
-        write_text(path, text[:10], **kwargs)
+    def on_a_full_disk(path, text, encoding, errors):
+        write_text(path, text[:10], encoding=encoding, errors=errors)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", on_a_full_disk)
