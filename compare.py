@@ -190,7 +190,7 @@ def runs_in(folders: Sequence[str]) -> tuple[tuple[str, ...], Path]:
     runs: list[str] = []
     place = Path()
     for folder in folders:
-        if not os.path.isfile(Path(folder, "sweep.json")):  # nor where it may not be looked for
+        if not os.path.isfile(Path(folder, "sweep.json")):  # False, too, where it may not be looked for
             runs.append(folder)
             continue
         runs += sorted(map(str, Path(folder, "runs").glob("[!.]*")))

@@ -870,7 +870,7 @@ class Learner:
         """Applies a periodic intervention such as ReDo, given observations (B, 4, 84, 84) uint8.
 
         The target network waits for its next sync. Tensors change in place, so captured graphs stay valid.
-        Returns counts to be logged: the alternative's own, or that it was applied.
+        Returns counts to be logged.
         """
         alternative = ALTERNATIVES[self.args.intervention]
         activations: dict[str, Tensor] = {}
@@ -880,7 +880,7 @@ class Learner:
         if self.args.bf16:
             copy_parameters(self.q_network, self.online, only_trained=True)
         self.last_repeat = step
-        return counts or {"applied": 1}
+        return counts or {}
 
     def _parts(self, key: int, activations: dict[str, Tensor] | None = None) -> AgentParts:
         """What an alternative works on. Its random numbers depend on the seed and the key."""
@@ -1195,7 +1195,9 @@ class Training:
         alternative = ALTERNATIVES[args.intervention]
         batch = self.replayed(Stream.PERTURBATION, step, alternative.batch_size)
         counts = self.learner.repeat(batch.observations, step)
-        for name, count in counts.items():
+        # comparisons know by such a curve what was done before a fork
+        points = counts or {"applied": 1}
+        for name, count in points.items():
             self.run.log.scalar(f"injection/{name}", count, step)
         if first:
             words = [alternative.words.log, *(f"{name} {count}" for name, count in counts.items())]

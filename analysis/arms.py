@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from alternatives import ALTERNATIVES
+from alternatives import ALTERNATIVES, AlternativeSettings
 from analysis.curves import TRAINING_RETURN, RecordedRun, check_metric, read_curves, read_run
 from dqn_injection_atari import INTERVENTIONS, OF_INTERVENTION, OF_NORM, Args
 from support.flags import RunFlags
@@ -84,7 +84,9 @@ def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     by_norm = args.injection_trigger == "norm"
     planned = args.planned_interventions
     happens = args.intervention != "none" and (by_norm or len(planned) > 0)
-    unused = unused_fields(args) if happens else CONDITIONAL
+    unused = set(CONDITIONAL)
+    if happens:
+        unused = set(unused_fields(args)) | settings_of_others(args.intervention)
     values = asdict(args)
     values["injected_head_width"] = args.new_head_width
     shared = {name: values[name] for name in values if name not in BOOKKEEPING and name not in REWRITTEN}
@@ -100,16 +102,21 @@ def setting(args: Args, metric: str = TRAINING_RETURN) -> dict[str, Any]:
     return shared
 
 
+def settings_of_others(intervention: str) -> set[str]:
+    """Settings of the alternatives that an intervention is not."""
+    of_others = {field.name for field in fields(AlternativeSettings)}
+    if intervention in ALTERNATIVES:
+        of_others -= {field.name for field in fields(ALTERNATIVES[intervention].settings)}
+    return of_others
+
+
 def goes_on(intervention: str) -> bool:
     """Whether it happens every so often from a step on."""
     return intervention in ALTERNATIVES and ALTERNATIVES[intervention].period is not None
 
 
 def recycled_from(run: RecordedRun) -> int | None:
-    """From which step on units were recycled before a fork, whose own arguments do not tell of it.
-
-    Or something else was done every so often, of which there is a curve, too.
-    """
+    """From which step on a periodic intervention ran before a fork, whose arguments do not tell of it."""
     steps: list[float] = []
     for tag, points in run.scalars.items():
         if tag.startswith("injection/") and tag not in OF_ONE_TIME:

@@ -229,7 +229,8 @@ def audit_arm(subject: Subject, arguments: dict[str, Any]) -> Findings:
 
     def intervene() -> None:
         if args.intervention_period > 0:
-            learner.repeat(obs, subject.checkpoint.step)
+            looks = ALTERNATIVES[args.intervention].batch_size > 0
+            learner.repeat(obs if looks else obs[:0], subject.checkpoint.step)
         elif args.intervention != "none":
             learner.intervene(subject.checkpoint.step)
 

@@ -126,7 +126,11 @@ def read_run(folder: str, metric: str, end: str = "the run is left out") -> Reco
     """
     path = Path(folder) / "run.json"
     with reading(path, "a run's arguments", end):
-        is_run = path.is_file()
+        try:
+            path.stat()
+            is_run = True
+        except (FileNotFoundError, NotADirectoryError):
+            is_run = False
     if not is_run:
         raise UsageError(f"{folder} is no run's folder, it has no run.json: {end}")
     with reading(path, "a run's arguments", end):

@@ -680,7 +680,8 @@ def missing_counterparts(arms: list[Arm]) -> dict[str, str]:
             continue
         nearest = min(candidates, key=lambda other: len(set_apart_by(other, arm)))
         names = f"{arm.game}: {arm.name} against {nearest.name}"
-        reasons[names] = f"{names}, which differ in {' and '.join(set_apart_by(nearest, arm))}, too"
+        differing = [name.replace("_", " ") for name in set_apart_by(nearest, arm)]
+        reasons[names] = f"{names}, which differ in {' and '.join(differing)}, too"
     return reasons
 
 

@@ -53,7 +53,7 @@ class Settings:
     cuda_graphs: bool = False
     """as in the training script"""
     tf32: bool = script.Args.tf32
-    """as in the training script; Stable-Baselines3's users keep PyTorch's own: for convolutions alone"""
+    """as in the training script; Stable-Baselines3 has PyTorch's own, TF32 for convolutions alone"""
     overlap: bool = False
     """as in the training script"""
     json: Path | None = None

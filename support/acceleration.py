@@ -119,7 +119,7 @@ class CUDAGraphs:
     of them is replaced, call `clear` before the next call.
 
     The graphs between two calls of `clear` are a set, which is warmed up and captured on a stream of its own
-    (PyTorch has 32: where more sets than that are in use at once, some share one).
+    (PyTorch has 32, and gives them in turn: the 33rd set gets the first one's).
     Libraries keep a workspace for each stream, in the memory of the first graph that was captured there. It
     goes with that graph (pytorch/pytorch#193402). Autograd goes back to the stream where it met a parameter.
 

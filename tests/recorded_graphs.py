@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 # for the device, which no capture allows
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal"}
-UPLOADS = {"aten::lift_fresh"}  # numbers of Python, as `torch.tensor` does, which no capture allows either
+UPLOADS = {"aten::lift_fresh"}  # Python's numbers, as `torch.tensor` does; no capture allows that either
 ALLOCATES = ("aten::empty", "aten::new_empty")  # and computes nothing
 RANDOM = torch.Tag.nondeterministic_seeded
 

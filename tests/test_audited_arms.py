@@ -91,10 +91,10 @@ def test_there_is_a_row_for_each_arm_in_each_of_its_kinds(rows):
     assert list(rows) == list(arms()) and len(rows) == 15
     assert {name.partition(",")[0] for name in rows} == {"none", "injection", *ALTERNATIVES}
     for name, alternative in ALTERNATIVES.items():
-        assert (f"{name}, keep" in rows) == alternative.draws_head
+        assert (f"{name}, keep" in rows) == alternative.draws_layers
     for name, arguments in arms().items():
         alternative = ALTERNATIVES.get(arguments["intervention"])
-        if name.startswith("injection") or (alternative is not None and alternative.draws_head):
+        if name.startswith("injection") or (alternative is not None and alternative.draws_layers):
             expected = "keep" if name.endswith(", keep") else "fresh"
             assert arguments["moments"] == expected, "not the run's own"
     assert {"injection, keep", "injection, all heads", "reset-moments, head", "reset-moments, all"} < set(

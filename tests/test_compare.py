@@ -239,8 +239,8 @@ def test_what_sets_an_arm_apart_from_its_nearest_counterpart_is_said(command):
     assert len(lines) == 2
     assert f"not compared: {PHOENIX}: injection at 1k, num envs 4, learning rate 0.0001 against" in printed
     assert sorted(line.partition(", which ")[2] for line in lines) == [
-        "differ in learning_rate, too",
-        "differ in num_envs, too",
+        "differ in learning rate, too",
+        "differ in num envs, too",
     ]
     content = json.loads(Path("comparison.json").read_text(encoding="utf-8"))
     assert len(content["not_compared"]) == 2
@@ -262,6 +262,8 @@ def test_a_comparison_that_cannot_be_written_leaves_the_one_before(command, monk
     write_text = Path.write_text
 
     def on_a_full_disk(path, text, encoding, errors):
+        if ".json" not in path.name:
+            return write_text(path, text, encoding=encoding, errors=errors)
         write_text(path, text[:10], encoding=encoding, errors=errors)
         raise OSError(errno.ENOSPC, "No space left on device")
 

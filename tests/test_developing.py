@@ -48,6 +48,26 @@ def python(project, *words):
 
 
 @pytest.mark.slow
+def test_a_setting_of_ones_own_keeps_no_other_arms_apart(project):
+    """Also where it does not say with which intervention it has an effect."""
+    path, file, _ = example()
+    annotated = 'Annotated[Positive, OnlyWith("intervention", ("noise", "none"))]'
+    assert file.count(annotated) == 1
+    code = """
+import dqn_injection_atari as script
+from analysis.arms import setting
+for intervention in ("noise", "injection", "none"):
+    args = script.Args(intervention=intervention, injection_step=(5,), noise_scale=0.3)
+    print(setting(args)["noise_scale"])
+"""
+    (project / path).write_text(file.replace(annotated, "float"), encoding="utf-8")
+    try:
+        assert python(project, "-c", code).split() == ["0.3", "None", "None"]
+    finally:
+        (project / path).write_text(file, encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_the_pages_alternative_takes_its_file_and_one_line_and_runs(project):
     printed = python(project, "dqn_injection_atari.py", *RUN)
     (delta,) = re.findall(
