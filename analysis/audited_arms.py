@@ -229,8 +229,10 @@ def audit_arm(subject: Subject, arguments: dict[str, Any]) -> Findings:
 
     def intervene() -> None:
         if args.intervention_period > 0:
-            looks = ALTERNATIVES[args.intervention].batch_size > 0
-            learner.repeat(obs if looks else obs[:0], subject.checkpoint.step)
+            seen = obs
+            if ALTERNATIVES[args.intervention].batch_size == 0:
+                seen = obs[:0]
+            learner.repeat(seen, subject.checkpoint.step)
         elif args.intervention != "none":
             learner.intervene(subject.checkpoint.step)
 

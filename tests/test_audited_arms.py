@@ -157,6 +157,19 @@ def test_recycling_is_judged_in_a_fresh_agent_alone(subject, audits, checkpoint)
     assert audited_arms.faults(saved_subject(checkpoint), arms()["redo"], nothing_recycled) == []
 
 
+@pytest.mark.parametrize("batch_size", [0, 64])
+def test_an_alternative_that_looks_at_no_observations_is_given_none(subject, monkeypatch, batch_size):
+    seen = []
+    other = replace(
+        ALTERNATIVES["redo"],
+        batch_size=batch_size,
+        apply=lambda parts, _: seen.append(set(parts.activations)),
+    )
+    monkeypatch.setitem(ALTERNATIVES, "redo", other)
+    audit_arm(subject, arms()["redo"])
+    assert seen == [{"conv1", "conv2", "conv3", "head"} if batch_size else set()]
+
+
 def test_recycled_units_reach_nothing_and_a_new_head_does(audits):
     assert not audits["redo"][0].new_reaches_q and audits["reset-head"][0].new_reaches_q
 

@@ -281,7 +281,8 @@ def test_frames_on_a_gpu_are_the_frames_on_the_cpu(buffer_size):
     def buffer_on(where):
         return FrameReplayBuffer(buffer_size, OBS_SPACE, ACTIONS, "cpu", 3, storage=where)
 
-    there, here = buffer_on("cuda"), buffer_on("cpu")
+    there = buffer_on("cuda")
+    here = buffer_on("cpu")
     for transition in random_stream(np.random.default_rng(0), 3, 4 * buffer_size, "repeat"):
         for buffer in (there, here):
             buffer.add(*transition)
