@@ -874,7 +874,7 @@ class Learner:
         """
         alternative = ALTERNATIVES[self.args.intervention]
         activations: dict[str, Tensor] = {}
-        if len(obs) > 0:
+        if alternative.batch_size > 0:
             _, activations = measures.activations(self.q_network, self.q_network.relus(), obs)
         counts = alternative.apply(self._parts(step, activations), alternative.settings_in(self.args))
         if self.args.bf16:

@@ -229,10 +229,7 @@ def audit_arm(subject: Subject, arguments: dict[str, Any]) -> Findings:
 
     def intervene() -> None:
         if args.intervention_period > 0:
-            seen = obs
-            if ALTERNATIVES[args.intervention].batch_size == 0:
-                seen = obs[:0]
-            learner.repeat(seen, subject.checkpoint.step)
+            learner.repeat(obs, subject.checkpoint.step)
         elif args.intervention != "none":
             learner.intervene(subject.checkpoint.step)
 

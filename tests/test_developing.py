@@ -87,4 +87,4 @@ print("noise" in audited_arms.arms())
 args = script.Args(intervention="noise", injection_step=(5,), noise_scale=0.3)
 print(args.noise_scale, "noise_scale" in script.FORKABLE, arms.at_steps("noise", (5,)))
 """
-    assert python(project, "-c", code).split("\n")[:2] == ["True", "0.3 True noise at 5"]
+    assert python(project, "-c", code).strip() == "True\n0.3 True noise at 5"
