@@ -257,6 +257,22 @@ def print_table(by_rate: ByRate, names: list[str]) -> None:
     print(markdown_table(header, rows))
 
 
+def add_probes(agents: Agents, paths: list[Path]) -> None:
+    """Adds to the agents' measures what files of probes say of them."""
+    for path in paths:
+        for name, answer in probed(agents, path).items():
+            if math.isfinite(answer.left):
+                agents[name].measures[f"{path.stem}, agent"] = answer.error
+                agents[name].measures[f"{path.stem}, injected ÷ agent"] = answer.left
+
+
+def by_learning_rate(agents: Agents) -> ByRate:
+    groups: ByRate = {}
+    for agent in sorted(agents.values(), key=lambda agent: agent.learning_rate):
+        groups.setdefault(agent.learning_rate, []).append(agent)
+    return groups
+
+
 def all_measures(agents: Agents) -> list[str]:
     """Their names, in order of appearance."""
     names: dict[str, None] = {}
@@ -274,18 +290,12 @@ def main() -> None:
         if len(games) > 1:
             raise UsageError(f"the agents play {' and '.join(games)}: give the files of one game")
         measured = all_measures(agents)
-        for path in [Path(path) for path in files if path.endswith(".json")]:
-            for name, answer in probed(agents, path).items():
-                if math.isfinite(answer.left):
-                    agents[name].measures[f"{path.stem}, agent"] = answer.error
-                    agents[name].measures[f"{path.stem}, injected ÷ agent"] = answer.left
+        add_probes(agents, [Path(path) for path in files if path.endswith(".json")])
         names = all_measures(agents)
         if not names:
             fix = "give runs with a --plasticity-frequency, or a file that compare.py --probe wrote"
             raise UsageError(f"nothing is known of these agents at the injection: {fix}")
-        by_rate: ByRate = {}
-        for agent in sorted(agents.values(), key=lambda agent: agent.learning_rate):
-            by_rate.setdefault(agent.learning_rate, []).append(agent)
+        by_rate = by_learning_rate(agents)
         print_table(by_rate, names)
         draw(target, by_rate, [name for name in names if name.startswith(DRAWN) or name not in measured])
         if all(math.isnan(correlation(points(by_rate, name))) for name in names):

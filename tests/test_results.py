@@ -12,7 +12,7 @@ from analysis.arms import read_arms
 from analysis.intervals import interval, t_interval
 from analysis.task_sequence import has_lost, sequence_table
 from analysis.verdict import comparisons, show
-from img import draw_effects
+from img import draw_effects, draw_signs
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/results.md")
@@ -341,8 +341,15 @@ def test_documents_print_what_else_helps():
     *others, last = in_words(redo)
     assert f"{lowered} ({', '.join(others)} and {last}; p = {judged.p:.2g})" in text
     assert f"each, by {printed(pairs['injection'])} on average" in text
-    for name in ("redo", "reset-all", "fire"):
+    for name in ("redo", "reset-all", "fire", "reset-head"):
         assert printed(pairs[name]) in readme
+    (injected,) = [changed for name, changed in effects.changes.items() if name.startswith("injection")]
+    gains_of_games = [*injected["final agent, whole games"].values()]
+    assert len(gains_of_games) == 4
+    lasting = mean_over_seeds(dict(enumerate(gains_of_games)))
+    assert f"in whole games of four final agents there is no evidence of one, {lasting}." in flowing(
+        "README.md"
+    )
     assert f"p = {pairs['fire'].p_holm:.2g} each," in text
     assert len({f"{pair.p_holm:.2g}" for pair in pairs.values()}) == 1
     first = [run.scalars["injection/recycled/head"][1][0] for run in runs["redo"]]
@@ -423,6 +430,10 @@ def test_documents_print_what_stays_after_correction_for_all_five_verdicts():
     text = text_of("docs/results.md")
     for pair in pairs:
         assert f"| {pair.judgement.p:.2g} | {pair.p_holm:.2g} |" in text, pair.arms[1].name
+    (one_agent,) = compared("one_agent/*.csv")
+    assert one_agent.judgement.p > stays.judgement.p
+    of_six = f"With it the {stays.p_holm:.2g} would be {6 * stays.judgement.p:.2g}"
+    assert of_six in flowing("docs/results.md")
 
 
 @pytest.mark.parametrize("name", ["run", "100", "1e-4", "tasks"])
@@ -446,6 +457,71 @@ def test_documents_print_what_the_probes_give(name):
 def with_interval(centre, interval, unit=""):
     low, high = interval
     return f"{centre:.3g}{unit} [{low:.3g}, {high:.3g}]"
+
+
+def agents_of_three_rates():
+    """The fifteen agents of the first plan, with what was measured of them when they were injected."""
+    folder = ROOT / "results" / "dose"
+    agents = draw_signs.agents_in([str(path) for path in sorted(folder.glob("*.csv"))])
+    draw_signs.add_probes(agents, sorted(folder.glob("probe_*.json")))
+    return agents
+
+
+def correlations(agents):
+    """{measure: its rank correlation with the gain within learning rates}."""
+    by_rate = draw_signs.by_learning_rate(agents)
+    names = draw_signs.all_measures(agents)
+    return {name: draw_signs.correlation(draw_signs.points(by_rate, name)) for name in names}
+
+
+def two_digits(correlation):
+    return f"{correlation:.2f}".replace("-", "−")
+
+
+PROBE = "probe_1e-4, injected ÷ agent"
+
+
+@pytest.mark.parametrize(
+    ("row", "measure"),
+    [
+        ("dormant units of the head", "dormant_fraction/head"),
+        ("its srank, of 512", "srank/head"),
+        ("its effective rank", "effective_rank/head"),
+        ("active outputs of the encoder", "active_fraction/conv3"),
+        ("encoder's weight norm ÷ initial", "weight_norm_ratio/encoder"),
+        ("probe, run's rate, 1,000 updates: agent ÷ fresh network", "probe_run, agent"),
+        ("probe, run's rate, 100 updates: agent ÷ fresh network", "probe_100, agent"),
+        ("**probe, rate 1e-4, 1,000 updates**: agent ÷ fresh network", "probe_1e-4, agent"),
+        ("… **injected ÷ agent**", PROBE),
+        ("12 tasks, rate 5e-4, the last five: agent ÷ fresh network", "probe_tasks, agent"),
+    ],
+)
+def test_documents_print_what_was_measured_at_the_injection(row, measure):
+    agents = agents_of_three_rates()
+    by_rate = draw_signs.by_learning_rate(agents)
+    ranges = [draw_signs.spread(values) for values, _ in draw_signs.points(by_rate, measure)]
+    found = two_digits(correlations(agents)[measure])
+    assert f"| {row} | {' | '.join(ranges)} | {found} |" in text_of("docs/results.md")
+
+
+def test_documents_say_that_no_measure_tells_agents_of_one_rate_apart():
+    agents = agents_of_three_rates()
+    text = flowing("docs/results.md")
+    found = correlations(agents)
+    by_chance = draw_signs.largest_by_chance(draw_signs.by_learning_rate(agents), list(found))
+    half, rare = np.quantile(by_chance, (0.5, 0.95))
+    assert f"the largest of the {len(found)} is beyond ±{half:.2f} in half of all cases" in text
+    assert f"and beyond ±{rare:.2f} in one of twenty" in text
+    largest = max(found, key=lambda name: abs(found[name]))
+    assert largest == "dormant_fraction/conv2" and abs(found[largest]) < rare
+    assert f"The largest found is {two_digits(found[largest])}, of the dormant fraction" in text
+    assert f"the probe at 1e-4 has {two_digits(found[PROBE])}" in text
+    (doubtful,) = [name for name, agent in agents.items() if f"{agent.gain:.0f}" == "-413"]
+    del agents[doubtful]
+    without = correlations(agents)
+    largest = max(without.values(), key=abs)
+    sentence = f"the largest is {two_digits(largest)}, and the probe at 1e-4 has {two_digits(without[PROBE])}"
+    assert f"Without that agent {sentence}" in text
 
 
 CHOSE_THE_SETTING = 3  # of the seeds of the sequences of tasks; the others decide
@@ -524,6 +600,21 @@ def test_documents_say_what_a_fresh_network_would_have_done():
         assert f"{centre:.2g}× [{low:.2g}, {high:.2g}]" in text
         best, _ = ratio(np.array(result["best"])[CHOSE_THE_SETTING:], fresh)
         assert round(best, 1) == 0.1, "a tenth"
+
+
+@pytest.mark.parametrize("file", ["tasks", "tasks_avx2"])
+def test_documents_compare_the_error_with_the_median_of_the_tasks_before(file):
+    result = sequence(file)
+    alone = []
+    medians = []
+    for seed in range(CHOSE_THE_SETTING, 9):
+        at = result["copied_before"][seed] - 1
+        errors = result["error"]["one network"][seed]
+        alone.append(np.mean(errors[at:]))
+        medians.append(np.median(errors[: at - 2]))
+    centre, _ = ratio(np.array(alone), np.array(medians))
+    sentence = f"without the last two, the error is {centre:.1f} times as large, with both arithmetics."
+    assert sentence in flowing("docs/results.md")
 
 
 def test_documents_say_which_networks_an_injection_did_not_help():
