@@ -494,9 +494,9 @@ class InjectableHead(torch.nn.Module):
     def whole_number(state: torch.Tensor) -> int:
         """The number of injections in a state. Raises ValueError if it is not whole, as in averaged states.
 
-        In a moving average of states the number rises towards a new whole number. Within 1e-3 below one, the
-        average has practically caught up, and the number is rounded. Otherwise it is refused (except within
-        1e-6 above one): the new pair is not averaged in yet, or only in part.
+        In a moving average of states the number rises towards a new whole number. At most 1e-3 below a whole
+        number the average has practically caught up, and 1e-6 above it is rounding. All else is refused: the
+        new pair is averaged in only in part, or not yet.
         """
         number = float(state)
         above = number - round(number)
@@ -804,8 +804,8 @@ class Learner:
     def update(self, batch: ReplayBufferSamples, count: int = 1) -> dict[str, Tensor]:
         """`count` gradient steps in sequence, each on its own part of the batch.
 
-        Returns {"td_loss", "q_values"} of the last step, 0-d, left on the device. For logging, `self.losses`
-        sums over all steps.
+        Returns {"td_loss", "q_values"} of the last step, 0-d, left on the device. A run logs `self.losses`
+        instead, which sums over all steps.
         """
         for minibatch in split(batch, count):
             loss, q_values = td_loss(self.online, self.target, minibatch, self.args.gamma)
@@ -986,7 +986,7 @@ def make_parts(args: Args, device: torch.device) -> tuple[LearnerView, Learner, 
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
     num_bytes = FrameReplayBuffer.bytes_needed(args.buffer_size, obs_space, args.num_envs)
-    # frames are kept on the GPU only with --cuda-graphs, which is off by default (docs/speed.md)
+    # one flag for frames on the GPU and for graphs: neither has run on one yet (docs/speed.md)
     wanted = device if args.cuda_graphs else torch.device("cpu")
     replay = FrameReplayBuffer(
         args.buffer_size,
@@ -1247,6 +1247,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
                 usage.refuse_changes(given, args, FORKABLE)
         if origin.checkpoint is not None and origin.forked:
             check_fork(args, origin.checkpoint)
+            check_past(origin.checkpoint, has_curves=len(origin.curves) > 0)
 
         # its parts, as they begin or as they were
         device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
@@ -1330,6 +1331,11 @@ def warn_about_likely_mistakes(args: Args, log: RunLog) -> None:
         log.say(
             f"warning: at step {args.planned_interventions[0]:,} the network has learned nothing, "
             f"with --learning-starts {starts}: give a later --injection-step"
+        )
+    if args.start_e > args.end_e and args.exploration_start >= args.total_timesteps:
+        log.say(
+            f"warning: ε never falls, with --exploration-start {args.exploration_start}: "
+            f"give less than {args.total_timesteps}"
         )
     falls_until = args.exploration_start + args.exploration_fraction * args.total_timesteps
     if args.start_e > args.end_e and falls_until < starts:
@@ -1417,8 +1423,8 @@ OF_INTERVENTION = (
 # when the norm injects
 OF_NORM = ("injection_trigger", "injection_norm_ratio", "injection_check_frequency", "max_injections")
 # What a fork may change. Where a change would alter what was learned before the checkpoint, `check_fork`
-# refuses it. Two exceptions: with another seed, or another rule for the norm, a run from step 0 might not
-# have reached this checkpoint
+# refuses it. Three exceptions, which a run from step 0 might not have reached: another seed, another rule for
+# the norm, and another intervention after a periodic one
 FORKABLE = (
     *OF_INTERVENTION,
     "injection_step",
@@ -1461,7 +1467,8 @@ def refuse_unforkable(given: dict[str, Any], saved: Args, where: str) -> None:
 def check_fork(args: Args, checkpoint: Checkpoint) -> None:
     """
     Raises:
-        UsageError: no single run with these arguments could have reached this checkpoint.
+        UsageError: no single run with these arguments could have reached this checkpoint, and it is none of
+            the exceptions at FORKABLE.
     """
     saved = usage.settings_of(Args, checkpoint.meta["args"], checkpoint.path)
     step = checkpoint.step
@@ -1515,8 +1522,9 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
     elif args.injection_trigger == "norm":
         expected = earlier  # no step was planned, the norm decided
     if earlier != expected:
+        kind = INTERVENTIONS[saved.intervention if earlier else "injection"]
         raise UsageError(
-            f"{where} lies after injections at {earlier or 'no step'}, but the arguments say "
+            f"{where} lies after {kind.plural} at {earlier or 'no step'}, but the arguments say "
             f"{expected or 'none'} before step {step}: {interventions_fix(args, earlier, step)}"
         )
     if not earlier:
@@ -1531,9 +1539,11 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
         if any(name in changed for name in OF_NORM):
             least += 1  # or the fork would do nothing of what is asked
         if args.max_injections < least:
+            steps = " ".join(map(str, earlier))
             raise UsageError(
                 f"{where} lies after {len(earlier)} injections, and max_injections is "
-                f"{args.max_injections}: give a --max-injections of {least} or more, or an earlier checkpoint"
+                f"{args.max_injections}: give a --max-injections of {least} or more, or an earlier "
+                f"checkpoint; for no further injection, --injection-trigger step --injection-step {steps}"
             )
 
 
@@ -1560,6 +1570,18 @@ def check_earlier_repeats(args: Args, saved: Args, checkpoint: Checkpoint) -> No
         f"checkpoint {checkpoint.path} was not come to with this --intervention {args.intervention} "
         f"from step {begin} on: give an --injection-step of {earliest} or later, or an earlier checkpoint"
     )
+
+
+def check_past(checkpoint: Checkpoint, has_curves: bool) -> None:
+    """
+    Raises:
+        UsageError: a periodic intervention lies before a checkpoint, and the curves that tell so are missing.
+    """
+    if checkpoint.state["learner"]["last_repeat"] >= 0 and not has_curves:
+        raise UsageError(
+            f"checkpoint {checkpoint.path} lies after an intervention that goes on, and its run's curves, "
+            "which tell since when, do not lie beside it: give the checkpoint in its run's folder"
+        )
 
 
 def interventions_fix(args: Args, earlier: tuple[int, ...], step: int) -> str:

@@ -77,7 +77,7 @@ class LearnerView(VectorWrapper):
 
     @property
     def going(self) -> int:
-        """How many games have begun and are not over."""
+        """How many games are under way: at least one decision is taken, and they are not over."""
         return int(np.count_nonzero(self.env.episode_lengths))  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:

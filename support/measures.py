@@ -15,13 +15,13 @@ def joint_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 class NormTracker:
-    """Each module's norm when it was drawn, and the joint norm of the learning modules when they began."""
+    """Each module's norm when it was drawn, and the joint norm of those that are watched at `begin`."""
 
     def __init__(self) -> None:
         self.initial: dict[str, float] = {}  # of every module, by path
 
     def begin(self, modules: dict[str, nn.Module], learning: list[nn.Module]) -> None:
-        """Records the norm of modules not seen before, and restarts the growth of the learning ones."""
+        """Records the norm of modules not seen before, and lets the growth of those that learn begin anew."""
         for path, module in modules.items():
             self.initial.setdefault(path, joint_norm(module.parameters()).item())
         self.at_begin = self.norm(learning)
@@ -35,7 +35,7 @@ class NormTracker:
         return joint_norm(nn.ModuleList(learning).parameters()).item()
 
     def growth(self, learning: list[nn.Module]) -> float:
-        """That norm as a multiple of what it was when they began: the adaptive criterion (paper)."""
+        """That norm as a multiple of what it was at the last `begin`: the adaptive criterion (paper)."""
         return self.norm(learning) / self.at_begin
 
     def state_dict(self) -> dict[str, Any]:

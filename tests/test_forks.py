@@ -44,7 +44,7 @@ import dqn_injection_atari as script
 import support.runs as runs
 from benchmarks import kill_test
 from benchmarks.kill_test import content, differences, flat
-from dqn_injection_atari import FORKABLE, Args, check_fork, train
+from dqn_injection_atari import FORKABLE, OF_NORM, Args, check_fork, train
 from support.checkpoints import Checkpoint, load_checkpoint
 from support.environments import LearnerView
 from support.run_log import RunLog
@@ -131,6 +131,17 @@ def test_units_are_recycled_on_and_on_in_a_run_that_is_killed_without_checkpoint
     assert [step for step, _ in scalars(folder)["injection/recycled/conv1"]] == [142, 162]
     train(Args(resume=str(folder)))
     assert_same_end(folder, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("intervention", ["none", "redo"])
+def test_a_fork_without_the_curves_that_tell_since_when_units_were_recycled_is_refused(
+    uninterrupted, intervention
+):
+    shutil.copytree(uninterrupted(REDO) / END, "alone/checkpoint-240")
+    with pytest.raises(UsageError, match=r"give the checkpoint in its run's folder$"):
+        train(replace(REDO, **LATER, fork="alone/checkpoint-240", intervention=intervention))
+    assert not Path("runs").exists(), "nothing was begun"
 
 
 @pytest.mark.parametrize(("begin", "num_envs"), [(162, 1), (161, 2)])
@@ -294,6 +305,7 @@ def checkpoint_of(args, step, interventions=()):
 
 FORKED = checkpoint_of(SMALL, 160, (142,))
 FINISHED = checkpoint_of(SMALL, 240, (142,))
+AT_MOST_ONCE = checkpoint_of(replace(NORM, max_injections=1), 160, (120,))
 BY_NORM = {"injection_step": (), "injection_trigger": "norm", "max_injections": 1}
 REFUSED_FORKS = {
     "another game": (
@@ -342,9 +354,14 @@ REFUSED_FORKS = {
         "after 1 injections, and max_injections is 1: give a --max-injections of 2",
     ),
     "another norm, where it may trigger no more": (
-        checkpoint_of(replace(NORM, max_injections=1), 160, (120,)),
+        AT_MOST_ONCE,
         {"injection_norm_ratio": 2.0},
         "after 1 injections, and max_injections is 1: give a --max-injections of 2",
+    ),
+    "another head reset": (
+        checkpoint_of(replace(SMALL, intervention="reset-head"), 160, (142,)),
+        {"injection_step": (130, 142)},
+        "lies after head resets at (142,), but",
     ),
     "an end that has passed": (FORKED, {"total_timesteps": 150}, "give a --total-timesteps of 161 or more"),
     "an end that is now": (FINISHED, {}, "give a --total-timesteps of 241 or more"),
@@ -403,6 +420,12 @@ ENDS_LATE = checkpoint_of(replace(SMALL, exploration_fraction=1.0), 160, (142,))
             {"injection_step": (100,)},
             "give an --injection-step of 142 or later",
             {"injection_step": (142,)},
+        ),
+        (
+            AT_MOST_ONCE,
+            {"injection_norm_ratio": 2.0},
+            "for no further injection, --injection-trigger step --injection-step 120",
+            {name: getattr(Args, name) for name in OF_NORM} | {"injection_step": (120,)},
         ),
         (
             FINISHED,
