@@ -208,12 +208,23 @@ class Book:
             return None, "ready"
         return None, "never" if trunk.state in ENDED else "wait"
 
+    def forks_of(self, trunk: Task) -> list[str]:
+        """The folders of runs that have gone on from its checkpoint."""
+        folders = []
+        for task in self.tasks.values():
+            if task.run.trunk == trunk.run.name and task.run_folder is not None:
+                folders.append(str(task.run_folder))
+        return folders
+
     def why_never(self, task: Task) -> str:
         """Why a fork cannot begin, and what to do where its trunk is not to be done once more anyway."""
         trunk = self.tasks[str(task.run.trunk)]
         why = f"{trunk.run.name} left no checkpoint at step {task.run.begins:,}"
         if trunk.state == "finished":
             why += f": move {trunk.run_folder} away, and the same command trains both"
+            others = self.forks_of(trunk)
+            if others:
+                why += f"; forks of the old one are no pair with the new: move {', '.join(others)} away, too"
         return why
 
     def begin(self, task: Task) -> None:

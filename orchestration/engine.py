@@ -13,9 +13,10 @@ from typing import Any
 
 from orchestration.jobs import failed
 from orchestration.plan import PlannedRun
-from support.machine import usable_processors
+from support.machine import free_memory, usable_processors
 from support.usage import UsageError
 
+OBJECT_STORE = 2**27  # bytes; jobs are small
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # runs are as urgent as those by hand, not by 15 less
@@ -78,7 +79,8 @@ def start(folder: str) -> None:
     ray_module().init(
         "local",
         num_cpus=usable_processors(),
-        object_store_memory=2**27,
+        object_store_memory=OBJECT_STORE,
+        _memory=free_memory() - OBJECT_STORE,  # Ray does not see the limit of a scheduler's job
         include_dashboard=False,
         _temp_dir=folder,
         **QUIET,

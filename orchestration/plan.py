@@ -254,15 +254,19 @@ def plan_arms(asked: Asked, values: dict[str, str], origin: Checkpoint | None) -
             family.append(continuation(asked, arm, flags, exp_name, origin))
             continue
         first = ("--env-id", asked.env_ids[0], "--seed", str(asked.seeds[0]), "--exp-name", exp_name)
-        try:
-            args = parsed((*flags, *first))
-        except UsageError as error:
-            raise UsageError(f"arm {arm}: {error}") from error
-        run = PlannedRun(arm, args, flags)
+        run = PlannedRun(arm, args_of_arm(arm, (*flags, *first)), flags)
         if family:
             run = forked_from_trunk(run, family[0])
         family.append(run)
     return family
+
+
+def args_of_arm(arm: str, flags: tuple[str, ...]) -> Args:
+    """What the training script makes of an arm's flags. Raises UsageError where it refuses them."""
+    try:
+        return parsed(flags)
+    except UsageError as error:
+        raise UsageError(f"arm {arm}: {error}") from error
 
 
 def forked_from_trunk(run: PlannedRun, trunk: PlannedRun) -> PlannedRun:
@@ -304,7 +308,7 @@ def continuation(
     flags = ("--fork", str(origin.path), *flags, "--total-timesteps", str(total))
     flags += ("--injection-trigger", "step", "--injection-step", *map(str, (*before, step)))
     flags += ("--exploration-fraction", repr(falls / total))
-    args = parsed((*flags, "--seed", str(asked.seeds[0]), "--exp-name", exp_name))
+    args = args_of_arm(arm, (*flags, "--seed", str(asked.seeds[0]), "--exp-name", exp_name))
     if before and args.intervention == "none":
         cannot = f"{origin.path} lies after an injection, so arm {arm} cannot go on from it"
         raise UsageError(f"{cannot}: give an earlier checkpoint")

@@ -118,6 +118,20 @@ def test_it_is_said_how_a_fork_can_begin_whose_trunk_is_not_done_once_more_by_it
     assert again.fork_point(again.tasks[FORK]) == (None, "wait") and again.tasks[TRUNK].state == "queued"
 
 
+def test_forks_that_have_begun_are_named_where_their_trunk_is_to_be_trained_anew():
+    for name in ("runs", "logs"):
+        Path(name).mkdir()
+    runs = plan(replace(ASKED, arms=all_arms(("none", "injection", "reset-head"), {})))
+    book = Book(Path(), [Task(run, Path(), resources={"num_cpus": 1, "num_gpus": 0}) for run in runs])
+    book.record(begin(book, TRUNK), "finished")
+    book.record(begin(book, FORK), "finished")
+    (late,) = [task for task in book.tasks.values() if task.run.arm == "reset-head"]
+    assert book.fork_point(late) == (None, "never")
+    assert book.why_never(late).endswith(
+        f"; forks of the old one are no pair with the new: move runs/{FORK}__7 away, too"
+    )
+
+
 def test_each_attempt_is_noted_with_the_code_that_it_began_with_and_other_code_is_said_once(
     book, monkeypatch, capsys
 ):

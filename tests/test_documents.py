@@ -20,9 +20,9 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 OWN_FLAGS = {field.name for field in fields(CommandLine)}
 OTHERS_FLAGS = {"help", "logdir", "samples_per_plugin"}  # everyone's, and of TensorBoard
-OF_RAY = {"head", "port", "include_dashboard", "block"}
+OF_RAY = {"head", "port", "include_dashboard", "block", "num_cpus", "num_gpus", "memory", "grace_period"}
 OF_SLURM = {"nodes", "ntasks", "ntasks_per_node", "overlap", "exclusive", "gpus_per_node"}
-OF_SLURM |= {"time", "requeue", "signal"}
+OF_SLURM |= {"time", "requeue", "signal", "mem"}
 OF_ONE_PAGE = {
     "developing.md": {"noise_scale"},  # of the alternative that it adds
     "sweeps.md": OF_RAY | OF_SLURM | {"arm"},  # --arm is taken off the command line by hand

@@ -76,6 +76,13 @@ def test_ray_has_the_processors_that_this_process_may_use(no_cluster, monkeypatc
         assert no_cluster[0][-1]["num_cpus"] == 3
 
 
+def test_ray_has_the_memory_that_this_process_may_take(no_cluster, monkeypatch):
+    monkeypatch.setattr(engine, "free_memory", lambda: 2**32)
+    with engine.cluster(None):
+        given = no_cluster[0][-1]
+        assert given["_memory"] + given["object_store_memory"] == 2**32
+
+
 def test_a_signal_while_no_run_is_going_ends_it_with_the_status_of_that_signal(no_cluster, monkeypatch):
     def init(*_, **__):
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray does first of all
