@@ -81,7 +81,7 @@ from support.optimizers import (
 from support.process import Signals, begin_in_utf8, deaf_in_the_end, ends_in_one_line
 from support.randomness import stream_seed
 from support.replay import FrameReplayBuffer
-from support.run_log import RunLog
+from support.run_log import RunLog, read_scalars
 from support.runs import Run, check_machine, find_origin
 from support.usage import (
     Count,
@@ -1247,7 +1247,7 @@ def train(args: Args, signals: Signals | None = None) -> Path:
                 usage.refuse_changes(given, args, FORKABLE)
         if origin.checkpoint is not None and origin.forked:
             check_fork(args, origin.checkpoint)
-            check_past(origin.checkpoint, has_curves=len(origin.curves) > 0)
+            check_past(origin.checkpoint)
 
         # its parts, as they begin or as they were
         device = pick_device(args.cuda, args.torch_deterministic, args.tf32)
@@ -1332,10 +1332,10 @@ def warn_about_likely_mistakes(args: Args, log: RunLog) -> None:
             f"warning: at step {args.planned_interventions[0]:,} the network has learned nothing, "
             f"with --learning-starts {starts}: give a later --injection-step"
         )
-    if args.start_e > args.end_e and args.exploration_start >= args.total_timesteps:
+    if args.start_e > args.end_e and args.exploration_start >= args.last_vector_step:
         log.say(
             f"warning: ε never falls, with --exploration-start {args.exploration_start}: "
-            f"give less than {args.total_timesteps}"
+            f"give less than {args.last_vector_step}"
         )
     falls_until = args.exploration_start + args.exploration_fraction * args.total_timesteps
     if args.start_e > args.end_e and falls_until < starts:
@@ -1522,9 +1522,9 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
     elif args.injection_trigger == "norm":
         expected = earlier  # no step was planned, the norm decided
     if earlier != expected:
-        kind = INTERVENTIONS[saved.intervention if earlier else "injection"]
+        happened = INTERVENTIONS[saved.intervention if earlier else args.intervention].plural
         raise UsageError(
-            f"{where} lies after {kind.plural} at {earlier or 'no step'}, but the arguments say "
+            f"{where} lies after {happened} at {earlier or 'no step'}, but the arguments say "
             f"{expected or 'none'} before step {step}: {interventions_fix(args, earlier, step)}"
         )
     if not earlier:
@@ -1536,14 +1536,17 @@ def check_earlier_interventions(args: Args, saved: Args, checkpoint: Checkpoint)
         raise UsageError(f"{where} lies after an injection: for another {flags} give an earlier checkpoint")
     if args.injection_trigger == "norm":
         least = len(earlier)
-        if any(name in changed for name in OF_NORM):
+        happened = INTERVENTIONS[saved.intervention].plural
+        rule = [name for name in changed if name in OF_NORM]
+        if rule:
             least += 1  # or the fork would do nothing of what is asked
         if args.max_injections < least:
             steps = " ".join(map(str, earlier))
             raise UsageError(
-                f"{where} lies after {len(earlier)} injections, and max_injections is "
+                f"{where} lies after {len(earlier)} {happened}, and max_injections is "
                 f"{args.max_injections}: give a --max-injections of {least} or more, or an earlier "
-                f"checkpoint; for no further injection, --injection-trigger step --injection-step {steps}"
+                f"checkpoint; for none beyond these give --injection-trigger step --injection-step {steps} "
+                f"in the place of {' and '.join(map(flag, rule))}"
             )
 
 
@@ -1572,15 +1575,18 @@ def check_earlier_repeats(args: Args, saved: Args, checkpoint: Checkpoint) -> No
     )
 
 
-def check_past(checkpoint: Checkpoint, has_curves: bool) -> None:
+def check_past(checkpoint: Checkpoint) -> None:
     """
     Raises:
         UsageError: a periodic intervention lies before a checkpoint, and the curves that tell so are missing.
     """
-    if checkpoint.state["learner"]["last_repeat"] >= 0 and not has_curves:
+    if checkpoint.state["learner"].get("last_repeat", -1) < 0:
+        return
+    curves = read_scalars(checkpoint.path.resolve().parent)
+    if not any(tag.startswith("injection/") for tag in curves):
         raise UsageError(
             f"checkpoint {checkpoint.path} lies after an intervention that goes on, and its run's curves, "
-            "which tell since when, do not lie beside it: give the checkpoint in its run's folder"
+            "which tell since when, do not lie beside it: put them there, or give a checkpoint from before it"
         )
 
 

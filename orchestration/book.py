@@ -224,7 +224,9 @@ class Book:
             why += f": move {trunk.run_folder} away, and the same command trains both"
             others = self.forks_of(trunk)
             if others:
-                why += f"; forks of the old one are no pair with the new: move {', '.join(others)} away, too"
+                folders = ", ".join(others)
+                why += f"; its other forks are no pair with the new: move {folders} away, too, "
+                why += "once they have ended"
         return why
 
     def begin(self, task: Task) -> None:

@@ -1,14 +1,15 @@
 """The plan of a sweep: which runs there are, which of them fork from which, what they take; and in words."""
 
+import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from analysis.arms import readable
-from dqn_injection_atari import FORKABLE, INTERVENTIONS, OF_INTERVENTION, Args, check_fork
+from dqn_injection_atari import FORKABLE, INTERVENTIONS, OF_INTERVENTION, Args, check_fork, check_past
 from orchestration.training_flags import as_flags, parsed, words_of
 from support import usage
 from support.checkpoints import Checkpoint, load_checkpoint
@@ -254,17 +255,19 @@ def plan_arms(asked: Asked, values: dict[str, str], origin: Checkpoint | None) -
             family.append(continuation(asked, arm, flags, exp_name, origin))
             continue
         first = ("--env-id", asked.env_ids[0], "--seed", str(asked.seeds[0]), "--exp-name", exp_name)
-        run = PlannedRun(arm, args_of_arm(arm, (*flags, *first)), flags)
+        with naming(arm):
+            run = PlannedRun(arm, parsed((*flags, *first)), flags)
         if family:
             run = forked_from_trunk(run, family[0])
         family.append(run)
     return family
 
 
-def args_of_arm(arm: str, flags: tuple[str, ...]) -> Args:
-    """What the training script makes of an arm's flags. Raises UsageError where it refuses them."""
+@contextlib.contextmanager
+def naming(arm: str) -> Iterator[None]:
+    """Names the arm in what is refused in this block."""
     try:
-        return parsed(flags)
+        yield
     except UsageError as error:
         raise UsageError(f"arm {arm}: {error}") from error
 
@@ -304,15 +307,26 @@ def continuation(
         fix = f"give a checkpoint from step 1 on, and --steps of {int(falls) - step + 1} or more"
         cannot = f"{origin.path} at step {step} cannot be continued for {asked.steps} steps"
         raise UsageError(f"{cannot}: {fix}, over which ε falls as it did")
+    check_past(origin)
     before = origin.state["learner"]["interventions"]
     flags = ("--fork", str(origin.path), *flags, "--total-timesteps", str(total))
-    flags += ("--injection-trigger", "step", "--injection-step", *map(str, (*before, step)))
-    flags += ("--exploration-fraction", repr(falls / total))
-    args = args_of_arm(arm, (*flags, "--seed", str(asked.seeds[0]), "--exp-name", exp_name))
-    if before and args.intervention == "none":
+    flags += (
+        "--exploration-fraction",
+        repr(falls / total),
+        "--injection-trigger",
+        "step",
+        "--injection-step",
+    )
+    first = ("--seed", str(asked.seeds[0]), "--exp-name", exp_name)
+    with naming(arm):
+        args = parsed((*flags, str(step), *first))
+    if before and (args.intervention == "none" or args.intervention_period > 0):
         cannot = f"{origin.path} lies after an injection, so arm {arm} cannot go on from it"
         raise UsageError(f"{cannot}: give an earlier checkpoint")
-    check_fork(args, origin)
+    flags += tuple(map(str, (*before, step)))
+    with naming(arm):
+        args = parsed((*flags, *first))
+        check_fork(args, origin)
     return PlannedRun(arm, replace(args, fork=None), flags, step)
 
 

@@ -128,7 +128,7 @@ def test_forks_that_have_begun_are_named_where_their_trunk_is_to_be_trained_anew
     (late,) = [task for task in book.tasks.values() if task.run.arm == "reset-head"]
     assert book.fork_point(late) == (None, "never")
     assert book.why_never(late).endswith(
-        f"; forks of the old one are no pair with the new: move runs/{FORK}__7 away, too"
+        f"; its other forks are no pair with the new: move runs/{FORK}__7 away, too, once they have ended"
     )
 
 

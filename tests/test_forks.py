@@ -45,6 +45,7 @@ import support.runs as runs
 from benchmarks import kill_test
 from benchmarks.kill_test import content, differences, flat
 from dqn_injection_atari import FORKABLE, OF_NORM, Args, check_fork, train
+from orchestration.plan import Asked, all_arms, plan
 from support.checkpoints import Checkpoint, load_checkpoint
 from support.environments import LearnerView
 from support.run_log import RunLog
@@ -139,9 +140,21 @@ def test_a_fork_without_the_curves_that_tell_since_when_units_were_recycled_is_r
     uninterrupted, intervention
 ):
     shutil.copytree(uninterrupted(REDO) / END, "alone/checkpoint-240")
-    with pytest.raises(UsageError, match=r"give the checkpoint in its run's folder$"):
+    with pytest.raises(UsageError, match=r"put them there, or give a checkpoint from before it$"):
         train(replace(REDO, **LATER, fork="alone/checkpoint-240", intervention=intervention))
     assert not Path("runs").exists(), "nothing was begun"
+    with pytest.raises(UsageError, match="which tell since when"):
+        plan(
+            Asked(
+                env_ids=(),
+                seeds=(2,),
+                arms=all_arms((intervention,), {}),
+                grid=[],
+                flags=[],
+                from_checkpoint="alone/checkpoint-240",
+                steps=240,
+            )
+        )
 
 
 @pytest.mark.parametrize(("begin", "num_envs"), [(162, 1), (161, 2)])
@@ -363,6 +376,16 @@ REFUSED_FORKS = {
         {"injection_step": (130, 142)},
         "lies after head resets at (142,), but",
     ),
+    "a head reset that never was": (
+        checkpoint_of(BASELINE, 160),
+        {"intervention": "reset-head"},
+        "after head resets at no step, but",
+    ),
+    "more head resets than the norm may trigger": (
+        checkpoint_of(replace(SMALL, intervention="reset-head"), 160, (142,)),
+        BY_NORM,
+        "lies after 1 head resets, and max_injections is 1",
+    ),
     "an end that has passed": (FORKED, {"total_timesteps": 150}, "give a --total-timesteps of 161 or more"),
     "an end that is now": (FINISHED, {}, "give a --total-timesteps of 241 or more"),
     "another ε schedule": (
@@ -424,7 +447,8 @@ ENDS_LATE = checkpoint_of(replace(SMALL, exploration_fraction=1.0), 160, (142,))
         (
             AT_MOST_ONCE,
             {"injection_norm_ratio": 2.0},
-            "for no further injection, --injection-trigger step --injection-step 120",
+            "for none beyond these give --injection-trigger step --injection-step 120 "
+            "in the place of --injection-norm-ratio",
             {name: getattr(Args, name) for name in OF_NORM} | {"injection_step": (120,)},
         ),
         (

@@ -242,11 +242,15 @@ def test_an_agent_that_was_injected_goes_on_with_another_injection_and_has_no_ba
     (checkpoint.path / "manifest.json").write_text(identity, encoding="utf-8")
     checkpoint.state["learner"]["interventions"] = (1_000,)
     assert plan(continued(checkpoint, "injection"))[0].args.injection_step == (1_000, 2_000)
-    with pytest.raises(UsageError, match=r"^arm redo: intervention redo goes on from one step"):
-        plan(continued(checkpoint, "injection", "redo"))
-    words = "lies after an injection, so arm none cannot go on from it: give an earlier checkpoint"
+    for arm in ("none", "redo"):
+        words = f"lies after an injection, so arm {arm} cannot go on from it: give an earlier checkpoint"
+        with pytest.raises(UsageError, match=words):
+            plan(continued(checkpoint, arm, "injection"))
+    words = (
+        "^arm reset-head: checkpoint .* lies after an injection: for another --intervention give an earlier"
+    )
     with pytest.raises(UsageError, match=words):
-        plan(continued(checkpoint, "none", "injection"))
+        plan(continued(checkpoint, "reset-head"))
 
 
 def test_a_checkpoint_before_the_end_of_the_fall_of_epsilon_needs_as_many_steps(checkpoint):

@@ -723,10 +723,14 @@ def test_a_run_says_what_happens_before_anything_is_learned(capsys):
         (NORM | {"injection_check_frequency": 19}, None),
         (NORM | {"injection_check_frequency": 16, "num_envs": 4}, None),
         (
-            {"exploration_start": 20},
-            "ε never falls, with --exploration-start 20: give less than 20",
+            {"exploration_start": 19},
+            "ε never falls, with --exploration-start 19: give less than 19",
         ),
-        ({"exploration_start": 19}, None),
+        ({"exploration_start": 18}, None),
+        (
+            {"exploration_start": 16, "num_envs": 4},
+            "ε never falls, with --exploration-start 16: give less than 16",
+        ),
         ({"exploration_start": 20, "start_e": 0.01, "end_e": 0.01}, None),
         ({"eval_frequency": 21}, "no evaluation is due, with --eval-frequency 21: give 20 or less"),
         ({"eval_frequency": 20, "eval_episodes": 0, "eval_steps": 4}, None),
