@@ -110,6 +110,8 @@ def plan(asked: Asked) -> list[PlannedRun]:
     """The runs, each behind the one that it is forked from. Raises UsageError where something cannot work."""
     origin = None if asked.from_checkpoint is None else load_checkpoint(Path(asked.from_checkpoint))
     check_asked(asked, origin)
+    if origin is not None:
+        check_past(origin)
     runs: list[PlannedRun] = []
     for values in grid_settings(asked.grid):
         family = plan_arms(asked, values, origin)
@@ -307,7 +309,6 @@ def continuation(
         fix = f"give a checkpoint from step 1 on, and --steps of {int(falls) - step + 1} or more"
         cannot = f"{origin.path} at step {step} cannot be continued for {asked.steps} steps"
         raise UsageError(f"{cannot}: {fix}, over which ε falls as it did")
-    check_past(origin)
     before = origin.state["learner"]["interventions"]
     flags = ("--fork", str(origin.path), *flags, "--total-timesteps", str(total))
     flags += (
