@@ -10,10 +10,11 @@ import scipy.stats
 from simulated_runs import RETURN
 
 from analysis.arms import read_arms
+from analysis.games import HUMAN_SCORES, aggregates, emulator
 from analysis.intervals import interval, t_interval
 from analysis.task_sequence import has_lost, sequence_table
 from analysis.verdict import comparisons, show
-from img import draw_effects, draw_signs
+from img import count_signs, draw_effects, draw_signs
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/results.md")
@@ -107,6 +108,7 @@ def assert_whole(pair, seeds):
             ("docs/results.md",),
         ),
         (("layer_norm/*.csv",), [7, 8, 9, 10, 11], ["no evidence"], DOCUMENTS),
+        (("other_games/*.csv",), [7, 8, 9, 10, 11], ["no evidence", "no evidence"], DOCUMENTS),
     ],
 )
 def test_documents_print_what_the_curves_give(files, seeds, verdicts, documents):
@@ -522,6 +524,142 @@ def test_documents_say_that_no_measure_tells_agents_of_one_rate_apart():
     largest = max(without.values(), key=abs)
     sentence = f"the largest is {two_digits(largest)}, and the probe at 1e-4 has {two_digits(without[PROBE])}"
     assert f"Without that agent {sentence}" in text
+
+
+def other_games():
+    """The comparisons of an injection with nothing, in Assault and in Space Invaders."""
+    pairs = compared("other_games/*.csv")
+    assert [pair.game for pair in pairs] == ["AssaultNoFrameskip-v4", "SpaceInvadersNoFrameskip-v4"]
+    return pairs
+
+
+def foretold(capsys):
+    """What an injection leaves of the errors of the ten agents of other games, and what they gain."""
+    files = []
+    for kind in ("csv", "json"):
+        files += sorted(str(path) for path in (ROOT / "results" / "other_games").glob(f"*.{kind}"))
+    ratios, gained = count_signs.read_agents(files)
+    assert not capsys.readouterr().out, "no agent is left out"
+    assert len(ratios) == len(gained) == 10
+    return ratios, gained
+
+
+def test_documents_print_what_an_injection_brings_in_other_games():
+    text = text_of("docs/results.md")
+    in_points = []
+    for game, pair in zip(("Assault", "Space Invaders"), other_games(), strict=True):
+        without, injected = [mean_over_seeds(means) for means in pair.means]
+        cells = [game, without, injected, f"{printed(pair)}: no evidence", ", ".join(in_words(pair))]
+        assert f"| {' | '.join(cells)} |" in text
+        assert min(gains(pair)) > 0
+        in_points.append([whole_points(np.mean([*means.values()])) for means in pair.means])
+    assault, space_invaders = in_points
+    returns = f"a return of {assault[1]} with an injection and {assault[0]} without in Assault"
+    assert f"{returns}, and of {space_invaders[1]} and {space_invaders[0]} in" in flowing("docs/results.md")
+
+
+def test_documents_say_how_large_the_gains_in_other_games_are():
+    means = []
+    highs = []
+    for pair in other_games():
+        without = np.mean([*pair.means[0].values()])
+        means.append(f"{pair.judgement.difference / without:.0%}")
+        highs.append((whole_points(pair.judgement.high), f"{pair.judgement.high / without:.0%}"))
+    assert f"in Space Invaders, {' and '.join(means)} of the score" in flowing("README.md")
+    points, shares = [" and ".join(of_both) for of_both in zip(*highs, strict=True)]
+    assert f"gains of up to {points} are within the intervals, i.e. of {shares}." in flowing(
+        "docs/results.md"
+    )
+
+
+def test_documents_say_what_else_could_explain_the_gains_in_other_games():
+    text = flowing("docs/results.md")
+    missing = []
+    off = []
+    for pair in other_games():
+        assert pair.hinges_on_missing_games
+        shares = [run.share_unreported(160_000, 320_000) for arm in pair.arms for run in arm.runs]
+        missing.append(f"{100 * min(shares):.0f} to {max(shares):.0%}")
+        off.append(f"{max(side.reach for side in pair.sides):.0f}")
+    assault, space_invaders = missing
+    assert f"of single runs {assault} is missing in Assault, and {space_invaders} in Space" in text
+    assert f"A mean may be off by {off[0]} and by {off[1]}, so" in text
+
+
+def test_documents_say_what_agents_of_other_games_had_just_before_the_injection():
+    scored = []
+    random = []
+    for pair in other_games():
+        before = [run.between(RETURN, 140_000, 160_000)[1].mean() for run in pair.arms[0].runs]
+        scored.append(np.mean(before))
+        random.append(HUMAN_SCORES[emulator(pair.game)["game"]][0])
+        assert scored[-1] > random[-1]
+    text = flowing("docs/results.md")
+    assert f"they scored {scored[0]:.0f} points in Assault and {scored[1]:.0f} in Space Invaders" in text
+    assert f"more than random play ({random[0]:.0f} and {random[1]:.0f}, DQN Zoo)" in text
+
+
+def test_documents_print_how_often_the_probe_foretold_the_gain_in_other_games(capsys):
+    ratios, gained = foretold(capsys)
+    text = text_of("docs/results.md")
+    assert count_signs.signs_table(ratios, gained, 0.36) in text
+    assert f"```\n{count_signs.signs_in_words(ratios, gained, 0.36)}\n```" in text
+    right = sum((ratios[name] < 0.36) == (gained[name] > 0) for name in gained)
+    assert f"It was right for **{right} of {len(gained)}**" in text
+    assert f"a probe was right for {right} of {len(gained)}" in text_of("README.md")
+
+
+def test_documents_say_that_the_probes_threshold_parts_the_agents_of_phoenix():
+    for agent in agents_of_three_rates().values():
+        assert (agent.measures[PROBE] < 0.36) == (agent.learning_rate == 1e-3)
+    sentence = "those of 1e-3, which alone gained, lay below it, and all others above."
+    assert sentence in flowing("docs/results.md")
+
+
+def test_documents_say_what_was_not_planned_of_other_games(capsys):
+    text = flowing("docs/results.md")
+    ratios, gained = foretold(capsys)
+    p = scipy.stats.binomtest(sum(gain > 0 for gain in gained.values()), len(gained)).pvalue
+    assert f"ten equal ones would have p = {p:.3f}." in text
+    games = {}
+    for name in ratios:
+        games.setdefault(count_signs.game_of(name), []).append((ratios[name], gained[name]))
+    within_games = draw_signs.correlation([np.array(agents).T for agents in games.values()])
+    assert f"of what the agent gained, is {two_digits(within_games)}." in text
+    ranks = []
+    for agents in games.values():
+        by_gain = sorted(agents, key=lambda agent: agent[1])
+        ranks += [rank for rank, (ratio, _) in enumerate(by_gain) if ratio < 0.36]
+    assert sorted(ranks) == [0, 4], "one gained least, the other most"
+    ends = []
+    for pair in other_games():
+        means = []
+        for arm in pair.arms:
+            means.append(np.array([run.between(RETURN, 300_000, 320_000)[1].mean() for run in by_seed(arm)]))
+        centre, low, high = map(whole_points, interval(means[1] - means[0]))
+        ends.append(f"{centre} [{low}, {high}]")
+    assert f"changed the return by {ends[0]} in Assault, and by {ends[1]} in Space Invaders" in text
+    shares = []
+    for pair in (*other_games(), with_and_without("fresh_head")):
+        shares.append(f"{dormant(pair.arms[0], 'head', 160_000).mean():.0%}")
+    assault, space_invaders, phoenix = shares
+    assert f"the head had {assault} of them in Assault and {space_invaders} in Space Invaders." in text
+    assert f"far more, it was {phoenix}." in text
+
+
+def test_documents_print_the_aggregates_over_games():
+    text = flowing("docs/results.md")
+    (three,) = [
+        total
+        for total in aggregates(compared("fresh_head/*.csv", "other_games/*.csv"))
+        if len(total.games) > 1
+    ]
+    assert three.runs == (15, 15) and not three.left_out
+    without, injected, difference = [show(*row) for row in three.scores]
+    assert f"is {without} without and {injected} with an injection." in text
+    assert f"The difference is {difference}." in text
+    (two,) = aggregates(other_games())
+    assert f"Without Phoenix the aggregate's difference is {show(*two.scores[2])}." in text
 
 
 CHOSE_THE_SETTING = 3  # of the seeds of the sequences of tasks; the others decide
