@@ -43,10 +43,9 @@ def with_and_without(folder):
     return pair
 
 
-def before_the_injection(folder):
+def before_the_injection(pair):
     """Mean return of the agents in the 20,000 steps before it."""
-    runs = with_and_without(folder).arms[0].runs
-    return np.mean([run.between(RETURN, 140_000, 160_000)[1].mean() for run in runs])
+    return np.mean([draw_effects.mean_return(run, 140_000, 160_000) for run in pair.arms[0].runs])
 
 
 def by_seed(arm):
@@ -55,6 +54,15 @@ def by_seed(arm):
 
 def whole_points(value):
     return f"{value:,.0f}".replace("-", "−")
+
+
+def change_between(pair, after, upto):
+    """The mean difference in these steps, within seeds, as documents print it."""
+    means = []
+    for arm in pair.arms:
+        means.append(np.array([draw_effects.mean_return(run, after, upto) for run in by_seed(arm)]))
+    centre, low, high = map(whole_points, interval(means[1] - means[0]))
+    return f"{centre} [{low}, {high}]"
 
 
 def printed(pair):
@@ -157,13 +165,7 @@ def test_documents_print_each_arm_of_the_fresh_heads_experiment():
 
 def test_documents_print_whether_the_gain_lasts():
     injected = with_and_without("fresh_head")
-    lasting = []
-    for after in (300_000, 310_000):
-        means = []
-        for arm in injected.arms:
-            means.append(np.array([run.between(RETURN, after, 320_000)[1].mean() for run in by_seed(arm)]))
-        centre, low, high = map(whole_points, interval(means[1] - means[0]))
-        lasting.append(f"{centre} [{low}, {high}]")
+    lasting = [change_between(injected, after, 320_000) for after in (300_000, 310_000)]
     sentence = f"over the last 20,000 steps it is {lasting[0]}, over the last 10,000 it is {lasting[1]}."
     assert sentence in flowing("docs/results.md")
 
@@ -197,8 +199,11 @@ def test_documents_print_the_limits_of_what_agents_with_layer_norm_show():
     missing = f"{100 * min(shares):.0f} to {max(shares):.0%} is missing"
     off = max(side.reach for side in pair.sides)
     assert f"of single runs {missing}, so a mean may be off by {off:.0f}" in text
-    assert f"they scored {before_the_injection('layer_norm'):.0f} points" in text
-    assert f"than the agents without layer norm ({before_the_injection('fresh_head'):.0f})" in text
+    assert f"they scored {before_the_injection(pair):.0f} points" in text
+    assert (
+        f"than the agents without layer norm ({before_the_injection(with_and_without('fresh_head')):.0f})"
+        in text
+    )
 
 
 def dormant(arm, layer, step):
@@ -316,7 +321,7 @@ def test_documents_print_what_the_filmed_agent_had_while_it_learned():
 
 @pytest.mark.parametrize("folder", ["fresh_head", "what_helps"])
 def test_documents_say_what_the_agents_had_just_before_the_injection(folder):
-    assert f"scored {before_the_injection(folder):.0f} points" in text_of("docs/results.md")
+    assert f"scored {before_the_injection(with_and_without(folder)):.0f} points" in text_of("docs/results.md")
 
 
 def what_helps():
@@ -526,53 +531,86 @@ def test_documents_say_that_no_measure_tells_agents_of_one_rate_apart():
     assert f"Without that agent {sentence}" in text
 
 
+OTHER_GAMES = ("Assault", "Space Invaders")
+
+
+@functools.cache
 def other_games():
-    """The comparisons of an injection with nothing, in Assault and in Space Invaders."""
+    """The comparisons of an injection with nothing in `OTHER_GAMES`."""
     pairs = compared("other_games/*.csv")
     assert [pair.game for pair in pairs] == ["AssaultNoFrameskip-v4", "SpaceInvadersNoFrameskip-v4"]
     return pairs
 
 
-def foretold(capsys):
+def over_other_games(found):
+    """What was found in each of `OTHER_GAMES`, as documents print both."""
+    return " and ".join(f"{what} in {game}" for what, game in zip(found, OTHER_GAMES, strict=True))
+
+
+@functools.cache
+def foretold():
     """What an injection leaves of the errors of the ten agents of other games, and what they gain."""
     files = []
     for kind in ("csv", "json"):
         files += sorted(str(path) for path in (ROOT / "results" / "other_games").glob(f"*.{kind}"))
     ratios, gained = count_signs.read_agents(files)
-    assert not capsys.readouterr().out, "no agent is left out"
     assert len(ratios) == len(gained) == 10
     return ratios, gained
 
 
+def foretold_by_game():
+    """For each game the agents' (ratio, gain), (5, 2)."""
+    ratios, gained = foretold()
+    games = {}
+    for name, ratio in ratios.items():
+        games.setdefault(count_signs.game_of(name), []).append((ratio, gained[name]))
+    return [np.array(agents) for agents in games.values()]
+
+
 def test_documents_print_what_an_injection_brings_in_other_games():
     text = text_of("docs/results.md")
+    readme = flowing("README.md")
     in_points = []
-    for game, pair in zip(("Assault", "Space Invaders"), other_games(), strict=True):
+    for game, pair in zip(OTHER_GAMES, other_games(), strict=True):
         without, injected = [mean_over_seeds(means) for means in pair.means]
         cells = [game, without, injected, f"{printed(pair)}: no evidence", ", ".join(in_words(pair))]
         assert f"| {' | '.join(cells)} |" in text
-        assert min(gains(pair)) > 0
+        changed = f"{printed(pair)} in {game}"
+        assert f"{changed} (p = {pair.judgement.p:.2g})" in flowing("docs/results.md")
+        assert readme.count(changed) == 2, "in a paragraph, and in the table"
         in_points.append([whole_points(np.mean([*means.values()])) for means in pair.means])
     assault, space_invaders = in_points
     returns = f"a return of {assault[1]} with an injection and {assault[0]} without in Assault"
     assert f"{returns}, and of {space_invaders[1]} and {space_invaders[0]} in" in flowing("docs/results.md")
 
 
+def test_documents_say_that_all_agents_of_other_games_gained():
+    _, gained = foretold()
+    assert min(gained.values()) > 0
+    text = flowing("docs/results.md")
+    assert text.count("All ten agents had a higher return with it, but not by much") == 1
+    assert "All ten scored more" in flowing("README.md")
+    p = scipy.stats.binomtest(len(gained), len(gained)).pvalue
+    assert f"ten equal ones would have p = {p:.3f}" in text
+
+
 def test_documents_say_how_large_the_gains_in_other_games_are():
-    means = []
+    shares = []
     highs = []
-    for pair in other_games():
+    for pair in (*other_games(), with_and_without("fresh_head")):
         without = np.mean([*pair.means[0].values()])
-        means.append(f"{pair.judgement.difference / without:.0%}")
+        shares.append(f"{pair.judgement.difference / without:.0%}")
         highs.append((whole_points(pair.judgement.high), f"{pair.judgement.high / without:.0%}"))
-    assert f"in Space Invaders, {' and '.join(means)} of the score" in flowing("README.md")
-    points, shares = [" and ".join(of_both) for of_both in zip(*highs, strict=True)]
-    assert f"gains of up to {points} are within the intervals, i.e. of {shares}." in flowing(
-        "docs/results.md"
-    )
+    assault, space_invaders, phoenix = shares
+    assert f"i.e. by {assault} and {space_invaders}. In Phoenix it was {phoenix}." in flowing("README.md")
+    text = flowing("docs/results.md")
+    of_phoenix = f"In Phoenix, with the same settings, it was {phoenix}."
+    assert f"i.e. by {assault} and {space_invaders}. {of_phoenix}" in text
+    points, shares = [" and ".join(of_both) for of_both in zip(*highs[:2], strict=True)]
+    assert f"gains of up to {points} are within the intervals, i.e. of {shares}." in text
 
 
-def test_documents_say_what_else_could_explain_the_gains_in_other_games():
+def test_documents_say_that_games_without_a_return_could_explain_the_gains_in_other_games():
     text = flowing("docs/results.md")
     missing = []
     off = []
@@ -590,8 +628,7 @@ def test_documents_say_what_agents_of_other_games_had_just_before_the_injection(
     scored = []
     random = []
     for pair in other_games():
-        before = [run.between(RETURN, 140_000, 160_000)[1].mean() for run in pair.arms[0].runs]
-        scored.append(np.mean(before))
+        scored.append(before_the_injection(pair))
         random.append(HUMAN_SCORES[emulator(pair.game)["game"]][0])
         assert scored[-1] > random[-1]
     text = flowing("docs/results.md")
@@ -599,67 +636,110 @@ def test_documents_say_what_agents_of_other_games_had_just_before_the_injection(
     assert f"more than random play ({random[0]:.0f} and {random[1]:.0f}, DQN Zoo)" in text
 
 
-def test_documents_print_how_often_the_probe_foretold_the_gain_in_other_games(capsys):
-    ratios, gained = foretold(capsys)
+def test_documents_print_how_often_the_probe_foretold_the_gain_in_other_games():
+    ratios, gained = foretold()
     text = text_of("docs/results.md")
     assert count_signs.signs_table(ratios, gained, 0.36) in text
     assert f"```\n{count_signs.signs_in_words(ratios, gained, 0.36)}\n```" in text
     right = sum((ratios[name] < 0.36) == (gained[name] > 0) for name in gained)
-    assert f"It was right for **{right} of {len(gained)}**" in text
-    assert f"a probe was right for {right} of {len(gained)}" in text_of("README.md")
+    count = f"{right} of {len(gained)}"
+    assert f"It was right for **{count}**" in text
+    pages = {"README.md": 1, "docs/has-this-agent-lost-plasticity.md": 1, "docs/results.md": 2}
+    for name, times in pages.items():
+        assert flowing(name).count(f"right for {count} agents") == times, name
+    by_coin = scipy.stats.binom.sf(right - 1, len(gained), 0.5)
+    assert f"right for two or more in {100 * by_coin:.0f} of 100 cases" in text and right == 2
 
 
-def test_documents_say_that_the_probes_threshold_parts_the_agents_of_phoenix():
+def test_documents_say_that_the_probes_threshold_parts_learning_rates_not_signs():
     for agent in agents_of_three_rates().values():
         assert (agent.measures[PROBE] < 0.36) == (agent.learning_rate == 1e-3)
-    sentence = "those of 1e-3, which alone gained, lay below it, and all others above."
-    assert sentence in flowing("docs/results.md")
-
-
-def test_documents_say_what_was_not_planned_of_other_games(capsys):
     text = flowing("docs/results.md")
-    ratios, gained = foretold(capsys)
-    p = scipy.stats.binomtest(sum(gain > 0 for gain in gained.values()), len(gained)).pvalue
-    assert f"ten equal ones would have p = {p:.3f}." in text
-    games = {}
-    for name in ratios:
-        games.setdefault(count_signs.game_of(name), []).append((ratios[name], gained[name]))
-    within_games = draw_signs.correlation([np.array(agents).T for agents in games.values()])
-    assert f"of what the agent gained, is {two_digits(within_games)}." in text
-    ranks = []
-    for agents in games.values():
-        by_gain = sorted(agents, key=lambda agent: agent[1])
-        ranks += [rank for rank, (ratio, _) in enumerate(by_gain) if ratio < 0.36]
-    assert sorted(ranks) == [0, 4], "one gained least, the other most"
-    ends = []
+    assert "Those of 1e-3, where alone a gain was found, lay below it, and all others above." in text
+    gained = [agent for agent in agents_of_three_rates().values() if agent.gain > 0]
+    at = [agent.learning_rate for agent in gained]
+    assert (at.count(1e-3), at.count(5e-4), at.count(1e-4)) == (5, 4, 1)
+    right = sum(
+        (agent.measures[PROBE] < 0.36) == (agent.gain > 0) for agent in agents_of_three_rates().values()
+    )
+    assert f"it would have been right for only {right}, as four of 5e-4 and one of 1e-4 gained" in text
+
+
+def test_documents_say_that_the_probe_does_not_tell_how_much_an_agent_of_other_games_gains():
+    found = [two_digits(draw_signs.correlation([agents.T])) for agents in foretold_by_game()]
+    assert f"a rank correlation with the gain of {over_other_games(found)}" in flowing("docs/results.md")
+
+
+def test_documents_print_what_the_probe_gives_beside_a_fresh_network_in_other_games():
+    found = {}
+    phoenix = ROOT / "results" / "dose" / "probe_1e-4.json"
+    for path in (*(ROOT / "results" / "other_games").glob("*.json"), phoenix):
+        for result in json.loads(path.read_text(encoding="utf-8")):
+            if path != phoenix or "learning-rate-1e-3" in result["checkpoint"]:
+                found.setdefault(result["env_id"], []).append(result)
+    ratios = {}
+    falls = {}
+    for game, results in found.items():
+        assert len(results) == 5
+        of_game = [result["relative_to_fresh"]["agent"]["ratio"] for result in results]
+        ratios[game] = f"{min(of_game):.2f} to {max(of_game):.2f}"
+        falls[game] = []
+        for result in results:
+            _, _, fell = result["sentence"].partition("the fresh network's own error fell by ")
+            falls[game].append(int(fell.split("%")[0]))
+    text = flowing("docs/results.md")
+    assault, space_invaders = [pair.game for pair in other_games()]
+    others = f"{ratios[assault]} of its error in Assault, and {ratios[space_invaders]} in Space Invaders"
+    assert f"{others}. Those of Phoenix at 1e-3 had {ratios['PhoenixNoFrameskip-v4']} times" in text
+    here = falls[assault] + falls[space_invaders]
+    there = falls["PhoenixNoFrameskip-v4"]
+    fell = f"fell by {min(here)} to {max(here)}%, in Phoenix by {min(there)} to {max(there)}%"
+    assert f"a fresh network's own error {fell}" in text
+
+
+def test_documents_say_what_an_injection_brings_early_and_late_in_other_games():
+    text = flowing("docs/results.md")
+    windows = ((160_000, 180_000), (300_000, 320_000))
+    early, late = [[change_between(pair, *window) for pair in other_games()] for window in windows]
+    assert f"Over the first 20,000 steps the change is {over_other_games(early)}" in text
+    assert f"over the last 20,000 it is {' and '.join(late)}." in text
+    shares = []
     for pair in other_games():
-        means = []
         for arm in pair.arms:
-            means.append(np.array([run.between(RETURN, 300_000, 320_000)[1].mean() for run in by_seed(arm)]))
-        centre, low, high = map(whole_points, interval(means[1] - means[0]))
-        ends.append(f"{centre} [{low}, {high}]")
-    assert f"changed the return by {ends[0]} in Assault, and by {ends[1]} in Space Invaders" in text
+            shares += [run.share_unreported(*window) for run in arm.runs for window in windows]
+    assert f"in these windows up to {max(shares):.0%} are in no return" in text
+
+
+def test_documents_say_how_many_units_are_dormant_in_three_games():
     shares = []
     for pair in (*other_games(), with_and_without("fresh_head")):
         shares.append(f"{dormant(pair.arms[0], 'head', 160_000).mean():.0%}")
     assault, space_invaders, phoenix = shares
-    assert f"the head had {assault} of them in Assault and {space_invaders} in Space Invaders." in text
-    assert f"far more, it was {phoenix}." in text
+    others = f"{assault} of the head's units were dormant in Assault, and {space_invaders} in Space Invaders"
+    assert f"{others}. In Phoenix it was {phoenix}." in flowing("docs/results.md")
 
 
 def test_documents_print_the_aggregates_over_games():
     text = flowing("docs/results.md")
-    (three,) = [
-        total
-        for total in aggregates(compared("fresh_head/*.csv", "other_games/*.csv"))
-        if len(total.games) > 1
-    ]
+    totals = aggregates(compared("fresh_head/*.csv", "other_games/*.csv"))
+    (three,) = [total for total in totals if len(total.games) > 1]
     assert three.runs == (15, 15) and not three.left_out
     without, injected, difference = [show(*row) for row in three.scores]
     assert f"is {without} without and {injected} with an injection." in text
     assert f"The difference is {difference}." in text
     (two,) = aggregates(other_games())
-    assert f"Without Phoenix the aggregate's difference is {show(*two.scores[2])}." in text
+    assert f"without Phoenix the aggregate's difference is {show(*two.scores[2])}." in text
+
+
+def test_documents_print_what_an_injection_brings_by_game_on_a_common_scale():
+    found = []
+    for pair in (with_and_without("fresh_head"), *other_games()):
+        random, human = HUMAN_SCORES[emulator(pair.game)["game"]]
+        judged = pair.judgement
+        found.append(show(*np.array([judged.difference, judged.low, judged.high]) / (human - random)))
+    phoenix, *others = found
+    by_game = f"the mean difference is {phoenix} in Phoenix, {over_other_games(others)}."
+    assert by_game in flowing("docs/results.md")
 
 
 CHOSE_THE_SETTING = 3  # of the seeds of the sequences of tasks; the others decide
