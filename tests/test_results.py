@@ -742,6 +742,7 @@ def test_documents_print_what_an_injection_brings_by_game_on_a_common_scale():
     assert by_game in flowing("docs/results.md")
 
 
+IN_TWO_THREADS = ("tasks_two_threads", "tasks_two_threads_xeon", "tasks_two_threads_xeon_avx2")
 CHOSE_THE_SETTING = 3  # of the seeds of the sequences of tasks; the others decide
 
 
@@ -837,25 +838,38 @@ def test_documents_compare_the_error_with_the_median_of_the_tasks_before(file):
 
 def test_documents_say_which_networks_an_injection_did_not_help():
     not_helped = []
+    reset_left = []
     networks = 0
-    for file in ("tasks", "tasks_avx2", "tasks_two_threads"):
+    for file in ("tasks", "tasks_avx2", *IN_TWO_THREADS):
         result = sequence(file)
-        for seed, left in enumerate(result["relative_to_one"]["injected"]["per_seed"]):
+        left = result["relative_to_one"]
+        for seed in range(result["probe_seeds"]):
             networks += 1
-            if left > 0.5:
+            active = result["encoder_active"]["one network"][seed][result["copied_before"][seed] - 2]
+            helped = left["injected"]["per_seed"][seed] < 0.5
+            assert helped == (active > 0.01)
+            if not helped:
                 not_helped.append((file, seed))
-                at = result["copied_before"][seed] - 1
-                assert result["encoder_active"]["one network"][seed][at - 1] < 0.01
-    assert networks == 24 and not_helped == [("tasks_avx2", 2), ("tasks_two_threads", 3)]
+                reset_left.append(f"{left['head reset']['per_seed'][seed]:.0%}")
+    first, *others = not_helped
+    assert networks == 36 and first == ("tasks_avx2", 2)
+    assert len(others) == 3 and {file for file, _ in others} <= set(IN_TWO_THREADS)
+    *some, last = reset_left
+    assert f"A head reset left {', '.join(some)} and {last} of their errors." in flowing("docs/results.md")
     other = sequence("tasks_avx2")
     left = [other["since"][name][:CHOSE_THE_SETTING] for name in ("injected", "one network")]
     text = flowing("docs/results.md")
     assert f"seeds 0 to 2 alone have {with_interval(*ratio(*left), unit='×')}" in text
-    typed = sequence("tasks_two_threads")
-    left = [typed["since"][name] for name in ("injected", "one network")]
-    assert f"leaves {with_interval(*ratio(*left), unit='×')} of the error" in text
-    *first, last = map(str, typed["copied_before"])
-    assert f"before tasks {', '.join(first)} and {last}, and an" in text
+
+
+@pytest.mark.parametrize("file", IN_TWO_THREADS)
+def test_documents_print_what_the_sequences_of_tasks_give_in_two_threads(file):
+    result = sequence(file)
+    injected, alone = [np.array(result["since"][name]) for name in ("injected", "one network")]
+    *some, last = map(str, result["copied_before"])
+    cells = [f"{', '.join(some)} and {last}", with_interval(*ratio(injected, alone), unit="×")]
+    cells += [f"{(injected < alone).sum()} of 6", f"[file](../results/{file}.json)"]
+    assert f"| {' | '.join(cells)} |" in text_of("docs/results.md")
 
 
 def test_documents_say_how_many_networks_come_back_by_themselves():
