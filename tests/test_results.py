@@ -52,6 +52,14 @@ def by_seed(arm):
     return sorted(arm.runs, key=lambda run: run.args.seed)
 
 
+def unreported(pair, after=160_000, upto=320_000):
+    """Of each run of a comparison the share of games or steps in this window that is in no return."""
+    shares = []
+    for arm in pair.arms:
+        shares += [run.share_unreported(after, upto) for run in arm.runs]
+    return shares
+
+
 def whole_points(value):
     return f"{value:,.0f}".replace("-", "−")
 
@@ -193,9 +201,7 @@ def test_documents_print_the_limits_of_what_agents_with_layer_norm_show():
     text = flowing("docs/results.md")
     pair = with_and_without("layer_norm")
     assert not pair.hinges_on_missing_games
-    shares = []
-    for arm in pair.arms:
-        shares += [run.share_unreported(160_000, 320_000) for run in arm.runs]
+    shares = unreported(pair)
     missing = f"{100 * min(shares):.0f} to {max(shares):.0%} is missing"
     off = max(side.reach for side in pair.sides)
     assert f"of single runs {missing}, so a mean may be off by {off:.0f}" in text
@@ -616,7 +622,7 @@ def test_documents_say_that_games_without_a_return_could_explain_the_gains_in_ot
     off = []
     for pair in other_games():
         assert pair.hinges_on_missing_games
-        shares = [run.share_unreported(160_000, 320_000) for arm in pair.arms for run in arm.runs]
+        shares = unreported(pair)
         missing.append(f"{100 * min(shares):.0f} to {max(shares):.0%}")
         off.append(f"{max(side.reach for side in pair.sides):.0f}")
     assault, space_invaders = missing
@@ -699,14 +705,15 @@ def test_documents_print_what_the_probe_gives_beside_a_fresh_network_in_other_ga
 
 def test_documents_say_what_an_injection_brings_early_and_late_in_other_games():
     text = flowing("docs/results.md")
-    windows = ((160_000, 180_000), (300_000, 320_000))
-    early, late = [[change_between(pair, *window) for pair in other_games()] for window in windows]
+    first = (160_000, 180_000)
+    last = (300_000, 320_000)
+    early = [change_between(pair, *first) for pair in other_games()]
+    late = [change_between(pair, *last) for pair in other_games()]
     assert f"Over the first 20,000 steps the change is {over_other_games(early)}" in text
     assert f"over the last 20,000 it is {' and '.join(late)}." in text
     shares = []
     for pair in other_games():
-        for arm in pair.arms:
-            shares += [run.share_unreported(*window) for run in arm.runs for window in windows]
+        shares += unreported(pair, *first) + unreported(pair, *last)
     assert f"in these windows up to {max(shares):.0%} are in no return" in text
 
 
